@@ -1,0 +1,382 @@
+"""What a sample is: member names in the tar, labels, the manifest and its sidecars. No torch here.
+
+A data set is a folder (or URL) that holds ``manifest.json``, WebDataset tars and, beside each tar, an index sidecar:
+
+    DIR/manifest.json
+    DIR/train-000000.tar          plain WebDataset shard: the members of a sample stand together
+    DIR/train-000000.index.npz    offsets of its samples and their labels
+
+Members of the sample KEY (everything else is ignored):
+
+    KEY.jpg | KEY.png | KEY.webp     the image, encoded        or  KEY.image.npy  [F_i] image features
+    KEY.txt                          one text, UTF-8           or  KEY.text.npy   [F_t] or [captions, F_t] features
+    KEY.json                         "texts": [...] for several texts; "label": int or "labels": [int, ...]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from cmgan_dist.errors import BadInput, BadSample
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+LabelKind = Literal["single", "multi", "none"]
+BLOCK = 512
+
+
+# ---------------------------------------------------------------------------------------------- sample
+
+
+@dataclass
+class Sample:
+    """One image with its texts, as stored: nothing is decoded but JSON and arrays."""
+
+    key: str
+    image: bytes | np.ndarray
+    """Encoded image, or features [F_i]."""
+    texts: list[str] | np.ndarray
+    """Texts in their stored order, or features [captions, F_t]."""
+    labels: tuple[int, ...]
+    """Class indices; empty where the pair has none."""
+
+
+def split_member_name(name: str) -> tuple[str, str]:
+    """``dir/a.image.npy`` -> (``dir/a``, ``image.npy``): the key ends at the base name's first dot."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def parse_labels(record: dict[str, Any]) -> tuple[int, ...]:
+    """Class indices of a sample's JSON record: ``label`` (int) or ``labels`` (list of int); () if it has neither.
+
+    Raises BadSample when a label is no integer."""
+    value = record["labels"] if "labels" in record else record.get("label")
+    if value is None:
+        return ()
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise BadSample(f"label {value!r} is not an integer or a list of integers")
+    return tuple(sorted(set(values)))
+
+
+def parse_array(data: bytes, what: str) -> np.ndarray:
+    """A ``.npy`` member as float32. Raises BadSample when it is not a finite numeric array."""
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise BadSample(f"{what} is not a readable .npy array ({error})") from None
+    if array.dtype.kind not in "fiu" or array.size == 0:
+        raise BadSample(f"{what} holds {array.dtype} of shape {array.shape}, not numbers")
+    array = np.asarray(array, dtype=np.float32)
+    if not np.isfinite(array).all():
+        raise BadSample(f"{what} holds NaN or Inf")
+    return array
+
+
+def parse_sample(key: str, members: dict[str, bytes]) -> Sample:
+    """Build a Sample from its members (extension -> bytes).
+
+    Raises BadSample, naming what is missing or wrong."""
+    record: dict[str, Any] = {}
+    if "json" in members:
+        try:
+            record = json.loads(members["json"])
+        except ValueError as error:
+            raise BadSample(f"{key}.json is not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise BadSample(f"{key}.json is not a JSON object")
+
+    image: bytes | np.ndarray
+    if "image.npy" in members:
+        image = parse_array(members["image.npy"], f"{key}.image.npy")
+        if image.ndim != 1:
+            raise BadSample(f"{key}.image.npy has shape {image.shape}, expected one dimension")
+    else:
+        found = next((e for e in IMAGE_EXTENSIONS if e in members), None)
+        if found is None:
+            raise BadSample("has no image: expected a .jpg, .png, .webp or .image.npy member")
+        image = members[found]
+
+    texts: list[str] | np.ndarray
+    if "text.npy" in members:
+        texts = np.atleast_2d(parse_array(members["text.npy"], f"{key}.text.npy"))
+        if texts.ndim != 2:
+            raise BadSample(f"{key}.text.npy has shape {texts.shape}, expected [F] or [captions, F]")
+    elif "texts" in record:
+        listed = record["texts"]
+        if not isinstance(listed, list) or not listed or not all(isinstance(t, str) and t.strip() for t in listed):
+            raise BadSample(f'{key}.json: "texts" must be a non-empty list of non-empty strings')
+        texts = listed
+    elif "txt" in members:
+        try:
+            text = members["txt"].decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise BadSample(f"{key}.txt is not UTF-8 ({error})") from None
+        if not text:
+            raise BadSample(f"{key}.txt is empty")
+        texts = [text]
+    else:
+        raise BadSample('has no text: expected a .txt or .text.npy member, or "texts" in .json')
+    return Sample(key, image, texts, parse_labels(record))
+
+
+# ---------------------------------------------------------------------------------------------- tar
+
+
+def _octal(field_bytes: bytes) -> int:
+    """A tar header's number: octal text, or base-256 when the top bit is set (GNU)."""
+    if field_bytes[0] & 0x80:
+        return int.from_bytes(field_bytes, "big") & ((1 << (8 * len(field_bytes) - 1)) - 1)
+    text = field_bytes.rstrip(b"\0 ").lstrip()
+    return int(text, 8) if text else 0
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    records, at = {}, 0
+    while at < len(data):
+        space = data.index(b" ", at)
+        length = int(data[at:space])
+        name, _, value = data[space + 1 : at + length - 1].partition(b"=")
+        records[name.decode()] = value.decode("utf-8", "surrogateescape")
+        at += length
+    return records
+
+
+@dataclass
+class Member:
+    name: str
+    start: int
+    """Offset of the member's first header block, extension headers included."""
+    data: bytes
+
+
+def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
+    """The regular files of an uncompressed tar (ustar, GNU and pax names), in order, reading forward only.
+
+    Raises BadSample at the first damaged or cut place; `name` is the shard's, for the message."""
+    offset = start = 0
+    longname: str | None = None
+    pax: dict[str, str] = {}
+    while True:
+        header = file.read(BLOCK)
+        if not header or header == b"\0" * BLOCK:
+            return
+        if len(header) < BLOCK:
+            raise BadSample(f"{name} is truncated at byte {offset + len(header)}")
+        try:
+            checksum = _octal(header[148:156])
+            size = _octal(header[124:136])
+        except ValueError:
+            raise BadSample(f"{name} has a damaged tar header at byte {offset}") from None
+        if checksum != sum(header[:148]) + 8 * 32 + sum(header[156:]):
+            raise BadSample(f"{name} has a damaged tar header at byte {offset}")
+        kind = header[156:157]
+        if "size" in pax and kind not in (b"x", b"g"):
+            size = int(pax["size"])
+        data = file.read(size)
+        padding = file.read(-size % BLOCK)
+        if len(data) < size or len(padding) < -size % BLOCK:
+            raise BadSample(f"{name} is truncated at byte {offset + BLOCK + len(data) + len(padding)}")
+        offset += BLOCK + size + len(padding)
+        try:
+            if kind == b"L":
+                longname = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+                continue
+            if kind == b"x":
+                pax = _pax_records(data)
+                continue
+            if kind in (b"0", b"\0"):
+                base = header[:100].rstrip(b"\0").decode("utf-8", "surrogateescape")
+                if header[257:262] == b"ustar" and header[345] and header[257:265] != b"ustar  \0":
+                    base = header[345:500].rstrip(b"\0").decode("utf-8", "surrogateescape") + "/" + base
+                yield Member(pax.get("path", longname or base), start, data)
+        except (ValueError, struct.error):
+            raise BadSample(f"{name} has a damaged extended header before byte {offset}") from None
+        longname, pax, start = None, {}, offset
+
+
+def iter_samples(file: BinaryIO, name: str) -> Iterator[tuple[str, int, dict[str, bytes]]]:
+    """(key, offset of its first header, members by extension) of each sample: consecutive members with the same key.
+
+    Raises BadSample as `iter_members` does."""
+    key, start, members = "", 0, dict[str, bytes]()
+    for member in iter_members(file, name):
+        member_key, extension = split_member_name(member.name)
+        if members and member_key != key:
+            yield key, start, members
+            members = {}
+        if not members:
+            key, start = member_key, member.start
+        members[extension] = member.data
+    if members:
+        yield key, start, members
+
+
+# ---------------------------------------------------------------------------------------------- index sidecar
+
+
+@dataclass
+class ShardIndex:
+    """Where the samples of a shard lie and what classes they have."""
+
+    offsets: np.ndarray
+    """int64 [n + 1]: byte of each sample's first header; the last entry is where the last sample ends."""
+    label_starts: np.ndarray
+    """int64 [n + 1]: sample i has the classes label_values[label_starts[i]:label_starts[i + 1]]."""
+    label_values: np.ndarray
+    """int32 [total labels]."""
+
+    @classmethod
+    def build(cls, offsets: list[int], end: int, labels: list[tuple[int, ...]]) -> ShardIndex:
+        starts = np.concatenate([[0], np.cumsum([len(one) for one in labels])]).astype(np.int64)
+        values = np.asarray([v for one in labels for v in one], dtype=np.int32)
+        return cls(np.asarray([*offsets, end], dtype=np.int64), starts, values)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def labels(self, i: int) -> tuple[int, ...]:
+        return tuple(int(v) for v in self.label_values[self.label_starts[i] : self.label_starts[i + 1]])
+
+    def to_bytes(self) -> bytes:
+        """The ``.npz`` file; the same index gives the same bytes."""
+        out = io.BytesIO()
+        np.savez(out, offsets=self.offsets, label_starts=self.label_starts, label_values=self.label_values)
+        return out.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
+        """Raises BadInput when `data` is not an index."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                return cls(arrays["offsets"], arrays["label_starts"], arrays["label_values"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise BadInput(f"{name} is not a shard index ({error}); run 'python -m shards index' again") from None
+
+
+def index_name(shard: str) -> str:
+    """``train-000000.tar`` -> ``train-000000.index.npz``."""
+    return shard.removesuffix(".tar") + ".index.npz"
+
+
+# ---------------------------------------------------------------------------------------------- manifest
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    name: str
+    """File name relative to the manifest."""
+    samples: int
+    bytes: int
+    sha256: str
+    """Of the whole tar."""
+
+
+@dataclass
+class Manifest:
+    """``manifest.json``: what a data set holds. Class i is ``classes[i]``; empty for pairs without labels."""
+
+    name: str
+    label_kind: LabelKind
+    classes: list[str]
+    splits: dict[str, list[ShardInfo]]
+    """Split name -> shards in their canonical order."""
+    image: str = "encoded"
+    """``encoded`` or ``features``."""
+    image_dim: int | None = None
+    """F_i when `image` is ``features``."""
+    text: str = "utf8"
+    """``utf8`` or ``features``."""
+    text_dim: int | None = None
+    attribution: str = ""
+    """Source and licence of the data, one paragraph."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """How it was made: source, options, backbones. Informative."""
+
+    def shards(self, split: str) -> list[ShardInfo]:
+        """Raises BadInput when the split is missing or has no samples."""
+        if split not in self.splits:
+            raise BadInput(f"{self.name} has no split '{split}': its manifest has {', '.join(self.splits) or 'none'}")
+        shards = self.splits[split]
+        if not sum(s.samples for s in shards):
+            raise BadInput(f"split '{split}' of {self.name} has no samples: pack some or name another split")
+        return shards
+
+    def samples(self, split: str) -> int:
+        return sum(s.samples for s in self.splits.get(split, []))
+
+    def to_json(self) -> str:
+        record = {"version": MANIFEST_VERSION, **asdict(self)}
+        return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Raises BadInput when the text is not a manifest of this version; `where` is its file for the message."""
+        try:
+            record = json.loads(text)
+            version = record.pop("version")
+            splits = {k: [ShardInfo(**s) for s in v] for k, v in record.pop("splits").items()}
+            manifest = cls(splits=splits, **record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{where} is not a manifest ({error}); write it with 'python -m shards index'") from None
+        if version != MANIFEST_VERSION:
+            raise BadInput(f"{where} has version {version}, this program reads {MANIFEST_VERSION}: pack the data again")
+        if manifest.label_kind not in ("single", "multi", "none"):
+            raise BadInput(f"{where}: label_kind is {manifest.label_kind!r}, expected single, multi or none")
+        return manifest
+
+
+def load_manifest(data: str | os.PathLike[str]) -> Manifest:
+    """Read DIR/manifest.json. Raises BadInput when the folder or the manifest is missing or wrong."""
+    folder = Path(data)
+    if not folder.is_dir():
+        raise BadInput(f"data folder {folder} does not exist: pack one with 'python -m shards build'")
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise BadInput(f"{folder} has no {MANIFEST_NAME}: write it with 'python -m shards index {folder}'")
+    return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write aside, fsync, rename: the file is whole under its final name or not there at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def sha256_of(path: str | os.PathLike[str], chunk: int = 1 << 20) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(chunk):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def natural_splits(names: Iterable[str]) -> list[str]:
+    """Split names in the order a reader expects: train, val, test, then the rest by name."""
+    first = ["train", "val", "test"]
+    found = set(names)
+    return [n for n in first if n in found] + sorted(found - set(first))
