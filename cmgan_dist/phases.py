@@ -1,0 +1,294 @@
+"""The phase table: who trains, on what loss, how often. One generic loop runs it; no branch knows a phase by name.
+
+A batch is: one no-grad generator forward that serves all discriminator phases; D_T, D_I, D_CT, D_CI once each; then
+`generator_steps` times the generator, image side and text side in turn or both at once (recipe: Updates per batch).
+Losses of the generator go through the discriminators' bare modules, frozen, so that no gradient and no collective
+leaks into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cmgan_dist import losses
+from cmgan_dist.config import Config
+from cmgan_dist.networks import Side, TextInput
+from cmgan_dist.stream import generator_for
+
+Terms = dict[str, Tensor]
+"""Weighted loss terms by name; their sum is minimised."""
+
+
+@dataclass
+class Wrong:
+    """A mismatched sample per row: of another class, or any other pair where there are no classes."""
+
+    image_common: Tensor
+    text_common: Tensor
+    image_feature: Tensor
+    text_feature: Tensor
+    mask: Tensor | None
+    """bool [B]: rows that have one; None when all have."""
+
+
+@dataclass
+class Scene:
+    """What the losses of one batch see. B rows are trained on; the first B of R rows when sampling is balanced."""
+
+    config: Config
+    generator: nn.Module
+    """Called in training: the DDP-wrapped module where there are several processes."""
+    discriminators: dict[str, nn.Module]
+    """Likewise."""
+    bare: dict[str, nn.Module]
+    """The discriminators without a wrapper."""
+    gather: Callable[[Tensor], Tensor]
+    """Differentiable gather of rows over the processes."""
+    first_row: int
+    """Row of the global batch that this process's batch starts at."""
+    multi: bool
+    """Multi-label classes."""
+    image: Tensor
+    """[B, ...] what the generator takes: features, or raw images when the backbone is trained."""
+    text: TextInput
+    labels: Tensor | None
+    """bool [B, C]."""
+    all_labels: Tensor | None
+    """bool [G, C] of all processes."""
+    fake_image: Side
+    """Image side of the no-grad forward, B rows."""
+    fake_text: Side
+    wrong: Wrong | None
+    """None when no loss needs it."""
+    position: int
+    """Samples seen before this batch."""
+    stats: dict[str, Tensor]
+    """Filled by the losses: accuracies and margins, for the log."""
+
+
+def pick_wrong(
+    labels: Tensor | None, all_labels: Tensor | None, first: int, rows: int, total: int, seed: int, position: int
+) -> tuple[Tensor, Tensor | None]:
+    """For each of this process's rows a row of the global batch that shares no class with it, uniformly.
+
+    labels bool [B, C], all_labels bool [G, C]; without labels any other row. Returns (indices [B] into the global
+    batch, mask [B] of rows that have a candidate, or None when all have). The draw belongs to (seed, position, row):
+    it does not depend on the number of processes."""
+    draws = generator_for(seed, position, 7).random(total)[first : first + rows]
+    u = torch.from_numpy(draws)
+    if labels is None or all_labels is None:
+        own = torch.arange(first, first + rows)
+        return (own + 1 + (u * (total - 1)).long()) % total, None
+    allowed = (labels.float() @ all_labels.float().T < 0.5).cpu()  # [B, G]
+    count = allowed.sum(1)
+    nth = (u * count).long().clamp(max=total)
+    index = (allowed.long().cumsum(1) <= nth[:, None]).sum(1).clamp(max=total - 1)
+    mask = count > 0
+    return index, None if bool(mask.all()) else mask
+
+
+# ---------------------------------------------------------------------------------------------- losses of the phases
+
+
+def _record(scene: Scene, name: str, groups: dict[str, Tensor]) -> None:
+    """Accuracy of each group of logits (real wants > 0, others < 0) and the margin real - fake."""
+    with torch.no_grad():
+        for group, logits in groups.items():
+            right = logits > 0 if group == "real" else logits < 0
+            scene.stats[f"accuracy/{name}/{group}"] = right.float().mean()
+        scene.stats[f"margin/{name}"] = groups["real"].mean() - groups["fake"].mean()
+
+
+def _penalties(scene: Scene, name: str, real: list[Tensor], fake: list[Tensor]) -> Terms:
+    """R1 on real input, lazily, and WGAN-GP's penalty at random points between real and fake."""
+    config, module, terms = scene.config.loss, scene.discriminators[name], Terms()
+
+    def call(inputs: list[Tensor]) -> Tensor:
+        return module(*inputs, [len(inputs[0])]) if len(inputs) == 2 else module(*inputs)
+
+    batch = scene.position // scene.config.stream.global_batch
+    if config.r1 and batch % config.r1_every == 0:
+        at = [x.detach().requires_grad_() for x in real]
+        terms["r1"] = config.r1 * config.r1_every / 2 * losses.squared_gradient_norm(call(at), at)
+    if config.adversarial == "wgan-gp":
+        share = torch.rand(len(real[0]), 1, device=real[0].device)
+        at = [torch.lerp(f, r, share).detach().requires_grad_() for r, f in zip(real, fake, strict=True)]
+        terms["gradient_penalty"] = config.gradient_penalty * losses.gradient_penalty(call(at), at)
+    return terms
+
+
+def intra(name: str, side: Callable[[Scene], Side]) -> Callable[[Scene], Terms]:
+    """D_I, D_T: original feature -> 1, reconstruction -> 0."""
+
+    def loss(scene: Scene) -> Terms:
+        made = side(scene)
+        assert made.reconstruction is not None
+        logits = scene.discriminators[name](torch.cat([made.feature, made.reconstruction.to(made.feature.dtype)]))
+        real, fake = logits.chunk(2)
+        _record(scene, name, {"real": real, "fake": fake})
+        adversarial = losses.discriminator_loss(scene.config.loss.adversarial, real, [(fake, 1.0, None)])
+        return {"adversarial": adversarial, **_penalties(scene, name, [made.feature], [made.reconstruction.float()])}
+
+    return loss
+
+
+def inter(
+    name: str, own: Callable[[Scene], Side], other: Callable[[Scene], Side], modality: str
+) -> Callable[[Scene], Terms]:
+    """D_CI, D_CT: (own common, feature) -> 1; (other's common, feature) -> 0 and mismatched -> 0, half weight each."""
+
+    def loss(scene: Scene) -> Terms:
+        mine, theirs, wrong = own(scene), other(scene), scene.wrong
+        assert wrong is not None
+        feature = mine.feature
+        wrong_common: Tensor = getattr(wrong, f"{modality}_common")
+        conditional = scene.config.loss.mismatch == "conditional"
+        wrong_feature: Tensor = feature if conditional else getattr(wrong, f"{modality}_feature")
+        commons = torch.cat([mine.common, theirs.common, wrong_common.to(mine.common.dtype)])
+        rows = [len(feature)] * 3
+        logits = scene.discriminators[name](commons, torch.cat([feature, feature, wrong_feature]), rows)
+        real, fake, mismatched = logits.chunk(3)
+        _record(scene, name, {"real": real, "fake": fake, "wrong": mismatched})
+        kind = scene.config.loss.adversarial
+        adversarial = losses.discriminator_loss(kind, real, [(fake, 0.5, None), (mismatched, 0.5, wrong.mask)])
+        between = ([mine.common.float(), feature], [theirs.common.float(), feature])
+        return {"adversarial": adversarial, **_penalties(scene, name, *between)}
+
+    return loss
+
+
+def _generator_terms(
+    scene: Scene, made: Side, classes: bool, intra_name: str, inter_name: str, condition: Tensor
+) -> Terms:
+    """One side's generator terms: fool the other modality's inter discriminator and its own intra one, classify."""
+    config, terms = scene.config.loss, Terms()
+    if config.inter:
+        logits = scene.bare[inter_name](made.common, condition, [len(condition)])
+        terms["inter"] = config.inter * losses.generator_loss(config.adversarial, logits)
+    if config.intra:
+        assert made.reconstruction is not None
+        logits = scene.bare[intra_name](made.reconstruction)
+        terms["intra"] = config.intra * losses.generator_loss(config.adversarial, logits)
+    if classes and config.classification:
+        assert made.logits is not None
+        assert scene.labels is not None
+        term = losses.classification(made.logits, scene.labels, scene.multi, config.label_smoothing)
+        terms["classification"] = config.classification * term
+        with torch.no_grad():
+            best = made.logits.argmax(1, keepdim=True)
+            scene.stats[f"accuracy/class/{intra_name[2:]}"] = scene.labels.gather(1, best).float().mean()
+    return terms
+
+
+def _contrastive_terms(scene: Scene, image: Tensor, text: Tensor) -> Terms:
+    """Pair-level and class-level contrastive terms between commons [B, E]; a detached side is given by one phase."""
+    config, terms = scene.config.loss, Terms()
+    if not (config.contrastive or config.class_contrastive):
+        return terms
+    every_image, every_text = scene.gather(image), scene.gather(text)
+    if config.contrastive:
+        term = losses.info_nce(image, text, every_image, every_text, scene.first_row, config.temperature)
+        terms["contrastive"] = config.contrastive * term
+    if config.class_contrastive and scene.labels is not None and scene.all_labels is not None:
+        positive = scene.labels.float() @ scene.all_labels.float().T > 0.5
+        to_text = losses.class_contrastive(image, every_text, positive, config.temperature)
+        to_image = losses.class_contrastive(text, every_image, positive, config.temperature)
+        terms["class_contrastive"] = config.class_contrastive * (to_text + to_image) / 2
+    return terms
+
+
+def generator(sides: tuple[str, ...]) -> Callable[[Scene], Terms]:
+    """The generator on the given sides ("image", "text" or both)."""
+
+    def loss(scene: Scene) -> Terms:
+        config = scene.config.loss
+        classes = scene.labels is not None
+        image, text = scene.generator(
+            scene.image if "image" in sides else None,
+            scene.text if "text" in sides else None,
+            classify=classes and config.classification > 0,
+            decode=config.intra > 0,
+        )
+        terms = Terms()
+        if image is not None:
+            made = _generator_terms(scene, image, classes, "d_image", "d_text_inter", scene.fake_text.feature)
+            terms |= {f"image_{k}": v for k, v in made.items()}
+        if text is not None:
+            made = _generator_terms(scene, text, classes, "d_text", "d_image_inter", scene.fake_image.feature)
+            terms |= {f"text_{k}": v for k, v in made.items()}
+        image_common = image.common if image is not None else scene.fake_image.common
+        text_common = text.common if text is not None else scene.fake_text.common
+        return terms | _contrastive_terms(scene, image_common, text_common)
+
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One row of the table."""
+
+    name: str
+    module: str
+    """The module that trains and whose optimiser steps; every other module is frozen."""
+    loss: Callable[[Scene], Terms]
+
+
+def phase_table(config: Config) -> list[Phase]:
+    """The phases of one batch in order."""
+    weights = config.loss
+
+    def image(scene: Scene) -> Side:
+        return scene.fake_image
+
+    def text(scene: Scene) -> Side:
+        return scene.fake_text
+
+    table = []
+    if weights.intra:
+        table += [Phase("D_T", "d_text", intra("d_text", text)), Phase("D_I", "d_image", intra("d_image", image))]
+    if weights.inter:
+        table += [
+            Phase("D_CT", "d_text_inter", inter("d_text_inter", text, image, "text")),
+            Phase("D_CI", "d_image_inter", inter("d_image_inter", image, text, "image")),
+        ]
+    if config.optim.update == "joint":
+        turn = [Phase("G", "generator", generator(("image", "text")))]
+    else:
+        turn = [
+            Phase("G_I", "generator", generator(("image",))),
+            Phase("G_T", "generator", generator(("text",))),
+        ]
+    return table + turn * config.optim.generator_steps
+
+
+def run_phase(
+    phase: Phase,
+    scene: Scene,
+    optimizers: dict[str, torch.optim.Optimizer],
+    autocast: Callable[[], object],
+    clip: float,
+) -> dict[str, Tensor]:
+    """One update of the phase's module; returns its loss terms and gradient norm (detached)."""
+    modules = {**scene.bare, "generator": scene.generator}
+    for name, module in modules.items():
+        if name != "generator":  # the generator is only reached through its own phases
+            module.requires_grad_(name == phase.module)
+    with autocast():  # type: ignore[attr-defined]
+        terms = phase.loss(scene)
+    total = torch.stack([t.float() for t in terms.values()]).sum()
+    optimizer = optimizers[phase.module]
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    out = {f"loss/{phase.name}/{k}": v.detach() for k, v in terms.items()}
+    if clip:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        out[f"gradient_norm/{phase.name}"] = nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    return out

@@ -1,0 +1,96 @@
+"""What a run says of itself: metrics.jsonl, trackers, the progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cmgan_dist.schema import write_atomic
+
+METRICS_NAME = "metrics.jsonl"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl; a last line cut by a crash is left out."""
+    path = run / METRICS_NAME
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class Recorder:
+    """Writes on the main process only; elsewhere every call does nothing."""
+
+    def __init__(
+        self, run: Path, *, main: bool, position: int, total: int, track: Callable[[dict[str, float], int], None]
+    ) -> None:
+        """Lines of metrics.jsonl beyond `position`, from a run that was cut, are dropped: they are made again."""
+        self.main, self.track, self.start = main, track, position
+        self.console = Console(stderr=True)
+        self._time = time.monotonic()
+        self._samples = position
+        if not main:
+            return
+        kept = [line for line in read_metrics(run) if line.get("samples", 0) <= position]
+        write_atomic(run / METRICS_NAME, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(run / METRICS_NAME, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("samples", total=total, completed=position, note="")
+        self.progress.start()
+
+    def rate(self, position: int) -> float:
+        """Samples per second since the last call."""
+        now = time.monotonic()
+        rate = (position - self._samples) / max(now - self._time, 1e-9)
+        self._time, self._samples = now, position
+        return rate
+
+    def line(self, kind: str, position: int, epoch: float, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, flushed; NaN and Inf become null, which JSON has."""
+        if not self.main:
+            return
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        record = {"kind": kind, "samples": position, "epoch": round(epoch, 4), **clean}
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+        numbers = {f"{kind}/{k}": float(v) for k, v in values.items() if isinstance(v, int | float)}
+        self.track(numbers, position)
+
+    def show(self, position: int, note: str) -> None:
+        if self.main:
+            self.progress.update(self.task, completed=position, note=note)
+
+    def say(self, text: str) -> None:
+        """A line for the reader that stays."""
+        if self.main:
+            self.progress.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        if self.main:
+            self.progress.stop()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()

@@ -1,0 +1,411 @@
+"""The training loop: batches in, phases over them, validation, checkpoints.
+
+Everything random is seeded from (seed, position, rank), and a checkpoint holds the rest of the state: a run that was
+killed and resumed ends bitwise like one that was not (on the same kind of CPU, with the same processes and threads).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cmgan_dist.checkpoint import Checkpoint, Progress, check_shapes, load_latest, save_best, save_checkpoint
+from cmgan_dist.config import CONFIG_NAME, Config, OptimConfig, to_yaml, validate
+from cmgan_dist.discriminators import NAMES, build_discriminators
+from cmgan_dist.embed import SPEC_NAME, VOCABULARY_NAME, embed_split
+from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput
+from cmgan_dist.metrics import evaluate
+from cmgan_dist.networks import DataSpec, Generator, Side, TextInput, build_generator, stored_tensors
+from cmgan_dist.parallel import Parallel
+from cmgan_dist.phases import Scene, Wrong, phase_table, pick_wrong, run_phase
+from cmgan_dist.presets import load_config
+from cmgan_dist.record import Recorder
+from cmgan_dist.report import write_report
+from cmgan_dist.schema import write_atomic
+from cmgan_dist.stream import Batch, ShardReader, Stream, mix, steps_for
+from cmgan_dist.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+MAY_CHANGE = ("train", "eval", "data", "output", "preset", "stream.workers", "stream.max_bad_share")
+"""What a resumed run may change; train.seed may not."""
+VOCABULARY_SAMPLES = 200_000
+"""Samples of the training split whose words make the vocabulary of the text CNN."""
+
+
+# ---------------------------------------------------------------------------------------------- set-up
+
+
+def rate(config: OptimConfig, epoch: float, epochs: float) -> float:
+    """Factor of the learning rates at a point of the run; both in (fractional) epochs."""
+    warmup = min(1.0, (epoch + 1e-9) / config.warmup_epochs) if config.warmup_epochs else 1.0
+    if config.schedule == "halve":
+        return warmup * 0.5 ** math.floor(epoch / config.halve_every + 1e-9)
+    if config.schedule == "cosine":
+        return warmup * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
+    return warmup
+
+
+def check_same_run(run: Path, config: Config) -> None:
+    """Raises BadInput when `config` would go on with another model, data or order than the run has."""
+    path = run / CONFIG_NAME
+    if not path.is_file():
+        return
+    before, now = dataclasses.asdict(load_config(path)), dataclasses.asdict(config)
+
+    def compare(a: object, b: object, name: str) -> None:
+        if name in MAY_CHANGE:
+            return
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in a:
+                compare(a[key], b[key], f"{name}.{key}".lstrip("."))
+        elif a != b:
+            raise BadInput(
+                f"{run} was trained with {name} {a!r}, not {b!r}: use that value, another --output, or --resume never"
+            )
+
+    compare(before, now, "")
+    compare(before["train"]["seed"], now["train"]["seed"], "seed")
+
+
+def set_aside(run: Path) -> None:
+    """Move an earlier run in this folder to RUN/earlier-N: nothing is lost."""
+    inside = [p for p in run.iterdir() if not p.name.startswith("earlier-")] if run.is_dir() else []
+    if not inside:
+        return
+    target = run / f"earlier-{sum(1 for _ in run.glob('earlier-*')) + 1}"
+    target.mkdir()
+    for path in inside:
+        shutil.move(path, target / path.name)
+    log.warning("an earlier run was moved to %s", target)
+
+
+def make_vocabulary(reader: ShardReader, config: Config) -> Vocabulary:
+    """Words of the training split."""
+    samples = itertools.islice(reader, VOCABULARY_SAMPLES)
+    texts = [text for sample in samples if isinstance(sample.texts, list) for text in sample.texts]
+    return Vocabulary.build(texts, config.model.text.min_count, config.model.text.vocabulary_size)
+
+
+@dataclass
+class Networks:
+    """Modules and optimisers of a run."""
+
+    generator: Generator
+    wrapped: nn.Module
+    bare: dict[str, nn.Module]
+    discriminators: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    average: Generator | None
+    """EMA of the generator."""
+
+    @property
+    def judged(self) -> Generator:
+        """The generator that is validated and kept: the average where there is one."""
+        return self.average or self.generator
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {f"generator/{k}": v for k, v in stored_tensors(self.generator).items()}
+        for name, module in self.bare.items():
+            out |= {f"{name}/{k}": v for k, v in module.state_dict().items()}
+        if self.average is not None:
+            out |= {f"ema/{k}": v for k, v in stored_tensors(self.average).items()}
+        return out
+
+    def load(self, checkpoint: Checkpoint, where: str) -> None:
+        """Raises BadInput when it is the checkpoint of another model."""
+        check_shapes(self.tensors(), checkpoint.tensors, where)
+        parts: dict[str, nn.Module] = {"generator": self.generator, **self.bare}
+        if self.average is not None:
+            parts["ema"] = self.average
+        for name, module in parts.items():
+            state = {k.removeprefix(f"{name}/"): v for k, v in checkpoint.tensors.items() if k.startswith(f"{name}/")}
+            module.load_state_dict(state, strict=name not in ("generator", "ema"))
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(checkpoint.optimizers[name])
+
+
+def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None, parallel: Parallel) -> Networks:
+    torch.manual_seed(config.train.seed)  # the same initial weights on every process
+    generator = build_generator(config.model, spec, vocabulary)
+    bare = dict(build_discriminators(config.model, generator.image_backbone.dim, generator.text_backbone.dim).items())
+    wrapped = parallel.wrap(generator)
+    discriminators = {name: parallel.wrap(module) for name, module in bare.items()}
+    betas, fused = (config.optim.beta1, config.optim.beta2), True
+
+    def adam(module: nn.Module, lr: float, decay: float) -> torch.optim.Optimizer:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay, fused=fused)
+
+    optimizers = {"generator": adam(generator, config.optim.generator_lr, config.optim.weight_decay)}
+    optimizers |= {name: adam(bare[name], config.optim.discriminator_lr, 0.0) for name in NAMES}
+    average = None
+    if config.train.ema:
+        average = copy.deepcopy(generator).requires_grad_(False)
+    return Networks(generator, wrapped, bare, discriminators, optimizers, average)
+
+
+# ---------------------------------------------------------------------------------------------- one batch
+
+
+def _rows(x: TextInput, first: int, stop: int) -> TextInput:
+    if isinstance(x, Mapping):
+        return {k: v[first:stop] for k, v in x.items()}
+    return x[first:stop]
+
+
+def make_scene(
+    batch: Batch, networks: Networks, config: Config, parallel: Parallel, position: int, multi: bool
+) -> Scene:
+    """Run the no-grad forward that serves all discriminator phases, and choose the mismatched samples."""
+    size, generator = batch.size, networks.generator
+    image_raw = batch.image.to(parallel.device, non_blocking=True)
+    text_raw = generator.text_backbone.tokenise(batch.text, parallel.device)
+    with torch.no_grad(), parallel.autocast():
+        image, text = generator.extract(image_raw, text_raw)
+        image_side, text_side = generator(image, text, classify=False, decode=config.loss.intra > 0)
+    fake_image, fake_text = image_side.rows(0, size), text_side.rows(0, size)
+    labels = batch.labels.to(parallel.device) if batch.labels is not None else None
+    first, total = parallel.rank * size, parallel.world * size
+    all_labels = None
+    if labels is not None:
+        all_labels = parallel.gather(labels[:size].to(torch.uint8)).bool()
+        labels = labels[:size]
+    return Scene(
+        config=config,
+        generator=networks.wrapped,
+        discriminators=networks.discriminators,
+        bare=networks.bare,
+        gather=parallel.gather_differentiable,
+        first_row=first,
+        multi=multi,
+        image=image[:size],
+        text=_rows(text, 0, size),
+        labels=labels,
+        all_labels=all_labels,
+        fake_image=fake_image,
+        fake_text=fake_text,
+        wrong=_wrong(image_side, text_side, labels, all_labels, size, first, total, config, parallel, position),
+        position=position,
+        stats={},
+    )
+
+
+def _wrong(
+    image: Side,
+    text: Side,
+    labels: Tensor | None,
+    all_labels: Tensor | None,
+    size: int,
+    first: int,
+    total: int,
+    config: Config,
+    parallel: Parallel,
+    position: int,
+) -> Wrong | None:
+    """The mismatched rows: drawn by the stream when sampling is balanced, else picked from the global batch."""
+    if not config.loss.inter:
+        return None
+    if len(image.common) > size:
+        rows = [side.rows(size, 2 * size) for side in (image, text)]
+        return Wrong(rows[0].common, rows[1].common, rows[0].feature, rows[1].feature, None)
+    index, mask = pick_wrong(labels, all_labels, first, size, total, config.train.seed, position)
+    columns = [image.common, text.common]
+    if config.loss.mismatch == "reference":
+        columns += [image.feature, text.feature]
+    joined = parallel.gather(torch.cat([c.float() for c in columns], 1))[index.to(parallel.device)]
+    picked = list(joined.split([c.shape[1] for c in columns], 1))
+    if mask is not None:
+        mask = mask.to(parallel.device)
+    return Wrong(*picked[:2], *(picked[2:] or (image.feature, text.feature)), mask)
+
+
+def update_average(average: Generator, generator: Generator, decay: float) -> None:
+    """EMA of parameters and running statistics."""
+    with torch.no_grad():
+        now = stored_tensors(generator)
+        for name, value in stored_tensors(average).items():
+            if value.is_floating_point():
+                value.lerp_(now[name], 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+def score_of(metrics: Mapping[str, object]) -> float:
+    """What validation maximises: MAP, mean of both directions; for pairs without labels the mean of R@1, 5 and 10."""
+    keys = [k for k in metrics if k == "map/mean"] or [k for k in metrics if k.startswith("recall/")]
+    values = [cast(float, metrics[k]) for k in keys]
+    return sum(values) / len(values)
+
+
+def train(config: Config, resume: str = "auto") -> int:
+    """Train `config` to its end or to a signal; returns the exit code. `resume`: auto goes on from the newest
+    checkpoint in config.output, never starts again and moves what is there aside.
+
+    Raises BadInput before the first update for whatever the config, the data or an earlier run make impossible, and
+    later when too many samples are bad or a loss is not finite."""
+    validate(config)
+    run = Path(config.output)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    stream = Stream(
+        config.data,
+        config.stream,
+        seed=config.train.seed,
+        image_size=config.model.image.image_size,
+        rank=rank,
+        world=world,
+    )
+    val_reader = ShardReader(config.data, config.stream.val_split)
+    if resume == "auto":
+        check_same_run(run, config)
+    elif rank == 0:
+        set_aside(run)
+
+    tracker = config.train.tracker
+    parallel = Parallel(config.train.precision, tracker if rank == 0 else "none", str(run))
+    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // parallel.local_world))
+    spec = DataSpec.of(stream.reader.manifest)
+    vocabulary = make_vocabulary(stream.reader, config) if config.model.text.name == "cnn" else None
+    networks = build_networks(config, spec, vocabulary, parallel)
+    if parallel.main:
+        write_atomic(run / CONFIG_NAME, to_yaml(config))
+        write_atomic(run / "best" / CONFIG_NAME, to_yaml(config))
+        write_atomic(run / "best" / SPEC_NAME, json.dumps(dataclasses.asdict(spec), ensure_ascii=False) + "\n")
+        if vocabulary is not None:
+            vocabulary.save(run / "best" / VOCABULARY_NAME)
+
+    progress = Progress()
+    checkpoint = load_latest(run) if resume == "auto" else None
+    if checkpoint is not None:
+        networks.load(checkpoint, f"{run}/checkpoints")
+        progress = checkpoint.progress
+        if progress.epoch_samples != stream.epoch_samples:
+            raise BadInput(
+                f"{run} was trained on epochs of {progress.epoch_samples} samples, {config.data} has "
+                f"{stream.epoch_samples}: use the same data, another --output, or --resume never"
+            )
+    progress.epoch_samples = stream.epoch_samples
+    batch_size, epoch_samples = config.stream.global_batch, stream.epoch_samples
+
+    def samples(epochs: float) -> int:
+        return steps_for(epochs, epoch_samples, batch_size) * batch_size
+
+    total = samples(config.train.epochs)
+    parallel.start_trackers("tensorboard", {"preset": config.preset, "data": config.data})
+    recorder = Recorder(run, main=parallel.main, position=progress.position, total=total, track=parallel.track)
+    if progress.position >= total:
+        recorder.say(f"{run} is done: {total} samples, best validation score {progress.best:.4f}")
+        finish(recorder, parallel, networks)
+        return EXIT_DONE
+    if progress.position:
+        recorder.say(f"resuming {run} at sample {progress.position} of {total}")
+
+    parallel.watch_signals()
+    table, multi = phase_table(config), spec.label_kind == "multi"
+    bad, stopped = 0, False
+    for batch in stream.batches(progress.position):
+        position, epoch = progress.position, progress.position / epoch_samples
+        # --- one batch: reseed from the position, set the rates, run the table
+        torch.manual_seed(mix(config.train.seed, position, rank, 8) >> 1)
+        factor = rate(config.optim, epoch, config.train.epochs)
+        for name, optimizer in networks.optimizers.items():
+            base = config.optim.generator_lr if name == "generator" else config.optim.discriminator_lr
+            optimizer.param_groups[0]["lr"] = base * factor
+        scene = make_scene(batch, networks, config, parallel, position, multi)
+        terms: dict[str, Tensor] = {}
+        for phase in table:
+            terms |= run_phase(phase, scene, networks.optimizers, parallel.autocast, config.optim.clip)
+        if networks.average is not None:
+            update_average(networks.average, networks.generator, config.train.ema)
+        progress.position += batch_size
+
+        # --- what is due now
+        for line in batch.bad:
+            log.warning("bad sample replaced: %s", line)
+        bad += len(batch.bad)
+        stopped = parallel.stop_requested()
+        last = progress.position >= total
+        if due(progress.position, config.train.log_every * batch_size, batch_size) or last:
+            values = parallel.mean({k: float(v) for k, v in {**terms, **scene.stats}.items()})
+            check_finite(values, position)
+            values |= {"lr": config.optim.generator_lr * factor, "bad_samples": bad}
+            values["samples_per_s"] = recorder.rate(progress.position)
+            recorder.line("train", progress.position, progress.position / epoch_samples, values)
+        recorder.show(progress.position, f"epoch {epoch:.0f} best {progress.best or 0:.4f}")
+        if last or (config.train.val_every and due(progress.position, samples(config.train.val_every), batch_size)):
+            validate_now(networks, val_reader, config, parallel, progress, recorder, run, epoch_samples)
+        if last or stopped or due(progress.position, samples(config.train.save_every), batch_size):
+            if parallel.main:
+                states = {k: o.state_dict() for k, o in networks.optimizers.items()}
+                save_checkpoint(run, Checkpoint(progress, networks.tensors(), states), config.train.keep)
+            parallel.barrier()
+        if last or stopped:
+            break
+
+    finished = progress.position >= total
+    if parallel.main and finished:
+        recorder.say(f"done: report at {write_report(run)}")
+    elif stopped:
+        recorder.say(f"saved at sample {progress.position} of {total} after a signal: start again to go on")
+    finish(recorder, parallel, networks)
+    return EXIT_DONE if finished else EXIT_SIGNALLED
+
+
+def due(position: int, every: int, batch: int) -> bool:
+    """Whether the batch that ended at `position` crossed a multiple of `every` samples."""
+    return position // every > (position - batch) // every
+
+
+def check_finite(values: dict[str, float], position: int) -> None:
+    """Raises BadInput naming the first loss that is NaN or Inf."""
+    for name, value in values.items():
+        if name.startswith("loss/") and not math.isfinite(value):
+            raise BadInput(
+                f"{name} is {value} at sample {position}: the run has diverged, lower optim.generator_lr or "
+                "optim.discriminator_lr and start from the last checkpoint"
+            )
+
+
+def validate_now(
+    networks: Networks,
+    reader: ShardReader,
+    config: Config,
+    parallel: Parallel,
+    progress: Progress,
+    recorder: Recorder,
+    run: Path,
+    epoch_samples: int,
+) -> None:
+    """Embed and score the validation split; keep the generator when it is the best so far."""
+    embedded = embed_split(networks.judged, reader, config, parallel)
+    metrics = evaluate(embedded.common, zscore=config.eval.zscore, all_modal=False)
+    score = score_of(metrics)
+    if progress.best is None or score > progress.best:
+        progress.best, progress.best_position = score, progress.position
+        if parallel.main:
+            save_best(run, stored_tensors(networks.judged), progress)
+    epoch = progress.position / epoch_samples
+    values = {k: v for k, v in metrics.items() if isinstance(v, float)}
+    recorder.line("val", progress.position, epoch, {"score": score, **values})
+    recorder.say(f"epoch {epoch:6.1f}  validation {score:.4f}  best {progress.best:.4f}")
+
+
+def finish(recorder: Recorder, parallel: Parallel, networks: Networks) -> None:
+    recorder.close()
+    networks.discriminators.clear()
+    networks.wrapped = networks.generator  # no DDP module may outlive the process group
+    parallel.close()

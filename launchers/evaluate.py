@@ -1,0 +1,100 @@
+"""Evaluate a trained run on a split: MAP, recall, baselines, report.
+
+python launchers/evaluate.py RUN --data DIR --split test [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich.logging import RichHandler
+
+from cmgan_dist.cli import parse
+from cmgan_dist.errors import BadInput, run_main
+
+
+@dataclass
+class Arguments:
+    """Evaluate RUN's best generator on a split; writes RUN/evaluation.json, RUN/embeddings.npz and RUN/report.html."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    data: str = ""
+    """Folder of shards; the one that the run was trained on when left out."""
+    split: str = "test"
+    """Split to evaluate."""
+    pictures: str = ""
+    """Folder of raw shards with the same keys, for the report's pictures; found by itself for shards that
+    'python -m shards features' wrote."""
+    json: bool = False
+    """Print the metrics as JSON on stdout instead of a table."""
+    baselines: bool = True
+    """Fit CCA and ridge on the same features and put them beside."""
+    zscore: bool = True
+    """Standardise common representations per modality over the split, as the authors do."""
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    arguments = parse(Arguments, sys.argv[1:], prog="launchers/evaluate.py")
+    from cmgan_dist.baselines import baseline_table
+    from cmgan_dist.checkpoint import load_best
+    from cmgan_dist.embed import Embedded, embed_split, gallery_items, load_model
+    from cmgan_dist.metrics import evaluate
+    from cmgan_dist.parallel import Parallel
+    from cmgan_dist.report import results_table, write_report
+    from cmgan_dist.schema import write_atomic
+    from cmgan_dist.stream import ShardReader
+
+    run = arguments.run
+    generator, config, spec = load_model(run)
+    data = arguments.data or config.data
+    if not data:
+        raise BadInput("--data is missing and the run names no data: name a folder of shards")
+    parallel = Parallel(config.train.precision)
+    generator.to(parallel.device)
+
+    def embedded(split: str) -> Embedded:
+        return embed_split(generator, ShardReader(data, split), config, parallel)
+
+    reader = ShardReader(data, arguments.split)
+    found = embedded(arguments.split)
+    metrics = evaluate(found.common, zscore=arguments.zscore)
+    baselines: dict[str, Any] = {}
+    if arguments.baselines:
+        train, val = embedded(config.stream.train_split), embedded(config.stream.val_split)
+        baselines = baseline_table(train.features, val.features, found.features)
+    _, metadata = load_best(run)
+    record = {
+        "metrics": metrics,
+        "baselines": baselines,
+        "classes": spec.classes,
+        "data": data,
+        "split": arguments.split,
+        "zscore": arguments.zscore,
+        "seed": config.train.seed,
+        "checkpoint": f"best, at sample {metadata.get('best_position')} of training",
+    }
+    arrays = {"image": found.common.image, "text": found.common.text, "text_owner": found.common.text_owner}
+    if found.common.labels is not None:
+        arrays["labels"] = found.common.labels
+    with open(run / "embeddings.npz", "wb") as file:
+        np.savez(file, keys=np.array(found.keys), **{k: v.numpy() for k, v in arrays.items()})
+    write_atomic(run / "evaluation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    report = write_report(run, gallery_items(reader, arguments.pictures))
+    if arguments.json:
+        print(json.dumps(record, ensure_ascii=False))
+    else:
+        results_table(record)
+        print(f"report: {report}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Raw pairs -> WebDataset tars with a manifest: build, verify, stats, index, features."""

@@ -1,0 +1,67 @@
+"""``python -m shards COMMAND``: see ``python -m shards --help``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from cmgan_dist.cli import parse
+from cmgan_dist.errors import BadInput, run_main
+
+Table = dict[str, tuple[str, str, str]]
+"""Name -> (module, its command dataclass, one line of help). A module is imported when its command is called, so that
+``build folder`` does not wait for torch."""
+
+COMMANDS: Table = {
+    "verify": ("shards.verify", "VerifyCommand", "check counts, checksums, labels, duplicates and every sample"),
+    "stats": ("shards.stats", "StatsCommand", "print classes, sizes and caption lengths; draw a picture grid"),
+    "index": ("shards.index", "IndexCommand", "write the manifest for tars made elsewhere (img2dataset output)"),
+    "features": ("shards.features", "FeaturesCommand", "turn encoded shards into shards of precomputed features"),
+}
+SOURCES: Table = {
+    "openmoji": ("shards.sources.openmoji", "OpenMojiCommand", "emoji and their names, 9 categories, CC BY-SA 4.0"),
+    "flickr8k": ("shards.sources.flickr8k", "Flickr8kCommand", "photographs with five captions each, no classes"),
+    "wikipedia": ("shards.sources.wikipedia", "WikipediaCommand", "precomputed features, 10 classes"),
+    "folder": ("shards.sources.folder", "FolderCommand", "[split/]CLASS/NAME.jpg + NAME.txt"),
+    "table": ("shards.sources.table", "TableCommand", "CSV, TSV, JSONL or Parquet: image path, text, label, split"),
+}
+
+
+def usage() -> str:
+    lines = [
+        "usage: python -m shards COMMAND ... (each has --help)",
+        "",
+        "  build SOURCE --output DIR    pack raw pairs:",
+    ]
+    lines += [f"    build {name:<21}{text}" for name, (_, _, text) in SOURCES.items()]
+    lines += [f"  {name + ' DIR':<29}{text}" for name, (_, _, text) in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def _choose(table: Table, args: Sequence[str], what: str, more: Sequence[str] = ()) -> str:
+    """The first argument, which must be in the table or `more`. Raises BadInput."""
+    choices = ", ".join([*more, *table])
+    if not args:
+        raise BadInput(f"name a {what}: {choices}")
+    if args[0] not in table and args[0] not in more:
+        raise BadInput(f"unknown {what} '{args[0]}': choose one of {choices}")
+    return args[0]
+
+
+def main(args: Sequence[str]) -> int | None:
+    if (args and args[0] in ("-h", "--help")) or list(args) in (["build", "-h"], ["build", "--help"]):
+        print(usage())
+        return 0
+    name = _choose(COMMANDS, args, "command", more=["build"])
+    table, prog, rest = COMMANDS, f"python -m shards {name}", args[1:]
+    if name == "build":
+        name = _choose(SOURCES, rest, "source")
+        table, prog, rest = SOURCES, f"{prog} {name}", rest[1:]
+    module, command, _ = table[name]
+    code: int | None = parse(getattr(importlib.import_module(module), command), rest, prog=prog).run()
+    return code
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))

@@ -1,0 +1,188 @@
+"""Write the manifest and the sidecars for tars made elsewhere, such as img2dataset's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import tyro
+
+from cmgan_dist.errors import BadInput
+from cmgan_dist.schema import (
+    MANIFEST_NAME,
+    LabelKind,
+    Manifest,
+    index_name,
+    load_manifest,
+    natural_splits,
+    write_atomic,
+)
+from shards.parallel import parallel_map
+from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, scan_shard
+from shards.writer import print_sizes
+
+
+def split_of_shard(name: str) -> str:
+    """Split of a shard by its folder (``val/00000.tar``) or how its name begins (``val-00000.tar``), else train."""
+    path = PurePosixPath(name)
+    words = [part.lower() for part in path.parts[:-1]]
+    stem = path.stem.lower()
+    words += [
+        stem[: len(alias)] for alias in SPLIT_ALIASES if stem == alias or stem.startswith((f"{alias}-", f"{alias}_"))
+    ]
+    return next((SPLIT_ALIASES[word] for word in words if word in SPLIT_ALIASES), "train")
+
+
+def label_kind_of(samples: list[SampleFacts]) -> LabelKind:
+    """``none`` when no sample has a label, ``multi`` when one has several, else ``single``.
+
+    Raises BadInput when some samples have one label and others none."""
+    counts = [len(facts.labels) for facts in samples if not facts.fault]
+    most = max(counts, default=0)
+    if most == 1 and 0 in counts:
+        raise BadInput(
+            f"{counts.count(0)} of {len(counts)} samples have no label and the others one: "
+            "label them all, or pass --label-kind multi or none"
+        )
+    return "none" if most == 0 else "single" if most == 1 else "multi"
+
+
+def _one_kind(what: str, dims: set[int | None]) -> int | None:
+    """The feature size that all samples share, None for encoded data. Raises BadInput when they differ."""
+    if len(dims) > 1:
+        found = ", ".join(sorted("encoded" if dim is None else f"features of {dim}" for dim in dims))
+        raise BadInput(f"the samples' {what} are of different kinds: {found}")
+    return next(iter(dims))
+
+
+@dataclass
+class IndexCommand:
+    """Write manifest.json and an index beside each tar, for WebDataset shards made elsewhere.
+
+    Splits: by sub-folder (val/00000.tar) or name (val-00000.tar), else train. Labels are read from KEY.json."""
+
+    data: tyro.conf.Positional[Path]
+    """Folder of tars, searched to its depth."""
+    classes: Path | None = None
+    """File with a class name a line (None: as many numbered classes as the labels need)."""
+    label_kind: Literal["single", "multi", "none"] | None = None
+    """How labels are read (None: seen from the samples)."""
+    name: str | None = None
+    """Name of the data set (None: the folder's)."""
+    attribution: str = ""
+    """Source and licence, for the manifest."""
+    overwrite: bool = False
+    """Replace a manifest; its name, classes and attribution stay unless given anew."""
+    skip_bad: bool = False
+    """Leave damaged and empty shards out and list them, instead of stopping at the first."""
+    processes: int | None = None
+    """Processes that read shards (None: one a core)."""
+
+    def run(self) -> None:
+        manifest, notes = self.index()
+        print(f"wrote {self.data / MANIFEST_NAME}")
+        print_sizes(manifest)
+        for note in notes:
+            print(note)
+
+    def index(self) -> tuple[Manifest, list[str]]:
+        """Scan, write the sidecars and then the manifest; returns it and what should be known about it.
+
+        Raises BadInput on a folder without tars, a damaged or empty shard, or labels that do not fit."""
+        if not self.data.is_dir():
+            raise BadInput(f"folder {self.data} does not exist")
+        old = self._old_manifest()
+        names = sorted(path.relative_to(self.data).as_posix() for path in self.data.rglob("*.tar"))
+        names = [name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)]
+        if not names:
+            raise BadInput(f"{self.data} holds no .tar files")
+        tasks = [(self.data / name, name) for name in names]
+        scans, notes = self._usable(parallel_map(scan_shard, tasks, title="indexing", processes=self.processes))
+        samples = [facts for scan in scans for facts in scan.samples]
+        good = [facts for facts in samples if not facts.fault]
+        if not good:
+            raise BadInput(f"no sample in {self.data} can be used: sample {samples[0].key} {samples[0].fault}")
+        if len(good) < len(samples):
+            first = next(facts for facts in samples if facts.fault)
+            notes.append(
+                f"{len(samples) - len(good)} of {len(samples)} samples cannot be used (the first: {first.key}, "
+                f"{first.fault}); training replaces them, 'python -m shards verify' lists them"
+            )
+        image_dim = _one_kind("images", {facts.image_dim for facts in good})
+        text_dim = _one_kind("texts", {facts.text_dim for facts in good})
+        kind = self.label_kind or label_kind_of(samples)
+        splits = {split: [s.info for s in scans if split_of_shard(s.info.name) == split] for split in _splits(scans)}
+        manifest = Manifest(
+            name=self.name or (old.name if old else self.data.resolve().name),
+            label_kind=kind,
+            classes=[] if kind == "none" else self._class_names(good, old),
+            splits=splits,
+            image="encoded" if image_dim is None else "features",
+            image_dim=image_dim,
+            text="utf8" if text_dim is None else "features",
+            text_dim=text_dim,
+            attribution=self.attribution or (old.attribution if old else ""),
+            details={"source": "index"},
+        )
+        for scan in scans:
+            write_atomic(self.data / index_name(scan.info.name), scan.index.to_bytes())
+        write_atomic(self.data / MANIFEST_NAME, manifest.to_json())
+        return manifest, notes
+
+    def _old_manifest(self) -> Manifest | None:
+        """What a readable manifest says already. Raises BadInput when there is one and `overwrite` is off."""
+        path = self.data / MANIFEST_NAME
+        if not path.exists():
+            return None
+        if not self.overwrite:
+            raise BadInput(f"{path} exists already: pass --overwrite to write it anew")
+        try:
+            return load_manifest(self.data)
+        except BadInput:
+            return None
+
+    def _usable(self, scans: list[ShardScan]) -> tuple[list[ShardScan], list[str]]:
+        """The shards to index, and what was left out. Raises BadInput unless `skip_bad`."""
+        usable, notes = [], []
+        for scan in scans:
+            fault = scan.damage or ("" if scan.samples else f"{scan.info.name} has no samples")
+            if fault and not self.skip_bad:
+                raise BadInput(f"{fault}: mend or remove it, or pass --skip-bad to leave such shards out")
+            if fault:
+                notes.append(f"left out {scan.info.name}: {fault}")
+            else:
+                usable.append(scan)
+        if not usable:
+            raise BadInput(f"no shard in {self.data} can be used: {notes[0]}")
+        return usable, notes
+
+    def _class_names(self, samples: list[SampleFacts], old: Manifest | None) -> list[str]:
+        """Raises BadInput when a label is negative or has no name in the file."""
+        found = {label for facts in samples for label in facts.labels}
+        if not found:
+            raise BadInput(f"no sample in {self.data} has a label: pass --label-kind none")
+        if self.classes is None:
+            names = [str(i) for i in range(max(found) + 1)]
+            if old is not None and len(old.classes) >= len(names):
+                names = old.classes
+        else:
+            names = _read_names(self.classes)
+        if min(found) < 0 or max(found) >= len(names):
+            wrong = min(found) if min(found) < 0 else max(found)
+            raise BadInput(f"label {wrong} is out of range: there are {len(names)} classes")
+        return names
+
+
+def _splits(scans: list[ShardScan]) -> list[str]:
+    return natural_splits(split_of_shard(scan.info.name) for scan in scans)
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"class file {path} cannot be read ({error})") from None
+    if not names:
+        raise BadInput(f"class file {path} is empty")
+    return names

@@ -1,0 +1,80 @@
+"""Flickr8k: 8,000 photographs with five English captions each, pairs without classes.
+
+Reads a folder with images.tar, captions.tsv (image<TAB>caption) and split_train.txt, split_dev.txt, split_test.txt."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmgan_dist.errors import BadInput
+from shards.writer import BuildCommand, FileSlice, RawPairs, Record, make_key
+
+ATTRIBUTION = (
+    "Flickr8k: M. Hodosh, P. Young, J. Hockenmaier, Framing Image Description as a Ranking Task, JAIR 47 (2013). "
+    "Distributed for research use, to be cited; the photographs are copyright of their Flickr owners. No licence."
+)
+SPLIT_FILES = {"train": "split_train.txt", "val": "split_dev.txt", "test": "split_test.txt"}
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 file that are not empty. Raises BadInput when it is missing or not UTF-8."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist: name the folder that holds it with --input") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+@dataclass(kw_only=True)
+class Flickr8kCommand(BuildCommand):
+    """Pack Flickr8k: the original JPEG bytes with five captions each, in the published splits, without classes."""
+
+    input: Path = Path("../shared/data/flickr8k")
+    """Folder with images.tar, captions.tsv and split_*.txt."""
+
+    def pairs(self) -> RawPairs:
+        archive = self.input / "images.tar"
+        captions: dict[str, list[str]] = {}
+        for line in read_lines(self.input / "captions.tsv"):
+            image, _, caption = line.partition("\t")
+            captions.setdefault(image, []).append(caption.strip())
+        split_of = {
+            name: split for split, file in SPLIT_FILES.items() for name in map(str.strip, read_lines(self.input / file))
+        }
+        places = _image_places(archive)
+        absent = [name for name in split_of if name not in places]
+        if absent:
+            raise BadInput(f"{archive} has no image {absent[0]} ({len(absent)} in all), which a split file names")
+
+        def records() -> Iterator[Record]:
+            for name, split in split_of.items():
+                texts = tuple(captions.get(name, ()))
+                yield Record(make_key(Path(name).stem), split, places[name], texts, (), name)
+
+        outside = len(places.keys() - split_of.keys())
+        return RawPairs(
+            name="flickr8k",
+            label_kind="none",
+            classes=[],
+            records=records(),
+            attribution=ATTRIBUTION,
+            details={"source": "flickr8k", "images_in_no_split": outside},
+            expected_splits=("train", "val", "test"),
+            notes=[f"{outside} images are in no published split and were left out"],
+        )
+
+
+def _image_places(archive: Path) -> dict[str, FileSlice]:
+    """File name -> where its bytes lie in the archive."""
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            members = [member for member in tar if member.isfile()]
+    except FileNotFoundError:
+        raise BadInput(f"{archive} does not exist: name the folder that holds it with --input") from None
+    except tarfile.TarError as error:
+        raise BadInput(f"{archive} is not a whole tar ({error})") from None
+    return {Path(m.name).name: FileSlice(archive, m.offset_data, m.size) for m in members}

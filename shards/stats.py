@@ -1,0 +1,199 @@
+"""Print what a data set holds and draw some of it: classes, sizes, caption lengths, a picture grid."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.schema import Manifest, Sample, ShardIndex, index_name, iter_samples, load_manifest, parse_sample
+from shards.parallel import parallel_map
+from shards.scan import SampleFacts, scan_shard
+from shards.writer import print_sizes
+
+
+@dataclass
+class StatsCommand:
+    """Print classes, sizes and caption lengths of each split, and draw a grid of pictures with their texts."""
+
+    data: tyro.conf.Positional[Path]
+    """Folder with manifest.json and tars."""
+    picture: Path | None = None
+    """Where the grid is written (None: DATA/stats.png)."""
+    rows: int = 4
+    """Rows of the grid."""
+    columns: int = 6
+    """Columns of the grid."""
+    processes: int | None = None
+    """Processes that read shards (None: one a core)."""
+
+    def run(self) -> None:
+        if self.rows < 1 or self.columns < 1:
+            raise BadInput("--rows and --columns must be at least 1")
+        manifest = load_manifest(self.data)
+        facts = read_facts(self.data, manifest, self.processes)
+        print_sizes(manifest)
+        console = Console()
+        if manifest.classes:
+            console.print(class_table(manifest, facts))
+        console.print(length_table(facts))
+        if manifest.attribution:
+            console.print(manifest.attribution, style="dim", highlight=False, markup=False)
+        if manifest.image == "features":
+            print(f"no picture grid: the images are features of size {manifest.image_dim}")
+            return
+        picture = self.picture or self.data / "stats.png"
+        missing = draw_grid(self.data, manifest, self.rows, self.columns, picture)
+        print(f"wrote {picture}")
+        if missing:
+            print(f"no installed font has these characters, drawn as boxes: {''.join(missing)}")
+
+
+def read_facts(data: Path, manifest: Manifest, processes: int | None) -> dict[str, list[SampleFacts]]:
+    """Split -> facts of its usable samples. Raises BadInput when a shard is missing or damaged."""
+    listed = [(split, shard) for split, shards in manifest.splits.items() for shard in shards]
+    tasks = [(data / shard.name, shard.name, manifest.image == "encoded") for _, shard in listed]
+    facts: dict[str, list[SampleFacts]] = {split: [] for split in manifest.splits}
+    scans = parallel_map(scan_shard, tasks, title="reading", processes=processes)
+    for (split, _), scan in zip(listed, scans, strict=True):
+        if scan.damage:
+            raise BadInput(f"{scan.damage}: 'python -m shards verify {data}' says what else is wrong")
+        facts[split] += [one for one in scan.samples if not one.fault]
+    return facts
+
+
+def class_table(manifest: Manifest, facts: dict[str, list[SampleFacts]]) -> Table:
+    """Samples of each class in each split; with several labels a sample counts in each of its classes."""
+    table = Table("class", *facts, "all", title="samples a class")
+    counts = {split: Counter(label for one in found for label in one.labels) for split, found in facts.items()}
+    for label, name in enumerate(manifest.classes):
+        numbers = [counts[split][label] for split in facts]
+        table.add_row(name, *map(str, numbers), str(sum(numbers)))
+    return table
+
+
+def length_table(facts: dict[str, list[SampleFacts]]) -> Table:
+    """Smallest, median and largest of what is measured in each split."""
+    table = Table("", *facts, title="smallest / median / largest")
+    measures: dict[str, Any] = {
+        "captions an image": lambda one: [len(one.caption_lengths)] if one.caption_lengths else [],
+        "words a caption": lambda one: [words for _, words in one.caption_lengths],
+        "characters a caption": lambda one: [characters for characters, _ in one.caption_lengths],
+        "image width": lambda one: [one.size[0]] if one.size else [],
+        "image height": lambda one: [one.size[1]] if one.size else [],
+        "image features": lambda one: [one.image_dim] if one.image_dim else [],
+        "text features": lambda one: [one.text_dim] if one.text_dim else [],
+    }
+    for title, measure in measures.items():
+        cells = []
+        for found in facts.values():
+            values = [value for one in found for value in measure(one)]
+            cells.append(f"{min(values)} / {np.median(values):g} / {max(values)}" if values else "")
+        if any(cells):
+            table.add_row(title, *cells)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------- picture grid
+
+
+def choose_samples(data: Path, manifest: Manifest, count: int) -> list[tuple[str, Sample]]:
+    """About `count` (split, sample) for the grid, the same ones on every call, the classes in turn."""
+    places = []
+    for split, shards in manifest.splits.items():
+        for shard in shards:
+            index = ShardIndex.from_bytes((data / index_name(shard.name)).read_bytes(), index_name(shard.name))
+            for i in range(len(index)):
+                order = hashlib.sha256(f"{shard.name} {i}".encode()).digest()
+                places.append((order, index.labels(i)[:1], split, shard.name, index.offsets[i : i + 2]))
+    places.sort(key=lambda place: place[0])
+    seen: Counter[tuple[int, ...]] = Counter()
+    turns = []
+    for place in places:
+        turns.append((seen[place[1]], place[1], place))
+        seen[place[1]] += 1
+    turns.sort(key=lambda turn: turn[:2])
+    chosen = []
+    for _, _, (_, _, split, name, (start, end)) in turns[:count]:
+        with open(data / name, "rb") as file:
+            file.seek(int(start))
+            key, _, members = next(iter_samples(io.BytesIO(file.read(int(end - start))), name))
+        try:
+            chosen.append((split, parse_sample(key, members)))
+        except BadSample:
+            continue  # verify names it; the grid goes on without it
+    return chosen
+
+
+def fonts_for(text: str) -> tuple[list[str], list[str]]:
+    """(font families that together have the text's characters, those characters that no installed font has)."""
+    from matplotlib import font_manager
+    from matplotlib.ft2font import FT2Font
+
+    default = font_manager.findfont("DejaVu Sans")
+    families = ["DejaVu Sans"]
+    missing = {ord(c) for c in text if c.isprintable()} - FT2Font(default).get_charmap().keys()
+    for entry in sorted(font_manager.fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)):
+        if not missing:
+            break
+        if entry.style != "normal" or entry.name in families:
+            continue
+        covered = missing & FT2Font(entry.fname).get_charmap().keys()
+        if covered:
+            families.append(entry.name)
+            missing -= covered
+    return families, sorted(map(chr, missing))
+
+
+def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: Path) -> list[str]:
+    """Write a PNG of rows x columns pictures with their first text; returns the characters that no font has.
+
+    Raises BadInput when the picture cannot be written or a sidecar is missing."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    try:
+        samples = choose_samples(data, manifest, rows * columns)
+    except FileNotFoundError as error:
+        raise BadInput(f"{error.filename} is missing: write it with 'python -m shards index --overwrite'") from None
+    captions = [_caption(manifest, split, sample) for split, sample in samples]
+    families, missing = fonts_for("".join(captions))
+    with rc_context({"font.family": families, "font.size": 7}):
+        figure = Figure(figsize=(1.9 * columns, 2.4 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis in axes:
+            axis.axis("off")
+        for axis, (_, sample), caption in zip(axes, samples, captions, strict=False):
+            if isinstance(sample.image, bytes):
+                with Image.open(io.BytesIO(sample.image)) as image:
+                    axis.imshow(np.asarray(image.convert("RGB")))
+            axis.set_title(caption, parse_math=False)
+        figure.suptitle(f"{manifest.name}: {sum(map(manifest.samples, manifest.splits))} pairs", parse_math=False)
+        out = io.BytesIO()
+        try:
+            FigureCanvasAgg(figure).print_png(out)
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            picture.write_bytes(out.getvalue())
+        except OSError as error:
+            raise BadInput(f"cannot write the picture {picture}: {error.strerror}") from None
+    return missing
+
+
+def _caption(manifest: Manifest, split: str, sample: Sample) -> str:
+    """The class in brackets, then the first text, in at most four short lines."""
+    classes = ", ".join(manifest.classes[i] for i in sample.labels if i < len(manifest.classes))
+    text = sample.texts[0] if isinstance(sample.texts, list) else f"text features {sample.texts.shape}"
+    lines = textwrap.wrap(f"[{classes or split}] {text}", 28)
+    return "\n".join(lines[:3] + (["…"] if len(lines) > 3 else []))

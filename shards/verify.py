@@ -1,0 +1,160 @@
+"""Check a packed data set and say what was found, a line each.
+
+A *problem* makes training wrong or a result untrue; a *warning* should be known."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from cmgan_dist.errors import BadInput
+from cmgan_dist.schema import Manifest, ShardIndex, ShardInfo, index_name, load_manifest
+from shards.parallel import parallel_map
+from shards.scan import SampleFacts, ShardScan, scan_shard
+from shards.writer import PACKING_NAME
+
+FOUND_PROBLEMS = 1
+"""Exit code when there are problems; 0 when there are none."""
+
+
+@dataclass
+class Report:
+    samples: int = 0
+    shards: int = 0
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class VerifyCommand:
+    """Check counts, checksums, sidecars, every sample, label ranges, and duplicates within and across splits.
+
+    Exit code 0: clean. 1: problems found, a line each. 2: not a data set."""
+
+    data: tyro.conf.Positional[Path]
+    """Folder with manifest.json and tars."""
+    decode: bool = True
+    """Decode every image; without, only the bytes are checked."""
+    processes: int | None = None
+    """Processes that read shards (None: one a core)."""
+
+    def run(self) -> int:
+        report = verify(self.data, decode=self.decode, processes=self.processes)
+        for line in report.problems:
+            print(f"problem: {line}")
+        for line in report.warnings:
+            print(f"warning: {line}")
+        print(
+            f"{self.data}: {report.samples} samples in {report.shards} shards, "
+            f"{len(report.problems)} problems, {len(report.warnings)} warnings"
+        )
+        return FOUND_PROBLEMS if report.problems else 0
+
+
+def verify(data: Path, *, decode: bool = True, processes: int | None = None) -> Report:
+    """Check the data set in the folder `data`. Raises BadInput when it has no readable manifest."""
+    manifest = load_manifest(data)
+    report = Report()
+    listed = [(split, shard) for split, shards in manifest.splits.items() for shard in shards]
+    present = [(split, shard) for split, shard in listed if (data / shard.name).is_file()]
+    for split, shard in listed:
+        if (split, shard) not in present:
+            report.problems.append(f"{shard.name} is in the manifest but not in the folder")
+    report.problems += _stray_files(data, {shard.name for _, shard in listed})
+    report.problems += [
+        f"split '{split}' has no samples"
+        for split, shards in manifest.splits.items()
+        if not sum(s.samples for s in shards)
+    ]
+    if not listed:
+        report.problems.append("the manifest lists no shards")
+    tasks = [(data / shard.name, shard.name, decode) for _, shard in present]
+    scans = parallel_map(scan_shard, tasks, title="verifying", processes=processes)
+    for (_, shard), scan in zip(present, scans, strict=True):
+        report.problems += _shard_problems(data, shard, scan)
+        for facts in scan.samples:
+            report.problems += [f"{shard.name}: {line}" for line in _sample_problems(manifest, facts)]
+    report.samples = sum(len(scan.samples) for scan in scans)
+    report.shards = len(scans)
+    _find_duplicates([(split, scan) for (split, _), scan in zip(present, scans, strict=True)], report)
+    return report
+
+
+def _stray_files(data: Path, listed: set[str]) -> Iterator[str]:
+    sidecars = {index_name(name) for name in listed}
+    for path in sorted(data.rglob("*")):
+        name = path.relative_to(data).as_posix()
+        if (name.endswith(".tar") and name not in listed) or (name.endswith(".index.npz") and name not in sidecars):
+            yield f"{name} is in the folder but not in the manifest"
+        elif path.name.endswith(".tmp") or name == PACKING_NAME:
+            yield f"{name} is left from a run that did not end"
+
+
+def _shard_problems(data: Path, listed: ShardInfo, scan: ShardScan) -> Iterator[str]:
+    """What is wrong with the file, its entry in the manifest and its sidecar."""
+    name = listed.name
+    if scan.info.bytes != listed.bytes:
+        yield f"{name} has {scan.info.bytes} bytes, the manifest says {listed.bytes}"
+    elif scan.info.sha256 != listed.sha256:
+        yield f"{name} has another checksum than the manifest says: its bytes were changed"
+    if scan.damage:
+        yield scan.damage
+    if scan.info.samples != listed.samples:
+        yield f"{name} has {scan.info.samples} samples, the manifest says {listed.samples}"
+    sidecar = data / index_name(name)
+    if not sidecar.is_file():
+        yield f"{index_name(name)} is missing: write it with 'python -m shards index --overwrite'"
+        return
+    try:
+        index = ShardIndex.from_bytes(sidecar.read_bytes(), index_name(name))
+    except BadInput as error:
+        yield str(error)
+        return
+    same = all(
+        np.array_equal(getattr(index, array), getattr(scan.index, array))
+        for array in ("offsets", "label_starts", "label_values")
+    )
+    if not same:
+        yield f"{index_name(name)} does not agree with the samples of {name}"
+
+
+def _sample_problems(manifest: Manifest, facts: SampleFacts) -> Iterator[str]:
+    if facts.fault:
+        # A member whose image or text stands elsewhere, or nowhere, is an orphan.
+        kind = "orphan member" if facts.fault.startswith("has no") else "sample"
+        names = ", ".join(f"{facts.key}.{extension}" for extension in facts.members)
+        yield f"{kind} {names}: {facts.fault}"
+        return
+    out_of_range = [label for label in facts.labels if not 0 <= label < len(manifest.classes)]
+    if out_of_range and manifest.label_kind != "none":
+        yield f"sample {facts.key}: label {out_of_range[0]} is out of range, there are {len(manifest.classes)} classes"
+    if manifest.label_kind == "single" and len(facts.labels) != 1:
+        yield f"sample {facts.key} has {len(facts.labels)} labels, expected one"
+    for what, found, expected in (
+        ("image", facts.image_dim, manifest.image_dim),
+        ("text", facts.text_dim, manifest.text_dim),
+    ):
+        if found != expected:
+            kinds = ["not features" if dim is None else f"features of size {dim}" for dim in (found, expected)]
+            yield f"sample {facts.key}: its {what} is {kinds[0]}, the manifest says {kinds[1]}"
+
+
+def _find_duplicates(scans: list[tuple[str, ShardScan]], report: Report) -> None:
+    """Equal keys and equal images: a problem across splits, a warning within one."""
+    for what, value_of in (("key", lambda facts: facts.key), ("image", lambda facts: facts.image_digest)):
+        places: dict[str | bytes, list[tuple[str, str]]] = defaultdict(list)
+        for split, scan in scans:
+            for facts in scan.samples:
+                if value_of(facts):
+                    places[value_of(facts)].append((split, f"{facts.key} ({split}, {scan.info.name})"))
+        for same in places.values():
+            if len(same) > 1:
+                across = len({split for split, _ in same}) > 1
+                where = "across splits" if across else "within a split"
+                line = f"the same {what} {where}: {', '.join(place for _, place in same)}"
+                (report.problems if across else report.warnings).append(line)

@@ -1,0 +1,162 @@
+"""Whole runs in real processes: launch, resume after kill -9, signals, two processes against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--preset", "smoke", "stream.global_batch=16", "train.tracker=none", "train.threads=1", "train.log_every=1"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+
+
+def command(data: Path, run: Path, *extra: str, processes: int = 1) -> list[str]:
+    script = [str(ROOT / "launchers" / "train.py"), *SMALL, "--data", str(data), "--output", str(run), *extra]
+    if processes == 1:
+        return [sys.executable, *script]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return [sys.executable, *launch, *script]
+
+
+def run_to_end(*args: Any, expect: int = 0, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*args, **kwargs), env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "samples_per_s"} for line in found if line["kind"] == kind]
+
+
+def final_state(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    last = sorted((run / "checkpoints").glob("samples-*"))[-1]
+    return load_file(last / "model.safetensors"), torch.load(last / "optimizer.pt", weights_only=True)
+
+
+def assert_same(a: Any, b: Any, **tolerance: float) -> None:
+    for name, tensor in a.items():
+        torch.testing.assert_close(tensor, b[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+
+
+def test_kill_9_and_resume_ends_bitwise_like_an_undisturbed_run(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    data = feature_data(splits={"train": [70, 26], "val": [24]}, captions=3)
+    extra = ["train.epochs=30", "train.save_every=2", "train.val_every=3", "model.dropout=0.3", "train.ema=0.9"]
+    run_to_end(data, tmp_path / "whole", *extra)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(data, killed, *extra), env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list((killed / "checkpoints").glob("samples-*"))) < 2:
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = max(int(p.name.split("-")[1]) for p in (killed / "checkpoints").glob("samples-*"))
+    assert before < 30 * 96
+    run_to_end(data, killed, *extra)
+    (a, opt_a), (b, opt_b) = final_state(tmp_path / "whole"), final_state(killed)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    for name in opt_a:
+        for index, state in opt_a[name]["state"].items():
+            assert all(torch.equal(v, opt_b[name]["state"][index][k]) for k, v in state.items())
+    assert lines(tmp_path / "whole", "train") == lines(killed, "train")
+    assert lines(tmp_path / "whole", "val") == lines(killed, "val")
+    best = [load_file(r / "best" / "model.safetensors") for r in (tmp_path / "whole", killed)]
+    assert all(torch.equal(best[0][k], best[1][k]) for k in best[0])
+
+
+def test_a_finished_run_says_so_and_another_config_is_refused(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    data, run = feature_data(), tmp_path / "run"
+    run_to_end(data, run)
+    stamp = (run / "best" / "model.safetensors").stat().st_mtime_ns
+    assert "is done" in run_to_end(data, run).stderr
+    assert (run / "best" / "model.safetensors").stat().st_mtime_ns == stamp
+    refused = run_to_end(data, run, "model.common_dim=32", expect=2)
+    assert "was trained with model.common_dim 64, not 32" in refused.stderr
+    run_to_end(data, run, "--resume", "never", "model.common_dim=32")
+    assert (run / "earlier-1" / "best" / "model.safetensors").exists()
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints", "best", "report.html"):
+        assert (run / name).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_with_85(number: int, feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    data, run = feature_data(), tmp_path / "run"
+    extra = ["train.epochs=5000", "train.val_every=0", "train.save_every=5000"]
+    process = subprocess.Popen(command(data, run, *extra), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 85, errors
+    assert "saved at sample" in errors
+    assert len(list((run / "checkpoints").glob("samples-*"))) == 1
+
+
+PARTS = {
+    "reference sampling": ["stream.sampling=balanced"],
+    "streamed, all terms": ["loss.contrastive=1.0", "loss.class_contrastive=0.5", "loss.mismatch=conditional"],
+    "joint, workers": ["optim.update=joint", "stream.workers=2", "loss.contrastive=1.0"],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_two_processes_equal_one(part: str, feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    """The same global batches, gradients and statistics; fp32 sums in another order."""
+    data = feature_data(label_kind="single")
+    extra = [*PARTS[part], "train.epochs=1", "train.val_every=1", "optim.generator_steps=2"]
+    run_to_end(data, tmp_path / "one", *extra)
+    run_to_end(data, tmp_path / "two", *extra, processes=2)
+    one, two = lines(tmp_path / "one", "train"), lines(tmp_path / "two", "train")
+    assert [x["samples"] for x in one] == [x["samples"] for x in two]
+    for a, b in zip(one, two, strict=True):
+        for name in a:
+            if name.startswith("loss/"):
+                assert abs(a[name] - b[name]) <= 2e-3 * max(1, abs(a[name])), (name, a[name], b[name])
+    first = [k for k in one[0] if k.startswith("loss/D")]
+    assert max(abs(one[0][k] - two[0][k]) for k in first) < 1e-5
+
+
+def test_two_processes_without_labels_and_with_multi_labels(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    for kind in ("none", "multi"):
+        data = feature_data(name=kind, label_kind=kind, captions=2)
+        run_to_end(data, tmp_path / f"run-{kind}", "loss.contrastive=1.0", processes=2)
+        score = lines(tmp_path / f"run-{kind}", "val")[-1]
+        assert ("map/mean" in score) == (kind == "multi")
+
+
+def test_two_processes_get_one_sentence(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(feature_data(), tmp_path / "run", "stream.train_split=nope", processes=2),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("has no split 'nope'") == 1
+
+
+def test_bf16_trains(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    run_to_end(feature_data(), tmp_path / "run", "train.precision=bf16", "train.epochs=4")
+    assert lines(tmp_path / "run", "val")[-1]["map/mean"] > 0.4

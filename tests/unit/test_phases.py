@@ -1,0 +1,196 @@
+"""The phase table: who trains in which phase, and against what."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from cmgan_dist.config import Config, ModelConfig
+from cmgan_dist.networks import DataSpec, build_generator
+from cmgan_dist.parallel import Parallel
+from cmgan_dist.phases import phase_table, pick_wrong, run_phase
+from cmgan_dist.stream import Batch
+from cmgan_dist.train import build_networks, make_scene
+
+
+def small(**loss: object) -> Config:
+    config = Config()
+    config.model.hidden_dim, config.model.common_dim, config.model.discriminator_dim = 16, 8, 12
+    config.stream.global_batch = 10
+    for name, value in loss.items():
+        setattr(config.loss, name, value)
+    return config
+
+
+def make_batch(rows: int = 10, classes: int = 3, seed: int = 0) -> Batch:
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.eye(max(classes, 1)).bool()[torch.arange(rows) % max(classes, 1)] if classes else None
+    image, text = torch.randn(rows, 6, generator=rng), torch.randn(rows, 5, generator=rng)
+    return Batch(image, text, labels, [str(i) for i in range(rows)], size=rows)
+
+
+def set_up(config: Config, classes: int = 3):  # type: ignore[no-untyped-def]
+    spec = DataSpec([str(c) for c in range(classes)], "single" if classes else "none", 6, 5)
+    parallel = Parallel()
+    return build_networks(config, spec, None, parallel), parallel
+
+
+CASES = [
+    {},
+    {"adversarial": "hinge", "mismatch": "conditional"},
+    {"adversarial": "wgan-gp"},
+    {"r1": 1.0, "r1_every": 1},
+    {"contrastive": 1.0, "class_contrastive": 1.0},
+    {"intra": 0.0},
+    {"inter": 0.0},
+]
+
+
+@pytest.mark.parametrize("update", ["alternate", "joint"])
+@pytest.mark.parametrize("loss", CASES, ids=str)
+def test_each_phase_changes_its_own_parameters_only(loss: dict[str, object], update: str) -> None:
+    config = small(**loss)
+    config.optim.update = update  # type: ignore[assignment]
+    networks, parallel = set_up(config)
+    scene = make_scene(make_batch(), networks, config, parallel, 0, False)
+    modules = {"generator": networks.generator, **networks.bare}
+    for phase in phase_table(config):
+        before = {n: {k: p.detach().clone() for k, p in m.named_parameters()} for n, m in modules.items()}
+        terms = run_phase(phase, scene, networks.optimizers, parallel.autocast, 1.0)
+        assert all(torch.isfinite(t) for t in terms.values())
+        for name, module in modules.items():
+            changed = {k for k, p in module.named_parameters() if not torch.equal(p, before[name][k])}
+            if name != phase.module:
+                assert not changed, f"{phase.name} changed {name}: {changed}"
+                assert name == "generator" or all(p.grad is None or not p.requires_grad for p in module.parameters())
+            else:
+                own = changed
+                assert own, f"{phase.name} left its own module as it was"
+        if phase.name == "G_I":
+            assert not {k for k in own if k.startswith("text_")}
+            assert any(k.startswith("shared.") for k in own)
+        if phase.name == "G_T":
+            assert not {k for k in own if k.startswith("image_")}
+
+
+def test_the_reference_table_is_the_published_order() -> None:
+    names = [p.name for p in phase_table(Config())]
+    assert names == ["D_T", "D_I", "D_CT", "D_CI"] + ["G_I", "G_T"] * 5
+
+
+def test_one_discriminator_step_against_plain_torch() -> None:
+    """D_CI of the recipe written out: separate forwards, BCE, weights 1, 1/2, 1/2, Adam."""
+    config = small(mismatch="conditional")
+    networks, parallel = set_up(config)
+    scene = make_scene(make_batch(), networks, config, parallel, 0, False)
+    mine = copy.deepcopy(networks.bare["d_image_inter"])
+    optimizer = torch.optim.Adam(mine.parameters(), lr=1e-3, betas=(0.5, 0.999))
+    image, text, wrong = scene.fake_image, scene.fake_text, scene.wrong
+    assert wrong is not None
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    ones, zeros = torch.ones(10), torch.zeros(10)
+    loss = bce(mine(image.common, image.feature, [10]), ones)
+    loss = loss + 0.5 * bce(mine(text.common, image.feature, [10]), zeros)
+    loss = loss + 0.5 * bce(mine(wrong.image_common, image.feature, [10]), zeros)
+    loss.backward()
+    optimizer.step()
+    phase = next(p for p in phase_table(config) if p.name == "D_CI")
+    terms = run_phase(phase, scene, networks.optimizers, parallel.autocast, 0.0)
+    torch.testing.assert_close(terms["loss/D_CI/adversarial"], loss.detach())
+    for a, b in zip(networks.bare["d_image_inter"].parameters(), mine.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_one_generator_step_against_plain_torch() -> None:
+    """G_I of the recipe written out."""
+    config = small()
+    networks, parallel = set_up(config)
+    scene = make_scene(make_batch(), networks, config, parallel, 0, False)
+    mine = copy.deepcopy(networks.generator)
+    side, _ = mine(scene.image, None)
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    loss = bce(networks.bare["d_text_inter"](side.common, scene.text, [10]), torch.ones(10))
+    loss = loss + bce(networks.bare["d_image"](side.reconstruction), torch.ones(10))
+    assert scene.labels is not None
+    loss = loss + torch.nn.functional.cross_entropy(side.logits, scene.labels.float().argmax(1))
+    loss.backward()
+    torch.optim.Adam(mine.parameters(), lr=1e-3, betas=(0.5, 0.999)).step()
+    phase = next(p for p in phase_table(config) if p.name == "G_I")
+    terms = run_phase(phase, scene, networks.optimizers, parallel.autocast, 0.0)
+    torch.testing.assert_close(torch.stack(list(terms.values())).sum(), loss.detach())
+    for (name, a), (_, b) in zip(networks.generator.named_parameters(), mine.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_image_and_text_share_the_same_storage() -> None:
+    config, spec = ModelConfig(hidden_dim=8, common_dim=4), DataSpec(["a", "b"], "single", 6, 5)
+    model = copy.deepcopy(build_generator(config, spec, None)).float()
+    model.load_state_dict(build_generator(config, spec, None).state_dict())
+    image, text = torch.randn(3, 6), torch.randn(3, 5)
+    gradients = []
+    for inputs in ((image, None), (None, text)):
+        model.zero_grad()
+        sides = model(*inputs)
+        next(s for s in sides if s is not None).common.square().sum().backward()
+        gradients.append(model.shared.linear[0].weight.grad.clone())
+    assert len(model.shared.linear) == 1
+    assert all(g.abs().sum() > 0 for g in gradients)
+    config.share_layers = False
+    apart = build_generator(config, spec, None)
+    assert len({p.data_ptr() for p in apart.shared.linear.parameters()}) == 2
+
+
+def test_joined_forward_equals_two_passes() -> None:
+    config, spec = ModelConfig(hidden_dim=8, common_dim=4), DataSpec(["a", "b"], "single", 6, 5)
+    model = build_generator(config, spec, None)
+    image, text = torch.randn(7, 6), torch.randn(7, 5)
+    twin = copy.deepcopy(model)
+    joined = model(image, text)
+    apart = twin(image, None)[0], twin(None, text)[1]
+    for a, b in zip(joined, apart, strict=True):
+        torch.testing.assert_close(a.common, b.common)
+        torch.testing.assert_close(a.reconstruction, b.reconstruction)
+    for (name, a), (_, b) in zip(model.named_buffers(), twin.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_wrong_rows_share_no_class_and_are_uniform() -> None:
+    labels = torch.eye(3).bool()[torch.tensor([0, 0, 1, 2, 1, 0])]
+    counts = torch.zeros(6, 6)
+    for position in range(600):
+        index, mask = pick_wrong(labels, labels, 0, 6, 6, 1, position)
+        assert mask is None
+        assert not (labels & labels[index]).any()
+        counts[torch.arange(6), index] += 1
+    share = counts / 600
+    assert share[0, 2:5].sub(1 / 3).abs().max() < 0.08
+    assert share[2, [0, 1, 3, 5]].sub(1 / 4).abs().max() < 0.08
+
+
+def test_wrong_rows_do_not_depend_on_the_number_of_processes() -> None:
+    labels = torch.eye(4).bool()[torch.arange(12) % 4]
+    whole, _ = pick_wrong(labels, labels, 0, 12, 12, 5, 64)
+    parts = [pick_wrong(labels[a : a + 4], labels, a, 4, 12, 5, 64)[0] for a in (0, 4, 8)]
+    assert torch.equal(whole, torch.cat(parts))
+    free = [pick_wrong(None, None, a, 4, 12, 5, 64)[0] for a in (0, 4, 8)]
+    assert torch.equal(pick_wrong(None, None, 0, 12, 12, 5, 64)[0], torch.cat(free))
+    assert (torch.cat(free) != torch.arange(12)).all()
+
+
+def test_rows_without_another_class_are_masked() -> None:
+    labels = torch.tensor([[1, 1], [1, 0], [0, 1]]).bool()
+    index, mask = pick_wrong(labels, labels, 0, 3, 3, 0, 0)
+    assert mask is not None
+    assert mask.tolist() == [False, True, True]
+    assert index[1:].tolist() == [2, 1]
+
+
+def test_label_free_training_has_no_classifier() -> None:
+    config = small()
+    networks, parallel = set_up(config, classes=0)
+    scene = make_scene(make_batch(classes=0), networks, config, parallel, 0, False)
+    terms = {k for p in phase_table(config) for k in run_phase(p, scene, networks.optimizers, parallel.autocast, 0.0)}
+    assert not any("classification" in k for k in terms)
+    assert networks.generator.image_classifier is None

@@ -1,0 +1,78 @@
+"""BatchNorm per group of rows against torch's BatchNorm1d, and merged statistics against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cmgan_dist.kernels.shared_layer import GroupBatchNorm, group_batch_norm, synchronised_statistics
+
+
+@pytest.mark.parametrize("groups", [[5, 9], [2, 41], [16]])
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_one_batchnorm_per_group(groups: list[int], training: bool) -> None:
+    torch.manual_seed(0)
+    ours = GroupBatchNorm(17, statistics=len(groups))
+    x = torch.randn(sum(groups), 17) * 3 + 5
+    x.requires_grad_()
+    reference = [nn.BatchNorm1d(17) for _ in groups]
+    for bn in reference:
+        bn.weight.data, bn.bias.data = ours.weight.data.clone(), ours.bias.data.clone()
+    twin = x.detach().clone().requires_grad_()
+    for module in (ours, *reference):
+        module.train(training)
+    out = ours(x, groups)
+    expected = torch.cat([bn(part) for bn, part in zip(reference, twin.split(groups), strict=True)])
+    torch.testing.assert_close(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(ours.weight.grad, sum(bn.weight.grad for bn in reference))
+    for k, bn in enumerate(reference):
+        torch.testing.assert_close(ours.running_mean[k], bn.running_mean)
+        torch.testing.assert_close(ours.running_var[k], bn.running_var)
+
+
+def test_groups_are_not_normalised_together() -> None:
+    x = torch.cat([torch.randn(8, 3), torch.randn(8, 3) + 10])
+    out = group_batch_norm(x, [8, 8], torch.ones(3), torch.zeros(3), None, training=True)
+    for part in out.split(8):
+        assert part.mean(0).abs().max() < 1e-5
+
+
+def test_an_empty_group_is_passed_over() -> None:
+    bn = GroupBatchNorm(4, statistics=2)
+    x = torch.randn(6, 4)
+    assert bn(x, [6, 0]).shape == (6, 4)
+    assert torch.equal(bn.running_mean[1], torch.zeros(4))
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_merged_statistics_equal_those_of_all_rows(shift: float) -> None:
+    """Unequal parts, badly conditioned: a sum of squares in fp32 would be off by orders of magnitude at 1e4."""
+    torch.manual_seed(1)
+    parts = [torch.randn(n, 6) + shift for n in (7, 19, 3)]
+    locals_: list[torch.Tensor] = []
+    for part in parts:
+        synchronised_statistics([part], lambda t: (locals_.append(t), t[None])[1])
+    mean, variance, rows = synchronised_statistics([parts[0]], lambda t: torch.stack(locals_))[0]
+    everything = torch.cat(parts).double()
+    assert rows == 29
+    torch.testing.assert_close(mean.double(), everything.mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), everything.var(0, unbiased=False), rtol=1e-3, atol=0)
+
+
+def test_synchronised_path_of_one_process_equals_the_plain_one() -> None:
+    torch.manual_seed(2)
+    plain, synced = GroupBatchNorm(5, statistics=2), GroupBatchNorm(5, statistics=2)
+    synced.load_state_dict(plain.state_dict())
+    synced.gather = lambda t: t[None]
+    x = torch.randn(12, 5)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out_a, out_b = plain(a, [4, 8]), synced(b, [4, 8])
+    torch.testing.assert_close(out_a, out_b)
+    (out_a**3).sum().backward()
+    (out_b**3).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(plain.running_var, synced.running_var)
