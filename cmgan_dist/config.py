@@ -134,7 +134,9 @@ class LossConfig:
     class_contrastive: float = 0.0
     """Generator: supervised contrastive term across modalities, positives share a class (Khosla et al., 2020)."""
     temperature: float = 0.07
-    """Temperature of the contrastive terms."""
+    """Temperature of the contrastive term."""
+    class_temperature: float = 0.2
+    """Temperature of the class contrastive term."""
     label_smoothing: float = 0.0
     """Of the softmax classification."""
     r1: float = 0.0
@@ -153,8 +155,10 @@ class OptimConfig:
     """Learning rate of the generator."""
     discriminator_lr: float = 1e-3
     """Learning rate of the four discriminators."""
-    beta1: float = 0.5
-    """Adam's first-moment decay."""
+    generator_beta1: float = 0.5
+    """Adam's first-moment decay of the generator."""
+    discriminator_beta1: float = 0.5
+    """Adam's first-moment decay of the discriminators."""
     beta2: float = 0.999
     """Adam's second-moment decay."""
     weight_decay: float = 0.0
@@ -254,13 +258,15 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "loss.contrastive": (0, 1e9),
     "loss.class_contrastive": (0, 1e9),
     "loss.temperature": (1e-4, 1e4),
+    "loss.class_temperature": (1e-4, 1e4),
     "loss.label_smoothing": (0, 0.999),
     "loss.r1": (0, 1e9),
     "loss.r1_every": (1, 1e9),
     "loss.gradient_penalty": (0, 1e9),
     "optim.generator_lr": (0, 1e3),
     "optim.discriminator_lr": (0, 1e3),
-    "optim.beta1": (0, 0.99999),
+    "optim.generator_beta1": (0, 0.99999),
+    "optim.discriminator_beta1": (0, 0.99999),
     "optim.beta2": (0, 0.9999999),
     "optim.weight_decay": (0, 1e3),
     "optim.generator_steps": (1, 1000),

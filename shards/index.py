@@ -125,9 +125,12 @@ class IndexCommand:
             attribution=self.attribution or (old.attribution if old else ""),
             details={"source": "index"},
         )
-        for scan in scans:
-            write_atomic(self.data / index_name(scan.info.name), scan.index.to_bytes())
-        write_atomic(self.data / MANIFEST_NAME, manifest.to_json())
+        try:
+            for scan in scans:
+                write_atomic(self.data / index_name(scan.info.name), scan.index.to_bytes())
+            write_atomic(self.data / MANIFEST_NAME, manifest.to_json())
+        except OSError as error:
+            raise BadInput(f"cannot write into {self.data}: {error.strerror}") from None
         return manifest, notes
 
     def _old_manifest(self) -> Manifest | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import textwrap
+import unicodedata
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +149,8 @@ def fonts_for(text: str) -> tuple[list[str], list[str]]:
     for entry in sorted(font_manager.fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)):
         if not missing:
             break
-        if entry.style != "normal" or entry.name in families:
+        # matplotlib's font of last resort has a box for every character.
+        if entry.style != "normal" or entry.name in families or entry.name.startswith("Last Resort"):
             continue
         covered = missing & FT2Font(entry.fname).get_charmap().keys()
         if covered:
@@ -182,8 +185,10 @@ def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: 
             axis.set_title(caption, parse_math=False)
         figure.suptitle(f"{manifest.name}: {sum(map(manifest.samples, manifest.splits))} pairs", parse_math=False)
         out = io.BytesIO()
-        try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # the caller names them in one line
             FigureCanvasAgg(figure).print_png(out)
+        try:
             picture.parent.mkdir(parents=True, exist_ok=True)
             picture.write_bytes(out.getvalue())
         except OSError as error:
@@ -192,8 +197,8 @@ def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: 
 
 
 def _caption(manifest: Manifest, split: str, sample: Sample) -> str:
-    """The class in brackets, then the first text, in at most four short lines."""
+    """The classes or the split in brackets; below, the first text in at most three short lines."""
     classes = ", ".join(manifest.classes[i] for i in sample.labels if i < len(manifest.classes))
     text = sample.texts[0] if isinstance(sample.texts, list) else f"text features {sample.texts.shape}"
-    lines = textwrap.wrap(f"[{classes or split}] {text}", 28)
-    return "\n".join(lines[:3] + (["…"] if len(lines) > 3 else []))
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text) > len(text) / 4
+    return "\n".join([f"[{classes or split}]", *textwrap.wrap(text, 14 if wide else 28, max_lines=3, placeholder=" …")])

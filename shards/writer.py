@@ -447,12 +447,12 @@ def pack(pairs: RawPairs, options: BuildCommand) -> tuple[Manifest, list[str], b
     output = options.output
     try:
         output.mkdir(parents=True, exist_ok=True)
+        old = _existing_manifest(output)
+        if old is not None and old.details.get("fingerprint") == fingerprint and _is_complete(output, old):
+            return old, [], True
+        _prepare(output, fingerprint, options.overwrite)
     except OSError as error:
-        raise BadInput(f"cannot make the output folder {output}: {error.strerror}") from None
-    old = _existing_manifest(output)
-    if old is not None and old.details.get("fingerprint") == fingerprint and _is_complete(output, old):
-        return old, [], True
-    _prepare(output, fingerprint, options.overwrite)
+        raise BadInput(f"cannot write into the output folder {output}: {error.strerror}") from None
 
     image_dim, text_dim = _feature_dims([record for shard in shards for record in shard.records])
     tasks = [(output, shard, pairs.label_kind, len(pairs.classes), options.skip_bad) for shard in shards]

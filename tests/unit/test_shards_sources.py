@@ -148,12 +148,8 @@ def test_groups_join_by_form_name_and_picture_through_a_third() -> None:
 
 
 def test_split_is_fixed_by_the_hash() -> None:
-    # sha256("1F600") begins with 8 digits that are 62 modulo 100
-    import hashlib
-
-    for root in ("1F600", "1F1E6", "2600-FE0F"):
-        percent = int(hashlib.sha256(root.encode()).hexdigest()[:8], 16) % 100
-        assert split_of(root) == ("train" if percent < 70 else "val" if percent < 80 else "test")
+    expected = {"1F600": "train", "1F680": "train", "1F422": "val", "1F1E6": "test", "2600-FE0F": "test"}
+    assert {root: split_of(root) for root in expected} == expected
     shares = Counter(split_of(f"{i:X}") for i in range(2000))
     assert 0.65 < shares["train"] / 2000 < 0.75
     assert 0.07 < shares["val"] / 2000 < 0.13

@@ -1,0 +1,419 @@
+"""What turns a raw image or text into a feature vector: timm models, a sentence CNN, sentence-transformers models.
+
+Networks know two interfaces only, `ImageBackbone` and `TextBackbone`; precomputed features are one of each.
+A frozen backbone stays in eval mode whatever `train` says, so its BatchNorm statistics never move, and its features
+have no gradient.
+
+Shapes: B rows, L words or tokens of the longest text of a batch, F feature dimension."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cmgan_dist.config import ImageBackboneConfig, TextBackboneConfig
+from cmgan_dist.errors import BadInput
+from cmgan_dist.vocabulary import BOUND, PAD, Vocabulary, load_word_vectors
+
+TextInput = Tensor | Mapping[str, Tensor]
+"""Features [B, F], or tokens: tensors whose first dimension is B."""
+
+# timm and sentence_transformers take seconds to import: only the backbones that need them do.
+
+
+class _Backbone(nn.Module):
+    dim: int
+    """F."""
+    trainable: bool
+
+    def __init__(self, dim: int, trainable: bool) -> None:
+        super().__init__()
+        self.dim, self.trainable = dim, trainable
+
+    def settle(self) -> None:
+        """Freeze the parameters and leave training mode, unless trainable. Called when all modules are there."""
+        self.requires_grad_(self.trainable)
+        self.train()
+
+    def train(self, mode: bool = True) -> _Backbone:
+        super().train(mode and self.trainable)
+        return self
+
+
+class ImageBackbone(_Backbone):
+    """Features that are stored already, [B, F] -> float32 [B, F]; subclasses take images."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] or float in 0..1, or features [B, F] -> float32 [B, F]."""
+        return image.float()
+
+
+class TextBackbone(_Backbone):
+    """Features that are stored already, [B, F] -> float32 [B, F]; subclasses take texts."""
+
+    def tokenise(self, texts: list[str] | Tensor, device: torch.device | str = "cpu") -> TextInput:
+        """B texts, or features [B, F] -> what `forward` takes, on `device`."""
+        return _features(texts).to(device, non_blocking=True)
+
+    def forward(self, tokens: TextInput) -> Tensor:
+        """Tokens or features of B texts -> float32 [B, F]."""
+        assert isinstance(tokens, Tensor)
+        return tokens.float()
+
+
+def _features(texts: list[str] | Tensor) -> Tensor:
+    if not isinstance(texts, Tensor):
+        raise BadInput("model.text.name is 'features' but the texts are raw: name a text backbone")
+    return texts
+
+
+def _raw(texts: list[str] | Tensor) -> list[str]:
+    if isinstance(texts, Tensor):
+        raise BadInput("model.text.name is a text backbone but the texts are features: set it to features")
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------- packages and files
+
+
+def _in_package(weights: str, suffixes: tuple[str, ...], field: str) -> Path:
+    """The only file with one of the names or suffixes that the package in ``package:NAME`` carries.
+
+    Raises BadInput. The package's own code is not run."""
+    name = weights.removeprefix("package:")
+    spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
+    if spec is None or not spec.submodule_search_locations:
+        raise BadInput(f"{field}: there is no package '{name}': install it with pip, or name other weights")
+    folders = [Path(location) for location in spec.submodule_search_locations]
+    found = [path for folder in folders for path in sorted(folder.rglob("*")) if path.name.endswith(suffixes)]
+    if len(found) != 1:
+        raise BadInput(
+            f"{field}: package '{name}' carries {len(found)} files named {' or '.join(suffixes)}, expected one: "
+            "give the path of the file that you mean"
+        )
+    return found[0]
+
+
+# ---------------------------------------------------------------------------------------------- image: timm
+
+
+class TimmBackbone(ImageBackbone):
+    """Any timm model without its classifier: normalisation and the pooled features before it.
+
+    For VGG these are fc7, the second hidden layer of 4096 after its ReLU, which is what Caffe's in-place fc7 holds."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, config: ImageBackboneConfig) -> None:
+        """Raises BadInput naming the field."""
+        import timm
+
+        name = config.name
+        if not timm.is_model(name):
+            close = difflib.get_close_matches(name, timm.list_models(), 3)
+            hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
+            raise BadInput(f"model.image.name is '{name}', which is not a timm model: {hint}")
+        fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
+        size = {"img_size": config.image_size} if fixed else {}
+        try:
+            model = timm.create_model(name, pretrained=config.weights == "hub", num_classes=0, **size)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise BadInput(
+                f"model.image: timm cannot make {name} with weights '{config.weights}' ({_first_line(error)}): "
+                "give the path of a file as model.image.weights"
+            ) from None
+        mean, std = model.default_cfg["mean"], model.default_cfg["std"]
+        if config.weights not in ("", "hub"):
+            state = _read_weights(config.weights)
+            if _is_lite(state):
+                mean, std = _LITE_MEAN, _LITE_STD
+            _load_strictly(model, state, config.weights)
+        super().__init__(_output_dim(model, config), config.trainable)
+        self.model = model
+        self.register_buffer("scale", 1 / torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.settle()
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+            features: Tensor = self.model((image - self.shift) * self.scale)
+        return features.float()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@torch.no_grad()
+def _output_dim(model: nn.Module, config: ImageBackboneConfig) -> int:
+    """F, from one picture. Raises BadInput when the model does not make one vector of it."""
+    model.eval()
+    try:
+        made = model(torch.zeros(1, 3, config.image_size, config.image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise BadInput(
+            f"model.image.image_size is {config.image_size}: {config.name} cannot take it ({_first_line(error)})"
+        ) from None
+    if not isinstance(made, Tensor) or made.ndim != 2:
+        raise BadInput(f"model.image.name is '{config.name}', which does not make one vector of an image")
+    return made.shape[1]
+
+
+def _read_weights(weights: str) -> dict[str, Tensor]:
+    """The state of a model from a .pth or .safetensors file. Raises BadInput; code in the file is not run."""
+    from timm.models import load_state_dict
+
+    if weights.startswith("package:"):
+        path = _in_package(weights, (".pth", ".pt", ".safetensors"), "model.image.weights")
+    else:
+        path = Path(weights)
+    if not path.is_file():
+        raise BadInput(
+            f"model.image.weights: file {path} does not exist: "
+            "give a .pth or .safetensors file, 'hub' or 'package:NAME'"
+        )
+    try:
+        state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it holds more than tensors")
+    except _UNREADABLE_WEIGHTS as error:
+        raise BadInput(f"model.image.weights: {path} is not a file of weights ({_first_line(error)})") from None
+    return state
+
+
+_UNREADABLE_WEIGHTS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    AttributeError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+
+
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], weights: str) -> None:
+    """Load a state in which every key has its place and every place its key; a classifier's keys are left out.
+
+    Raises BadInput naming the first keys that do not fit."""
+    if _is_lite(state):
+        state = _from_lite(model, state)
+    elif "classifier.6.weight" in state and hasattr(model, "pre_logits"):
+        state = _from_torchvision_vgg(state)
+    heads = model.default_cfg["classifier"]  # type: ignore[index]
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    state = {key: value for key, value in state.items() if not key.startswith(heads)}
+    own = model.state_dict()
+    wrong = [f"{key} is missing" for key in own if key not in state]
+    wrong += [f"{key} has no place" for key in state if key not in own]
+    wrong += [
+        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise BadInput(
+            f"model.image.weights: '{weights}' does not fit the model ({'; '.join(wrong[:3])}{more}): "
+            "name the model that these weights are of"
+        )
+    model.load_state_dict(state)
+
+
+_LITE_MEAN, _LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
+"""EfficientNet-lite is trained on (pixel - 127) / 128 (tensorflow/tpu, efficientnet/lite)."""
+_LITE_PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_LITE_EXPANDING = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_LITE_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+"""Module names of EfficientNet-PyTorch -> timm's, in a block without and with expansion, and outside of blocks."""
+
+
+def _is_lite(state: dict[str, Tensor]) -> bool:
+    """Keys of EfficientNet-PyTorch, and no squeeze-and-excitation: the lite variant."""
+    return "_conv_stem.weight" in state and not any("._se_" in key for key in state)
+
+
+def _from_lite(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """EfficientNet-lite weights with the keys of EfficientNet-PyTorch, whose blocks are numbered through, as timm's."""
+    stages: Any = getattr(model, "blocks", [])
+    places = [f"blocks.{s}.{b}" for s, stage in enumerate(stages) for b in range(len(stage))]
+    expanding = {key.split(".")[1] for key in state if "._expand_conv." in key}
+    mapped = {}
+    for key, value in state.items():
+        parts = key.split(".")
+        if parts[0] == "_blocks" and int(parts[1]) < len(places):
+            names = _LITE_EXPANDING if parts[1] in expanding else _LITE_PLAIN
+            key = ".".join([places[int(parts[1])], names.get(parts[2], parts[2]), *parts[3:]])
+        else:
+            key = ".".join([_LITE_OUTER.get(parts[0], parts[0]), *parts[1:]])
+        mapped[key] = value
+    return mapped
+
+
+def _from_torchvision_vgg(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """VGG weights of torchvision as timm's, in which fc6 and fc7 are convolutions."""
+    names = {"classifier.0": "pre_logits.fc1", "classifier.3": "pre_logits.fc2", "classifier.6": "head.fc"}
+    sides = {"classifier.0.weight": 7, "classifier.3.weight": 1}
+    mapped = {}
+    for key, value in state.items():
+        module, _, leaf = key.rpartition(".")
+        if key in sides:
+            value = value.view(len(value), -1, sides[key], sides[key])
+        mapped[f"{names.get(module, module)}.{leaf}"] = value
+    return mapped
+
+
+def build_image_backbone(config: ImageBackboneConfig, feature_dim: int | None = None) -> ImageBackbone:
+    """The image backbone of a config; `feature_dim` is F of precomputed features. Raises BadInput naming the field."""
+    if config.name == "features":
+        if feature_dim is None:
+            raise BadInput("model.image.name is 'features' but the data holds raw images: name an image backbone")
+        return ImageBackbone(feature_dim, trainable=False)
+    return TimmBackbone(config)
+
+
+# ---------------------------------------------------------------------------------------------- text: sentence CNN
+
+
+class SentenceCNN(TextBackbone):
+    """Convolutions over word vectors, ReLU, max over time (Y. Kim, EMNLP 2014, section 2), always trained.
+
+    A convolution of width k is taken wherever it touches a word, k - 1 zero vectors standing on both sides of the text,
+    as in Kim's code; so a text has the same feature however far its batch is padded."""
+
+    def __init__(self, config: TextBackboneConfig, vocabulary: Vocabulary, vectors: np.ndarray | None = None) -> None:
+        """`vectors` [words, word_dim]: None draws them. They are trained if `config.trainable`, else as they are
+        ("static"); drawn ones are always trained."""
+        super().__init__(len(config.kernel_sizes) * config.channels, trainable=True)
+        self.vocabulary, self.max_tokens, self.dropout = vocabulary, config.max_tokens, config.dropout
+        table = torch.empty(len(vocabulary), config.word_dim).uniform_(-BOUND, BOUND)
+        if vectors is not None:
+            table[-len(vectors) :] = torch.from_numpy(vectors)
+        table[PAD] = 0
+        if vectors is None or config.trainable:
+            self.table = nn.Parameter(table)
+        else:
+            self.register_buffer("table", table)
+        self.kernel_sizes = config.kernel_sizes
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(config.word_dim, config.channels, k, padding=k - 1) for k in config.kernel_sizes
+        )
+
+    def tokenise(self, texts: list[str] | Tensor, device: torch.device | str = "cpu") -> TextInput:
+        """B texts -> {"ids": int64 [B, L]}, cut at `max_tokens`, 0 behind the end."""
+        ids = [torch.tensor(self.vocabulary.encode(text)[: self.max_tokens]) for text in _raw(texts)]
+        return {"ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD).to(device)}
+
+    def forward(self, tokens: TextInput) -> Tensor:
+        assert isinstance(tokens, Mapping)
+        ids = tokens["ids"]
+        words = (ids != PAD).unsqueeze(1)  # [B, 1, L]
+        x = F.embedding(ids, self.table).transpose(1, 2) * words  # [B, D, L]
+        pooled = []
+        for k, convolution in zip(self.kernel_sizes, self.convolutions, strict=True):
+            maps = F.relu(convolution(x))  # [B, channels, L + k - 1], the window at i ends with word i
+            # Windows that touch a word start before the text ends; ReLU leaves nothing below 0, so 0 never wins.
+            touched = F.pad(words, (k - 1, 0), value=True)
+            pooled.append((maps * touched).amax(dim=2))
+        return F.dropout(torch.cat(pooled, dim=1), self.dropout, self.training).float()
+
+
+# ---------------------------------------------------------------------------------------------- text: sentence encoder
+
+
+class SentenceEncoder(TextBackbone):
+    """A sentence-transformers model, pooled and normalised as that model does; equal to its ``encode``."""
+
+    def __init__(self, config: TextBackboneConfig) -> None:
+        """Raises BadInput naming the field."""
+        from sentence_transformers import SentenceTransformer
+
+        weights = config.weights
+        if weights.startswith("package:"):
+            where = str(_in_package(weights, ("modules.json",), "model.text.weights").parent)
+        elif weights.startswith("hub:"):
+            where = weights.removeprefix("hub:")
+        elif (Path(weights) / "modules.json").is_file():
+            where = weights
+        else:
+            raise BadInput(
+                f"model.text.weights is '{weights}', which is not the folder of a sentence-transformers model: "
+                "give such a folder, 'hub:NAME' or 'package:NAME'"
+            )
+        try:
+            model = SentenceTransformer(where, device="cpu")
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            raise BadInput(f"model.text.weights: '{weights}' cannot be loaded ({_first_line(error)})") from None
+        limit = model.max_seq_length
+        model.max_seq_length = config.max_tokens if limit is None else min(limit, config.max_tokens)
+        for module in model.modules():
+            if getattr(module, "pooler", None) is not None:
+                module.pooler = None  # its output is not used: it would be trained without a gradient
+        super().__init__(model.get_embedding_dimension(), config.trainable)
+        self.model = model
+        self.settle()
+
+    def tokenise(self, texts: list[str] | Tensor, device: torch.device | str = "cpu") -> TextInput:
+        """B texts -> the model's own tokens, each [B, L]."""
+        tokens = self.model.preprocess(_raw(texts))
+        return {name: value.to(device) for name, value in tokens.items() if isinstance(value, Tensor)}
+
+    def forward(self, tokens: TextInput) -> Tensor:
+        assert isinstance(tokens, Mapping)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+            embedding: Tensor = self.model(dict(tokens))["sentence_embedding"]
+        return embedding.float()
+
+
+def _build_cnn(config: TextBackboneConfig, vocabulary: Vocabulary | None) -> SentenceCNN:
+    if vocabulary is None:
+        raise BadInput("model.text.name is 'cnn', which needs a vocabulary: build one from the training texts")
+    if not config.weights:
+        return SentenceCNN(config, vocabulary)
+    vectors, _ = load_word_vectors(config.weights, vocabulary.words)
+    if vectors.shape[1] != config.word_dim:
+        raise BadInput(
+            f"model.text.word_dim is {config.word_dim} but the vectors in {config.weights} have {vectors.shape[1]} "
+            f"numbers: set it to {vectors.shape[1]}"
+        )
+    return SentenceCNN(config, vocabulary, vectors)
+
+
+def build_text_backbone(
+    config: TextBackboneConfig, feature_dim: int | None = None, vocabulary: Vocabulary | None = None
+) -> TextBackbone:
+    """The text backbone of a config; `feature_dim` is F of precomputed features, `vocabulary` the CNN's.
+
+    Raises BadInput naming the field."""
+    if config.name == "features":
+        if feature_dim is None:
+            raise BadInput("model.text.name is 'features' but the data holds raw texts: name a text backbone")
+        return TextBackbone(feature_dim, trainable=False)
+    builders: dict[str, Callable[[], TextBackbone]] = {
+        "cnn": lambda: _build_cnn(config, vocabulary),
+        "sentence": lambda: SentenceEncoder(config),
+    }
+    if config.name not in builders:
+        raise BadInput(f"model.text.name is '{config.name}', expected features, cnn or sentence")
+    return builders[config.name]()
