@@ -18,8 +18,8 @@ from cmgan_dist.errors import BadSample
 
 MAX_PIXELS = 89_478_485
 """A picture with more is refused before it is decoded (256 MiB of RGB, Pillow's own limit)."""
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP")
-"""Formats that are opened; an MPO is a JPEG with more pictures behind the first."""
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""What is opened; JPEG takes in MPO, a JPEG with more pictures behind the first."""
 CROP_AREA = (0.5, 1.0)
 """Share of the picture that a random crop keeps: its texts describe the whole picture."""
 CROP_RATIO = (3 / 4, 4 / 3)

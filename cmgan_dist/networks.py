@@ -136,13 +136,8 @@ class Generator(nn.Module):
         f_image, f_text = image_backbone.dim, text_backbone.dim
         self.image_encoder, self.text_encoder = Encoder(f_image, config), Encoder(f_text, config)
         self.shared = SharedLayers(config.hidden_dim, config.common_dim, config.share_layers, config.common_activation)
-        self.image_classifier: nn.Module | None = None
-        self.text_classifier: nn.Module | None = None
-        if classes:
-            self.image_classifier = nn.Linear(config.common_dim, classes)
-            self.text_classifier = self.image_classifier
-            if not config.share_classifier:
-                self.text_classifier = nn.Linear(config.common_dim, classes)
+        heads = 0 if not classes else 1 if config.share_classifier else 2
+        self.classifiers = nn.ModuleList(nn.Linear(config.common_dim, classes) for _ in range(heads))
         self.image_decoder, self.text_decoder = Decoder(f_image, config), Decoder(f_text, config)
 
     @torch.no_grad()
@@ -176,15 +171,15 @@ class Generator(nn.Module):
             None if f_text is None else self.text_encoder(f_text),
         )
         return (
-            self._side(f_image, common_image, self.image_classifier, self.image_decoder, classify, decode),
-            self._side(f_text, common_text, self.text_classifier, self.text_decoder, classify, decode),
+            self._side(f_image, common_image, 0, self.image_decoder, classify, decode),
+            self._side(f_text, common_text, -1, self.text_decoder, classify, decode),
         )
 
-    @staticmethod
     def _side(
+        self,
         feature: Tensor | None,
         common: Tensor | None,
-        classifier: nn.Module | None,
+        head: int,
         decoder: nn.Module,
         classify: bool,
         decode: bool,
@@ -194,7 +189,7 @@ class Generator(nn.Module):
         return Side(
             feature=feature.detach(),
             common=common,
-            logits=classifier(common).float() if classify and classifier is not None else None,
+            logits=self.classifiers[head](common).float() if classify and len(self.classifiers) else None,
             reconstruction=decoder(common) if decode else None,
         )
 

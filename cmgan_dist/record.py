@@ -86,7 +86,7 @@ class Recorder:
     def say(self, text: str) -> None:
         """A line for the reader that stays."""
         if self.main:
-            self.progress.console.print(text, highlight=False)
+            self.progress.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self.main:

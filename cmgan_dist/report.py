@@ -318,21 +318,20 @@ def results_table(evaluation: dict[str, Any], console: Console | None = None) ->
     columns, rows = _headline(evaluation)
     where = " ".join(str(evaluation[name]) for name in ("data", "split") if evaluation.get(name) is not None)
     table = Table(title=f"Retrieval on {where}" if where else "Retrieval", title_justify="left", title_style="bold")
-    table.add_column("")
-    for column in columns:
-        short = column.title.replace("image", "I").replace("text", "T").replace(" ", "")
-        if column.percent:
-            arrow = "I→T" if "image_to" in column.key else "T→I"
-            table.add_column(f"{arrow}\nR{column.title}", justify="right")
-        else:
-            table.add_column(f"{short}\nMAP", justify="right")
-    for name, row in rows:
+    table.add_column("", no_wrap=True)
+    for name, _ in rows:
+        table.add_column(name, justify="right", style="cyan" if name == MODEL else None)
+    for column, following in zip(columns, [*columns[1:], None], strict=True):
+        best = _best(column, rows)
         cells = []
-        for column in columns:
+        for _, row in rows:
             value = row.get(column.key)
             text = column.show(value)
-            cells.append(f"[bold]{text}[/bold]" if value == _best(column, rows) else text)
-        table.add_row(name, *cells, style="cyan" if name == MODEL else None)
+            cells.append(f"[bold]{text}[/bold]" if value == best else text)
+        last = following is None or following.group != column.group
+        measure = column.group.split(",")[0].replace("Recall", "R" + column.title) + (" %" if column.percent else "")
+        label = measure if column.percent else f"{measure} {column.title}"
+        table.add_row(label.replace(" → ", "→"), *cells, end_section=last)
     (console or Console()).print(table)
 
 

@@ -227,10 +227,11 @@ def _wrong(
     if config.loss.mismatch == "reference":
         columns += [image.feature, text.feature]
     joined = parallel.gather(torch.cat([c.float() for c in columns], 1))[index.to(parallel.device)]
-    picked = list(joined.split([c.shape[1] for c in columns], 1))
+    image_common, text_common, *features = joined.split([c.shape[1] for c in columns], 1)
+    image_feature, text_feature = features or (image.feature, text.feature)
     if mask is not None:
         mask = mask.to(parallel.device)
-    return Wrong(*picked[:2], *(picked[2:] or (image.feature, text.feature)), mask)
+    return Wrong(image_common, text_common, image_feature, text_feature, mask)
 
 
 def update_average(average: Generator, generator: Generator, decay: float) -> None:

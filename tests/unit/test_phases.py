@@ -193,4 +193,4 @@ def test_label_free_training_has_no_classifier() -> None:
     scene = make_scene(make_batch(classes=0), networks, config, parallel, 0, False)
     terms = {k for p in phase_table(config) for k in run_phase(p, scene, networks.optimizers, parallel.autocast, 0.0)}
     assert not any("classification" in k for k in terms)
-    assert networks.generator.image_classifier is None
+    assert not len(networks.generator.classifiers)

@@ -1,0 +1,136 @@
+"""What each term brings: a preset and its ablations over seeds, beside CCA, ridge and chance on the same features.
+
+    python bench/ablation.py --preset openmoji --data data/openmoji-features [--seeds 5] [--jobs 2]
+
+Each run is `launchers/train.py` and `launchers/evaluate.py` as a user calls them: validation picks the checkpoint, the
+test split is read once by the finished run. Finished runs in --work are not done again. Writes bench/results/NAME.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench.common import write_results
+from cmgan_dist.cli import parse
+from cmgan_dist.errors import BadInput, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_CONTRAST = ["loss.contrastive=0", "loss.class_contrastive=0"]
+NO_GAN = ["loss.intra=0", "loss.inter=0"]
+APART = ["model.share_classifier=false", "loss.classification=1.0"]
+VARIANTS: dict[str, list[str]] = {
+    "full": [],
+    "no inter-modality GAN": ["loss.inter=0"],
+    "no intra-modality GAN, no decoder": ["loss.intra=0"],
+    "no GAN": NO_GAN,
+    "no contrastive": ["loss.contrastive=0"],
+    "no class contrastive": ["loss.class_contrastive=0"],
+    "layers not shared": ["model.share_layers=false"],
+    "class loss only": [*NO_GAN, *NO_CONTRAST],
+    "class loss + GAN": NO_CONTRAST,
+    "two classifiers, class loss only": [*APART, *NO_GAN, *NO_CONTRAST],
+    "two classifiers, class loss + GAN": [*APART, *NO_CONTRAST, "loss.inter=3.0"],
+}
+"""Name -> overrides of the preset. With a classifier of its own per modality, as in the reference, the class loss does
+not bring the modalities together: that is where the adversarial terms work."""
+PAIR_VARIANTS = ("full", "no inter-modality GAN", "no intra-modality GAN, no decoder", "no GAN", "layers not shared")
+"""Those that make sense without labels."""
+
+
+@dataclass
+class Arguments:
+    """Train a preset and its ablations over seeds and print mean and spread of each measure."""
+
+    data: Path
+    """Folder of shards."""
+    preset: str = "openmoji"
+    """Preset to ablate."""
+    seeds: int = 5
+    """Runs per variant."""
+    jobs: int = 2
+    """Runs at a time, one thread each."""
+    work: Path = Path("runs/ablation")
+    """Where runs are kept."""
+    variants: tuple[str, ...] = ()
+    """Some of the variants; all when left out."""
+    name: str = ""
+    """Name of the results file; ablation-PRESET when left out."""
+
+
+def run(variant: str, seed: int, arguments: Arguments) -> dict[str, Any]:
+    """Train and evaluate once; returns evaluation.json with the best validation score."""
+    folder = arguments.work / arguments.preset / variant.replace(" ", "-").replace(",", "") / f"seed{seed}"
+    done = folder / "evaluation.json"
+    if not done.is_file():
+        common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        train = [sys.executable, str(ROOT / "launchers" / "train.py"), "--preset", arguments.preset]
+        train += ["--data", str(arguments.data), "--output", str(folder), f"train.seed={seed}", "train.threads=1"]
+        train += ["train.tracker=none", *VARIANTS[variant]]
+        evaluate = [sys.executable, str(ROOT / "launchers" / "evaluate.py"), str(folder), "--json"]
+        evaluate += [] if seed == 0 and variant == "full" else ["--no-baselines"]
+        for command in (train, evaluate):
+            finished = subprocess.run(command, env=common, capture_output=True, text=True, check=False)
+            if finished.returncode:
+                raise BadInput(f"{variant}, seed {seed} failed: {finished.stderr.strip().splitlines()[-1]}")
+    record: dict[str, Any] = json.loads(done.read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    record["validation"] = max(line["score"] for line in lines if line["kind"] == "val")
+    return record
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def main() -> None:
+    arguments = parse(Arguments, sys.argv[1:], prog="bench/ablation.py")
+    labelled = bool(json.loads((arguments.data / "manifest.json").read_text())["classes"])
+    chosen = list(arguments.variants or (VARIANTS if labelled else PAIR_VARIANTS))
+    for variant in chosen:
+        if variant not in VARIANTS:
+            raise BadInput(f"--variants names '{variant}': choose from {', '.join(VARIANTS)}")
+    tasks = [(variant, seed) for variant in chosen for seed in range(arguments.seeds)]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        futures = [pool.submit(run, *task, arguments) for task in tasks]
+        records = [future.result() for future in track(futures, "runs", console=Console(stderr=True))]
+    found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in chosen}
+    for (variant, _), record in zip(tasks, records, strict=True):
+        found[variant].append(record)
+
+    measures = ["map/image_to_text", "map/text_to_image", "map/mean"] if labelled else []
+    measures += [f"recall/{way}@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for variant, runs in found.items():
+        rows[variant] = {"validation": spread([r["validation"] for r in runs])}
+        rows[variant] |= {m: spread([r["metrics"][m] for r in runs]) for m in measures}
+    baselines = next((r["baselines"] for runs in found.values() for r in runs if r["baselines"]), {})
+    for name, values in baselines.items():
+        rows[name] = {m: {"mean": values[m], "std": 0.0} for m in measures}
+
+    short = {m: m.replace("image_to_text", "I→T").replace("text_to_image", "T→I") for m in ["validation", *measures]}
+    table = Table(title=f"{arguments.preset}: test split, {arguments.seeds} seeds", title_justify="left")
+    table.add_column("")
+    for measure in short.values():
+        table.add_column(measure.replace("/", "\n"), justify="right")
+    for name, row in rows.items():
+        cells = [row.get(m) for m in short]
+        table.add_row(name, *(f"{c['mean']:.3f}\n±{c['std']:.3f}" if c else "–" for c in cells))
+    Console(width=140).print(table)
+    record = {"preset": arguments.preset, "seeds": arguments.seeds, "rows": rows}
+    print(f"written to {write_results(arguments.name or f'ablation-{arguments.preset}', record)}")
+
+
+if __name__ == "__main__":
+    run_main(main)
