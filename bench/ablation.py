@@ -115,7 +115,7 @@ def main() -> None:
     for variant, runs in found.items():
         rows[variant] = {"validation": spread([r["validation"] for r in runs])}
         rows[variant] |= {m: spread([r["metrics"][m] for r in runs]) for m in measures}
-    baselines = next((r["baselines"] for runs in found.values() for r in runs if r["baselines"]), {})
+    baselines: dict[str, Any] = next((r["baselines"] for runs in found.values() for r in runs if r["baselines"]), {})
     for name, values in baselines.items():
         rows[name] = {m: {"mean": values[m], "std": 0.0} for m in measures}
 

@@ -74,7 +74,7 @@ class FeaturesCommand:
     """"sentence" for a sentence-transformers model; "features" copies the texts as they are."""
     text_weights: str = ""
     """Folder of the model, "hub:NAME" or "package:NAME"."""
-    max_tokens: int = 128
+    max_tokens: int = 64
     """Longer texts are cut."""
     batch_size: int = 64
     """Samples that go through a backbone at a time; each shard starts its own batches."""
