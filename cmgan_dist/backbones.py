@@ -348,10 +348,6 @@ class SentenceEncoder(TextBackbone):
 
     def __init__(self, config: TextBackboneConfig) -> None:
         """Raises BadInput naming the field."""
-        from sentence_transformers import SentenceTransformer
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # it draws one for reading a local file
         weights = config.weights
         if weights.startswith("package:"):
             where = str(_in_package(weights, ("modules.json",), "model.text.weights").parent)
@@ -364,6 +360,10 @@ class SentenceEncoder(TextBackbone):
                 f"model.text.weights is '{weights}', which is not the folder of a sentence-transformers model: "
                 "give such a folder, 'hub:NAME' or 'package:NAME'"
             )
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # it draws one for reading a local file
         try:
             model = SentenceTransformer(where, device="cpu")
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:

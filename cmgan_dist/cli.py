@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -47,4 +48,7 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
         lines = [line.strip(" │╭╮╰╯─") for line in errors.getvalue().splitlines()]
         text = " ".join(line for line in lines[1:] if line)
         sentence = text.split("Argument helptext:")[0].split("For full helptext")[0].strip(" ─.")
-        raise BadInput(f"{sentence}: see '{prog} --help'") from None
+        wrong, _, close = sentence.partition(" Perhaps you meant:")
+        flags = re.findall(r"--[\w.-]+", close)
+        hint = f"did you mean {' or '.join(flags[:3])}? " if flags else ""
+        raise BadInput(f"{wrong}: {hint}see '{prog} --help'") from None

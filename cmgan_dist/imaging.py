@@ -1,7 +1,7 @@
 """One image: encoded bytes -> uint8 [3, size, size]. Normalisation is the backbone's, on its device.
 
-The way of a picture: header (format, pixels, orientation) -> crop in upright coordinates -> decode, a JPEG by
-libjpeg-turbo already scaled down to just above what the crop needs -> upright, on white, RGB -> crop and resize."""
+The way of a picture: header (format, pixels, orientation) -> choice of a crop -> decode to RGB on white, a JPEG by
+libjpeg-turbo already scaled down to just above what the crop needs -> crop and resize -> upright."""
 
 from __future__ import annotations
 
@@ -54,14 +54,10 @@ def decode_image(data: bytes, size: int, augment: np.random.Generator | None = N
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample(f"the image has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             orientation = _orientation(image)
-            turned = orientation >= 5
-            width, height = (image.height, image.width) if turned else image.size
-            box = _centre_box(width, height) if augment is None else _random_box(width, height, augment)
+            # In stored coordinates: turned upright, a box in the centre or drawn evenly is one again.
+            box = _centre_box(*image.size) if augment is None else _random_box(*image.size, augment)
             flip = augment is not None and augment.random() < 0.5
-            # What the decoded picture must have at least, so that the crop is not smaller than the target.
-            least_width = math.ceil(width * size / (box[2] - box[0]))
-            least_height = math.ceil(height * size / (box[3] - box[1]))
-            pixels = _decode(data, image, *((least_height, least_width) if turned else (least_width, least_height)))
+            pixels, scale = _decode(data, image, size / (box[2] - box[0]), size / (box[3] - box[1]))
     except Image.DecompressionBombError:
         raise BadSample(f"the image has more than {MAX_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
@@ -70,11 +66,10 @@ def decode_image(data: bytes, size: int, augment: np.random.Generator | None = N
         if isinstance(error, BadSample):
             raise
         raise BadSample(f"the image does not decode ({error})") from None
+    left, top, right, bottom = (edge * scale for edge in box)
+    pixels = pixels.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom), reducing_gap=3.0)
     if orientation in _UPRIGHT:
         pixels = pixels.transpose(_UPRIGHT[orientation])
-    across, down = pixels.width / width, pixels.height / height
-    scaled = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-    pixels = pixels.resize((size, size), Image.Resampling.BICUBIC, box=scaled, reducing_gap=3.0)
     array = np.asarray(pixels)
     if flip:
         array = array[:, ::-1]
@@ -108,13 +103,26 @@ def _random_box(width: int, height: int, rng: np.random.Generator) -> Box:
     return _centre_box(width, height)
 
 
-def _decode(data: bytes, image: Image.Image, least_width: int, least_height: int) -> Image.Image:
-    """All pixels as RGB; a JPEG may come scaled down, but not below `least_width` and `least_height`."""
+def _decode(data: bytes, image: Image.Image, across: float, down: float) -> tuple[Image.Image, float]:
+    """(all pixels as RGB, scale): a JPEG may come scaled down, but not below the factors `across` and `down`.
+
+    Pixel x of the picture lies at x * scale. The size says that only nearly: its last row and column may be cut."""
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+        width, height = image.size
         try:
-            return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", min_width=least_width, min_height=least_height))
+            least = {"min_width": math.ceil(width * across), "min_height": math.ceil(height * down)}
+            array = simplejpeg.decode_jpeg(data, "RGB", **least)
         except ValueError:
             pass  # odd but perhaps readable, such as bytes behind the end: Pillow decides
+        else:
+            # libjpeg scales by eighths and rounds the size up (jpeg_calc_output_dimensions).
+            shapes = {(-(-height * n // 8), -(-width * n // 8)): n / 8 for n in range(1, 9)}
+            return Image.fromarray(array), shapes[array.shape[:2]]
+    return _to_rgb(image), 1.0
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Pixels of any mode as RGB, transparency on white."""
     if image.mode.startswith("I"):  # 16 bits of grey; convert() would clip them to 8
         grey = np.clip(np.asarray(image), 0, 65535) >> 8
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

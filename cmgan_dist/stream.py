@@ -7,6 +7,7 @@ rank's Batch. A bad sample is replaced by the next good one of its window, count
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -261,10 +262,11 @@ class ShardReader:
         return sample
 
     def __iter__(self) -> Iterator[Sample]:
-        """Every sample in canonical order. Raises BadSample."""
+        """Every usable sample in canonical order; bad ones are passed over: training and evaluation name them."""
         for shard, count in enumerate(self.counts):
             for index in range(int(count)):
-                yield self.read(shard, index)
+                with contextlib.suppress(BadSample):
+                    yield self.read(shard, index)
 
     def samples_by_class(self) -> list[np.ndarray]:
         """Per class int64 [n, 2]: (shard, index) of its samples, from the sidecars."""
@@ -315,8 +317,18 @@ class Decoder:
     classes: int
     augment: bool
 
+    def __call__(
+        self, sample: Sample, shard: str, draw: int | None
+    ) -> tuple[np.ndarray, list[str] | np.ndarray, np.ndarray]:
+        """(image uint8 [3, H, W] or float32 [F_i]; texts or float32 [captions, F_t]; labels bool [C]).
+
+        `draw` seeds the augmentation; None does none. Raises BadSample naming shard and key."""
+        try:
+            return self.image(sample, draw), self.texts(sample), self.labels(sample)
+        except BadSample as error:
+            raise BadSample(f"{shard} sample {sample.key}: {error}") from None
+
     def image(self, sample: Sample, draw: int | None) -> np.ndarray:
-        """uint8 [3, H, W] or float32 [F_i]. Raises BadSample."""
         if isinstance(sample.image, bytes):
             if self.image_dim is not None:
                 raise BadSample("has an encoded image, expected image features")
@@ -327,7 +339,6 @@ class Decoder:
         return sample.image
 
     def texts(self, sample: Sample) -> list[str] | np.ndarray:
-        """All texts, or float32 [captions, F_t]. Raises BadSample."""
         if isinstance(sample.texts, list):
             if self.text_dim is not None:
                 raise BadSample("has a text, expected text features")
@@ -336,7 +347,6 @@ class Decoder:
         return sample.texts
 
     def labels(self, sample: Sample) -> np.ndarray:
-        """bool [C]."""
         hot = np.zeros(self.classes, dtype=bool)
         hot[list(sample.labels)] = True
         return hot
@@ -410,9 +420,8 @@ class Stream:
             self._reads += 1
             try:
                 sample = self.reader.read(shard, index)
-                texts = self.decoder.texts(sample)
-                image = self.decoder.image(sample, row.draw)
-                return sample, image, texts[row.draw % len(texts)], self.decoder.labels(sample)
+                image, texts, labels = self.decoder(sample, self.reader.shards[shard].name, row.draw)
+                return sample, image, texts[row.draw % len(texts)], labels
             except BadSample as error:
                 self._bad += 1
                 bad.append(str(error))
@@ -531,7 +540,7 @@ def eval_batches(
         shard = int(np.searchsorted(starts, i, side="right")) - 1
         try:
             sample = reader.read(shard, i - int(starts[shard]))
-            return sample, decoder.image(sample, None), decoder.texts(sample), decoder.labels(sample)
+            return (sample, *decoder(sample, reader.shards[shard].name, None))
         except BadSample as error:
             raise BadInput(
                 f"split '{reader.split}' of {reader.folder} cannot be evaluated: {error}: "

