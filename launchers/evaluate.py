@@ -5,6 +5,7 @@ python launchers/evaluate.py RUN --data DIR --split test [--json]
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -85,8 +86,9 @@ def main() -> None:
     arrays = {"image": found.common.image, "text": found.common.text, "text_owner": found.common.text_owner}
     if found.common.labels is not None:
         arrays["labels"] = found.common.labels
-    with open(run / "embeddings.npz", "wb") as file:
-        np.savez(file, keys=np.array(found.keys), **{k: v.numpy() for k, v in arrays.items()})
+    packed = io.BytesIO()
+    np.savez(packed, allow_pickle=False, keys=np.array(found.keys), **{k: v.numpy() for k, v in arrays.items()})
+    write_atomic(run / "embeddings.npz", packed.getvalue())
     write_atomic(run / "evaluation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     report = write_report(run, gallery_items(reader, arguments.pictures))
     if arguments.json:

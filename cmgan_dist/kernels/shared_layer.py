@@ -61,7 +61,7 @@ def group_batch_norm(
     if training and gather is not None:
         synced = synchronised_statistics(parts, gather)
     for k, part in enumerate(parts):
-        mean_var = running[k] if running is not None else (None, None)
+        mean_var: tuple[Tensor | None, Tensor | None] = running[k] if running is not None else (None, None)
         if training and synced is not None:
             mean, variance, rows = synced[k]
             if rows < 2:
@@ -75,7 +75,7 @@ def group_batch_norm(
                 normalised = normalised * weight + bias
             out.append(normalised.to(part.dtype))
         elif len(part):
-            out.append(F.batch_norm(part, *mean_var, weight, bias, training, momentum, eps))
+            out.append(F.batch_norm(part, mean_var[0], mean_var[1], weight, bias, training, momentum, eps))
     return torch.cat(out) if len(out) > 1 else out[0] if out else x
 
 
