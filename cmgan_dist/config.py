@@ -56,8 +56,6 @@ class ImageBackboneConfig:
     """Fine-tune it with the generator; else it is frozen and in eval mode."""
     image_size: int = 224
     """Side of the square input in pixels."""
-    pooling: str = ""
-    """"" the model's own pooled features; "fc7" the 4096-d hidden layer of VGG that the authors use."""
 
 
 @dataclass
@@ -69,7 +67,8 @@ class TextBackboneConfig:
     weights: str = ""
     """sentence: a folder, "hub:NAME" or "package:NAME". cnn: a word2vec or GloVe file, or "" for random words."""
     trainable: bool = False
-    """Fine-tune it with the generator. The cnn is always trained."""
+    """Fine-tune it with the generator. The cnn's convolutions are always trained; false keeps word vectors that came
+    from a file as they are."""
     max_tokens: int = 64
     """Longer texts are cut."""
     word_dim: int = 300

@@ -82,6 +82,7 @@ def load_model(run: Path) -> tuple[Generator, Config, DataSpec]:
     vocabulary = None
     if config.model.text.name == "cnn":
         vocabulary = Vocabulary.load(best / VOCABULARY_NAME)
+        config.model.text.weights = ""  # the checkpoint holds the word vectors, the file may be gone
     generator = build_generator(config.model, spec, vocabulary)
     check_shapes(stored_tensors(generator), tensors, str(best))
     generator.load_state_dict(tensors, strict=False)

@@ -112,8 +112,10 @@ def _decode(data: bytes, image: Image.Image, across: float, down: float) -> tupl
         try:
             least = {"min_width": math.ceil(width * across), "min_height": math.ceil(height * down)}
             array = simplejpeg.decode_jpeg(data, "RGB", **least)
-        except ValueError:
-            pass  # odd but perhaps readable, such as bytes behind the end: Pillow decides
+        except ValueError as error:
+            if "premature" in str(error).lower():  # Pillow would fill up a picture whose cut end bears an end marker
+                raise BadSample(f"the image does not decode ({error})") from None
+            # odd but perhaps readable, such as bytes behind the end: Pillow decides
         else:
             # libjpeg scales by eighths and rounds the size up (jpeg_calc_output_dimensions).
             shapes = {(-(-height * n // 8), -(-width * n // 8)): n / 8 for n in range(1, 9)}

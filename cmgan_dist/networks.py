@@ -5,14 +5,13 @@ Shapes: B rows, F_i and F_t feature dimensions, H hidden, E common, C classes. N
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmgan_dist.backbones import ImageBackbone, TextBackbone, build_image_backbone, build_text_backbone
+from cmgan_dist.backbones import ImageBackbone, TextBackbone, TextInput, build_image_backbone, build_text_backbone
 from cmgan_dist.config import ModelConfig
 from cmgan_dist.errors import BadInput
 from cmgan_dist.kernels.shared_layer import GroupBatchNorm
@@ -21,9 +20,6 @@ from cmgan_dist.vocabulary import Vocabulary
 
 SLOPE = 0.2
 """Of every LeakyReLU."""
-
-TextInput = Tensor | Mapping[str, Tensor]
-"""Features [B, F_t], or a text backbone's tokens."""
 
 
 @dataclass

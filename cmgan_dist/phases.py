@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from cmgan_dist import losses
+from cmgan_dist.backbones import TextInput
 from cmgan_dist.config import Config
-from cmgan_dist.networks import Side, TextInput
+from cmgan_dist.networks import Side
 from cmgan_dist.stream import generator_for
 
 Terms = dict[str, Tensor]

@@ -22,13 +22,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from cmgan_dist.backbones import TextInput
 from cmgan_dist.checkpoint import Checkpoint, Progress, check_shapes, load_latest, save_best, save_checkpoint
 from cmgan_dist.config import CONFIG_NAME, Config, OptimConfig, to_yaml, validate
 from cmgan_dist.discriminators import NAMES, build_discriminators
 from cmgan_dist.embed import SPEC_NAME, VOCABULARY_NAME, embed_split
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput
 from cmgan_dist.metrics import evaluate
-from cmgan_dist.networks import DataSpec, Generator, Side, TextInput, build_generator, stored_tensors
+from cmgan_dist.networks import DataSpec, Generator, Side, build_generator, stored_tensors
 from cmgan_dist.parallel import Parallel
 from cmgan_dist.phases import Scene, Wrong, phase_table, pick_wrong, run_phase
 from cmgan_dist.presets import load_config

@@ -45,7 +45,7 @@ from cmgan_dist.schema import (
 )
 from shards.parallel import parallel_map, usable_cores
 from shards.scan import scan_shard
-from shards.writer import _add, print_sizes
+from shards.writer import add_member, print_sizes
 
 IMAGE_MEMBERS = ("image.npy", *IMAGE_EXTENSIONS)
 TEXT_MEMBERS = ("text.npy", "txt")
@@ -273,7 +273,7 @@ def write_shard(
                 for key, members in _feature_samples(made, iter_samples(raw, source.name), source.name, left_out):
                     written += 1
                     for extension, content in members:
-                        _add(tar, f"{key}.{extension}", content)
+                        add_member(tar, f"{key}.{extension}", content)
             file.flush()
             os.fsync(file.fileno())
         if not written:
@@ -331,6 +331,8 @@ def _options(command: FeaturesCommand, manifest: Manifest) -> tuple[Options, int
     """(what a process needs to know, number of processes). Raises BadInput naming the flag."""
     if command.batch_size < 1:
         raise BadInput(f"--batch-size is {command.batch_size}: it must be at least 1")
+    if command.processes is not None and command.processes < 1:
+        raise BadInput(f"--processes is {command.processes}: it must be at least 1")
     if command.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device is cuda but there is no GPU: pass --device cpu")
     image = text = None
@@ -348,7 +350,9 @@ def _options(command: FeaturesCommand, manifest: Manifest) -> tuple[Options, int
             "name an --image-backbone or a --text-backbone for what is not features yet"
         )
     device = "cuda" if command.device != "cpu" and torch.cuda.is_available() else "cpu"
-    processes = command.processes or (1 if device == "cuda" else usable_cores())
+    processes = command.processes
+    if processes is None:
+        processes = 1 if device == "cuda" else usable_cores()
     threads = max(1, usable_cores() // processes)
     options = Options(image, text, command.batch_size, command.dtype, device, threads, command.skip_bad)
     return options, processes

@@ -290,7 +290,7 @@ def plan_shards(
 # ---------------------------------------------------------------------------------------------- one shard
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)  # mtime, uid, gid are 0 and the owner's names empty unless set
     member.size, member.mode = len(data), 0o644
     tar.addfile(member, io.BytesIO(data))
@@ -317,7 +317,7 @@ def write_shard(
                     read = partial(read_members, record, label_kind, classes)
                     members = _try_sample(record, skip_bad, left_out, read)
                     for extension, data in (members or {}).items():
-                        _add(tar, f"{record.key}.{extension}", data)
+                        add_member(tar, f"{record.key}.{extension}", data)
             file.flush()
             os.fsync(file.fileno())
         if len(left_out) == len(shard.records):

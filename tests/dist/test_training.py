@@ -160,3 +160,25 @@ def test_two_processes_get_one_sentence(feature_data: Callable[..., Path], tmp_p
 def test_bf16_trains(feature_data: Callable[..., Path], tmp_path: Path) -> None:
     run_to_end(feature_data(), tmp_path / "run", "train.precision=bf16", "train.epochs=4")
     assert lines(tmp_path / "run", "val")[-1]["map/mean"] > 0.4
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_pictures_and_texts_end_to_end(
+    processes: int, trainable: bool, raw_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Text CNN from its own vocabulary, a timm model frozen or trained, decoding workers; then evaluation by its CLI."""
+    data, run = raw_data(), tmp_path / "run"
+    extra = ["model.image.name=resnet18", "model.image.image_size=32", "model.text.name=cnn", "stream.workers=2"]
+    run_to_end(data, run, *extra, f"model.image.trainable={trainable}", processes=processes)
+    evaluate = [sys.executable, str(ROOT / "launchers" / "evaluate.py"), str(run), "--json"]
+    done = subprocess.run(evaluate, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["metrics"]["texts"] > record["metrics"]["images"] == 16
+    assert {"map/image_to_text", "map/text_to_all", "recall/image_to_text@5"} <= record["metrics"].keys()
+    assert {"CCA", "chance"} <= record["baselines"].keys()
+    assert "<img" in (run / "report.html").read_text()
+    keys = load_file(run / "best" / "model.safetensors").keys()
+    assert any(k.startswith("image_backbone.") for k in keys) == trainable
+    assert any(k.startswith("text_backbone.") for k in keys)

@@ -10,15 +10,17 @@ import pytest
 from cmgan_dist.presets import PRESETS
 from tests.golden.record import GOLDEN, curve
 
-# fp32 sums in another order (threads, processors) move the curves by less than a tenth of this after 50 batches.
-TOLERANCE = {"first": 1e-3, "all": 5e-2}
-
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_losses_follow_the_golden_curve(name: str) -> None:
+    """Sums in another order move these curves (measured with one thread against two): by up to .02 in the first five
+    batches and .08 in fifty for `reference`, whose 500 generator steps amplify them, and by up to .003 elsewhere."""
     expected = json.loads((GOLDEN / f"{name}.json").read_text())
     found = curve(name)
     assert found.keys() == expected.keys()
+    chaotic = name == "reference"
     for term, values in expected.items():
-        np.testing.assert_allclose(found[term][:5], values[:5], rtol=TOLERANCE["first"], atol=1e-3, err_msg=term)
-        np.testing.assert_allclose(found[term], values, rtol=TOLERANCE["all"], atol=2e-2, err_msg=term)
+        difference = np.abs(np.array(found[term]) - values)
+        scale = np.abs(values)
+        assert (difference[:5] <= 0.01 * scale[:5] + (0.05 if chaotic else 0.002)).all(), term
+        assert (difference <= 0.05 * scale + (0.2 if chaotic else 0.02)).all(), term

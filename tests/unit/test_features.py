@@ -28,17 +28,14 @@ from cmgan_dist.errors import BadInput
 from cmgan_dist.imaging import decode_image
 from cmgan_dist.schema import (
     Sample,
-    ShardIndex,
-    ShardInfo,
     index_name,
     iter_samples,
     load_manifest,
-    parse_labels,
     parse_sample,
-    sha256_of,
 )
 from shards.__main__ import main
 from shards.features import FeaturesCommand, write_features
+from shards.scan import scan_shard
 from shards.verify import verify
 
 ROOT = Path(__file__).parents[2]
@@ -95,15 +92,11 @@ def change(folder: Path, shard: str, edit: Callable[[str, bytes], bytes | None])
                 member.size = len(data)
                 new.addfile(member, io.BytesIO(data))
     path.write_bytes(out.getvalue())
-    with open(path, "rb") as file:
-        found = list(iter_samples(file, shard))
-    labels = [parse_labels(json.loads(m.get("json", b"{}"))) for _, _, m in found]
-    index = ShardIndex.build([start for _, start, _ in found], path.stat().st_size, labels)
-    (folder / index_name(shard)).write_bytes(index.to_bytes())
-    info = ShardInfo(shard, len(found), path.stat().st_size, sha256_of(path))
+    scan = scan_shard(path, shard)
+    (folder / index_name(shard)).write_bytes(scan.index.to_bytes())
     manifest = load_manifest(folder)
     for shards in manifest.splits.values():
-        shards[:] = [info if s.name == shard else s for s in shards]
+        shards[:] = [scan.info if s.name == shard else s for s in shards]
     (folder / "manifest.json").write_text(manifest.to_json())
 
 
@@ -211,7 +204,7 @@ def test_a_modality_without_a_backbone_is_copied(
 # ---------------------------------------------------------------------------------------------- again and again
 
 
-SPLITS = {name: 24 for name in ("train", "val", "test", "more", "other", "last")}
+SPLITS = dict.fromkeys(("train", "val", "test", "more", "other", "last"), 24)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(
@@ -274,6 +267,10 @@ def test_only_a_changed_source_is_made_anew(
         write_features(command(data))
     made = write_features(command(data, overwrite=True))
     assert made.samples("train") == 8
+    change(data, "train-000000.tar", lambda name, content: b"" if name == "train5.jpg" else content)
+    with pytest.raises(BadInput, match="train5"):
+        write_features(command(data, overwrite=True))
+    assert not (out / "manifest.json").exists()  # it would list a shard that is no longer there
     assert (out / "test-000000.tar").stat().st_mtime_ns == test
 
 
@@ -366,7 +363,7 @@ def test_a_bad_sample_is_named_or_left_out(
 def test_a_split_with_no_good_sample(raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand]) -> None:
     data = raw_data(counts={"train": 5, "test": 3})
     change(data, "test-000000.tar", lambda name, content: b"no picture" if name.endswith(".jpg") else content)
-    with pytest.raises(BadInput, match="split 'test' .* has no samples"):
+    with pytest.raises(BadInput, match=r"split 'test' .* has no samples"):
         write_features(command(data, skip_bad=True))
     assert not (data.parent / "out" / "manifest.json").exists()
 

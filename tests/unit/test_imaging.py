@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from cmgan_dist import imaging
 from cmgan_dist.errors import BadSample
 from cmgan_dist.imaging import CROP_AREA, CROP_RATIO, MAX_PIXELS, _random_box, decode_image
 
@@ -63,15 +64,30 @@ def test_tiny_and_thin_pictures(width: int, height: int) -> None:
         assert decode_image(encode(scene(width, height), kind), 24, np.random.default_rng(0)).shape == (3, 24, 24)
 
 
-def test_a_jpeg_is_decoded_scaled_but_not_below_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the JPEGs that are decoded in the test."""
+    found = []
     decode = simplejpeg.decode_jpeg
 
     def spy(*args: object, **options: object) -> np.ndarray:
-        shapes.append(decode(*args, **options).shape)
+        found.append(decode(*args, **options).shape)
         return decode(*args, **options)
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", spy)
+    return found
+
+
+@pytest.mark.parametrize("box", [(0, 0, 800, 500), (0, 0, 500, 800)])
+def test_both_sides_of_a_crop_reach_the_target(
+    shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, box: tuple[int, int, int, int]
+) -> None:
+    monkeypatch.setattr(imaging, "_random_box", lambda *_: box)
+    decode_image(encode(scene(1000, 1000), "JPEG"), 224, np.random.default_rng(0))
+    assert 500 * shapes[0][0] / 1000 >= 224
+
+
+def test_a_jpeg_is_decoded_scaled_but_not_below_the_target(shapes: list[tuple[int, ...]]) -> None:
     decode_image(encode(scene(2000, 1600), "JPEG"), 224)
     assert 224 <= shapes[0][0] <= 448
     exif = Image.Exif()
@@ -80,6 +96,8 @@ def test_a_jpeg_is_decoded_scaled_but_not_below_the_target(monkeypatch: pytest.M
     assert 224 <= shapes[1][0] <= 448
     decode_image(encode(scene(100, 90), "JPEG"), 224)
     assert shapes[2] == (90, 100, 3)
+    decode_image(encode(scene(800, 2000), "JPEG"), 224)
+    assert 224 <= shapes[3][1] <= 448
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -122,7 +140,7 @@ def test_every_colour_kind() -> None:
     assert difference(decode_image(encode(base.quantize(256)), 32), expected) < 12
     grey = naive(base.convert("L"), 32)
     assert difference(decode_image(encode(base.convert("L"), "JPEG", quality=95), 32), grey) < 2
-    sixteen = Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 257)
+    sixteen = Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 256 + 99)
     assert difference(decode_image(encode(sixteen), 32), grey) < 1
     black_and_white = base.convert("1")
     assert difference(decode_image(encode(black_and_white), 32), naive(black_and_white, 32)) < 1
@@ -227,3 +245,14 @@ def test_a_random_box_has_the_area_and_the_ratio() -> None:
     assert ratio.max() < CROP_RATIO[1] + 0.01
     assert boxes[:, 0].min() < 5
     assert boxes[:, 2].max() > 635
+
+
+def test_a_jpeg_that_was_cut_and_ended_is_refused() -> None:
+    """Such files look whole to a header check: half of the pixels would be grey."""
+    out = io.BytesIO()
+    pixels = np.kron(np.random.default_rng(0).integers(0, 255, (16, 16, 3)), np.ones((20, 20, 1)))
+    Image.fromarray(pixels.astype(np.uint8)).save(out, "JPEG", quality=90)
+    data = out.getvalue()
+    for tail in (b"", b"\xff\xd9"):
+        with pytest.raises(BadSample, match="does not decode"):
+            decode_image(data[: len(data) // 2] + tail, 32)

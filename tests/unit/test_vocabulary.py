@@ -157,7 +157,11 @@ def test_a_large_binary_file_over_many_chunks(tmp_path: Path, monkeypatch: pytes
         ("plain.txt.gz", glove(TABLE), "cannot be read"),
     ],
 )
-def test_damage_names_the_file_and_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_damage_names_the_file_and_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, message: str, chunk: int
+) -> None:
+    monkeypatch.setattr(vocabulary, "CHUNK", chunk)
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(BadInput, match=message) as caught:
