@@ -30,6 +30,7 @@ import re
 import tempfile
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
@@ -92,7 +93,7 @@ class ShardStore(ABC):
         """Start fetching shards that are needed soon, in this order, in the background. Never raises, never waits."""
 
     def close(self) -> None:  # noqa: B027
-        """Forget what was to be prefetched."""
+        """Forget what was to be prefetched, and end connections."""
 
 
 def open_store(
@@ -156,19 +157,23 @@ class LocalStore(ShardStore):
             raise
 
 
-# ---------------------------------------------------------------------------------------------- locks
+# ---------------------------------------------------------------------------------------------- forks and locks
 
 _held: set[int] = set()
 """Descriptors of this process that have a lock."""
+_filesystems: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_inherited: list[Any] = []
+"""File systems of the parent: to collect one would wait for its event loop, which a child does not have."""
 
 
-def _drop_inherited_locks() -> None:
+def _after_fork() -> None:
+    _inherited.extend(_filesystems.values())
     # A lock belongs to the open file, which a fork shares: a child would keep it past the death of its parent.
     while _held:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_drop_inherited_locks)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextlib.contextmanager
@@ -312,13 +317,13 @@ class CachedStore(ShardStore):
     def close(self) -> None:
         process = self._process()
         with process.lock, contextlib.suppress(queue.Empty):
+            process.filesystem = None  # its connections end with it
             while True:
                 process.pending.pop(process.queue.get_nowait().sha256, None)
 
     # ------------------------------------------------------------------------------------------ this process
 
     def _process(self) -> _Process:
-        # Those of parents are kept: their connections must not be closed from here.
         return self._processes.setdefault(os.getpid(), _Process())
 
     def _files(self) -> Any:
@@ -340,6 +345,7 @@ class CachedStore(ShardStore):
                         options["requests_timeout"] = limit
                 process.filesystem = fsspec.filesystem(self.protocol, **options)
                 process.filesystem.retries = 1  # s3fs: tries are counted here
+                _filesystems[id(process.filesystem)] = process.filesystem
             return process.filesystem
 
     def _work(self, process: _Process) -> None:
@@ -528,4 +534,6 @@ def _told(error: Exception, state: int | None) -> str:
     """What happened, in words; without the request's URL, which may be signed."""
     if state is not None:
         return f"HTTP {state}"
+    if isinstance(error, TimeoutError):
+        return "nothing came within stream.timeout_s"
     return f"{type(error).__name__} {error}".strip()

@@ -5,6 +5,7 @@ python launchers/evaluate.py RUN --data DIR --split test [--json]
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -38,6 +39,8 @@ class Arguments:
     """Print the metrics as JSON on stdout instead of a table."""
     baselines: bool = True
     """Fit CCA and ridge on the same features and put them beside."""
+    again: bool = False
+    """Evaluate even if RUN/evaluation.json is of this checkpoint, data and split."""
     zscore: bool = True
     """Standardise common representations per modality over the split, as the authors do."""
 
@@ -46,12 +49,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/evaluate.py")
     from cmgan_dist.baselines import baseline_table
-    from cmgan_dist.checkpoint import load_best
+    from cmgan_dist.checkpoint import MODEL, load_best
     from cmgan_dist.embed import Embedded, embed_split, gallery_items, load_model
     from cmgan_dist.metrics import evaluate
     from cmgan_dist.parallel import Parallel
-    from cmgan_dist.report import results_table, write_report
-    from cmgan_dist.schema import write_atomic
+    from cmgan_dist.report import write_report
+    from cmgan_dist.schema import load_manifest, sha256_of, write_atomic
     from cmgan_dist.stream import ShardReader
 
     run = arguments.run
@@ -59,6 +62,20 @@ def main() -> None:
     data = arguments.data or config.data
     if not data:
         raise BadInput("--data is missing and the run names no data: name a folder of shards")
+    manifest = load_manifest(data).to_json()
+    asked = {
+        "data": data,
+        "split": arguments.split,
+        "zscore": arguments.zscore,
+        "manifest": hashlib.sha256(manifest.encode()).hexdigest(),
+        "model": sha256_of(run / "best" / MODEL),
+    }
+    known = json.loads((run / "evaluation.json").read_text()) if (run / "evaluation.json").is_file() else {}
+    complete = bool(known.get("baselines")) or not arguments.baselines
+    if asked == {k: known.get(k) for k in asked} and complete and not arguments.again:
+        print("already evaluated (--again does it anew)", file=sys.stderr)
+        show(known, run / "report.html", arguments.json)
+        return
     parallel = Parallel(config.train.precision)
     generator.to(parallel.device)
 
@@ -77,9 +94,7 @@ def main() -> None:
         "metrics": metrics,
         "baselines": baselines,
         "classes": spec.classes,
-        "data": data,
-        "split": arguments.split,
-        "zscore": arguments.zscore,
+        **asked,
         "seed": config.train.seed,
         "checkpoint": f"best, at sample {metadata.get('best_position')} of training",
     }
@@ -91,7 +106,14 @@ def main() -> None:
     write_atomic(run / "embeddings.npz", packed.getvalue())
     write_atomic(run / "evaluation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     report = write_report(run, gallery_items(reader, arguments.pictures))
-    if arguments.json:
+    show(record, report, arguments.json)
+
+
+def show(record: dict[str, Any], report: Path, as_json: bool) -> None:
+    """JSON on stdout, or the table and where the report is."""
+    from cmgan_dist.report import results_table
+
+    if as_json:
         print(json.dumps(record, ensure_ascii=False))
     else:
         results_table(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -220,8 +221,8 @@ def test_a_refusal_is_told_at_once(
         ("reset", "Connection|payload"),
         ("short", "ended after 100000 of 200000 bytes"),
         ("wrong", "sha256"),
-        ("stall", "Timeout"),
-        ("silent", "Timeout"),
+        ("stall", "nothing came within"),
+        ("silent", "nothing came within"),
     ],
 )
 def test_a_dead_source_ends_in_one_sentence_within_its_time(
@@ -525,6 +526,25 @@ def test_prefetch_and_connections_of_a_parent_do_not_stop_its_children(
 
     assert run_together(3, child) == [True] * 3
     assert max(server.requests.values()) == 1
+
+
+def test_garbage_of_the_parent_does_not_delay_a_child(make: Callable[..., CachedStore]) -> None:
+    # To collect a file system of fsspec closes its connections in its event loop, and waits 0.1 s for one that is gone.
+    gc.disable()
+    try:
+        for _ in range(20):
+            make().read("manifest.json")
+        store = make()
+
+        def child(_: int) -> float:
+            began = time.monotonic()
+            gc.collect()
+            store.read("manifest.json")
+            return time.monotonic() - began
+
+        assert max(run_together(1, child)) < 1.0
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------------------------------------- S3
