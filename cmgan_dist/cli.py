@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 
 def _flag_form(args: Sequence[str]) -> list[str]:
-    """Dotted overrides in tyro's form: ``a.b_c=1`` -> ``--a.b-c=1``, ``a.b=false`` -> ``--a.no-b``."""
+    """Dotted overrides in tyro's form: ``a.b_c=1`` -> ``--a.b-c=1``, ``a.b=false`` -> ``--a.no-b``, and a list
+    ``a.b=1,2`` -> ``--a.b 1 2``."""
     tokens: list[str] = []
     for arg in args:
         name, equals, value = arg.partition("=")
@@ -26,6 +27,9 @@ def _flag_form(args: Sequence[str]) -> list[str]:
             if value.lower() in ("true", "false"):
                 group, _, leaf = name.rpartition(".")
                 arg = name if value.lower() == "true" else f"{group}.no-{leaf}"
+            elif "," in value:
+                tokens += [name, *value.split(",")]
+                continue
         tokens.append(arg)
     return tokens
 

@@ -42,6 +42,16 @@ class StreamConfig:
     """Random resized crop and flip of training images, seeded by position. Features are never augmented."""
     max_bad_share: float = 0.01
     """Stop when more than this share of the samples read is unusable."""
+    weights: tuple[float, ...] = ()
+    """Mixture: share of each data set in --data A,B,C; empty goes by their numbers of samples."""
+    cache: str = ""
+    """Folder on local disk for shards of http(s), s3 and gs URLs; "" is cmgan_dist/shards in the user's cache."""
+    cache_gib: float = 32.0
+    """Largest size of that folder in GiB. It should hold two windows of every logical stream on the node."""
+    retries: int = 4
+    """Further tries when a remote source fails, with growing waits between."""
+    timeout_s: float = 30.0
+    """Seconds to connect to a remote source, and to wait for its next byte."""
 
 
 @dataclass
@@ -219,7 +229,7 @@ class Config:
     preset: str = "reference"
     """Preset that the values started from."""
     data: str = ""
-    """Folder of shards with manifest.json."""
+    """Folder or URL of shards with manifest.json; several with commas between are mixed (stream.weights)."""
     output: str = ""
     """Folder of the run: config, metrics, checkpoints, report."""
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -244,6 +254,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "stream.window": (1, 1e9),
     "stream.workers": (0, 1024),
     "stream.max_bad_share": (0, 1),
+    "stream.cache_gib": (1e-6, 1e9),
+    "stream.retries": (0, 100),
+    "stream.timeout_s": (0.01, 1e5),
     "model.image.image_size": (8, 4096),
     "model.text.max_tokens": (1, 1e6),
     "model.hidden_dim": (1, 1e6),

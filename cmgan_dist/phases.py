@@ -18,7 +18,7 @@ from cmgan_dist import losses
 from cmgan_dist.backbones import TextInput
 from cmgan_dist.config import Config
 from cmgan_dist.networks import Side
-from cmgan_dist.stream import generator_for
+from cmgan_dist.order import generator_for
 
 Terms = dict[str, Tensor]
 """Weighted loss terms by name; their sum is minimised."""

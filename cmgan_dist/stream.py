@@ -1,15 +1,14 @@
 """The stream: manifest -> order -> windows -> decode -> Batch. The position is one integer, samples seen.
 
-A sample's journey: `Plan` says by arithmetic which (shard, index) every row of global batch t is, whatever the number
-of ranks and workers; `ShardReader` reads it by its offset; `Decoder` turns it into arrays; `Stream` joins rows to the
-rank's Batch. A bad sample is replaced by the next good one of its window, counted and named in the log.
+A sample's journey: a plan (order.py) says by arithmetic which (shard, index) every row of global batch t is, whatever
+the number of ranks and workers; `ShardReader` reads it by its offset, `Decoder` turns it into arrays, and `Stream` joins
+rows to the rank's Batch. A bad sample is replaced by the next good one of its window, counted and named in the log.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import threading
 from collections import OrderedDict
@@ -18,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -29,166 +27,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from cmgan_dist.config import StreamConfig, resolved_streams
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.imaging import decode_image
-from cmgan_dist.schema import Manifest, Sample, ShardIndex, index_name, iter_samples, load_manifest, parse_sample
+from cmgan_dist.order import BalancedPlan, MixturePlan, Plan, Row, generator_for, streams_of_rank
+from cmgan_dist.remote import open_store
+from cmgan_dist.schema import MANIFEST_NAME, Manifest, Sample, ShardIndex, index_name, iter_samples, parse_sample
 
 log = logging.getLogger(__name__)
 
-_MASK = (1 << 64) - 1
 MIN_READS_FOR_BAD_SHARE = 200
 """Samples read before the share of bad ones can stop a run."""
-
-
-def mix(*values: int) -> int:
-    """A 64-bit hash of integers (splitmix64 steps): the random number that belongs to a position."""
-    state = 0x9E3779B97F4A7C15
-    for value in values:
-        state = (state ^ (value & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state
-
-
-def generator_for(*values: int) -> np.random.Generator:
-    """A numpy generator seeded from a position."""
-    return np.random.Generator(np.random.PCG64(mix(*values)))
-
-
-# ---------------------------------------------------------------------------------------------- order (no I/O)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a global batch: where its sample lies and how to draw from it."""
-
-    shard: int
-    index: int
-    draw: int
-    """64-bit number of this position, for the caption and the augmentation."""
-    spare: Callable[[int], tuple[int, int]]
-    """spare(k): the k-th sample to take instead when this one is bad."""
-    spares: int
-    """How many there are."""
-
-
-class Plan:
-    """The order of all epochs as a pure function of (seed, epoch, counts); see architecture.md.
-
-    The shards are permuted, laid end to end and rotated by a random offset; the first steps * G samples are cut into S
-    equal contiguous logical streams; samples are shuffled inside windows of `window` consecutive shards of a stream.
-    Global batch t holds the next G / S samples of every stream, stream by stream. The last N mod G samples of the
-    rotated layout are left out of an epoch: another set each epoch."""
-
-    def __init__(self, counts: np.ndarray, *, global_batch: int, streams: int, window: int, seed: int) -> None:
-        self.counts = np.asarray(counts, dtype=np.int64)
-        self.global_batch, self.streams, self.window, self.seed = global_batch, streams, window, seed
-        self.samples = int(self.counts.sum())
-        self.chunk = global_batch // streams
-        """Samples of one logical stream in a global batch."""
-        self.steps = self.samples // global_batch
-        """Global batches in an epoch."""
-        self.epoch_samples = self.steps * global_batch
-        self.rows = global_batch
-        """Rows of a global batch that are read."""
-        self._layout = lru_cache(maxsize=2)(self._compute_layout)
-        self._windows = lru_cache(maxsize=4 * streams)(self._compute_windows)
-        self._shuffled = lru_cache(maxsize=2 * streams)(self._compute_shuffled)
-
-    def _compute_layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """(shard at each place, start of each place [shards + 1], rotation)."""
-        rng = generator_for(self.seed, epoch, 1)
-        order = rng.permutation(len(self.counts))
-        starts = np.concatenate([[0], np.cumsum(self.counts[order])])
-        return order, starts, int(rng.integers(max(self.samples, 1)))
-
-    def _compute_windows(self, epoch: int, stream: int) -> tuple[list[list[tuple[int, int, int]]], np.ndarray]:
-        """(windows of a stream, each a list of pieces (shard, first, stop); where each window starts [windows + 1])."""
-        order, starts, rotation = self._layout(epoch)
-        length = self.steps * self.chunk
-        pieces: list[tuple[int, int, int]] = []
-        at, left = (rotation + stream * length) % self.samples, length
-        while left:
-            place = int(np.searchsorted(starts, at, side="right")) - 1
-            first = at - int(starts[place])
-            take = min(left, int(starts[place + 1]) - at)
-            pieces.append((int(order[place]), first, first + take))
-            left -= take
-            at = (at + take) % self.samples
-        windows = [pieces[i : i + self.window] for i in range(0, len(pieces), self.window)]
-        sizes = [sum(stop - first for _, first, stop in w) for w in windows]
-        return windows, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-
-    def _compute_shuffled(self, epoch: int, stream: int, window: int) -> np.ndarray:
-        """int64 [samples of the window, 2]: (shard, index) in shuffled order."""
-        pieces = self._windows(epoch, stream)[0][window]
-        rows = np.concatenate(
-            [np.stack([np.full(b - a, s, np.int64), np.arange(a, b, dtype=np.int64)], 1) for s, a, b in pieces]
-        )
-        return rows[generator_for(self.seed, epoch, 2, stream, window).permutation(len(rows))]
-
-    def row(self, epoch: int, stream: int, place: int) -> Row:
-        """The sample at `place` of a logical stream in an epoch."""
-        starts = self._windows(epoch, stream)[1]
-        window = int(np.searchsorted(starts, place, side="right")) - 1
-        order = self._shuffled(epoch, stream, window)
-        at = place - int(starts[window])
-
-        def spare(k: int) -> tuple[int, int]:
-            shard, index = order[(at + 1 + k) % len(order)]
-            return int(shard), int(index)
-
-        shard, index = order[at]
-        draw = mix(self.seed, epoch, 3, stream, place)
-        return Row(int(shard), int(index), draw, spare, len(order) - 1)
-
-    def chunk_rows(self, step: int, stream: int) -> list[Row]:
-        """The G / S rows that logical stream `stream` gives to global batch `step` (counted from the run's start)."""
-        epoch, within = divmod(step, self.steps)
-        return [self.row(epoch, stream, within * self.chunk + j) for j in range(self.chunk)]
-
-
-class BalancedPlan(Plan):
-    """The reference recipe's draws: per slot two different classes, then one sample of each; order has no epochs.
-
-    The chunk of a logical stream holds G / S right samples, then the G / S wrong samples of the same slots."""
-
-    def __init__(self, plan: Plan, members: list[np.ndarray]) -> None:
-        """`members`: per non-empty class int64 [n, 2], the (shard, index) of its samples."""
-        super().__init__(
-            plan.counts, global_batch=plan.global_batch, streams=plan.streams, window=plan.window, seed=plan.seed
-        )
-        self.members = members
-        self.rows = 2 * self.global_batch
-
-    def chunk_rows(self, step: int, stream: int) -> list[Row]:
-        rng = generator_for(self.seed, 4, step, stream)
-        n = len(self.members)
-        right = rng.integers(n, size=self.chunk)
-        wrong = (right + rng.integers(1, n, size=self.chunk)) % n
-        rows = []
-        for which, chosen in enumerate((right, wrong)):
-            for j, members in enumerate(self.members[c] for c in chosen):
-                at = int(rng.integers(len(members)))
-
-                def spare(k: int, at: int = at, members: np.ndarray = members) -> tuple[int, int]:
-                    shard, index = members[(at + 1 + k) % len(members)]
-                    return int(shard), int(index)
-
-                shard, index = members[at]
-                draw = mix(self.seed, 5, step, stream, 2 * j + which)
-                rows.append(Row(int(shard), int(index), draw, spare, len(members) - 1))
-        return rows
-
-
-def streams_of_rank(streams: int, rank: int, world: int) -> range:
-    """Logical streams that a rank holds. Raises BadInput when the world size does not divide their number."""
-    if streams % world:
-        choices = [w for w in range(1, streams + 1) if streams % w == 0]
-        raise BadInput(
-            f"{streams} logical streams cannot be shared by {world} processes: use {', '.join(map(str, choices))} "
-            "processes, or set stream.logical_streams to a multiple of the world size that divides stream.global_batch"
-        )
-    each = streams // world
-    return range(rank * each, (rank + 1) * each)
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -197,16 +43,27 @@ def streams_of_rank(streams: int, rank: int, world: int) -> range:
 class ShardReader:
     """Samples of one split by (shard, index), read by their offsets."""
 
-    def __init__(self, data: str, split: str, *, open_files: int = 64, indexes: int = 1024) -> None:
-        self.folder = Path(data)
-        self.manifest: Manifest = load_manifest(data)
-        self.split = split
+    def __init__(
+        self, data: str, split: str, config: StreamConfig | None = None, *, open_files: int = 64, indexes: int = 1024
+    ) -> None:
+        """`data`: folder or URL; `config` says where remote shards are kept. Raises BadInput."""
+        remote = config or StreamConfig()
+        self.store = open_store(
+            data,
+            cache=remote.cache or None,
+            cache_bytes=int(remote.cache_gib * 2**30),
+            retries=remote.retries,
+            timeout_s=remote.timeout_s,
+        )
+        self.data, self.split = data, split
+        manifest = self.store.read(MANIFEST_NAME).decode("utf-8", "replace")
+        self.manifest = Manifest.from_json(manifest, self.store.where(MANIFEST_NAME))
         self.shards = self.manifest.shards(split)
         for shard in self.shards:
             if shard.samples == 0:
-                raise BadInput(f"shard {self.folder / shard.name} is empty: remove it and run 'python -m shards index'")
-            if not (self.folder / shard.name).is_file():
-                raise BadInput(f"shard {self.folder / shard.name} is in the manifest but not in the folder: restore it")
+                where = self.store.where(shard.name)
+                raise BadInput(f"shard {where} is empty: remove it and run 'python -m shards index'")
+        self.store.check(self.shards)
         self._files: OrderedDict[int, int] = OrderedDict()
         self._open_files = open_files
         self._lock = threading.Lock()
@@ -217,14 +74,12 @@ class ShardReader:
         return np.asarray([s.samples for s in self.shards], dtype=np.int64)
 
     def _read_index(self, shard: int) -> ShardIndex:
-        path = self.folder / index_name(self.shards[shard].name)
-        if not path.is_file():
-            raise BadInput(f"shard index {path} does not exist: run 'python -m shards index {self.folder}'")
-        index = ShardIndex.from_bytes(path.read_bytes(), str(path))
+        name = index_name(self.shards[shard].name)
+        index = ShardIndex.from_bytes(self.store.read(name), self.store.where(name))
         if len(index) != self.shards[shard].samples:
             raise BadInput(
-                f"{path} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "
-                f"run 'python -m shards index {self.folder}'"
+                f"{self.store.where(name)} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "
+                f"run 'python -m shards index {self.data}'"
             )
         return index
 
@@ -234,7 +89,7 @@ class ShardReader:
             return self._files[shard]
         if len(self._files) >= self._open_files:
             os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(self.folder / self.shards[shard].name, os.O_RDONLY)
+        self._files[shard] = self.store.open(self.shards[shard])
         return self._files[shard]
 
     def read(self, shard: int, index: int) -> Sample:
@@ -317,6 +172,10 @@ class Decoder:
     classes: int
     augment: bool
 
+    @classmethod
+    def of(cls, manifest: Manifest, image_size: int, augment: bool) -> Decoder:
+        return cls(image_size, manifest.image_dim, manifest.text_dim, len(manifest.classes), augment)
+
     def __call__(
         self, sample: Sample, shard: str, draw: int | None
     ) -> tuple[np.ndarray, list[str] | np.ndarray, np.ndarray]:
@@ -382,68 +241,111 @@ class Stream:
     def __init__(
         self, data: str, config: StreamConfig, *, seed: int, image_size: int = 224, rank: int = 0, world: int = 1
     ) -> None:
-        """Raises BadInput when data and config do not fit together."""
-        self.reader = ShardReader(data, config.train_split)
+        """`data`: a folder or URL, or several with commas between, mixed by config.weights.
+
+        Raises BadInput when data and config do not fit together."""
+        self.readers = [ShardReader(part, config.train_split, config) for part in data.split(",")]
         self.config = config
-        manifest = self.reader.manifest
-        streams = resolved_streams(config)
-        self.held = streams_of_rank(streams, rank, world)
-        plan = Plan(
-            self.reader.counts, global_batch=config.global_batch, streams=streams, window=config.window, seed=seed
-        )
-        if not plan.steps:
-            raise BadInput(
-                f"split '{config.train_split}' has {plan.samples} samples, fewer than one global batch: "
-                f"set stream.global_batch to {plan.samples} or less"
-            )
-        if config.sampling == "balanced":
-            members = [m for m in self.reader.samples_by_class() if len(m)]
-            if len(members) < 2:
-                raise BadInput("stream.sampling=balanced needs samples of two classes or more: use epoch")
-            plan = BalancedPlan(plan, members)
-        self.plan = plan
-        self.decoder = Decoder(image_size, manifest.image_dim, manifest.text_dim, len(manifest.classes), config.augment)
+        self.manifest = self.readers[0].manifest
+        self.held = streams_of_rank(resolved_streams(config), rank, world)
+        self.plan = self._make_plan(config, seed)
+        self.decoder = Decoder.of(self.manifest, image_size, config.augment)
         self.workers = max(w for w in range(config.workers + 1) if w == 0 or len(self.held) % w == 0)
         if self.workers != config.workers:
             log.info("%d workers: the %d logical streams of a rank are shared evenly", self.workers, len(self.held))
         self._reads = self._bad = 0
+        self._window: dict[int, tuple[int, int]] = {}
+
+    def _make_plan(self, config: StreamConfig, seed: int) -> Plan | MixturePlan:
+        batch, streams = config.global_batch, resolved_streams(config)
+        samples = sum(int(r.counts.sum()) for r in self.readers)
+        if samples < batch:
+            raise BadInput(
+                f"split '{config.train_split}' has {samples} samples, fewer than one global batch: "
+                f"set stream.global_batch to {samples} or less"
+            )
+
+        def plan_of(reader: ShardReader, global_batch: int) -> Plan:
+            return Plan(reader.counts, global_batch=global_batch, streams=streams, window=config.window, seed=seed)
+
+        if len(self.readers) > 1:
+            self._check_mixture(config, streams)
+            plans = [plan_of(reader, streams) for reader in self.readers]
+            weights = list(config.weights) or [float(p.samples) for p in plans]
+            return MixturePlan(plans, weights, global_batch=batch, seed=seed)
+        plan = plan_of(self.readers[0], batch)
+        if config.sampling == "epoch":
+            return plan
+        members = [m for m in self.readers[0].samples_by_class() if len(m)]
+        if len(members) < 2:
+            raise BadInput("stream.sampling=balanced needs samples of two classes or more: use epoch")
+        return BalancedPlan(plan, members)
+
+    def _check_mixture(self, config: StreamConfig, streams: int) -> None:
+        """Raises BadInput when the data sets of a mixture do not go together."""
+        first = self.readers[0]
+        if config.sampling != "epoch":
+            raise BadInput("stream.sampling=balanced takes one data set, --data names several: use epoch")
+        if config.weights and (len(config.weights) != len(self.readers) or min(config.weights) <= 0):
+            raise BadInput(
+                f"stream.weights is {list(config.weights)}: give a number above 0 for each of the "
+                f"{len(self.readers)} data sets"
+            )
+        for reader in self.readers:
+            for name in ("classes", "label_kind", "image", "image_dim", "text", "text_dim"):
+                mine, theirs = getattr(first.manifest, name), getattr(reader.manifest, name)
+                if mine != theirs:
+                    raise BadInput(
+                        f"{reader.data} and {first.data} cannot be mixed: their {name} are {theirs!r} and {mine!r}"
+                    )
+            if reader.counts.sum() < streams:
+                raise BadInput(
+                    f"split '{reader.split}' of {reader.data} has {int(reader.counts.sum())} samples, fewer than the "
+                    f"{streams} logical streams: lower stream.logical_streams"
+                )
 
     @property
     def epoch_samples(self) -> int:
-        """Samples in an epoch: N less the remainder N mod G."""
+        """Samples in an epoch: N less the remainder N mod G; N counts all data sets of a mixture."""
         return self.plan.epoch_samples
 
     def read_row(self, row: Row, bad: list[str]) -> tuple[Sample, np.ndarray, str | np.ndarray, np.ndarray]:
         """The row's sample, or the next good one of its window. Raises BadInput when none is good."""
-        shard, index = row.shard, row.index
+        reader, shard, index = self.readers[row.source], row.shard, row.index
         for k in range(row.spares + 1):
             self._reads += 1
             try:
-                sample = self.reader.read(shard, index)
-                image, texts, labels = self.decoder(sample, self.reader.shards[shard].name, row.draw)
+                sample = reader.read(shard, index)
+                image, texts, labels = self.decoder(sample, reader.shards[shard].name, row.draw)
                 return sample, image, texts[row.draw % len(texts)], labels
             except BadSample as error:
                 self._bad += 1
                 bad.append(str(error))
-                self._check_share(str(error))
+                self._check_share(reader, str(error))
             if k < row.spares:
                 shard, index = row.spare(k)
         raise BadInput(
-            f"no usable sample left in a window of {row.spares + 1} of split '{self.reader.split}' in "
-            f"{self.reader.folder}; the last one: {bad[-1]}: run 'python -m shards verify {self.reader.folder}'"
+            f"no usable sample left in a window of {row.spares + 1} of split '{reader.split}' in {reader.data}; "
+            f"the last one: {bad[-1]}: run 'python -m shards verify {reader.data}'"
         )
 
-    def _check_share(self, last: str) -> None:
+    def _check_share(self, reader: ShardReader, last: str) -> None:
         if self._reads >= MIN_READS_FOR_BAD_SHARE and self._bad > self.config.max_bad_share * self._reads:
             raise BadInput(
-                f"{self._bad} of {self._reads} samples read from {self.reader.folder} are unusable, more than "
+                f"{self._bad} of {self._reads} samples read from {reader.data} are unusable, more than "
                 f"stream.max_bad_share {self.config.max_bad_share:g}; the last one: {last}: "
-                f"run 'python -m shards verify {self.reader.folder}'"
+                f"run 'python -m shards verify {reader.data}'"
             )
 
     def read_step(self, step: int, streams: range) -> Batch:
         """The rows that the given logical streams have in a global batch."""
         bad: list[str] = []
+        for stream in streams:
+            window, following = self.plan.next_window(step, stream)
+            if self._window.get(stream) != window:
+                self._window[stream] = window
+                reader = self.readers[0]
+                reader.store.prefetch([reader.shards[shard] for shard in following])
         parts = [[self.read_row(row, bad) for row in self.plan.chunk_rows(step, s)] for s in streams]
         half = self.plan.chunk
         rows = [r for part in parts for r in part[:half]] + [r for part in parts for r in part[half:]]
@@ -531,8 +433,7 @@ def eval_batches(
 
     A bad sample ends an evaluation: a figure over other samples than the split's would not be comparable.
     Raises BadInput naming it."""
-    manifest = reader.manifest
-    decoder = Decoder(image_size, manifest.image_dim, manifest.text_dim, len(manifest.classes), augment=False)
+    decoder = Decoder.of(reader.manifest, image_size, augment=False)
     starts = np.concatenate([[0], np.cumsum(reader.counts)])
     stop = int(starts[-1]) if stop is None else stop
 
@@ -543,8 +444,8 @@ def eval_batches(
             return (sample, *decoder(sample, reader.shards[shard].name, None))
         except BadSample as error:
             raise BadInput(
-                f"split '{reader.split}' of {reader.folder} cannot be evaluated: {error}: "
-                f"run 'python -m shards verify {reader.folder}'"
+                f"split '{reader.split}' of {reader.data} cannot be evaluated: {error}: "
+                f"run 'python -m shards verify {reader.data}'"
             ) from None
 
     with ThreadPoolExecutor(threads) as pool:
@@ -559,13 +460,3 @@ def eval_batches(
                 keys=[r[0].key for r in rows],
                 samples=[r[0] for r in rows],
             )
-
-
-def epoch_length(samples: int, config: StreamConfig) -> int:
-    """Samples in an epoch of a split that holds `samples`."""
-    return samples // config.global_batch * config.global_batch
-
-
-def steps_for(epochs: float, epoch_samples: int, global_batch: int) -> int:
-    """Global batches in a number of (possibly fractional) epochs, at least one."""
-    return max(1, math.ceil(epochs * epoch_samples / global_batch - 1e-9))

@@ -30,18 +30,22 @@ from cmgan_dist.embed import SPEC_NAME, VOCABULARY_NAME, embed_split
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput
 from cmgan_dist.metrics import evaluate
 from cmgan_dist.networks import DataSpec, Generator, Side, build_generator, stored_tensors
+from cmgan_dist.order import mix, steps_for
 from cmgan_dist.parallel import Parallel
 from cmgan_dist.phases import Scene, Wrong, phase_table, pick_wrong, run_phase
 from cmgan_dist.presets import load_config
 from cmgan_dist.record import Recorder
 from cmgan_dist.report import write_report
 from cmgan_dist.schema import write_atomic
-from cmgan_dist.stream import Batch, ShardReader, Stream, mix, steps_for
+from cmgan_dist.stream import Batch, ShardReader, Stream
 from cmgan_dist.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
-MAY_CHANGE = ("train", "eval", "data", "output", "preset", "stream.workers", "stream.max_bad_share")
+MAY_CHANGE = (
+    *("train", "eval", "data", "output", "preset", "stream.workers", "stream.max_bad_share"),
+    *("stream.cache", "stream.cache_gib", "stream.retries", "stream.timeout_s"),
+)
 """What a resumed run may change; train.seed may not."""
 VOCABULARY_SAMPLES = 200_000
 """Samples of the training split whose words make the vocabulary of the text CNN."""
@@ -94,9 +98,9 @@ def set_aside(run: Path) -> None:
     log.warning("an earlier run was moved to %s", target)
 
 
-def make_vocabulary(reader: ShardReader, config: Config) -> Vocabulary:
+def make_vocabulary(readers: list[ShardReader], config: Config) -> Vocabulary:
     """Words of the training split."""
-    samples = itertools.islice(reader, VOCABULARY_SAMPLES)
+    samples = itertools.islice(itertools.chain.from_iterable(readers), VOCABULARY_SAMPLES)
     texts = [text for sample in samples if isinstance(sample.texts, list) for text in sample.texts]
     return Vocabulary.build(texts, config.model.text.min_count, config.model.text.vocabulary_size)
 
@@ -271,7 +275,7 @@ def train(config: Config, resume: str = "auto") -> int:
         rank=rank,
         world=world,
     )
-    val_reader = ShardReader(config.data, config.stream.val_split)
+    val_reader = ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
     if resume == "auto":
         check_same_run(run, config)
     elif rank == 0:
@@ -280,8 +284,8 @@ def train(config: Config, resume: str = "auto") -> int:
     tracker = config.train.tracker
     parallel = Parallel(config.train.precision, tracker if rank == 0 else "none", str(run))
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // parallel.local_world))
-    spec = DataSpec.of(stream.reader.manifest)
-    vocabulary = make_vocabulary(stream.reader, config) if config.model.text.name == "cnn" else None
+    spec = DataSpec.of(stream.manifest)
+    vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
     networks = build_networks(config, spec, vocabulary, parallel)
     if parallel.main:
         write_atomic(run / CONFIG_NAME, to_yaml(config))

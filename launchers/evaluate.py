@@ -54,15 +54,16 @@ def main() -> None:
     from cmgan_dist.metrics import evaluate
     from cmgan_dist.parallel import Parallel
     from cmgan_dist.report import write_report
-    from cmgan_dist.schema import load_manifest, sha256_of, write_atomic
+    from cmgan_dist.schema import sha256_of, write_atomic
     from cmgan_dist.stream import ShardReader
 
     run = arguments.run
     generator, config, spec = load_model(run)
-    data = arguments.data or config.data
+    data = arguments.data or config.data.split(",")[0]
     if not data:
         raise BadInput("--data is missing and the run names no data: name a folder of shards")
-    manifest = load_manifest(data).to_json()
+    reader = ShardReader(data, arguments.split, config.stream)
+    manifest = reader.manifest.to_json()
     asked = {
         "data": data,
         "split": arguments.split,
@@ -80,9 +81,8 @@ def main() -> None:
     generator.to(parallel.device)
 
     def embedded(split: str) -> Embedded:
-        return embed_split(generator, ShardReader(data, split), config, parallel)
+        return embed_split(generator, ShardReader(data, split, config.stream), config, parallel)
 
-    reader = ShardReader(data, arguments.split)
     found = embedded(arguments.split)
     metrics = evaluate(found.common, zscore=arguments.zscore)
     baselines: dict[str, Any] = {}

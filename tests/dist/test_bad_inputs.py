@@ -84,7 +84,9 @@ def unknown_preset(feature_data: Callable[..., Path], raw_data: Callable[..., Pa
     return ["launchers/train.py", "--preset", "refrence", "--data", str(tmp), "--output", str(tmp / "run")]
 
 
-def checkpoint_of_another_model(feature_data: Callable[..., Path], raw_data: Callable[..., Path], tmp: Path) -> list[str]:
+def checkpoint_of_another_model(
+    feature_data: Callable[..., Path], raw_data: Callable[..., Path], tmp: Path
+) -> list[str]:
     data = feature_data()
     done = run(train(data, tmp / "run"))
     assert done.returncode == 0, done.stderr
@@ -97,7 +99,10 @@ CASES: list[tuple[Case, str]] = [
     (missing_folder, "data folder * does not exist: pack one with 'python -m shards build'"),
     (empty_shard, "shard *train-000003.tar is empty"),
     (truncated_tar, "train-000001.tar sample * the shard is truncated at byte"),
-    (corrupt_image, "samples read from * are unusable, more than stream.max_bad_share * sample train*the image does not decode"),
+    (
+        corrupt_image,
+        "samples read from * are unusable, more than stream.max_bad_share * sample train*the image does not decode",
+    ),
     (missing_text, "samples read from * has no text"),
     (label_out_of_range, "samples read from * is out of range, there are 3 classes"),
     (split_without_samples, "split 'val' of toy has no samples"),

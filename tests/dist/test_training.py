@@ -54,7 +54,9 @@ def assert_same(a: Any, b: Any, **tolerance: float) -> None:
         torch.testing.assert_close(tensor, b[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
 
 
-def test_kill_9_and_resume_ends_bitwise_like_an_undisturbed_run(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+def test_kill_9_and_resume_ends_bitwise_like_an_undisturbed_run(
+    feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
     data = feature_data(splits={"train": [70, 26], "val": [24]}, captions=3)
     extra = ["train.epochs=30", "train.save_every=2", "train.val_every=3", "model.dropout=0.3", "train.ema=0.9"]
     run_to_end(data, tmp_path / "whole", *extra)
@@ -82,7 +84,9 @@ def test_kill_9_and_resume_ends_bitwise_like_an_undisturbed_run(feature_data: Ca
     assert all(torch.equal(best[0][k], best[1][k]) for k in best[0])
 
 
-def test_a_finished_run_says_so_and_another_config_is_refused(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_finished_run_says_so_and_another_config_is_refused(
+    feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
     data, run = feature_data(), tmp_path / "run"
     run_to_end(data, run)
     stamp = (run / "best" / "model.safetensors").stat().st_mtime_ns
@@ -182,3 +186,16 @@ def test_pictures_and_texts_end_to_end(
     keys = load_file(run / "best" / "model.safetensors").keys()
     assert any(k.startswith("image_backbone.") for k in keys) == trainable
     assert any(k.startswith("text_backbone.") for k in keys)
+
+
+def test_a_mixture_trains_alike_on_one_and_two_processes(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    data = f"{feature_data(name='a')},{feature_data(name='b', seed=1)}"
+    extra = ["stream.weights=0.8,0.2", "train.epochs=1"]
+    for processes in (1, 2):
+        run_to_end(data, tmp_path / str(processes), *extra, processes=processes)
+    one, two = lines(tmp_path / "1", "train"), lines(tmp_path / "2", "train")
+    for a, b in zip(one[:4], two[:4], strict=True):
+        assert all(abs(a[k] - b[k]) < 1e-3 for k in a if k.startswith("loss/"))
+    other = feature_data(name="c", classes=4)
+    refused = run_to_end(f"{tmp_path / 'a'},{other}", tmp_path / "3", expect=2)
+    assert "cannot be mixed: their classes are" in refused.stderr

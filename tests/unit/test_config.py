@@ -80,9 +80,9 @@ def test_values_out_of_range_are_named(field: str, value: float) -> None:
 
 def test_overrides_in_both_spellings() -> None:
     args = ["--preset", "smoke", "--optim.generator-lr", "1e-4", "loss.inter=0.5", "model.share_layers=false"]
-    config, arguments = parse_arguments([*args, "--data", "/d", "--output=/o", "model.text.kernel_sizes=2"])
+    config, arguments = parse_arguments([*args, "--data", "/d", "--output=/o", "model.text.kernel_sizes=2,5"])
     assert (config.optim.generator_lr, config.loss.inter, config.model.share_layers) == (1e-4, 0.5, False)
-    assert (config.data, config.output, config.model.text.kernel_sizes) == ("/d", "/o", (2,))
+    assert (config.data, config.output, config.model.text.kernel_sizes) == ("/d", "/o", (2, 5))
     assert config.model.common_dim == preset("smoke").model.common_dim
     assert arguments.resume == "auto"
     expected = {f.name for f in dataclasses.fields(Config)}

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LEVELS = [
     {"errors"},
     {"config", "schema", "cli"},
-    {"presets", "imaging", "vocabulary", "losses", "metrics", "kernels"},
+    {"presets", "order", "imaging", "vocabulary", "losses", "metrics", "kernels"},
     {"remote", "backbones", "baselines"},
     {"stream"},
     {"networks"},

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.stream import BalancedPlan, Plan, streams_of_rank
+from cmgan_dist.order import BalancedPlan, MixturePlan, Plan, streams_of_rank
 
 plans = st.builds(
     lambda counts, streams, chunk, window, seed: Plan(
@@ -102,3 +102,44 @@ def test_a_billion_samples_are_planned_by_arithmetic() -> None:
     rows = plan.chunk_rows(plan.steps * 2 + 12345, 17)
     assert len(rows) == 128
     assert all(0 <= r.shard < 100_000 and 0 <= r.index < 10_000 for r in rows)
+
+
+def mixture(weights: list[float], seed: int = 0) -> MixturePlan:
+    counts = ([30, 50], [17], [200, 9])
+    plans = [Plan(np.array(c), global_batch=4, streams=4, window=2, seed=seed) for c in counts[: len(weights)]]
+    return MixturePlan(plans, weights, global_batch=16, seed=seed)
+
+
+def test_a_mixture_has_its_shares_and_every_set_has_its_own_epochs() -> None:
+    plan = mixture([0.5, 0.2, 0.3])
+    rows = [r for t in range(2000) for s in range(4) for r in plan.chunk_rows(t, s)]
+    share = np.bincount([r.source for r in rows]) / len(rows)
+    np.testing.assert_allclose(share, [0.5, 0.2, 0.3], atol=1e-9)  # 8000 rows of a stream are whole periods
+    for source, part in enumerate(plan.plans):
+        for s in range(4):
+            mine = [r for t in range(2000) for r in plan.chunk_rows(t, s) if r.source == source]
+            length = part.steps
+            for epoch in range(3):  # each of its epochs goes through its part of the set once
+                seen = [(r.shard, r.index) for r in mine[epoch * length : (epoch + 1) * length]]
+                assert len(set(seen)) == length
+
+
+def test_a_mixture_resumes_anywhere_and_gives_rare_sets_their_turn() -> None:
+    plan, fresh = mixture([0.995, 0.005]), mixture([0.995, 0.005])
+    for t in range(300):
+        plan.chunk_rows(t, 2)
+    key = [(r.source, r.shard, r.index, r.draw) for r in plan.chunk_rows(777, 2)]
+    assert key == [(r.source, r.shard, r.index, r.draw) for r in fresh.chunk_rows(777, 2)]
+    assert sum(r.source for t in range(250) for r in plan.chunk_rows(t, 1)) == 5
+
+
+@settings(max_examples=30, deadline=None)
+@given(plans, st.integers(0, 3))
+def test_the_next_window_is_what_comes_next(plan: Plan, stream: int) -> None:
+    stream = stream % plan.streams
+    window, following = plan.next_window(0, stream)
+    for step in range(3 * plan.steps):
+        now, after = plan.next_window(step, stream)
+        if now != window:
+            assert plan.row(now[0], stream, step % plan.steps * plan.chunk).shard in following
+            window, following = now, after

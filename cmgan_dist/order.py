@@ -1,0 +1,235 @@
+"""The order of samples is arithmetic: pure functions of (seed, epoch, shard sizes), without I/O.
+
+Legend: N samples, G samples of a global batch, S logical streams, W processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from cmgan_dist.errors import BadInput
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*values: int) -> int:
+    """A 64-bit hash of integers (splitmix64 steps): the random number that belongs to a position."""
+    state = 0x9E3779B97F4A7C15
+    for value in values:
+        state = (state ^ (value & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state
+
+
+def generator_for(*values: int) -> np.random.Generator:
+    """A numpy generator seeded from a position."""
+    return np.random.Generator(np.random.PCG64(mix(*values)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a global batch: where its sample lies and how to draw from it."""
+
+    source: int
+    """Data set of a mixture; 0 where there is one."""
+    shard: int
+    index: int
+    draw: int
+    """64-bit number of this position, for the caption and the augmentation."""
+    spare: Callable[[int], tuple[int, int]]
+    """spare(k): the k-th sample to take instead when this one is bad."""
+    spares: int
+    """How many there are."""
+
+
+class Plan:
+    """The order of all epochs as a pure function of (seed, epoch, counts); see architecture.md.
+
+    The shards are permuted, laid end to end and rotated by a random offset; the first steps * G samples are cut into S
+    equal contiguous logical streams; samples are shuffled inside windows of `window` consecutive shards of a stream.
+    Global batch t holds the next G / S samples of every stream, stream by stream. The last N mod G samples of the
+    rotated layout are left out of an epoch: another set each epoch."""
+
+    def __init__(self, counts: np.ndarray, *, global_batch: int, streams: int, window: int, seed: int) -> None:
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.global_batch, self.streams, self.window, self.seed = global_batch, streams, window, seed
+        self.samples = int(self.counts.sum())
+        self.chunk = global_batch // streams
+        """Samples of one logical stream in a global batch."""
+        self.steps = self.samples // global_batch
+        """Global batches in an epoch."""
+        self.epoch_samples = self.steps * global_batch
+        self.rows = global_batch
+        """Rows of a global batch that are read."""
+        self._layout = lru_cache(maxsize=2)(self._compute_layout)
+        self._windows = lru_cache(maxsize=4 * streams)(self._compute_windows)
+        self._shuffled = lru_cache(maxsize=2 * streams)(self._compute_shuffled)
+
+    def _compute_layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """(shard at each place, start of each place [shards + 1], rotation)."""
+        rng = generator_for(self.seed, epoch, 1)
+        order = rng.permutation(len(self.counts))
+        starts = np.concatenate([[0], np.cumsum(self.counts[order])])
+        return order, starts, int(rng.integers(max(self.samples, 1)))
+
+    def _compute_windows(self, epoch: int, stream: int) -> tuple[list[list[tuple[int, int, int]]], np.ndarray]:
+        """(windows of a stream, each a list of pieces (shard, first, stop); where each window starts [windows + 1])."""
+        order, starts, rotation = self._layout(epoch)
+        length = self.steps * self.chunk
+        pieces: list[tuple[int, int, int]] = []
+        at, left = (rotation + stream * length) % self.samples, length
+        while left:
+            place = int(np.searchsorted(starts, at, side="right")) - 1
+            first = at - int(starts[place])
+            take = min(left, int(starts[place + 1]) - at)
+            pieces.append((int(order[place]), first, first + take))
+            left -= take
+            at = (at + take) % self.samples
+        windows = [pieces[i : i + self.window] for i in range(0, len(pieces), self.window)]
+        sizes = [sum(stop - first for _, first, stop in w) for w in windows]
+        return windows, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+    def _compute_shuffled(self, epoch: int, stream: int, window: int) -> np.ndarray:
+        """int64 [samples of the window, 2]: (shard, index) in shuffled order."""
+        pieces = self._windows(epoch, stream)[0][window]
+        rows = np.concatenate(
+            [np.stack([np.full(b - a, s, np.int64), np.arange(a, b, dtype=np.int64)], 1) for s, a, b in pieces]
+        )
+        return rows[generator_for(self.seed, epoch, 2, stream, window).permutation(len(rows))]
+
+    def row(self, epoch: int, stream: int, place: int) -> Row:
+        """The sample at `place` of a logical stream in an epoch."""
+        starts = self._windows(epoch, stream)[1]
+        window = int(np.searchsorted(starts, place, side="right")) - 1
+        order = self._shuffled(epoch, stream, window)
+        at = place - int(starts[window])
+
+        def spare(k: int) -> tuple[int, int]:
+            shard, index = order[(at + 1 + k) % len(order)]
+            return int(shard), int(index)
+
+        shard, index = order[at]
+        draw = mix(self.seed, epoch, 3, stream, place)
+        return Row(0, int(shard), int(index), draw, spare, len(order) - 1)
+
+    def next_window(self, step: int, stream: int) -> tuple[tuple[int, int], list[int]]:
+        """((epoch, window) that a logical stream is in at a global batch of the run; shards of its next window)."""
+        epoch, within = divmod(step, self.steps)
+        windows, starts = self._windows(epoch, stream)
+        window = int(np.searchsorted(starts, within * self.chunk, side="right")) - 1
+        last = window + 1 == len(windows)
+        following = self._windows(epoch + 1, stream)[0][0] if last else windows[window + 1]
+        return (epoch, window), [shard for shard, _, _ in following]
+
+    def chunk_rows(self, step: int, stream: int) -> list[Row]:
+        """The G / S rows that logical stream `stream` gives to global batch `step` (counted from the run's start)."""
+        epoch, within = divmod(step, self.steps)
+        return [self.row(epoch, stream, within * self.chunk + j) for j in range(self.chunk)]
+
+
+class BalancedPlan(Plan):
+    """The reference recipe's draws: per slot two different classes, then one sample of each; order has no epochs.
+
+    The chunk of a logical stream holds G / S right samples, then the G / S wrong samples of the same slots."""
+
+    def __init__(self, plan: Plan, members: list[np.ndarray]) -> None:
+        """`members`: per non-empty class int64 [n, 2], the (shard, index) of its samples."""
+        super().__init__(
+            plan.counts, global_batch=plan.global_batch, streams=plan.streams, window=plan.window, seed=plan.seed
+        )
+        self.members = members
+        self.rows = 2 * self.global_batch
+
+    def chunk_rows(self, step: int, stream: int) -> list[Row]:
+        rng = generator_for(self.seed, 4, step, stream)
+        n = len(self.members)
+        right = rng.integers(n, size=self.chunk)
+        wrong = (right + rng.integers(1, n, size=self.chunk)) % n
+        rows = []
+        for which, chosen in enumerate((right, wrong)):
+            for j, members in enumerate(self.members[c] for c in chosen):
+                at = int(rng.integers(len(members)))
+
+                def spare(k: int, at: int = at, members: np.ndarray = members) -> tuple[int, int]:
+                    shard, index = members[(at + 1 + k) % len(members)]
+                    return int(shard), int(index)
+
+                shard, index = members[at]
+                draw = mix(self.seed, 5, step, stream, 2 * j + which)
+                rows.append(Row(0, int(shard), int(index), draw, spare, len(members) - 1))
+        return rows
+
+    def next_window(self, step: int, stream: int) -> tuple[tuple[int, int], list[int]]:
+        return (0, 0), []  # any shard can be next
+
+
+class MixturePlan:
+    """Several data sets with weights. Every logical stream takes its rows from the sets in periods of `PERIOD` rows, in
+    which each set has its share and the order is shuffled: how far each set has come is arithmetic, and each goes
+    through its own epochs. Global batches are as independent of ranks and workers as those of one set."""
+
+    PERIOD = 1000
+    """Rows of a logical stream in which the shares are exact: a weight is rounded to this resolution."""
+
+    def __init__(self, plans: list[Plan], weights: list[float], *, global_batch: int, seed: int) -> None:
+        """`plans`: one per data set, each with the mixture's S as its streams and as its global batch."""
+        self.plans, self.seed, self.global_batch = plans, seed, global_batch
+        self.streams = plans[0].streams
+        self.chunk = global_batch // self.streams
+        self.rows = global_batch
+        self.samples = sum(p.samples for p in plans)
+        self.steps = self.samples // global_batch
+        self.epoch_samples = self.steps * global_batch
+        exact = np.asarray(weights) / sum(weights) * self.PERIOD
+        self.quota = np.floor(exact).astype(np.int64)
+        for k in np.argsort(self.quota - exact, kind="stable")[: self.PERIOD - int(self.quota.sum())]:
+            self.quota[k] += 1
+        self._period = lru_cache(maxsize=2 * self.streams)(self._compute_period)
+
+    def _compute_period(self, stream: int, period: int) -> tuple[np.ndarray, np.ndarray]:
+        """(data set of each row [PERIOD]; how many rows of that set came before it in the period [PERIOD])."""
+        sources = np.repeat(np.arange(len(self.quota)), self.quota)
+        sources = sources[generator_for(self.seed, 9, stream, period).permutation(self.PERIOD)]
+        before = np.zeros(self.PERIOD, dtype=np.int64)
+        for k in range(len(self.quota)):
+            before[sources == k] = np.arange(self.quota[k])
+        return sources, before
+
+    def chunk_rows(self, step: int, stream: int) -> list[Row]:
+        """As `Plan.chunk_rows`."""
+        rows = []
+        for n in range(step * self.chunk, (step + 1) * self.chunk):
+            period, at = divmod(n, self.PERIOD)
+            sources, before = self._period(stream, period)
+            source = int(sources[at])
+            plan = self.plans[source]
+            epoch, place = divmod(period * int(self.quota[source]) + int(before[at]), plan.steps)
+            rows.append(dataclasses.replace(plan.row(epoch, stream, place), source=source))
+        return rows
+
+    def next_window(self, step: int, stream: int) -> tuple[tuple[int, int], list[int]]:
+        return (0, 0), []  # each set has windows of its own, and `open` waits for what is not there
+
+
+def streams_of_rank(streams: int, rank: int, world: int) -> range:
+    """Logical streams that a rank holds. Raises BadInput when the world size does not divide their number."""
+    if streams % world:
+        choices = [w for w in range(1, streams + 1) if streams % w == 0]
+        raise BadInput(
+            f"{streams} logical streams cannot be shared by {world} processes: use {', '.join(map(str, choices))} "
+            "processes, or set stream.logical_streams to a multiple of the world size that divides stream.global_batch"
+        )
+    each = streams // world
+    return range(rank * each, (rank + 1) * each)
+
+
+def steps_for(epochs: float, epoch_samples: int, global_batch: int) -> int:
+    """Global batches in a number of (possibly fractional) epochs, at least one."""
+    return max(1, math.ceil(epochs * epoch_samples / global_batch - 1e-9))
