@@ -8,7 +8,7 @@ from collections.abc import Callable
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
 EXIT_SIGNALLED = 85
-"""Saved after SIGTERM or SIGUSR1: start again with ``--resume auto``."""
+"""Saved after SIGTERM, SIGUSR1 or Ctrl-C: start again with ``--resume auto``."""
 
 
 class BadInput(ValueError):

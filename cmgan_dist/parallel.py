@@ -110,12 +110,15 @@ class Parallel:
     # ------------------------------------------------------------------------------------------ signals
 
     def watch_signals(self) -> None:
-        """SIGTERM and SIGUSR1 set a flag, which `stop_requested` reads at a step's end: work in a handler stalls."""
+        """SIGTERM, SIGUSR1 and Ctrl-C set a flag, which `stop_requested` reads at a step's end: work in a handler
+        stalls. A second Ctrl-C interrupts at once."""
 
         def handler(number: int, frame: FrameType | None) -> None:
             self._signalled = True
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, handler)
 
     def stop_requested(self) -> bool:

@@ -1,8 +1,8 @@
 """The stream: manifest -> order -> windows -> decode -> Batch. The position is one integer, samples seen.
 
 A sample's journey: a plan (order.py) says by arithmetic which (shard, index) every row of global batch t is, whatever
-the number of ranks and workers; `ShardReader` reads it by its offset, `Decoder` turns it into arrays, and `Stream` joins
-rows to the rank's Batch. A bad sample is replaced by the next good one of its window, counted and named in the log.
+the number of ranks and workers; `ShardReader` reads it by its offset, `Decoder` turns it into arrays, and `Stream`
+joins rows to the rank's Batch. A bad sample is replaced by the next good one of its window, counted and named in the log.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def test_a_finished_run_says_so_and_another_config_is_refused(
         assert (run / name).exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_exits_with_85(number: int, feature_data: Callable[..., Path], tmp_path: Path) -> None:
     data, run = feature_data(), tmp_path / "run"
     extra = ["train.epochs=5000", "train.val_every=0", "train.save_every=5000"]
