@@ -1,7 +1,10 @@
 """One image: encoded bytes -> uint8 [3, size, size]. Normalisation is the backbone's, on its device.
 
 The way of a picture: header (format, pixels, orientation) -> choice of a crop -> decode to RGB on white, a JPEG by
-libjpeg-turbo already scaled down to just above what the crop needs -> crop and resize -> upright."""
+libjpeg-turbo already scaled down to just above what the crop needs -> crop and resize -> upright -> planes.
+
+Pixels are four bytes here, the fourth unused: torch's resize and the split into planes are fastest on those. Most JPEGs
+never see Pillow, whose resize takes longer than the decoding; bench/stream.py has the figures."""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ import zlib
 
 import numpy as np
 import simplejpeg
+import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from cmgan_dist.errors import BadSample
 
@@ -30,16 +35,21 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels."""
 
 _EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_FAST_EIGHTHS = (1, 2, 4)
+"""Scales below 1 for which libjpeg-turbo has vector code. 5/8 to 7/8 take up to twice the time of the whole picture."""
+_APP1, _START_OF_SCAN = 0xE1, 0xDA
+"""Second bytes of JPEG markers (ITU-T T.81, table B.1)."""
+_UPRIGHT: dict[int, tuple[bool, int, int]] = {
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, 1, -1),
+    7: (True, -1, -1),
+    8: (True, -1, 1),
 }
-"""EXIF orientation -> what makes the picture upright (EXIF 2.3, tag 274)."""
+"""EXIF orientation (EXIF 2.3, tag 274) -> what makes the picture upright: rows for columns, then the steps in which rows
+and columns are read."""
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 """What Pillow raises on damaged files."""
 
@@ -50,14 +60,17 @@ def decode_image(data: bytes, size: int, augment: np.random.Generator | None = N
     Without `augment` the centred square is taken; with it, a random crop (Szegedy et al., CVPR 2015) and, half the
     time, a horizontal flip. Equal draws give equal pixels. Raises BadSample with the reason."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadSample(f"the image has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            orientation = _orientation(image)
-            # In stored coordinates: turned upright, a box in the centre or drawn evenly is one again.
-            box = _centre_box(*image.size) if augment is None else _random_box(*image.size, augment)
-            flip = augment is not None and augment.random() < 0.5
-            pixels, scale = _decode(data, image, size / (box[2] - box[0]), size / (box[3] - box[1]))
+        shape, orientation = _upright_jpeg(data), 1
+        image = None
+        if shape is None:
+            image = _open(data)
+            shape, orientation = image.size, _orientation(image)
+        if shape[0] * shape[1] > MAX_PIXELS:
+            raise BadSample(f"the image has {shape[0]} x {shape[1]} pixels, more than {MAX_PIXELS}")
+        # In stored coordinates: turned upright, a box in the centre or drawn evenly is one again.
+        box = _centre_box(*shape) if augment is None else _random_box(*shape, augment)
+        flip = augment is not None and augment.random() < 0.5
+        pixels, scale = _decode(data, image, shape, _eighths(box, size, exact=augment is None))
     except Image.DecompressionBombError:
         raise BadSample(f"the image has more than {MAX_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
@@ -66,14 +79,39 @@ def decode_image(data: bytes, size: int, augment: np.random.Generator | None = N
         if isinstance(error, BadSample):
             raise
         raise BadSample(f"the image does not decode ({error})") from None
-    left, top, right, bottom = (edge * scale for edge in box)
-    pixels = pixels.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom), reducing_gap=3.0)
+    left, top, right, bottom = (round(edge * scale) for edge in box)
+    square = _resize(pixels[top:bottom, left:right], size)
     if orientation in _UPRIGHT:
-        pixels = pixels.transpose(_UPRIGHT[orientation])
-    array = np.asarray(pixels)
+        turn, rows, columns = _UPRIGHT[orientation]
+        square = (square.T if turn else square)[::rows, ::columns]
     if flip:
-        array = array[:, ::-1]
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
+        square = square[:, ::-1]
+    planes = np.empty((3, size, size), np.uint8)
+    for i, plane in enumerate(planes):
+        np.copyto(plane, square >> (8 * i) if i else square, casting="unsafe")
+    return planes
+
+
+def _upright_jpeg(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a JPEG in colours or grey without an APP1 block, where EXIF and XMP keep the orientation.
+
+    None: anything else, and whatever is odd about the header; Pillow looks into it."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    at, end = 2, len(data) - 4
+    while at < end and data[at] == 0xFF and data[at + 1] != _APP1:
+        if data[at + 1] == _START_OF_SCAN:
+            try:
+                height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            except ValueError:
+                return None
+            return (width, height) if colours in ("YCbCr", "RGB", "Gray") else None
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return None
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -103,24 +141,42 @@ def _random_box(width: int, height: int, rng: np.random.Generator) -> Box:
     return _centre_box(width, height)
 
 
-def _decode(data: bytes, image: Image.Image, across: float, down: float) -> tuple[Image.Image, float]:
-    """(all pixels as RGB, scale): a JPEG may come scaled down, but not below the factors `across` and `down`.
+def _eighths(box: Box, size: int, exact: bool) -> int:
+    """Eighths of its size at which to decode a JPEG: the fewest that leave the box `size` pixels wide and high.
 
-    Pixel x of the picture lies at x * scale. The size says that only nearly: its last row and column may be cut."""
-    if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-        width, height = image.size
+    `exact`: its left and top edges must lie between pixels then too; if not, they are up to half a pixel off."""
+    left, top, right, bottom = box
+    for eighths in _FAST_EIGHTHS:
+        if min(right - left, bottom - top) * eighths >= 8 * size and not (exact and (left | top) * eighths % 8):
+            return eighths
+    return 8
+
+
+def _decode(
+    data: bytes, image: Image.Image | None, shape: tuple[int, int], eighths: int
+) -> tuple[np.ndarray, float]:
+    """(all pixels, uint8 [h, w, 4]; scale): a JPEG comes in `eighths` of its size. Pixel x is found at x * scale.
+
+    `image` is None for what `_upright_jpeg` has recognised."""
+    if image is None or (image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")):
+        width, height = (-(-side * eighths // 8) for side in shape)  # libjpeg rounds up (jpeg_calc_output_dimensions)
         try:
-            least = {"min_width": math.ceil(width * across), "min_height": math.ceil(height * down)}
-            array = simplejpeg.decode_jpeg(data, "RGB", **least)
+            return simplejpeg.decode_jpeg(data, "RGBX", min_height=height, min_width=width), eighths / 8
         except ValueError as error:
             if "premature" in str(error).lower():  # Pillow would fill up a picture whose cut end bears an end marker
                 raise BadSample(f"the image does not decode ({error})") from None
             # odd but perhaps readable, such as bytes behind the end: Pillow decides
-        else:
-            # libjpeg scales by eighths and rounds the size up (jpeg_calc_output_dimensions).
-            shapes = {(-(-height * n // 8), -(-width * n // 8)): n / 8 for n in range(1, 9)}
-            return Image.fromarray(array), shapes[array.shape[:2]]
-    return _to_rgb(image), 1.0
+    return np.array(_to_rgb(image or _open(data)).convert("RGBX")), 1.0
+
+
+def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [h, w, 4] -> uint32 [size, size]: red is the lowest byte."""
+    height, width = pixels.shape[:2]
+    if (height, width) != (size, size):
+        rows = torch.from_numpy(np.ascontiguousarray(pixels)).view(1, height, width, 4)
+        resized = interpolate(rows.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)
+        pixels = np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    return pixels.view("<u4")[..., 0]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -2,7 +2,7 @@
 
 A sample's journey: a plan (order.py) says by arithmetic which (shard, index) every row of global batch t is, whatever
 the number of ranks and workers; `ShardReader` reads it by its offset, `Decoder` turns it into arrays, and `Stream`
-joins rows to the rank's Batch. A bad sample is replaced by the next good one of its window, counted and named in the log.
+joins rows to the rank's Batch. A bad sample is replaced by the next good one of its window, counted and named.
 """
 
 from __future__ import annotations

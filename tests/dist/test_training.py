@@ -171,7 +171,7 @@ def test_bf16_trains(feature_data: Callable[..., Path], tmp_path: Path) -> None:
 def test_pictures_and_texts_end_to_end(
     processes: int, trainable: bool, raw_data: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Text CNN from its own vocabulary, a timm model frozen or trained, decoding workers; then evaluation by its CLI."""
+    """Text CNN from its own vocabulary, a timm model frozen or trained, decoding workers; then evaluated."""
     data, run = raw_data(), tmp_path / "run"
     extra = ["model.image.name=resnet18", "model.image.image_size=32", "model.text.name=cnn", "stream.workers=2"]
     run_to_end(data, run, *extra, f"model.image.trainable={trainable}", processes=processes)

@@ -257,6 +257,20 @@ def test_waits_grow_and_are_counted_in_the_stated_time(cache: Path) -> None:
     assert store.dead_after_s == 4 * 2 * 10.0 + 0.5 + 1.0 + 2.0
 
 
+def test_the_waits_between_tries_are_kept(
+    server: FaultyServer, make: Callable[..., CachedStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    store = make(retries=4)
+    monkeypatch.setattr(remote, "BACKOFF_S", 10.0)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    server.faults["/data/manifest.json"] = ["503", "always"]
+    with pytest.raises(BadInput, match="in 5 tries"):
+        store.read("manifest.json")
+    assert [longest / 2 <= wait <= longest for wait, longest in zip(waits, (10, 20, 30, 30), strict=True)] == [True] * 4
+    assert len({wait / longest for wait, longest in zip(waits, (10, 20, 30, 30), strict=True)}) > 1  # spread
+
+
 def test_a_manifest_without_checksum_is_refused(make: Callable[..., CachedStore]) -> None:
     for sha256 in ("", "../../" + "a" * 58):
         with pytest.raises(BadInput, match="no bytes or sha256"):
@@ -410,6 +424,23 @@ def test_the_bound_holds_while_processes_read_more_than_fits(
     assert 2 * SIZE < max(seen) <= bound
 
 
+def test_a_download_waits_while_those_of_others_fill_the_cache(
+    server: FaultyServer, make: Callable[..., CachedStore], cache: Path
+) -> None:
+    store = make(cache_bytes=SIZE + SIZE // 2)
+    for i in range(3):
+        server.faults[f"/data/s-{i}.tar"] = ["slow"]
+    stop, seen = threading.Event(), list[int]()
+    monitor = threading.Thread(target=largest_seen, args=[cache, stop, seen])
+    monitor.start()
+    try:
+        assert run_together(3, lambda i: content(store, shard_of(i)) == body_of(i)) == [True] * 3
+    finally:
+        stop.set()
+        monitor.join()
+    assert max(seen) == SIZE
+
+
 def test_the_least_recently_used_goes_first_and_stays_readable_where_open(
     server: FaultyServer, make: Callable[..., CachedStore], cache: Path
 ) -> None:
@@ -463,8 +494,12 @@ def test_a_damaged_file_is_fetched_again(
     assert content(make(), shard_of(1)) == body_of(1)  # another process: the first look is by sha256
     path.write_bytes(body_of(1)[:-1])
     assert content(make(), shard_of(1)) == body_of(1)
-    assert server.requests["/data/s-1.tar"] == 3
-    assert caplog.text.count("is damaged") == 2
+    store = make()
+    assert content(store, shard_of(1)) == body_of(1)
+    os.truncate(path, SIZE - 1)  # after this process has checked it
+    assert content(store, shard_of(1)) == body_of(1)
+    assert server.requests["/data/s-1.tar"] == 4
+    assert caplog.text.count("is damaged") == 3
 
 
 # ---------------------------------------------------------------------------------------------- prefetch
@@ -602,8 +637,15 @@ def test_s3_faults_are_retried_once_a_try(s3: Callable[[str], None], server: Fau
     path = "/data/s-1.tar"  # bucket "data"
     store = open_store("s3://data", cache=str(cache), retries=5, timeout_s=0.5)
     server.faults[path] = ["500", "503", "truncated", "reset", "stall"]
+    began = time.monotonic()
     assert content(store, shard_of(1)) == body_of(1)
     assert server.requests[path] == 6
+    assert time.monotonic() - began < 8  # the server ends a stall after 20 s, botocore after 60 s
+    path = "/data/s-3.tar"
+    server.faults[path] = ["truncated", "always"]
+    with pytest.raises(BadInput, match=r"s3://data/s-3\.tar could not be read in 6 tries .*payload"):
+        store.open(shard_of(3))
+    assert server.requests[path] == 6  # s3fs has not tried again on its own
     path = "/data/s-2.tar"
     server.faults[path] = ["503", "always"]
     with pytest.raises(BadInput, match=r"s3://data/s-2\.tar could not be read in 6 tries .*HTTP 503"):
