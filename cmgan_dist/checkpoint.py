@@ -42,6 +42,8 @@ class Progress:
     best: float | None = None
     """Best validation score so far."""
     best_position: int = 0
+    bad_samples: int = 0
+    """Samples that were replaced so far, on all processes."""
     epoch_samples: int = 0
     """Samples in an epoch: a run goes on with the data that it began with."""
 

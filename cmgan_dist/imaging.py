@@ -48,8 +48,8 @@ _UPRIGHT: dict[int, tuple[bool, int, int]] = {
     7: (True, -1, -1),
     8: (True, -1, 1),
 }
-"""EXIF orientation (EXIF 2.3, tag 274) -> what makes the picture upright: rows for columns, then the steps in which rows
-and columns are read."""
+"""EXIF orientation (EXIF 2.3, tag 274) -> what makes the picture upright: rows for columns, then the steps in which
+rows and columns are read."""
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 """What Pillow raises on damaged files."""
 
@@ -79,13 +79,17 @@ def decode_image(data: bytes, size: int, augment: np.random.Generator | None = N
         if isinstance(error, BadSample):
             raise
         raise BadSample(f"the image does not decode ({error})") from None
-    left, top, right, bottom = (round(edge * scale) for edge in box)
-    square = _resize(pixels[top:bottom, left:right], size)
+    left, top, right, bottom = (edge * scale for edge in box)
+    if augment is None:
+        square = _resize(pixels[round(top) : math.ceil(bottom), round(left) : math.ceil(right)], size, bottom - top)
+    else:  # an edge half a pixel off is as random as the crop
+        square = _resize(pixels[round(top) : round(bottom), round(left) : round(right)], size)
     if orientation in _UPRIGHT:
         turn, rows, columns = _UPRIGHT[orientation]
         square = (square.T if turn else square)[::rows, ::columns]
     if flip:
         square = square[:, ::-1]
+    square = np.ascontiguousarray(square)
     planes = np.empty((3, size, size), np.uint8)
     for i, plane in enumerate(planes):
         np.copyto(plane, square >> (8 * i) if i else square, casting="unsafe")
@@ -152,9 +156,7 @@ def _eighths(box: Box, size: int, exact: bool) -> int:
     return 8
 
 
-def _decode(
-    data: bytes, image: Image.Image | None, shape: tuple[int, int], eighths: int
-) -> tuple[np.ndarray, float]:
+def _decode(data: bytes, image: Image.Image | None, shape: tuple[int, int], eighths: int) -> tuple[np.ndarray, float]:
     """(all pixels, uint8 [h, w, 4]; scale): a JPEG comes in `eighths` of its size. Pixel x is found at x * scale.
 
     `image` is None for what `_upright_jpeg` has recognised."""
@@ -169,13 +171,18 @@ def _decode(
     return np.array(_to_rgb(image or _open(data)).convert("RGBX")), 1.0
 
 
-def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [h, w, 4] -> uint32 [size, size]: red is the lowest byte."""
+def _resize(pixels: np.ndarray, size: int, side: float | None = None) -> np.ndarray:
+    """uint8 [h, w, 4] -> uint32 [size, size], red in the lowest byte.
+
+    `side`: how much of a square counts, when its last row and column are only partly in the box."""
     height, width = pixels.shape[:2]
     if (height, width) != (size, size):
-        rows = torch.from_numpy(np.ascontiguousarray(pixels)).view(1, height, width, 4)
-        resized = interpolate(rows.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)
-        pixels = np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+        rows = torch.from_numpy(np.ascontiguousarray(pixels)).view(1, height, width, 4).permute(0, 3, 1, 2)
+        if side is None or side == height:
+            resized = interpolate(rows, (size, size), mode="bicubic", antialias=True)
+        else:
+            resized = interpolate(rows, scale_factor=size / side, mode="bicubic", antialias=True)
+        pixels = np.ascontiguousarray(resized[0, :, :size, :size].permute(1, 2, 0).numpy())
     return pixels.view("<u4")[..., 0]
 
 

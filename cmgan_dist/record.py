@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 class Recorder:
     """Writes on the main process only; elsewhere every call does nothing."""
 
-    def __init__(
-        self, run: Path, *, main: bool, position: int, total: int, track: Callable[[dict[str, float], int], None]
-    ) -> None:
-        """Lines of metrics.jsonl beyond `position`, from a run that was cut, are dropped: they are made again."""
-        self.main, self.track, self.start = main, track, position
-        self.console = Console(stderr=True)
-        self._time = time.monotonic()
-        self._samples = position
-        if not main:
-            return
-        kept = [line for line in read_metrics(run) if line.get("samples", 0) <= position]
-        write_atomic(run / METRICS_NAME, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(run / METRICS_NAME, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+    def __init__(self, run: Path, *, main: bool, track: Callable[[dict[str, float], int], None]) -> None:
+        self.run, self.main, self.track = run, main, track
+        console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -55,11 +46,26 @@ class Recorder:
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
+            console=console,
+            disable=not console.is_terminal,
         )
+
+    @contextlib.contextmanager
+    def started(self, position: int, total: int) -> Iterator[None]:
+        """Open metrics.jsonl and the progress line; both are closed whatever happens.
+
+        Lines beyond `position`, from a run that was cut, are dropped: they are made again."""
+        self._time, self._samples = time.monotonic(), position
+        if not self.main:
+            yield
+            return
+        kept = [line for line in read_metrics(self.run) if line.get("samples", 0) <= position]
+        write_atomic(self.run / METRICS_NAME, "".join(json.dumps(line) + "\n" for line in kept))
         self.task = self.progress.add_task("samples", total=total, completed=position, note="")
-        self.progress.start()
+        with self.progress, open(self.run / METRICS_NAME, "a", encoding="utf-8") as self._file:
+            yield
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def rate(self, position: int) -> float:
         """Samples per second since the last call."""
@@ -68,12 +74,12 @@ class Recorder:
         self._time, self._samples = now, position
         return rate
 
-    def line(self, kind: str, position: int, epoch: float, values: dict[str, Any]) -> None:
+    def line(self, kind: str, position: int, values: dict[str, Any], epoch_samples: int) -> None:
         """One line of metrics.jsonl, flushed; NaN and Inf become null, which JSON has."""
         if not self.main:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        record = {"kind": kind, "samples": position, "epoch": round(epoch, 4), **clean}
+        record = {"kind": kind, "samples": position, "epoch": round(position / epoch_samples, 4), **clean}
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
         numbers = {f"{kind}/{k}": float(v) for k, v in values.items() if isinstance(v, int | float)}
@@ -87,10 +93,3 @@ class Recorder:
         """A line for the reader that stays."""
         if self.main:
             self.progress.console.print(text, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        if self.main:
-            self.progress.stop()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()

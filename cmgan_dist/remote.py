@@ -237,6 +237,8 @@ class CachedStore(ShardStore):
     def __init__(self, data: str, folder: Path, *, cache_bytes: int, retries: int, timeout_s: float) -> None:
         self.protocol = data.partition("://")[0]
         self.package = PACKAGES[self.protocol]
+        # Else gcsfs asks by gRPC, which does not outlive a fork, what kind of bucket it is.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         try:
             fsspec.get_filesystem_class(self.protocol)
             names = [name.rpartition(".") for name in FAILURES[self.package]]
@@ -256,7 +258,7 @@ class CachedStore(ShardStore):
     @property
     def dead_after_s(self) -> float:
         """A source that does not answer ends in an error after at most this many seconds: per try `timeout_s` to
-        connect and `timeout_s` for the first byte, and the waits between tries. gcsfs makes six tries of each."""
+        connect and `timeout_s` for the first byte, and the waits between tries."""
         return self.tries * 2 * self.timeout_s + sum(self._longest_wait(n) for n in range(1, self.tries))
 
     def where(self, name: str) -> str:
@@ -344,7 +346,11 @@ class CachedStore(ShardStore):
                     else:
                         options["requests_timeout"] = limit
                 process.filesystem = fsspec.filesystem(self.protocol, **options)
-                process.filesystem.retries = 1  # s3fs: tries are counted here
+                # Tries are counted here, not by the backends.
+                process.filesystem.retries = 1  # s3fs
+                if self.package == "gcsfs":  # a decorator makes six: the function under it makes one
+                    request = type(process.filesystem)._request.__wrapped__
+                    process.filesystem._request = partial(request, process.filesystem)
                 _filesystems[id(process.filesystem)] = process.filesystem
             return process.filesystem
 
@@ -536,4 +542,4 @@ def _told(error: Exception, state: int | None) -> str:
         return f"HTTP {state}"
     if isinstance(error, TimeoutError):
         return "nothing came within stream.timeout_s"
-    return f"{type(error).__name__} {error}".strip()
+    return " ".join(f"{type(error).__name__} {error}".split())

@@ -8,6 +8,7 @@ joins rows to the rank's Batch. A bad sample is replaced by the next good one of
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -217,22 +218,25 @@ def _stack_texts(texts: list[str | np.ndarray]) -> Tensor | list[str]:
     return torch.from_numpy(np.stack(cast(list[np.ndarray], texts)))
 
 
-class _Chunks(IterableDataset[Batch]):
-    """What one worker yields: for every step the rows of its logical streams."""
+class _Chunks(IterableDataset["Batch | BadInput"]):
+    """What one worker yields: for every step the rows of its logical streams. BadInput is handed over as an item:
+    raised in a worker it would arrive with a traceback in its message."""
 
     def __init__(self, stream: Stream, first_step: int) -> None:
         self.stream, self.first_step = stream, first_step
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | BadInput]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         mine = self.stream.held
         each = len(mine) // workers
         part = mine[worker * each : (worker + 1) * each]
-        step = self.first_step
-        while True:
-            yield self.stream.read_step(step, part)
-            step += 1
+        for step in itertools.count(self.first_step):
+            try:
+                yield self.stream.read_step(step, part)
+            except BadInput as error:
+                yield error
+                return
 
 
 class Stream:
@@ -368,7 +372,7 @@ class Stream:
             )
         chunks = _Chunks(self, step)
         if not self.workers:
-            yield from chunks
+            yield from map(_good, chunks)
             return
         loader = iter(
             DataLoader(
@@ -380,7 +384,13 @@ class Stream:
             )
         )
         while True:
-            yield join([next(loader) for _ in range(self.workers)])
+            yield join([_good(next(loader)) for _ in range(self.workers)])
+
+
+def _good(item: Batch | BadInput) -> Batch:
+    if isinstance(item, BadInput):
+        raise item
+    return item
 
 
 def join(parts: list[Batch]) -> Batch:

@@ -130,6 +130,17 @@ class Networks:
             out |= {f"ema/{k}": v for k, v in stored_tensors(self.average).items()}
         return out
 
+    def set_rates(self, factor: float, config: OptimConfig) -> None:
+        """Learning rates times `factor`."""
+        for name, optimizer in self.optimizers.items():
+            base = config.generator_lr if name == "generator" else config.discriminator_lr
+            optimizer.param_groups[0]["lr"] = base * factor
+
+    def unwrap(self) -> None:
+        """Let go of the DDP modules: none may outlive the process group."""
+        self.discriminators.clear()
+        self.wrapped = self.generator
+
     def load(self, checkpoint: Checkpoint, where: str) -> None:
         """Raises BadInput when it is the checkpoint of another model."""
         check_shapes(self.tensors(), checkpoint.tensors, where)
@@ -258,122 +269,151 @@ def score_of(metrics: Mapping[str, object]) -> float:
     return sum(values) / len(values)
 
 
-def train(config: Config, resume: str = "auto") -> int:
-    """Train `config` to its end or to a signal; returns the exit code. `resume`: auto goes on from the newest
-    checkpoint in config.output, never starts again and moves what is there aside.
+@dataclass
+class Session:
+    """A run that is ready to go on from `progress`."""
 
-    Raises BadInput before the first update for whatever the config, the data or an earlier run make impossible, and
-    later when too many samples are bad or a loss is not finite."""
+    config: Config
+    run: Path
+    stream: Stream
+    val_reader: ShardReader
+    parallel: Parallel
+    networks: Networks
+    recorder: Recorder
+    progress: Progress
+    multi: bool
+    """Multi-label classes."""
+
+    @property
+    def total(self) -> int:
+        """Samples of the whole run."""
+        return self.samples(self.config.train.epochs)
+
+    def samples(self, epochs: float) -> int:
+        """Epochs in samples, whole global batches."""
+        batch = self.config.stream.global_batch
+        return steps_for(epochs, self.stream.epoch_samples, batch) * batch
+
+    def due(self, every: int) -> bool:
+        """Whether the batch that has just ended crossed a multiple of `every` samples."""
+        position = self.progress.position
+        return position // every > (position - self.config.stream.global_batch) // every
+
+
+def prepare(config: Config, resume: str) -> Session:
+    """Everything up to the first batch. Raises BadInput for whatever config, data or an earlier run make impossible."""
     validate(config)
     run = Path(config.output)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    stream = Stream(
-        config.data,
-        config.stream,
-        seed=config.train.seed,
-        image_size=config.model.image.image_size,
-        rank=rank,
-        world=world,
-    )
+    size = config.model.image.image_size
+    stream = Stream(config.data, config.stream, seed=config.train.seed, image_size=size, rank=rank, world=world)
     val_reader = ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
     if resume == "auto":
         check_same_run(run, config)
     elif rank == 0:
         set_aside(run)
 
-    tracker = config.train.tracker
-    parallel = Parallel(config.train.precision, tracker if rank == 0 else "none", str(run))
+    parallel = Parallel(config.train.precision, config.train.tracker if rank == 0 else "none", str(run))
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // parallel.local_world))
     spec = DataSpec.of(stream.manifest)
     vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
     networks = build_networks(config, spec, vocabulary, parallel)
+    progress = Progress(epoch_samples=stream.epoch_samples)
+    checkpoint = load_latest(run) if resume == "auto" else None
+    if checkpoint is not None:
+        if checkpoint.progress.epoch_samples != progress.epoch_samples:
+            raise BadInput(
+                f"{run} was trained on epochs of {checkpoint.progress.epoch_samples} samples, {config.data} has "
+                f"{progress.epoch_samples}: use the same data, another --output, or --resume never"
+            )
+        networks.load(checkpoint, f"{run}/checkpoints")
+        progress = checkpoint.progress
     if parallel.main:
         write_atomic(run / CONFIG_NAME, to_yaml(config))
         write_atomic(run / "best" / CONFIG_NAME, to_yaml(config))
         write_atomic(run / "best" / SPEC_NAME, json.dumps(dataclasses.asdict(spec), ensure_ascii=False) + "\n")
         if vocabulary is not None:
             vocabulary.save(run / "best" / VOCABULARY_NAME)
-
-    progress = Progress()
-    checkpoint = load_latest(run) if resume == "auto" else None
-    if checkpoint is not None:
-        networks.load(checkpoint, f"{run}/checkpoints")
-        progress = checkpoint.progress
-        if progress.epoch_samples != stream.epoch_samples:
-            raise BadInput(
-                f"{run} was trained on epochs of {progress.epoch_samples} samples, {config.data} has "
-                f"{stream.epoch_samples}: use the same data, another --output, or --resume never"
-            )
-    progress.epoch_samples = stream.epoch_samples
-    batch_size, epoch_samples = config.stream.global_batch, stream.epoch_samples
-
-    def samples(epochs: float) -> int:
-        return steps_for(epochs, epoch_samples, batch_size) * batch_size
-
-    total = samples(config.train.epochs)
     parallel.start_trackers("tensorboard", {"preset": config.preset, "data": config.data})
-    recorder = Recorder(run, main=parallel.main, position=progress.position, total=total, track=parallel.track)
-    if progress.position >= total:
-        recorder.say(f"{run} is done: {total} samples, best validation score {progress.best:.4f}")
-        finish(recorder, parallel, networks)
-        return EXIT_DONE
-    if progress.position:
-        recorder.say(f"resuming {run} at sample {progress.position} of {total}")
+    recorder = Recorder(run, main=parallel.main, track=parallel.track)
+    return Session(config, run, stream, val_reader, parallel, networks, recorder, progress, spec.label_kind == "multi")
 
-    parallel.watch_signals()
-    table, multi = phase_table(config), spec.label_kind == "multi"
-    bad, stopped = 0, False
-    for batch in stream.batches(progress.position):
-        position, epoch = progress.position, progress.position / epoch_samples
+
+def train(config: Config, resume: str = "auto") -> int:
+    """Train `config` to its end or to a signal; returns the exit code. `resume`: auto goes on from the newest
+    checkpoint in config.output, never starts again and moves what is there aside.
+
+    Raises BadInput before the first update for whatever the config, the data or an earlier run make impossible, and
+    later when too many samples are bad or a loss is not finite."""
+    session = prepare(config, resume)
+    run, progress, total = session.run, session.progress, session.total
+    with session.recorder.started(progress.position, total):
+        if progress.position >= total:
+            session.recorder.say(f"{run} is done: {total} samples, best validation score {progress.best:.4f}")
+        else:
+            if progress.position:
+                session.recorder.say(f"resuming {run} at sample {progress.position} of {total}")
+            session.parallel.watch_signals()
+            loop(session)
+            if progress.position < total:
+                where = f"sample {progress.position} of {total}"
+                session.recorder.say(f"saved at {where} after a signal: start again to go on")
+            elif session.parallel.main:
+                session.recorder.say(f"done: report at {write_report(run)}")
+    session.networks.unwrap()
+    session.parallel.close()
+    return EXIT_DONE if progress.position >= total else EXIT_SIGNALLED
+
+
+def loop(session: Session) -> None:
+    """Batches up to the end of the run or a signal."""
+    config, parallel, networks = session.config, session.parallel, session.networks
+    progress, recorder, total = session.progress, session.recorder, session.total
+    batch_size, epoch_samples = config.stream.global_batch, progress.epoch_samples
+    table = phase_table(config)
+    bad = 0
+    for batch in session.stream.batches(progress.position):
         # --- one batch: reseed from the position, set the rates, run the table
-        torch.manual_seed(mix(config.train.seed, position, rank, 8) >> 1)
+        position, epoch = progress.position, progress.position / epoch_samples
+        torch.manual_seed(mix(config.train.seed, position, parallel.rank, 8) >> 1)
         factor = rate(config.optim, epoch, config.train.epochs)
-        for name, optimizer in networks.optimizers.items():
-            base = config.optim.generator_lr if name == "generator" else config.optim.discriminator_lr
-            optimizer.param_groups[0]["lr"] = base * factor
-        scene = make_scene(batch, networks, config, parallel, position, multi)
+        networks.set_rates(factor, config.optim)
+        scene = make_scene(batch, networks, config, parallel, position, session.multi)
         terms: dict[str, Tensor] = {}
         for phase in table:
             terms |= run_phase(phase, scene, networks.optimizers, parallel.autocast, config.optim.clip)
         if networks.average is not None:
             update_average(networks.average, networks.generator, config.train.ema)
         progress.position += batch_size
-
-        # --- what is due now
         for line in batch.bad:
             log.warning("bad sample replaced: %s", line)
         bad += len(batch.bad)
-        stopped = parallel.stop_requested()
-        last = progress.position >= total
-        if due(progress.position, config.train.log_every * batch_size, batch_size) or last:
-            values = parallel.mean({k: float(v) for k, v in {**terms, **scene.stats}.items()})
+
+        # --- what is due now
+        last, stopped = progress.position >= total, parallel.stop_requested()
+        log_now = last or session.due(config.train.log_every * batch_size)
+        val_now = last or (config.train.val_every > 0 and session.due(session.samples(config.train.val_every)))
+        save_now = last or stopped or session.due(session.samples(config.train.save_every))
+        if log_now or save_now:
+            values = parallel.mean({"bad": bad, **{k: float(v) for k, v in {**terms, **scene.stats}.items()}})
+            progress.bad_samples += round(values.pop("bad") * parallel.world)
+            bad = 0
+        if log_now:
             check_finite(values, position)
-            values |= {"lr": config.optim.generator_lr * factor, "bad_samples": bad}
-            values["samples_per_s"] = recorder.rate(progress.position)
-            recorder.line("train", progress.position, progress.position / epoch_samples, values)
+            values |= {"lr": config.optim.generator_lr * factor, "bad_samples": progress.bad_samples}
+            recorder.line(
+                "train", progress.position, values | {"samples_per_s": recorder.rate(progress.position)}, epoch_samples
+            )
         recorder.show(progress.position, f"epoch {epoch:.0f} best {progress.best or 0:.4f}")
-        if last or (config.train.val_every and due(progress.position, samples(config.train.val_every), batch_size)):
-            validate_now(networks, val_reader, config, parallel, progress, recorder, run, epoch_samples)
-        if last or stopped or due(progress.position, samples(config.train.save_every), batch_size):
+        if val_now:
+            validate_now(session)
+        if save_now:
             if parallel.main:
                 states = {k: o.state_dict() for k, o in networks.optimizers.items()}
-                save_checkpoint(run, Checkpoint(progress, networks.tensors(), states), config.train.keep)
+                save_checkpoint(session.run, Checkpoint(progress, networks.tensors(), states), config.train.keep)
             parallel.barrier()
         if last or stopped:
-            break
-
-    finished = progress.position >= total
-    if parallel.main and finished:
-        recorder.say(f"done: report at {write_report(run)}")
-    elif stopped:
-        recorder.say(f"saved at sample {progress.position} of {total} after a signal: start again to go on")
-    finish(recorder, parallel, networks)
-    return EXIT_DONE if finished else EXIT_SIGNALLED
-
-
-def due(position: int, every: int, batch: int) -> bool:
-    """Whether the batch that ended at `position` crossed a multiple of `every` samples."""
-    return position // every > (position - batch) // every
+            return
 
 
 def check_finite(values: dict[str, float], position: int) -> None:
@@ -386,32 +426,17 @@ def check_finite(values: dict[str, float], position: int) -> None:
             )
 
 
-def validate_now(
-    networks: Networks,
-    reader: ShardReader,
-    config: Config,
-    parallel: Parallel,
-    progress: Progress,
-    recorder: Recorder,
-    run: Path,
-    epoch_samples: int,
-) -> None:
+def validate_now(session: Session) -> None:
     """Embed and score the validation split; keep the generator when it is the best so far."""
-    embedded = embed_split(networks.judged, reader, config, parallel)
+    config, progress, recorder = session.config, session.progress, session.recorder
+    embedded = embed_split(session.networks.judged, session.val_reader, config, session.parallel)
     metrics = evaluate(embedded.common, zscore=config.eval.zscore, all_modal=False)
     score = score_of(metrics)
     if progress.best is None or score > progress.best:
         progress.best, progress.best_position = score, progress.position
-        if parallel.main:
-            save_best(run, stored_tensors(networks.judged), progress)
-    epoch = progress.position / epoch_samples
+        if session.parallel.main:
+            save_best(session.run, stored_tensors(session.networks.judged), progress)
     values = {k: v for k, v in metrics.items() if isinstance(v, float)}
-    recorder.line("val", progress.position, epoch, {"score": score, **values})
+    recorder.line("val", progress.position, {"score": score, **values}, progress.epoch_samples)
+    epoch = progress.position / progress.epoch_samples
     recorder.say(f"epoch {epoch:6.1f}  validation {score:.4f}  best {progress.best:.4f}")
-
-
-def finish(recorder: Recorder, parallel: Parallel, networks: Networks) -> None:
-    recorder.close()
-    networks.discriminators.clear()
-    networks.wrapped = networks.generator  # no DDP module may outlive the process group
-    parallel.close()

@@ -31,6 +31,8 @@ class FaultyServer:
         self.faults: dict[str, list[str]] = {}
         self.requests: Counter[str] = Counter()
         """Requests per path."""
+        self.queries: set[str] = set()
+        """What stood behind a "?"."""
         self.half_sent = threading.Event()
         """Set when a stalling body has got half way."""
         self.stopped = threading.Event()
@@ -64,7 +66,8 @@ class FaultyServer:
             return faults[0] if faults[1:] == ["always"] else faults.pop(0)
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        path = handler.path.partition("?")[0]
+        path, _, query = handler.path.partition("?")
+        self.queries.add(query)
         fault = self.next_fault(path)
         body = self.files.get(path)
         handler.close_connection = True

@@ -59,7 +59,7 @@ def truncated_tar(feature_data: Callable[..., Path], raw_data: Callable[..., Pat
 
 
 def corrupt_image(feature_data: Callable[..., Path], raw_data: Callable[..., Path], tmp: Path) -> list[str]:
-    return train(raw_data(spoil={3: "image", 9: "image"}), tmp / "run", *RAW)
+    return train(raw_data(spoil={3: "image", 9: "image"}), tmp / "run", *RAW, "stream.workers=2")
 
 
 def missing_text(feature_data: Callable[..., Path], raw_data: Callable[..., Path], tmp: Path) -> list[str]:

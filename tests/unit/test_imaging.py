@@ -95,7 +95,7 @@ def test_a_jpeg_is_decoded_scaled_but_not_below_the_target(shapes: list[tuple[in
     decode_image(encode(scene(2000, 500), "JPEG", exif=exif), 224)
     assert 224 <= shapes[1][0] <= 448
     decode_image(encode(scene(100, 90), "JPEG"), 224)
-    assert shapes[2] == (90, 100, 3)
+    assert shapes[2][:2] == (90, 100)
     decode_image(encode(scene(800, 2000), "JPEG"), 224)
     assert 224 <= shapes[3][1] <= 448
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from cmgan_dist import remote
@@ -93,7 +94,8 @@ def make(server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(remote, "BACKOFF_S", 0.02)
 
     def make(path: str = "/data", **options: Any) -> CachedStore:
-        store = open_store(server.url + path, **{"cache": str(cache), "timeout_s": 5.0, "retries": 3} | options)
+        defaults: dict[str, Any] = {"cache": str(cache), "timeout_s": 5.0, "retries": 3}
+        store = open_store(server.url + path, **(defaults | options))
         assert isinstance(store, CachedStore)
         return store
 
@@ -165,11 +167,22 @@ def test_a_shard_is_fetched_once_and_named_by_content(
     assert sorted(p.name for p in cache.iterdir()) == [".lock", f"{shard_of(1).sha256}.tar"]
 
 
+def test_a_shard_is_on_disk_before_it_has_its_name(
+    make: Callable[..., CachedStore], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[list[str]] = []
+    monkeypatch.setattr(os, "fsync", lambda _: names.append(sorted(p.name[:6] for p in cache.iterdir())))
+    os.close(make().open(shard_of(1)))
+    assert names == [[".lock", ".part-"]]
+
+
 def test_a_signed_query_goes_to_the_server_and_into_no_message(
     server: FaultyServer, make: Callable[..., CachedStore]
 ) -> None:
     store = make("/data?sig=secret")
     assert content(store, shard_of(1)) == body_of(1)
+    assert store.read("manifest.json") == b'{"a": 1}'
+    assert server.queries == {"sig=secret"}
     with pytest.raises(BadInput, match=r"/data/none\.json does not exist") as caught:
         store.read("none.json")
     assert "secret" not in str(caught.value)
@@ -512,8 +525,10 @@ def test_prefetch_fetches_in_the_background_and_open_finds_it(
         server.faults[f"/data/s-{i}.tar"] = ["slow"]
     store = make()
     began = time.monotonic()
-    store.prefetch([shard_of(i) for i in range(4)])
+    for _ in range(5):  # streams name the same shards
+        store.prefetch([shard_of(i) for i in range(4)])
     assert time.monotonic() - began < 0.2
+    assert store._process().queue.qsize() <= 4
     assert content(store, shard_of(0)) == body_of(0)  # on its way: waited for, not fetched twice
     wait_for(lambda: len(list(cache.glob("*.tar"))) == 4)
     assert content(store, shard_of(3)) == body_of(3)
@@ -544,6 +559,18 @@ def test_prefetch_asks_for_no_more_than_half_of_the_cache(
     assert list(store._process().pending) == [shard_of(i).sha256 for i in range(3)]
     wait_for(lambda: not store._process().pending)
     assert set(server.requests) == {f"/data/s-{i}.tar" for i in range(3)}
+
+
+def test_close_forgets_what_was_to_be_prefetched(server: FaultyServer, make: Callable[..., CachedStore]) -> None:
+    for i in range(6):
+        server.faults[f"/data/s-{i}.tar"] = ["slow"]
+    store = make()
+    store.prefetch([shard_of(i) for i in range(6)])
+    wait_for(lambda: len(server.requests) == remote.PREFETCH_THREADS)
+    store.close()
+    wait_for(lambda: not store._process().pending)
+    assert len(server.requests) == remote.PREFETCH_THREADS
+    assert content(store, shard_of(5)) == body_of(5)  # still of use
 
 
 def test_prefetch_and_connections_of_a_parent_do_not_stop_its_children(
@@ -672,3 +699,29 @@ def test_s3_without_credentials_is_told_at_once(
         open_store("s3://data", cache=str(cache)).open(shard_of(1))
     assert time.monotonic() - began < 5
     assert not server.requests
+
+
+# ---------------------------------------------------------------------------------------------- Google
+
+
+def test_gs_faults_are_retried_once_a_try(monkeypatch: pytest.MonkeyPatch, server: FaultyServer, cache: Path) -> None:
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    pytest.importorskip("gcsfs")
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.02)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    one, two = (f"/download/storage/v1/b/bucket/o/data%2Fs-{i}.tar" for i in (1, 2))
+    server.files = {one: body_of(1), two: body_of(2)}
+    server.faults = {one: ["503", "truncated", "reset", "stall"], two: ["silent", "always"]}
+    store = open_store("gs://bucket/data", cache=str(cache), retries=4, timeout_s=0.4)
+    assert content(store, shard_of(1)) == body_of(1)
+    assert server.requests[one] == 5
+    with pytest.raises(BadInput, match=r"gs://bucket/data/s-2\.tar could not be read in 5 tries .*nothing came within"):
+        store.open(shard_of(2))
+    assert server.requests[two] == 5
+    server.faults = {two: ["403"]}
+    with pytest.raises(BadInput, match=r"gs://bucket/data/s-2\.tar may not be read"):
+        store.open(shard_of(2))
+    with pytest.raises(BadInput, match=r"gs://bucket/data/s-3\.tar does not exist"):
+        store.open(shard_of(3))
+    assert run_together(2, lambda i: content(store, shard_of(2)) == body_of(2)) == [True] * 2
