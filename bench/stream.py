@@ -34,7 +34,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -340,7 +340,7 @@ def serve(name: str, place: Path, mode: str) -> None:
             found: dict[str, np.ndarray] = {}
             for image, keys in contestant.batches():
                 found |= {k: image[i].numpy().copy() for i, k in enumerate(keys) if k in set(order["keys"])}
-            np.savez(order["path"], **found)
+            np.savez(order["path"], **cast(dict[str, Any], found))
             answer: dict[str, float] = {}
         else:
             batches = contestant.batches()
