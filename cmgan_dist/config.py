@@ -227,7 +227,7 @@ class Config:
     """A whole run."""
 
     preset: str = "reference"
-    """Preset that the values started from."""
+    """Preset to start from: reference, features, openmoji, wikipedia, pairs, raw or smoke."""
     data: str = ""
     """Folder or URL of shards with manifest.json; several with commas between are mixed (stream.weights)."""
     output: str = ""

@@ -148,11 +148,12 @@ def _random_box(width: int, height: int, rng: np.random.Generator) -> Box:
 def _eighths(box: Box, size: int, exact: bool) -> int:
     """Eighths of its size at which to decode a JPEG: the fewest that leave the box `size` pixels wide and high.
 
-    `exact`: its left and top edges must lie between pixels then too; if not, they are up to half a pixel off."""
+    `exact`: twice as many when the box's left or top edge would not lie between pixels. Where it still does not, it is
+    off by half a pixel of a picture twice as large as it need be."""
     left, top, right, bottom = box
     for eighths in _FAST_EIGHTHS:
-        if min(right - left, bottom - top) * eighths >= 8 * size and not (exact and (left | top) * eighths % 8):
-            return eighths
+        if min(right - left, bottom - top) * eighths >= 8 * size:
+            return 2 * eighths if exact and (left | top) * eighths % 8 else eighths
     return 8
 
 
@@ -168,7 +169,12 @@ def _decode(data: bytes, image: Image.Image | None, shape: tuple[int, int], eigh
             if "premature" in str(error).lower():  # Pillow would fill up a picture whose cut end bears an end marker
                 raise BadSample(f"the image does not decode ({error})") from None
             # odd but perhaps readable, such as bytes behind the end: Pillow decides
-    return np.array(_to_rgb(image or _open(data)).convert("RGBX")), 1.0
+    pixels = np.array(_to_rgb(image or _open(data)).convert("RGBX"))
+    if pixels.shape[1::-1] != shape:
+        raise BadSample(
+            f"the image does not decode ({pixels.shape[1]} x {pixels.shape[0]} pixels, not as its header says)"
+        )
+    return pixels, 1.0
 
 
 def _resize(pixels: np.ndarray, size: int, side: float | None = None) -> np.ndarray:

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from cmgan_dist import imaging
 from cmgan_dist.errors import BadSample
-from cmgan_dist.imaging import CROP_AREA, CROP_RATIO, MAX_PIXELS, _random_box, decode_image
+from cmgan_dist.imaging import CROP_AREA, CROP_RATIO, MAX_PIXELS, _centre_box, _eighths, _random_box, decode_image
 
 
 def scene(width: int, height: int) -> Image.Image:
@@ -85,6 +85,44 @@ def test_both_sides_of_a_crop_reach_the_target(
     monkeypatch.setattr(imaging, "_random_box", lambda *_: box)
     decode_image(encode(scene(1000, 1000), "JPEG"), 224, np.random.default_rng(0))
     assert 500 * shapes[0][0] / 1000 >= 224
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([8, 64, 224]), st.integers(0, 2**32))
+def test_the_scale_of_a_jpeg(width: int, height: int, size: int, seed: int) -> None:
+    """One that libjpeg has vector code for, no larger than it needs to be, and the centre's edges as good as exact."""
+    drawn = _random_box(width, height, np.random.default_rng(seed))
+    for box, exact in ((_centre_box(width, height), True), (drawn, False)):
+        side = min(box[2] - box[0], box[3] - box[1])
+        eighths = _eighths(box, size, exact)
+        assert eighths in (1, 2, 4, 8)
+        assert eighths == 8 or side * eighths >= 8 * size
+        assert eighths <= (2 if exact else 1) or side <= 2 * size or side * eighths / 8 < (4 if exact else 2) * size
+        if exact:
+            shift = max(abs(edge * eighths / 8 - round(edge * eighths / 8)) for edge in box[:2])
+            assert shift * size / (side * eighths / 8) <= 0.25
+
+
+def test_a_plain_jpeg_is_not_opened_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    opened: list[bytes] = []
+    open_image = imaging._open
+    monkeypatch.setattr(imaging, "_open", lambda data: opened.append(data) or open_image(data))
+    decode_image(encode(scene(90, 70), "JPEG"), 32)
+    decode_image(encode(scene(90, 70).convert("L"), "JPEG", progressive=True), 32)
+    assert not opened
+    for data in (encode(scene(90, 70), "JPEG", exif=exif), encode(scene(90, 70).convert("CMYK"), "JPEG")):
+        decode_image(data, 32)
+        assert opened.pop() == data
+
+
+def test_a_jpeg_that_says_it_is_huge_is_refused() -> None:
+    data = bytearray(encode(scene(40, 40), "JPEG"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
+    with pytest.raises(BadSample, match=str(MAX_PIXELS)):
+        decode_image(bytes(data), 32)
 
 
 def test_a_jpeg_is_decoded_scaled_but_not_below_the_target(shapes: list[tuple[int, ...]]) -> None:

@@ -619,10 +619,10 @@ stream = Stream(sys.argv[1], config, seed=1)  # one rank holds all logical strea
 opened = time.monotonic() - start
 plan, rng = stream.plan, random.Random(0)
 steps = [0, plan.steps - 1, plan.steps, *(rng.randrange(10 * plan.steps) for _ in range(10))]
-rows = [[r for s in stream.held for r in plan.chunk_rows(step, s)] for step in steps]
-seen = {(i, r.shard, r.index) for i, step in enumerate(rows) for r in step}
-assert len(seen) == len(steps) * 4096
-assert all(0 <= r.shard < 100_000 and 0 <= r.index < 10_000 for step in rows for r in step)
+for step in steps:
+    seen = {(r.shard, r.index) for s in stream.held for r in plan.chunk_rows(step, s)}
+    assert len(seen) == 4096
+    assert all(0 <= shard < 100_000 and 0 <= index < 10_000 for shard, index in seen)
 print(json.dumps({"samples": plan.samples, "epoch": stream.epoch_samples, "opened": opened,
     "drawn": time.monotonic() - start - opened, "base": base, "peak": memory("VmHWM")}))
 """
@@ -670,7 +670,7 @@ def test_a_manifest_of_a_billion_samples_opens_in_seconds_below_a_gib(tmp_path: 
     print(found)
     assert found["samples"] == 10**9
     assert found["epoch"] == 10**9 - 10**9 % 4096
-    assert found["peak"] - found["base"] < 1024
+    assert found["peak"] - found["base"] < 512, "well under 1 GiB was promised"
     assert found["opened"] + found["drawn"] < 60
 
 
