@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -38,6 +39,8 @@ MANIFEST_VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LabelKind = Literal["single", "multi", "none"]
 BLOCK = 512
+PIECE = 1 << 24
+"""Most bytes read at a time: what a header claims is not allocated before it is there."""
 
 
 # ---------------------------------------------------------------------------------------------- sample
@@ -92,14 +95,14 @@ def parse_array(data: bytes, what: str) -> np.ndarray:
     start = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
     try:
         dtype, shape, fortran = _npy_layout(data[:start])
-        if dtype.kind not in "fiu" or 0 in shape:
+        if dtype.kind not in "fiu" or min(shape, default=1) < 1:
             raise BadSample(f"{what} holds {dtype} of shape {shape}, not numbers")
         flat = np.frombuffer(data, dtype, math.prod(shape), start)
-    except ValueError as error:
-        if isinstance(error, BadSample):
-            raise
+        array = flat.reshape(shape, order="F" if fortran else "C").astype(np.float32)
+    except BadSample:
+        raise
+    except (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError, TokenError) as error:
         raise BadSample(f"{what} is not a readable .npy array ({error})") from None
-    array = flat.reshape(shape, order="F" if fortran else "C").astype(np.float32)
     if not np.isfinite(array).all():
         raise BadSample(f"{what} holds NaN or Inf")
     return array
@@ -113,7 +116,7 @@ def parse_sample(key: str, members: dict[str, bytes]) -> Sample:
     if "json" in members:
         try:
             record = json.loads(members["json"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample(f"{key}.json is not JSON ({error})") from None
         if not isinstance(record, dict):
             raise BadSample(f"{key}.json is not a JSON object")
@@ -156,11 +159,26 @@ def parse_sample(key: str, members: dict[str, bytes]) -> Sample:
 
 
 def _octal(field_bytes: bytes) -> int:
-    """A tar header's number: octal text, or base-256 when the top bit is set (GNU)."""
+    """A tar header's number: octal text, or base-256 when the top bit is set (GNU). Raises ValueError."""
     if field_bytes[0] & 0x80:
+        if field_bytes[0] & 0x40:
+            raise ValueError("negative number")
         return int.from_bytes(field_bytes, "big") & ((1 << (8 * len(field_bytes) - 1)) - 1)
     text = field_bytes.rstrip(b"\0 ").lstrip()
+    if text and not text.isdigit():  # int() would take a sign, a prefix and underscores
+        raise ValueError("not a number")
     return int(text, 8) if text else 0
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    """`size` bytes, or fewer where the file ends."""
+    if size <= PIECE:
+        return file.read(size)
+    pieces = []
+    while size and (piece := file.read(min(size, PIECE))):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
@@ -168,6 +186,8 @@ def _pax_records(data: bytes) -> dict[str, str]:
     while at < len(data):
         space = data.index(b" ", at)
         length = int(data[at:space])
+        if not space - at + 1 < length <= len(data) - at:
+            raise ValueError("a record of a length that it cannot have")
         name, _, value = data[space + 1 : at + length - 1].partition(b"=")
         records[name.decode()] = value.decode("utf-8", "surrogateescape")
         at += length
@@ -198,14 +218,18 @@ def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
         try:
             checksum = _octal(header[148:156])
             size = _octal(header[124:136])
+            if "size" in pax and header[156:157] not in (b"x", b"g"):
+                size = int(pax["size"])
+            if size < 0:
+                raise ValueError("negative size")
         except ValueError:
             raise BadSample(f"{name} has a damaged tar header at byte {offset}") from None
         if checksum != sum(header[:148]) + 8 * 32 + sum(header[156:]):
             raise BadSample(f"{name} has a damaged tar header at byte {offset}")
         kind = header[156:157]
-        if "size" in pax and kind not in (b"x", b"g"):
-            size = int(pax["size"])
-        data = file.read(size)
+        if kind in (b"1", b"2", b"3", b"4", b"5", b"6"):  # links, devices, folders: no data, whatever the size says
+            size = 0
+        data = _read(file, size)
         padding = file.read(-size % BLOCK)
         if len(data) < size or len(padding) < -size % BLOCK:
             raise BadSample(f"{name} is truncated at byte {offset + BLOCK + len(data) + len(padding)}")

@@ -82,6 +82,8 @@ class ShardReader:
                 f"{self.store.where(name)} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "
                 f"run 'python -m shards index {self.data}'"
             )
+        if index.offsets[0] < 0 or index.offsets[-1] > self.shards[shard].bytes or np.diff(index.offsets).min() < 0:
+            raise BadInput(f"{self.store.where(name)} is damaged: run 'python -m shards index {self.data}'")
         return index
 
     def _descriptor(self, shard: int) -> int:
@@ -383,8 +385,11 @@ class Stream:
                 multiprocessing_context="fork",  # a worker shares the plan and the open indexes
             )
         )
-        while True:
-            yield join([_good(next(loader)) for _ in range(self.workers)])
+        try:
+            while True:
+                yield join([_good(next(loader)) for _ in range(self.workers)])
+        finally:
+            del loader  # ends the workers now: a traceback would keep them until it is collected
 
 
 def _good(item: Batch | BadInput) -> Batch:
