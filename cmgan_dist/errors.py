@@ -20,15 +20,12 @@ class BadSample(ValueError):
     """One sample cannot be used. The message says why; the stream replaces the sample."""
 
 
-def run_main(main: Callable[[], int | None], *, quiet: bool = False) -> None:
-    """Run a command's `main` and exit: bad input ends as one sentence on stderr and exit code 2.
-
-    `quiet`: leave the sentence to another process that finds the same."""
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command's `main` and exit: bad input ends as one sentence on stderr and exit code 2."""
     try:
         code = main()
     except BadInput as error:
-        if not quiet:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     sys.stdout.flush()
     sys.exit(code or EXIT_DONE)

@@ -6,13 +6,17 @@ gathered tensors go through `Parallel.gather_differentiable`, whose backward add
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
+import logging
 import os
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -20,6 +24,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from cmgan_dist.kernels.shared_layer import GroupBatchNorm
+
+log = logging.getLogger(__name__)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -37,6 +43,34 @@ class _GatherRows(torch.autograd.Function):
         grad = grads[0].contiguous()
         dist.all_reduce(grad)
         return grad[dist.get_rank()]
+
+
+def start_all_processes() -> None:
+    """Where `accelerate launch --num_processes N` has started one process only, become a launcher of all N.
+
+    accelerate 1.15 does so without a GPU (and with --cpu), and leaves a MASTER_PORT without a RANK. What it was asked
+    for stands on its command line. Returns where there is nothing to do, else replaces this process."""
+    if "MASTER_PORT" not in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ or "RANK" in os.environ:
+        return
+    if any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")):
+        return
+    parent = psutil.Process().parent()
+    words = parent.cmdline() if parent is not None else []
+    asked = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for name, default in (("num_processes", 1), ("num_machines", 1), ("machine_rank", 0)):
+        asked.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=int, default=default)
+    launch, _ = asked.parse_known_args(words)
+    if launch.num_processes <= 1:
+        return
+    log.info("accelerate started one process: starting %d by torch.distributed.run", launch.num_processes)
+    per_machine = launch.num_processes // launch.num_machines
+    where = ["--nnodes", str(launch.num_machines), "--node_rank", str(launch.machine_rank)]
+    where += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
+    if launch.num_machines == 1:
+        where = ["--standalone"]  # a free port: two runs on one machine do not meet
+    command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc_per_node", str(per_machine)]
+    os.environ.pop("MASTER_PORT")
+    os.execv(sys.executable, [*command, *sys.argv])
 
 
 class Parallel:

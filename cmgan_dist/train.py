@@ -345,7 +345,11 @@ def train(config: Config, resume: str = "auto") -> int:
 
     Raises BadInput before the first update for whatever the config, the data or an earlier run make impossible, and
     later when too many samples are bad or a loss is not finite."""
-    session = prepare(config, resume)
+    return run_session(prepare(config, resume))
+
+
+def run_session(session: Session) -> int:
+    """Go on to the end or to a signal; returns the exit code. Raises BadInput, which may be this process's alone."""
     run, progress, total = session.run, session.progress, session.total
     with session.recorder.started(progress.position, total):
         if progress.position >= total:
@@ -353,6 +357,11 @@ def train(config: Config, resume: str = "auto") -> int:
         else:
             if progress.position:
                 session.recorder.say(f"resuming {run} at sample {progress.position} of {total}")
+            batch, world = session.config.stream.global_batch, session.parallel.world
+            processes = f"{world} process{'es' if world > 1 else ''}"
+            session.recorder.say(
+                f"{processes} on {session.parallel.device.type}, {batch // world} samples a batch each"
+            )
             session.parallel.watch_signals()
             loop(session)
             if progress.position < total:

@@ -20,7 +20,7 @@ from rich.logging import RichHandler
 
 from cmgan_dist.cli import parse
 from cmgan_dist.config import Config, to_yaml, validate
-from cmgan_dist.errors import BadInput, run_main
+from cmgan_dist.errors import EXIT_BAD_INPUT, BadInput, run_main
 from cmgan_dist.presets import load_config, preset
 
 
@@ -60,17 +60,26 @@ def parse_arguments(args: Sequence[str]) -> tuple[Config, Arguments]:
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    config, arguments = parse_arguments(sys.argv[1:])
-    if arguments.dry_run:
-        print(to_yaml(config), end="")
-        return 0
-    for flag, value in (("--data", config.data), ("--output", config.output)):
-        if not value:
-            raise BadInput(f"{flag} is missing: name a folder, see launchers/train.py --help")
-    from cmgan_dist.train import train  # after the cheap checks: torch and its friends take seconds to import
+    try:
+        config, arguments = parse_arguments(sys.argv[1:])
+        if arguments.dry_run:
+            print(to_yaml(config), end="")
+            return 0
+        for flag, value in (("--data", config.data), ("--output", config.output)):
+            if not value:
+                raise BadInput(f"{flag} is missing: name a folder, see launchers/train.py --help")
+        # after the cheap checks: torch and its friends take seconds to import
+        from cmgan_dist.parallel import start_all_processes
+        from cmgan_dist.train import prepare, run_session
 
-    return train(config, arguments.resume)
+        start_all_processes()
+        session = prepare(config, arguments.resume)
+    except BadInput:
+        if os.environ.get("RANK", "0") != "0":
+            return EXIT_BAD_INPUT  # every process finds the same: the first one says it
+        raise
+    return run_session(session)
 
 
 if __name__ == "__main__":
-    run_main(main, quiet=os.environ.get("RANK", "0") != "0")
+    run_main(main)

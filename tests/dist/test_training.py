@@ -28,14 +28,16 @@ def command(data: Path, run: Path, *extra: str, processes: int = 1) -> list[str]
     script = [str(ROOT / "launchers" / "train.py"), *SMALL, "--data", str(data), "--output", str(run), *extra]
     if processes == 1:
         return [sys.executable, *script]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
     return [sys.executable, *launch, *script]
 
 
 def run_to_end(*args: Any, expect: int = 0, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command(*args, **kwargs), env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == expect, done.stderr[-3000:]
+    processes = kwargs.get("processes", 1)
+    if not expect and "is done" not in done.stderr:
+        assert f"{processes} process{'es' * (processes > 1)} on cpu" in done.stderr, "other processes than asked for"
     return done
 
 
@@ -159,6 +161,24 @@ def test_two_processes_get_one_sentence(feature_data: Callable[..., Path], tmp_p
     )
     assert done.returncode != 0
     assert done.stderr.count("has no split 'nope'") == 1
+
+
+def test_what_one_process_alone_finds_is_said(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    """Bad samples lie in the windows of some process only: the others' broken connections must not be all one sees."""
+    data = feature_data(splits={"train": [60, 60], "val": [24]})
+    path = data / "train-000001.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 100])
+    done = subprocess.run(
+        command(data, tmp_path / "run", "train.epochs=40", processes=2),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "error: " in done.stderr
+    assert "the shard is truncated at byte" in done.stderr
 
 
 def test_bf16_trains(feature_data: Callable[..., Path], tmp_path: Path) -> None:
