@@ -79,6 +79,7 @@ class Parallel:
     def __init__(self, precision: str = "fp32", tracker: str = "none", logging_dir: str | None = None) -> None:
         """`precision`: fp32 or bf16 autocast. `tracker`: tensorboard, wandb or none."""
         self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),  # else accelerate may leave the processes apart
             mixed_precision="bf16" if precision == "bf16" else "no",
             log_with=None if tracker == "none" else tracker,
             project_dir=logging_dir,
@@ -92,6 +93,9 @@ class Parallel:
         self.device: torch.device = self.accelerator.device
         self.main: bool = self.accelerator.is_main_process
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world != started:  # each would train alone and write over the others
+            raise RuntimeError(f"{started} processes were started but accelerate joined {self.world}")
         self._signalled = False
 
     # ------------------------------------------------------------------------------------------ tensors

@@ -21,14 +21,14 @@ SMALL = ["--preset", "smoke", "stream.global_batch=16", "train.tracker=none", "t
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
 def command(data: Path, run: Path, *extra: str, processes: int = 1) -> list[str]:
     script = [str(ROOT / "launchers" / "train.py"), *SMALL, "--data", str(data), "--output", str(run), *extra]
     if processes == 1:
         return [sys.executable, *script]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     return [sys.executable, *launch, *script]
 
 
