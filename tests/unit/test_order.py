@@ -141,5 +141,8 @@ def test_the_next_window_is_what_comes_next(plan: Plan, stream: int) -> None:
     for step in range(3 * plan.steps):
         now, after = plan.next_window(step, stream)
         if now != window:
-            assert plan.row(now[0], stream, step % plan.steps * plan.chunk).shard in following
+            last = len(plan._windows(window[0], stream)[0]) - 1
+            successor = (window[0] + 1, 0) if window[1] == last else (window[0], window[1] + 1)
+            if now == successor:  # windows smaller than a chunk are passed by
+                assert plan.row(now[0], stream, step % plan.steps * plan.chunk).shard in following
             window, following = now, after
