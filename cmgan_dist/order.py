@@ -66,8 +66,6 @@ class Plan:
         self.steps = self.samples // global_batch
         """Global batches in an epoch."""
         self.epoch_samples = self.steps * global_batch
-        self.rows = global_batch
-        """Rows of a global batch that are read."""
         self._layout = lru_cache(maxsize=2)(self._compute_layout)
         self._windows = lru_cache(maxsize=4 * streams)(self._compute_windows)
         self._shuffled = lru_cache(maxsize=2 * streams)(self._compute_shuffled)
@@ -145,7 +143,6 @@ class BalancedPlan(Plan):
             plan.counts, global_batch=plan.global_batch, streams=plan.streams, window=plan.window, seed=plan.seed
         )
         self.members = members
-        self.rows = 2 * self.global_batch
 
     def chunk_rows(self, step: int, stream: int) -> list[Row]:
         rng = generator_for(self.seed, 4, step, stream)
@@ -183,7 +180,6 @@ class MixturePlan:
         self.plans, self.seed, self.global_batch = plans, seed, global_batch
         self.streams = plans[0].streams
         self.chunk = global_batch // self.streams
-        self.rows = global_batch
         self.samples = sum(p.samples for p in plans)
         self.steps = self.samples // global_batch
         self.epoch_samples = self.steps * global_batch

@@ -9,6 +9,7 @@ leaks into them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -273,7 +274,7 @@ def run_phase(
     phase: Phase,
     scene: Scene,
     optimizers: dict[str, torch.optim.Optimizer],
-    autocast: Callable[[], object],
+    autocast: Callable[[], AbstractContextManager[object]],
     clip: float,
 ) -> dict[str, Tensor]:
     """One update of the phase's module; returns its loss terms and gradient norm (detached)."""
@@ -281,7 +282,7 @@ def run_phase(
     for name, module in modules.items():
         if name != "generator":  # the generator is only reached through its own phases
             module.requires_grad_(name == phase.module)
-    with autocast():  # type: ignore[attr-defined]
+    with autocast():
         terms = phase.loss(scene)
     total = torch.stack([t.float() for t in terms.values()]).sum()
     optimizer = optimizers[phase.module]

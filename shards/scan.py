@@ -28,7 +28,7 @@ SPLIT_ALIASES = {
 }
 
 
-def decode_image(data: bytes) -> tuple[str, int, int]:
+def check_image(data: bytes) -> tuple[str, int, int]:
     """(member extension, width, height) of an encoded image that decodes to its last row. Raises BadSample."""
     try:
         with warnings.catch_warnings():
@@ -106,7 +106,7 @@ def sample_facts(key: str, members: dict[str, bytes], *, decode: bool) -> Sample
         facts.image_digest = hashlib.sha256(sample.image).digest()
         if decode:
             try:
-                _, *size = decode_image(sample.image)
+                _, *size = check_image(sample.image)
                 facts.size = (size[0], size[1])
             except BadSample as fault:
                 facts.fault = str(fault)

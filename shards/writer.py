@@ -38,7 +38,7 @@ from cmgan_dist.schema import (
     write_atomic,
 )
 from shards.parallel import parallel_map
-from shards.scan import decode_image, scan_shard
+from shards.scan import check_image, scan_shard
 
 PACKING_NAME = ".packing"
 """Marks an output that is not complete; holds the fingerprint of what is being packed."""
@@ -189,7 +189,7 @@ def read_members(record: Record, label_kind: LabelKind, classes: int) -> dict[st
         members["image.npy"] = _npy(record.image)
     else:
         data = record.image.read()
-        extension, _, _ = decode_image(data)
+        extension, _, _ = check_image(data)
         members[extension] = data
     record_json: dict[str, Any] = {}
     if isinstance(record.texts, np.ndarray):
