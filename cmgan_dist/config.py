@@ -121,6 +121,9 @@ class ModelConfig:
     """LeakyReLU after the shared layer's BatchNorm, as in the reference."""
     spectral_norm: bool = False
     """Spectral normalisation of the discriminators' linear layers (Miyato et al., ICLR 2018)."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """BatchNorm, LeakyReLU and dropout after each linear layer: "triton" fused on a GPU, "torch" one op after another,
+    "auto" triton where it runs. The log says once which path was taken and why."""
 
 
 @dataclass
