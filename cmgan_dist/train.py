@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -64,15 +64,17 @@ def rate(config: OptimConfig, epoch: float, epochs: float) -> float:
     return warmup
 
 
-def check_same_run(run: Path, config: Config) -> None:
-    """Raises BadInput when `config` would go on with another model, data or order than the run has."""
+def check_same_run(run: Path, config: Config, may_change: Sequence[str] = MAY_CHANGE) -> None:
+    """Raises BadInput when `config` would go on with another model, data or order than the run has.
+
+    `may_change`: dotted fields, or whole sections, that may differ."""
     path = run / CONFIG_NAME
     if not path.is_file():
         return
     before, now = dataclasses.asdict(load_config(path)), dataclasses.asdict(config)
 
     def compare(a: object, b: object, name: str) -> None:
-        if name in MAY_CHANGE:
+        if name in may_change:
             return
         if isinstance(a, dict) and isinstance(b, dict):
             for key in a:
@@ -283,6 +285,10 @@ class Session:
     progress: Progress
     multi: bool
     """Multi-label classes."""
+    on_validation: Callable[[Session, dict[str, float]], None] | None = None
+    """Called on every process after a validation and the checkpoint that is due with it; gets "score" and metrics."""
+    report: bool = True
+    """Write RUN/report.html at the end."""
 
     @property
     def total(self) -> int:
@@ -300,8 +306,10 @@ class Session:
         return position // every > (position - self.config.stream.global_batch) // every
 
 
-def prepare(config: Config, resume: str) -> Session:
-    """Everything up to the first batch. Raises BadInput for whatever config, data or an earlier run make impossible."""
+def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE) -> Session:
+    """Everything up to the first batch. Raises BadInput for whatever config, data or an earlier run make impossible.
+
+    `may_change`: fields that may differ from the run that is resumed."""
     validate(config)
     run = Path(config.output)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -309,7 +317,7 @@ def prepare(config: Config, resume: str) -> Session:
     stream = Stream(config.data, config.stream, seed=config.train.seed, image_size=size, rank=rank, world=world)
     val_reader = ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
     if resume == "auto":
-        check_same_run(run, config)
+        check_same_run(run, config, may_change)
     elif rank == 0:
         set_aside(run)
 
@@ -367,7 +375,7 @@ def run_session(session: Session) -> int:
             if progress.position < total:
                 where = f"sample {progress.position} of {total}"
                 session.recorder.say(f"saved at {where} after a signal: start again to go on")
-            elif session.parallel.main:
+            elif session.parallel.main and session.report:
                 session.recorder.say(f"done: report at {write_report(run)}")
     session.networks.unwrap()
     session.parallel.close()
@@ -414,13 +422,14 @@ def loop(session: Session) -> None:
                 "train", progress.position, values | {"samples_per_s": recorder.rate(progress.position)}, epoch_samples
             )
         recorder.show(progress.position, f"epoch {epoch:.0f} best {progress.best or 0:.4f}")
-        if val_now:
-            validate_now(session)
+        scores = validate_now(session) if val_now else None
         if save_now:
             if parallel.main:
                 states = {k: o.state_dict() for k, o in networks.optimizers.items()}
                 save_checkpoint(session.run, Checkpoint(progress, networks.tensors(), states), config.train.keep)
             parallel.barrier()
+        if scores is not None and session.on_validation is not None:
+            session.on_validation(session, scores)
         if last or stopped:
             return
 
@@ -435,8 +444,9 @@ def check_finite(values: dict[str, float], position: int) -> None:
             )
 
 
-def validate_now(session: Session) -> None:
-    """Embed and score the validation split; keep the generator when it is the best so far."""
+def validate_now(session: Session) -> dict[str, float]:
+    """Embed and score the validation split; keep the generator when it is the best so far. Returns "score" and the
+    metrics, equal on every process."""
     config, progress, recorder = session.config, session.progress, session.recorder
     embedded = embed_split(session.networks.judged, session.val_reader, config, session.parallel)
     metrics = evaluate(embedded.common, zscore=config.eval.zscore, all_modal=False)
@@ -445,7 +455,8 @@ def validate_now(session: Session) -> None:
         progress.best, progress.best_position = score, progress.position
         if session.parallel.main:
             save_best(session.run, stored_tensors(session.networks.judged), progress)
-    values = {k: v for k, v in metrics.items() if isinstance(v, float)}
-    recorder.line("val", progress.position, {"score": score, **values}, progress.epoch_samples)
+    values = {"score": score} | {k: v for k, v in metrics.items() if isinstance(v, float)}
+    recorder.line("val", progress.position, values, progress.epoch_samples)
     epoch = progress.position / progress.epoch_samples
     recorder.say(f"epoch {epoch:6.1f}  validation {score:.4f}  best {progress.best:.4f}")
+    return values
