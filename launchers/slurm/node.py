@@ -1,0 +1,248 @@
+"""One node of a SLURM job: checks before, a launcher of the node's processes, and what each process runs.
+
+python -m launchers.slurm.node check|run|rank [--processes-per-node N] TRAINING OPTIONS
+
+`check` reads the options, the data and the output folder. `run` is started by srun, once a node: it starts the
+processes and writes the output of each to OUTPUT/logs/rank-N.log. Torch's own launcher would do, but it turns every
+exit code into 1 and dies of SIGUSR1. Exit codes: 0 done, 1 a process failed, 2 bad input, 85 saved after a signal.
+srun returns the greatest of its launchers.
+
+In a job array, task N trains with train.seed N into OUTPUT/seed-N.
+
+Signals: SLURM sends them to every process of a step, those that decode pictures and those that nobody knows of as well.
+So all that `run` starts has SIGTERM and SIGUSR1 blocked, and `run` passes what it gets as SIGINT to the ranks alone.
+They hold it back until they can act on it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from cmgan_dist.config import Config
+from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main
+from launchers.train import parse_arguments, value_of
+
+EXIT_FAILED = 1
+FLAG = "--processes-per-node"
+STOP = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+PATIENCE = 20.0
+"""Seconds that processes have to fail by themselves, with their own message, after one of them failed."""
+
+
+def integer(name: str, default: int) -> int:
+    """An environment variable."""
+    return int(os.environ.get(name) or default)
+
+
+@dataclass
+class Job:
+    """What this job trains and on what."""
+
+    config: Config
+    resume: str
+    arguments: list[str]
+    """Options of launchers/train.py."""
+    nodes: int
+    processes: int
+    """Per node."""
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.processes
+
+    def log(self, rank: int) -> Path:
+        return self.output / "logs" / f"rank-{rank:05d}.log"
+
+
+def read_job(words: Sequence[str]) -> Job:
+    """The command line together with SLURM's variables. Raises BadInput naming the flag."""
+    arguments = list(words)
+    processes = integer("SLURM_GPUS_ON_NODE", 1)
+    given = value_of(arguments, FLAG)
+    if given is not None:
+        if not given.isdecimal() or int(given) < 1:
+            raise BadInput(f"{FLAG} is {given}, expected a whole number from 1 on")
+        processes = int(given)
+        at = next(i for i, word in enumerate(arguments) if word.partition("=")[0] == FLAG)
+        del arguments[at : at + (1 if "=" in arguments[at] else 2)]
+    config, chosen = parse_arguments(arguments)
+    for flag, value in (("--data", config.data), ("--output", config.output)):
+        if not value:
+            raise BadInput(f"{flag} is missing: name a folder, see launchers/train.py --help")
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if task is not None:
+        arguments += ["--train.seed", task, "--output", str(Path(config.output) / f"seed-{task}")]
+        config, chosen = parse_arguments(arguments)
+    return Job(config, chosen.resume, arguments, integer("SLURM_JOB_NUM_NODES", 1), processes)
+
+
+# ---------------------------------------------------------------------------------------------- check
+
+
+def check(job: Job) -> int:
+    """Raises BadInput for whatever would stop the run before its first update. In a job that starts for the first time,
+    `--resume never` moves an earlier run aside here: when SLURM starts the job again, it must go on."""
+    from cmgan_dist.stream import ShardReader, Stream
+    from cmgan_dist.train import check_same_run, set_aside
+
+    config = job.config
+    size = config.model.image.image_size
+    stream = Stream(config.data, config.stream, seed=config.train.seed, image_size=size, rank=0, world=job.world)
+    ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
+    try:
+        job.output.mkdir(parents=True, exist_ok=True)
+        probe = job.output / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(f"--output {job.output} cannot be written to ({error.strerror}): name another folder") from None
+    if job.resume == "auto":
+        check_same_run(job.output, config)
+    elif "SLURM_JOB_ID" in os.environ and not integer("SLURM_RESTART_COUNT", 0):
+        set_aside(job.output)
+    say(f"{job.nodes} x {job.processes} processes, logs in {job.output / 'logs'}")
+    return EXIT_DONE
+
+
+# ---------------------------------------------------------------------------------------------- one launcher a node
+
+
+def say(text: str) -> None:
+    print(f"{os.environ.get('SLURMD_NODENAME', 'here')}: {text}", file=sys.stderr, flush=True)
+
+
+def interface_to(host: str) -> str:
+    """Name of the network interface from which this node reaches `host`. Raises BadInput when it reaches it from none.
+
+    gloo would take the one that the node's own name stands for, which is often the loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing
+        except OSError as error:
+            raise BadInput(f"MASTER_ADDR {host} cannot be reached ({error}): set it to an address of node 0") from None
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in (a.address for a in addresses) or (own.startswith("127.") and name == "lo"):
+            return name
+    raise BadInput(f"no interface has the address {own}, by which {host} is reached: set GLOO_SOCKET_IFNAME")
+
+
+def start(job: Job, node: int, local_rank: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    rank = node * job.processes + local_rank
+    values = {
+        "RANK": rank,
+        "WORLD_SIZE": job.world,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": job.processes,
+        "GROUP_RANK": node,
+        "PYTHONUNBUFFERED": 1,
+    }
+    command = [sys.executable, "-m", "launchers.slurm.node", "rank", *job.arguments]
+    environment = {**os.environ, **{k: str(v) for k, v in values.items()}}
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+
+def describe(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def combined(codes: Sequence[int]) -> int:
+    """The launcher's exit code. One process that saved means that all did."""
+    for code in (EXIT_SIGNALLED, EXIT_BAD_INPUT):
+        if code in codes:
+            return code
+    return EXIT_FAILED if any(codes) else EXIT_DONE
+
+
+def run(job: Job) -> int:
+    """Start this node's processes, pass signals on, and see that all end when one fails."""
+    node = integer("SLURM_NODEID", 0)
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE")
+    if gpus is not None and int(gpus) < job.processes:
+        raise BadInput(f"{FLAG} is {job.processes} and node {node} has {gpus} GPUs: take fewer processes or more GPUs")
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface_to(os.environ["MASTER_ADDR"])
+    say(f"GLOO_SOCKET_IFNAME={os.environ['GLOO_SOCKET_IFNAME']}")
+    watched = STOP | {signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, watched)  # what is started inherits it
+    first = node * job.processes
+    job.log(first).parent.mkdir(parents=True, exist_ok=True)
+    header = f"--- job {os.environ['SLURM_JOB_ID']}, start {integer('SLURM_RESTART_COUNT', 0) + 1}\n"
+    ranks: dict[int, subprocess.Popen[bytes]] = {}
+    for local_rank in range(job.processes):
+        with open(job.log(first + local_rank), "ab") as log:
+            log.write(header.encode())
+            log.flush()
+            ranks[first + local_rank] = start(job, node, local_rank, log)
+    deadline: float | None = None
+    failed: int | None = None
+    signalled = False
+    while any(process.poll() is None for process in ranks.values()):
+        info = signal.sigtimedwait(watched, 1.0)
+        if info is not None and info.si_signo in STOP and not signalled:
+            signalled = True  # once: at a second SIGINT a process would end at once, without saving
+            say(f"{signal.Signals(info.si_signo).name}: saving")
+            for process in ranks.values():
+                process.send_signal(signal.SIGINT)
+        for rank, process in ranks.items():
+            code = process.poll()
+            if code not in (None, EXIT_DONE, EXIT_SIGNALLED) and failed is None:
+                failed, deadline = rank, time.monotonic() + PATIENCE
+                assert code is not None
+                say(f"error: rank {rank} {describe(code)}; the end of {job.log(rank)}:\n{tail(job.log(rank))}")
+        if deadline is not None and time.monotonic() > deadline:
+            for rank, process in ranks.items():
+                if process.poll() is None:
+                    say(f"rank {rank} did not end after rank {failed} had failed: killed")
+                    process.kill()
+            deadline = None
+    code = combined([process.returncode for process in ranks.values()])
+    if first == 0 and code in (EXIT_DONE, EXIT_SIGNALLED):
+        say(tail(job.log(0), 1))
+    return code
+
+
+def tail(path: Path, count: int = 15) -> str:
+    """The last lines of a log."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 16_384))
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-count:])
+
+
+# ---------------------------------------------------------------------------------------------- one process
+
+
+def rank(job: Job) -> int:
+    """Train as one process of the job; a signal that came during the start is acted upon after the first batch."""
+    from cmgan_dist.train import prepare, run_session
+
+    session = prepare(job.config, "auto")  # see `check`
+    session.parallel.watch_signals()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    return run_session(session)
+
+
+def main() -> int:
+    modes = {"check": check, "run": run, "rank": rank}
+    if len(sys.argv) < 2 or sys.argv[1] not in modes:
+        raise BadInput(f"the first word must be one of {', '.join(modes)}")
+    return modes[sys.argv[1]](read_job(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,206 @@
+"""A SLURM of two virtual nodes on this machine: munged, slurmctld and two slurmd, stopped by their pid files.
+
+Each slurmd runs in a session of its own; nothing of an installed SLURM's configuration is read or changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+NODES = ("node1", "node2")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
+CONFIG = """
+ClusterName=lab
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={base}/munge/socket,cred_expire=5
+CryptoType=crypto/munge
+StateSaveLocation={base}/state
+SlurmdSpoolDir={base}/spool/%n
+SlurmctldPidFile={base}/run/slurmctld.pid
+SlurmdPidFile={base}/run/slurmd-%n.pid
+SlurmctldLogFile={base}/log/slurmctld.log
+SlurmdLogFile={base}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=1,batch_sched_delay=1
+JobRequeue=1
+KillWait=20
+SlurmdTimeout=6
+InactiveLimit=0
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=4 RealMemory=8000 State=UNKNOWN
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=4 RealMemory=8000 State=UNKNOWN
+PartitionName=main Nodes=node1,node2 Default=YES MaxTime=60 OverTimeLimit=0 State=UP
+"""
+
+
+def install() -> str:
+    """Install SLURM where it is missing; "" or why it cannot be had."""
+    if os.geteuid() != 0:
+        return "SLURM's daemons need root"
+    if all(shutil.which(p) for p in PROGRAMS):
+        return ""
+    if shutil.which("apt-get") is None:
+        return "slurm-wlm and munge are not installed and there is no apt-get"
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (
+        ["apt-get", "update"],
+        ["apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge"],
+    ):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+        if done.returncode:
+            return f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}"
+    return ""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(what: str, check: Callable[[], object], seconds: float = 60) -> None:
+    """Poll until `check` is true; TimeoutError names `what`."""
+    deadline = time.monotonic() + seconds
+    while not check():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no {what} within {seconds:.0f} s")
+        time.sleep(0.1)
+
+
+class Cluster:
+    """Everything under `base`; `start`, then `stop` whatever happened."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.environment = {**os.environ, "SLURM_CONF": str(base / "slurm.conf")}
+        for name in [n for n in self.environment if n.startswith("SLURM") and n != "SLURM_CONF"]:
+            del self.environment[name]
+
+    # ------------------------------------------------------------------------------------------ daemons
+
+    def start(self) -> None:
+        for name in ("state", "run", "log", "munge", *(f"spool/{n}" for n in NODES)):
+            (self.base / name).mkdir(parents=True)
+        ports = {"port": free_port(), "port1": free_port(), "port2": free_port()}
+        text = CONFIG.format(host=socket.gethostname().split(".")[0], base=self.base, **ports)
+        (self.base / "slurm.conf").write_text(text)
+        key = self.base / "munge" / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        self._do("munged", "--force", *(f"--{name}={self.base}/munge/{file}" for name, file in files.items()))
+        self._do("slurmctld", "-c")
+        for node in NODES:
+            self.start_node(node)
+        self.wait_idle()
+
+    def _do(self, *command: str) -> None:
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+
+    def start_node(self, node: str) -> None:
+        self._do("slurmd", "-N", node)
+
+    def wait_idle(self) -> None:
+        wait_for("idle nodes", lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES), 90)
+
+    def pid(self, name: str) -> int | None:
+        """Of munged, slurmctld or a node's slurmd, if it runs."""
+        path = self.base / ("munge/pid" if name == "munged" else f"run/{name}.pid")
+        if not path.exists() or not path.read_text().strip():
+            return None
+        pid = int(path.read_text())
+        return pid if psutil.pid_exists(pid) else None
+
+    def node_processes(self, node: str) -> list[psutil.Process]:
+        """slurmd of a node, its slurmstepd and all that they started."""
+        found: dict[int, psutil.Process] = {}
+        pid = self.pid(f"slurmd-{node}")
+        roots = [psutil.Process(pid)] if pid else []
+        for process in psutil.process_iter(["name"]):
+            if process.info["name"] == "slurmstepd" and self._environment(process).get("SLURMD_NODENAME") == node:
+                roots.append(process)
+        for process in roots:
+            found[process.pid] = process
+            found |= {p.pid: p for p in process.children(recursive=True)}
+        for process in psutil.process_iter():
+            mine = self._environment(process)
+            if mine.get("SLURM_CONF") == self.environment["SLURM_CONF"] and mine.get("SLURMD_NODENAME") == node:
+                found[process.pid] = process
+        return list(found.values())
+
+    @staticmethod
+    def _environment(process: psutil.Process) -> dict[str, str]:
+        try:
+            return process.environ()
+        except psutil.Error:
+            return {}
+
+    def kill_node(self, node: str) -> None:
+        """What a power cut does to it, as far as its processes go."""
+        for process in self.node_processes(node):
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+
+    def stop(self) -> None:
+        if self.pid("slurmctld"):
+            self.run("scancel", "-u", "root", check=False)
+            with contextlib.suppress(TimeoutError):  # what does not end by itself is killed below
+                wait_for("empty queue", lambda: not self.run("squeue", "-h", check=False), 40)
+        names = [*(f"slurmd-{n}" for n in NODES), "slurmctld", "munged"]
+        processes = [psutil.Process(pid) for name in names if (pid := self.pid(name))]
+        for process in processes:
+            process.terminate()
+        for process in psutil.wait_procs(processes, timeout=15)[1]:
+            process.kill()
+        for process in self.processes():
+            process.kill()
+
+    def processes(self) -> list[psutil.Process]:
+        """All that this cluster started and that still lives: they have its SLURM_CONF in their environment."""
+        mine = str(self.base / "slurm.conf")
+        return [
+            p for p in psutil.process_iter() if p.pid != os.getpid() and self._environment(p).get("SLURM_CONF") == mine
+        ]
+
+    # ------------------------------------------------------------------------------------------ commands
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """Output of a SLURM command."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        if check and done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+        return done.stdout.strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """`scontrol show job`, one name and value each."""
+        text = self.run("scontrol", "--oneliner", "show", "job", job)
+        return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
+
+    def state(self, job: str) -> str:
+        return self.job(job)["JobState"]
