@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -45,13 +44,13 @@ class InterDiscriminator(nn.Module):
         super().__init__()
         width = config.discriminator_dim
         self.hidden = _linear(config.common_dim + features, width, config, bias=False)
-        self.norm = GroupBatchNorm(width, statistics=0)
+        self.norm = GroupBatchNorm(width, statistics=0, slope=SLOPE, kernels=config.kernels)
         self.out = _linear(width, 1, config)
 
     def forward(self, common: Tensor, feature: Tensor, groups: Sequence[int]) -> Tensor:
         """[R, E], [R, F], row counts of the groups -> logits [R]."""
         x = self.hidden(torch.cat([common, feature.to(common.dtype)], dim=1))
-        return self.out(F.leaky_relu(self.norm(x, groups), SLOPE)).squeeze(1).float()
+        return self.out(self.norm(x, groups)).squeeze(1).float()
 
 
 def build_discriminators(config: ModelConfig, image_dim: int, text_dim: int) -> nn.ModuleDict:

@@ -46,18 +46,22 @@ class SharedLayers(nn.Module):
 
     The linear layer has no bias: BatchNorm takes it out again and it has no gradient."""
 
-    def __init__(self, hidden: int, common: int, shared: bool, activation: bool) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.shared, self.activation = shared, activation
-        copies = 1 if shared else 2
-        self.linear = nn.ModuleList(nn.Linear(hidden, common, bias=False) for _ in range(copies))
-        self.norm = nn.ModuleList(GroupBatchNorm(common, statistics=2 // copies) for _ in range(copies))
+        self.shared = config.share_layers
+        copies = 1 if self.shared else 2
+        slope = SLOPE if config.common_activation else 1.0
+        self.linear = nn.ModuleList(nn.Linear(config.hidden_dim, config.common_dim, bias=False) for _ in range(copies))
+        self.norm = nn.ModuleList(
+            GroupBatchNorm(config.common_dim, statistics=2 // copies, slope=slope, kernels=config.kernels)
+            for _ in range(copies)
+        )
 
     def _apply_group(self, x: Tensor, groups: list[int], modality: int) -> Tensor:
         copy = 0 if self.shared else modality
         first = modality if self.shared else 0
-        x = self.norm[copy](self.linear[copy](x), groups, first)
-        return F.leaky_relu(x, SLOPE) if self.activation else x
+        out: Tensor = self.norm[copy](self.linear[copy](x), groups, first)
+        return out
 
     def forward(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """[B, H] each -> [B, E] each; both modalities at once go through one GEMM when the layers are shared."""
@@ -73,34 +77,37 @@ class SharedLayers(nn.Module):
 
 
 class InputNorm(nn.Module):
-    """Features before the first layer: unchanged, standardised by running statistics without affine, or unit length."""
-
-    def __init__(self, kind: str, dim: int) -> None:
-        super().__init__()
-        self.kind = kind
-        self.norm = GroupBatchNorm(dim, affine=False) if kind == "batch" else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.norm is not None:
-            return self.norm(x, [len(x)])
-        return F.normalize(x.float(), dim=1) if self.kind == "l2" else x
-
-
-class Encoder(nn.Module):
-    """Modality-specific layer: Linear(F, H) BN LeakyReLU, after optional input normalisation and dropout."""
+    """Features before the first layer: unchanged, standardised per dimension without affine, or unit length; then
+    dropout."""
 
     def __init__(self, features: int, config: ModelConfig) -> None:
         super().__init__()
-        self.input_norm = InputNorm(config.input_norm, features)
-        self.input_dropout, self.dropout = config.input_dropout, config.dropout
+        self.kind, self.dropout = config.input_norm, config.input_dropout
+        self.norm = None
+        if self.kind == "batch":
+            self.norm = GroupBatchNorm(features, affine=False, dropout=config.input_dropout, kernels=config.kernels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm is not None:
+            out: Tensor = self.norm(x, [len(x)])
+            return out
+        x = F.normalize(x.float(), dim=1) if self.kind == "l2" else x
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Encoder(nn.Module):
+    """Modality-specific layer: Linear(F, H) BN LeakyReLU dropout, after optional input normalisation and dropout."""
+
+    def __init__(self, features: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_norm = InputNorm(features, config)
         self.linear = nn.Linear(features, config.hidden_dim, bias=False)
-        self.norm = GroupBatchNorm(config.hidden_dim)
+        self.norm = GroupBatchNorm(config.hidden_dim, slope=SLOPE, dropout=config.dropout, kernels=config.kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, F] -> [B, H]."""
-        x = F.dropout(self.input_norm(x), self.input_dropout, self.training)
-        x = F.leaky_relu(self.norm(self.linear(x), [len(x)]), SLOPE)
-        return F.dropout(x, self.dropout, self.training)
+        out: Tensor = self.norm(self.linear(self.input_norm(x)), [len(x)])
+        return out
 
 
 class Decoder(nn.Module):
@@ -109,12 +116,13 @@ class Decoder(nn.Module):
     def __init__(self, features: int, config: ModelConfig) -> None:
         super().__init__()
         self.hidden = nn.Linear(config.common_dim, config.hidden_dim, bias=False)
-        self.norm = GroupBatchNorm(config.hidden_dim)
+        self.norm = GroupBatchNorm(config.hidden_dim, slope=SLOPE, kernels=config.kernels)
         self.out = nn.Linear(config.hidden_dim, features)
 
     def forward(self, common: Tensor) -> Tensor:
         """[B, E] -> [B, F]."""
-        return self.out(F.leaky_relu(self.norm(self.hidden(common), [len(common)]), SLOPE))
+        out: Tensor = self.out(self.norm(self.hidden(common), [len(common)]))
+        return out
 
 
 class Generator(nn.Module):
@@ -131,7 +139,7 @@ class Generator(nn.Module):
         self.image_backbone, self.text_backbone = image_backbone, text_backbone
         f_image, f_text = image_backbone.dim, text_backbone.dim
         self.image_encoder, self.text_encoder = Encoder(f_image, config), Encoder(f_text, config)
-        self.shared = SharedLayers(config.hidden_dim, config.common_dim, config.share_layers, config.common_activation)
+        self.shared = SharedLayers(config)
         heads = 0 if not classes else 1 if config.share_classifier else 2
         self.classifiers = nn.ModuleList(nn.Linear(config.common_dim, classes) for _ in range(heads))
         self.image_decoder, self.text_decoder = Decoder(f_image, config), Decoder(f_text, config)

@@ -1,0 +1,437 @@
+"""BatchNorm per group of rows + LeakyReLU + dropout in one sweep forward and one backward: the Triton kernels.
+
+The GEMM before it stays the vendor's. Forward, two launches: `_moments` reduces x to count, mean and squared deviations
+per group, channel and split of the rows; `_apply` merges the splits, normalises, activates and drops. Backward, two
+launches: `_sums` reduces the gradient, `_input_grad` writes the input's. Only x is kept for backward: the output is
+made again from it. Synchronised statistics put one collective for all groups between the two launches of each.
+
+A mean is kept as two floats, mean + low: of values near 1e4 that differ by 1e-2 a single float gives it to 1e-3 only,
+and the output would be off by a tenth of a standard deviation.
+
+Shapes: R rows in all, K groups of n_k rows, C channels, P parts (splits of the rows, or processes).
+    x, y, dy   [R, C]         float32, bfloat16 or float16; last stride 1, else copied
+    moments    [P, K, 4, C]   count, mean, low, squared deviations; float32
+    stats      [K, 4, C]      1/N (0 in evaluation: the statistics are constants), mean, low, variance; float32
+    sums       [P, K, 2, C]   sum of g and of g * normalised x, with g the gradient before the activation; float32
+
+Dropout: element (r, c) is kept where lane c % 4 of Philox4x32-10 with key `seed` and counter r * ceil(C / 4) + c // 4
+is at least p; nothing depends on tiles or launches, so backward draws the mask anew. `seed` is a tensor: CUDA graphs
+replay and activation checkpointing recompute the right mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from cmgan_dist.kernels.epilogue_kernels import (
+    apply_kernel,
+    input_grad_kernel,
+    merge_parts_kernel,
+    moments_kernel,
+    sums_kernel,
+    update_running_kernel,
+)
+from cmgan_dist.kernels.shared_layer import Gather, group_batch_norm
+
+MAX_GROUPS = 4
+"""Row counts of the groups are kernel arguments, so that nothing is copied to the device."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""TRITON_INTERPRET=1 was set before this module was imported: the kernels run on the CPU, for tests."""
+PROGRAMS = 264
+"""Reductions split the rows until so many programs run: two on each of the 132 SMs of an H100."""
+MAX_SPLITS = 32
+"""Every program of the second launch reads all splits."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block of a kernel. The sizes choose it, not a timing: all processes sum in the same order, in every run."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+TILES = (Tile(16, 64, 2), Tile(32, 64, 4), Tile(64, 64, 8), Tile(32, 128, 8))
+"""Every tile that `choose_tile` may return: the compile tests and the benchmark go through them."""
+
+
+def choose_tile(rows: int, channels: int) -> Tile:
+    """Tile for groups of at most `rows` rows."""
+    if rows <= 128:
+        return TILES[0]
+    if rows <= 1024:
+        return TILES[1]
+    return TILES[3] if channels >= 512 else TILES[2]
+
+
+# ---------------------------------------------------------------------------------------------- launches
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a shape is cut into programs."""
+
+    tile: Tile
+    column_blocks: int
+    row_blocks: int
+    splits: int
+    steps: int
+    sizes: list[int]
+    """Row counts, padded to MAX_GROUPS."""
+
+    @classmethod
+    def of(cls, groups: Sequence[int], channels: int) -> _Plan:
+        rows = max(groups)
+        tile = choose_tile(rows, channels)
+        columns = triton.cdiv(channels, tile.columns)
+        tiles = max(triton.cdiv(rows, tile.rows), 1)
+        splits = min(triton.cdiv(PROGRAMS, columns * len(groups)), triton.cdiv(tiles, 4), MAX_SPLITS)
+        steps = 4 if columns * tiles * len(groups) >= 8 * PROGRAMS else 1
+        sizes = list(groups) + [0] * (MAX_GROUPS - len(groups))
+        return cls(tile, columns, triton.cdiv(tiles, steps), splits, steps, sizes)
+
+    def block(self) -> dict[str, int]:
+        return {"BLOCK_R": self.tile.rows, "BLOCK_C": self.tile.columns, "num_warps": self.tile.warps}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with last stride 1."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _run_moments(x: Tensor, groups: Sequence[int]) -> Tensor:
+    plan, channels = _Plan.of(groups, x.shape[1]), x.shape[1]
+    x = _rows(x)
+    out = x.new_empty((plan.splits, len(groups), 4, channels), dtype=torch.float32)
+    wrap_triton(moments_kernel)[(plan.column_blocks, len(groups), plan.splits)](
+        x, out, x.stride(0), channels, len(groups), plan.splits, *plan.sizes, **plan.block()
+    )  # fmt: skip
+    return out
+
+
+def _run_merge(moments: Tensor) -> Tensor:
+    parts, groups, _, channels = moments.shape
+    out = moments.new_empty((1, groups, 4, channels))
+    wrap_triton(merge_parts_kernel)[(triton.cdiv(channels, 128), groups)](
+        moments, out, channels, groups, parts, BLOCK_C=128, num_warps=4
+    )
+    return out
+
+
+def _run_apply(
+    x: Tensor, groups: Sequence[int], moments: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, seed: Tensor | None,
+    eps: float, slope: float, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`moments` None: evaluation, by running statistics."""
+    plan, channels = _Plan.of(groups, x.shape[1]), x.shape[1]
+    x = _rows(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stats = x.new_empty((len(groups), 4, channels), dtype=torch.float32)
+    # Absent tensors are never read: any pointer does.
+    wrap_triton(apply_kernel)[(plan.column_blocks, plan.row_blocks, len(groups))](
+        x, y, stats if moments is None else moments, stats,
+        stats if weight is None else weight, stats if bias is None else bias,
+        stats if running_mean is None else running_mean, stats if running_var is None else running_var,
+        stats if seed is None else seed,
+        x.stride(0), channels, len(groups), 0 if moments is None else moments.shape[0], plan.steps, *plan.sizes,
+        eps, slope, dropout,
+        TRAINING=moments is not None, AFFINE=weight is not None, DROPOUT=seed is not None, **plan.block(),
+    )  # fmt: skip
+    return y, stats
+
+
+def _run_sums(
+    dy: Tensor, x: Tensor, groups: Sequence[int], weight: Tensor | None, bias: Tensor | None, stats: Tensor,
+    seed: Tensor | None, eps: float, slope: float, dropout: float,
+) -> Tensor:  # fmt: skip
+    plan, channels = _Plan.of(groups, x.shape[1]), x.shape[1]
+    x, dy = _rows(x), _rows(dy)
+    out = x.new_empty((plan.splits, len(groups), 2, channels), dtype=torch.float32)
+    wrap_triton(sums_kernel)[(plan.column_blocks, len(groups), plan.splits)](
+        dy, x, stats, stats if weight is None else weight, stats if bias is None else bias,
+        stats if seed is None else seed, out, dy.stride(0), x.stride(0), channels, len(groups), plan.splits,
+        *plan.sizes, eps, slope, dropout, AFFINE=weight is not None, DROPOUT=seed is not None, **plan.block(),
+    )  # fmt: skip
+    return out
+
+
+def _run_input_grad(
+    dy: Tensor, x: Tensor, groups: Sequence[int], weight: Tensor | None, bias: Tensor | None, stats: Tensor,
+    sums: Tensor, seed: Tensor | None, eps: float, slope: float, dropout: float, parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    plan, channels = _Plan.of(groups, x.shape[1]), x.shape[1]
+    x, dy = _rows(x), _rows(dy)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    like = stats if weight is None else weight
+    dweight, dbias = (like.new_empty(channels if parameters else 0) for _ in range(2))
+    wrap_triton(input_grad_kernel)[(plan.column_blocks, plan.row_blocks, len(groups))](
+        dy, x, stats, sums, stats if weight is None else weight, stats if bias is None else bias,
+        stats if seed is None else seed, dx, dweight if parameters else stats, dbias if parameters else stats,
+        dy.stride(0), x.stride(0), channels, len(groups), sums.shape[0], plan.steps, *plan.sizes, eps, slope, dropout,
+        AFFINE=weight is not None, PARAMETERS=parameters, DROPOUT=seed is not None, **plan.block(),
+    )  # fmt: skip
+    return dx, dweight, dbias
+
+
+# ---------------------------------------------------------------------------------------------- operators
+
+
+@triton_op("cmgan::group_norm_act", mutates_args=())
+def group_norm_act(
+    x: Tensor,
+    groups: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    seed: Tensor | None,
+    training: bool,
+    eps: float,
+    slope: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """The fused epilogue: (y [R, C] in x's dtype, stats [K, 4, C]).
+
+    `running_mean`, `running_var` float32 [K, C], read in evaluation only. `slope` 1 has no activation, `seed` int64 [1]
+    None no dropout. Autocast leaves the op alone, as it does batch_norm: x keeps the dtype that the GEMM gave it,
+    parameters and statistics are float32. Twice differentiable: the second derivative is made of torch operations.
+    `fused_epilogue` checks its input and calls it."""
+    moments = _run_moments(x, groups) if training else None
+    return _run_apply(x, groups, moments, weight, bias, running_mean, running_var, seed, eps, slope, dropout)
+
+
+@group_norm_act.register_fake
+def _(
+    x: Tensor, groups: Sequence[int], weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, seed: Tensor | None, training: bool, eps: float, slope: float, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    stats = x.new_empty((len(groups), 4, x.shape[1]), dtype=torch.float32)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), stats
+
+
+@triton_op("cmgan::group_norm_act_backward", mutates_args=())
+def group_norm_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    groups: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    seed: Tensor | None,
+    training: bool,
+    eps: float,
+    slope: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (empty tensors without them)."""
+    sums = _run_sums(dy, x, groups, weight, bias, stats, seed, eps, slope, dropout)
+    return _run_input_grad(dy, x, groups, weight, bias, stats, sums, seed, eps, slope, dropout, weight is not None)
+
+
+@group_norm_act_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, groups: Sequence[int], weight: Tensor | None, bias: Tensor | None, stats: Tensor,
+    seed: Tensor | None, training: bool, eps: float, slope: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    like, size = (stats, 0) if weight is None else (weight, x.shape[1])
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return dx, like.new_empty(size), like.new_empty(size)
+
+
+@triton_op("cmgan::update_running", mutates_args=("running_mean", "running_var"))
+def update_running(stats: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
+    """Move running statistics [K, C] towards those of a batch: an op of its own, one that writes has no derivative."""
+    channels = stats.shape[2]
+    wrap_triton(update_running_kernel)[(triton.cdiv(channels, 128), stats.shape[0])](
+        stats, running_mean, running_var, channels, momentum, BLOCK_C=128, num_warps=4
+    )
+
+
+@update_running.register_fake
+def _(stats: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
+    return None
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, groups, weight, bias, _, _, seed, training, eps, slope, dropout = inputs
+    ctx.save_for_backward(x, weight, bias, output[1], seed)
+    ctx.groups, ctx.constants = list(groups), (training, eps, slope, dropout)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 11
+    x, weight, bias, stats, seed = ctx.saved_tensors
+    dx, dweight, dbias = group_norm_act_backward(dy, x, ctx.groups, weight, bias, stats, seed, *ctx.constants)
+    none = weight is None
+    return dx, None, None if none else dweight, None if none else dbias, *(None,) * 7
+
+
+group_norm_act.register_autograd(_backward, setup_context=_setup)
+
+
+def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    dy, x, groups, weight, bias, stats, _, training, eps, slope, dropout = inputs
+    ctx.save_for_backward(dy, x, weight, bias, stats)
+    ctx.groups, ctx.constants = list(groups), (training, eps, slope, dropout)
+
+
+def _second_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    dy, x, weight, bias, stats = ctx.saved_tensors
+    ddy, dx, dw, db = second_derivative(dy, x, ctx.groups, weight, bias, stats, ctx.constants, grads, None)
+    return ddy, dx, None, dw, db, *(None,) * 6
+
+
+group_norm_act_backward.register_autograd(_second_backward, setup_context=_second_setup)
+
+
+def second_derivative(
+    dy: Tensor,
+    x: Tensor,
+    groups: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    constants: tuple[bool, float, float, float],
+    grads: Sequence[Tensor | None],
+    gather: Gather | None,
+) -> list[Tensor | None]:
+    """Gradients of dy, x, weight and bias given those of what the backward returned, by torch's own operations.
+
+    R1 and WGAN-GP differentiate the discriminators' gradients; they are rare or small, so nothing here is fused.
+    Raises RuntimeError with dropout, whose mask torch cannot draw."""
+    training, eps, slope, dropout = constants
+    if dropout:
+        raise RuntimeError("the fused epilogue with dropout has no second derivative: set model.kernels to torch")
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in (dy, x, weight, bias)]
+        at, point, w, b = leaves
+        assert at is not None
+        assert point is not None
+        fixed = None
+        if not training:
+            fixed = [(group[1], group[3]) for group in stats]
+        y = group_batch_norm(point, groups, w, b, fixed, training=training, eps=eps, gather=gather)
+        if slope != 1:
+            y = F.leaky_relu(y, slope)
+        inputs = [t for t in (point, w, b) if t is not None]
+        first = torch.autograd.grad(y, inputs, at, create_graph=True)
+        pairs = [(f, g) for f, g in zip(first, grads, strict=False) if g is not None and f.requires_grad]
+        if not pairs:
+            return [None] * 4
+        wanted = [t for t in leaves if t is not None]
+        found = iter(torch.autograd.grad([f for f, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+        return [None if t is None else next(found) for t in leaves]
+
+
+class _Synchronised(torch.autograd.Function):
+    """The epilogue with statistics over all processes: one collective forward, one backward, for all groups.
+
+    Returns (y, stats) as the op does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, groups: list[int], weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+        gather: Gather, eps: float, slope: float, dropout: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        own = _run_moments(x, groups)
+        every = gather((own if own.shape[0] == 1 else _run_merge(own))[0])  # [W, K, 4, C]
+        if 1 in groups and bool((every[:, :, 0, 0].sum(0) == 1).any()):  # waits for the device, so not always
+            raise ValueError("BatchNorm in training needs two rows or more in a group over all processes")
+        merged = every if every.shape[0] <= 8 else _run_merge(every)
+        y, stats = _run_apply(x, groups, merged, weight, bias, None, None, seed, eps, slope, dropout)
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(x, weight, bias, stats, seed)
+        ctx.groups, ctx.gather, ctx.constants = groups, gather, (True, eps, slope, dropout)
+        return y, stats
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, bias, stats, seed = ctx.saved_tensors
+        dx, dweight, dbias = _SynchronisedBackward.apply(
+            grads[0], x, weight, bias, stats, seed, ctx.groups, ctx.gather, ctx.constants
+        )
+        return dx, None, dweight, dbias, *(None,) * 5
+
+
+class _SynchronisedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
+        seed: Tensor | None, groups: list[int], gather: Gather, constants: tuple[bool, float, float, float],
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        _, eps, slope, dropout = constants
+        own = _run_sums(dy, x, groups, weight, bias, stats, seed, eps, slope, dropout).sum(0)  # [K, 2, C]
+        every = gather(own).sum(0, keepdim=True)
+        dx, _, _ = _run_input_grad(dy, x, groups, weight, bias, stats, every, seed, eps, slope, dropout, False)
+        ctx.save_for_backward(dy, x, weight, bias, stats)
+        ctx.groups, ctx.gather, ctx.constants = groups, gather, constants
+        if weight is None or bias is None:
+            return dx, None, None
+        dbias, dweight = own.sum(0)  # of this process: DDP averages them
+        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        dy, x, weight, bias, stats = ctx.saved_tensors
+        found = second_derivative(dy, x, ctx.groups, weight, bias, stats, ctx.constants, grads, ctx.gather)
+        return *found, *(None,) * 5
+
+
+def fused_epilogue(
+    x: Tensor,
+    groups: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: tuple[Tensor, Tensor] | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    slope: float,
+    dropout: float,
+    gather: Gather | None,
+) -> Tensor:
+    """x [R, C] -> [R, C]: normalised by group, activated, dropped.
+
+    Arguments as of `shared_layer.group_batch_norm`, but `running`: (mean, variance), float32 [K, C] each.
+    Raises ValueError when a group has one row in all in training."""
+    sizes = list(groups)
+    mean, variance = running if running is not None else (None, None)
+    drop = training and dropout > 0
+    # Drawn by the device's generator: activation checkpointing and CUDA graphs restore it.
+    seed = torch.randint(2**62, (1,), device=x.device) if drop else None
+    share = dropout if drop else 0.0
+    if training and gather is not None:
+        y, stats = _Synchronised.apply(x, sizes, weight, bias, seed, gather, eps, slope, share)
+    else:
+        if training and 1 in sizes:
+            raise ValueError(f"BatchNorm in training needs two rows or more in a group, the groups have {sizes}")
+        y, stats = group_norm_act(x, sizes, weight, bias, mean, variance, seed, training, eps, slope, share)
+    if training and mean is not None and variance is not None:
+        update_running(stats.detach(), mean, variance, momentum)
+    made: Tensor = y
+    return made
+
+
+def unsupported(x: Tensor, groups: Sequence[int]) -> str:
+    """Why this input cannot take the kernels; "" when it can."""
+    if x.dtype not in DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {x.dtype}"
+    if len(groups) > MAX_GROUPS:
+        return f"the kernels take {MAX_GROUPS} groups, not {len(groups)}"
+    if x.device.type != "cuda" and not INTERPRETED:
+        return f"the tensors are on {x.device.type}"
+    return ""
