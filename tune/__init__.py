@@ -1,0 +1,1 @@
+"""Search over loss weights and learning rates: `python tune/search.py`."""

@@ -1,0 +1,181 @@
+"""What a search found: one record per trial, the importance of each value, the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tune.space import Space
+
+ENDED, STOPPED, FAILED, UNFINISHED = "ended", "stopped early", "failed", "unfinished"
+
+
+@dataclass
+class Record:
+    """One trial."""
+
+    name: str
+    values: dict[str, Any]
+    """Config path -> value."""
+    status: str
+    best: float = 0.0
+    """Best validation score."""
+    image_to_text: float = 0.0
+    text_to_image: float = 0.0
+    epochs: float = 0.0
+    """Trained, all of them: also those that were lost and done again."""
+    seconds: float = 0.0
+    """In the trial's process, set-up and waiting for its turn to go on included."""
+    step_seconds: float = 0.0
+    """Of these, until each validation was told of."""
+    node: str = ""
+    failed: str = ""
+    """Why."""
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    """(epoch, validation score)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def ranked(records: list[Record]) -> list[Record]:
+    """Best first, without those that failed."""
+    return sorted((r for r in records if r.status != FAILED and r.curve), key=lambda r: -r.best)
+
+
+def best_so_far(curve: list[tuple[float, float]], epoch: float) -> float | None:
+    """Best score up to `epoch`; None when the trial did not get that far."""
+    if not curve or curve[-1][0] < epoch - 1e-6:
+        return None
+    scores = [score for at, score in curve if at <= epoch + 1e-6]
+    return max(scores) if scores else None
+
+
+# ---------------------------------------------------------------------------------------------- importance
+
+
+def position(spec: Any, value: Any) -> float:
+    """Place of a value in its range, 0 to 1, logarithmic where the range is; beyond its ends for a preset's value that
+    lies outside."""
+    if isinstance(spec, list):
+        return spec.index(value) / max(1, len(spec) - 1) if value in spec else -0.1
+    ((name, (low, high)),) = spec.items()
+    if not low <= value <= high:
+        return -0.1 if value < low else 1.1
+    if name == "log":
+        return (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+    return (value - low) / (high - low)
+
+
+@dataclass
+class Importance:
+    """How much worse unseen trials are predicted when one value is shuffled among them."""
+
+    shares: dict[str, float]
+    """Config path -> loss of R2 by shuffling it, mean over folds; about 0, or below, for what does not matter."""
+    r2: float
+    """Of the prediction for unseen trials; near 0 or below, the shares say nothing."""
+    trials: int
+    epoch: float
+    """The trials are compared at this epoch, which all of them reached."""
+
+
+def importance(records: list[Record], space: Space) -> Importance | None:
+    """By a random forest over the places of the values in their ranges, on folds that it was not fitted on (Breiman,
+    2001). None with fewer than 10 trials."""
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
+    from sklearn.model_selection import KFold
+
+    usable = [r for r in records if r.curve and r.status != FAILED]
+    if len(usable) < 10:
+        return None
+    epoch = min(r.curve[-1][0] for r in usable)
+    paths = list(space)
+    x = np.array([[position(space[p], r.values[p]) for p in paths] for r in usable])
+    y = np.array([best_so_far(r.curve, epoch) for r in usable], dtype=np.float64)
+    if np.ptp(y) == 0:
+        return None
+    predicted, drops = np.empty_like(y), []
+    for train, test in KFold(5, shuffle=True, random_state=0).split(x):
+        forest = RandomForestRegressor(200, min_samples_leaf=2, random_state=0).fit(x[train], y[train])
+        predicted[test] = forest.predict(x[test])
+        found = permutation_importance(
+            forest, x[test], y[test], scoring="neg_mean_squared_error", n_repeats=10, random_state=0
+        )
+        drops.append(found.importances_mean / y.var())
+    r2 = 1 - float(((y - predicted) ** 2).mean() / y.var())
+    shares = dict(zip(paths, np.mean(drops, 0).tolist(), strict=True))
+    return Importance(dict(sorted(shares.items(), key=lambda item: -item[1])), r2, len(usable), epoch)
+
+
+# ---------------------------------------------------------------------------------------------- confirmation
+
+
+@dataclass
+class Confirmed:
+    """One setting, trained once per seed."""
+
+    name: str
+    """Name of the trial that found it."""
+    values: dict[str, Any]
+    scores: list[float]
+    """Best validation score by seed; those of failed runs are 0."""
+    checkpoints: list[str] = field(default_factory=list)
+    """Folders of the runs, in the file system of the output."""
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.scores)
+
+    @property
+    def std(self) -> float:
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------- table
+
+
+def show_value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def show_table(records: list[Record], confirmed: list[Confirmed], console: Console, most: int = 10) -> None:
+    """The best trials, with the values that differ among them, and how they were confirmed."""
+    best = ranked(records)[:most]
+    table = Table(title=f"The best of {len(records)} trials", title_justify="left", title_style="bold")
+    for name in ("trial", "validation", "I→T", "T→I", "epochs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if confirmed:
+        table.add_column("over seeds", justify="right", no_wrap=True)
+    table.add_column("values")
+    means = {c.name: f"{c.mean:.4f} ± {c.std:.4f}" for c in confirmed}
+    for r in best:
+        values = "  ".join(f"{path.rpartition('.')[2]} {show_value(v)}" for path, v in r.values.items())
+        cells = [r.name, f"{r.best:.4f}", f"{r.image_to_text:.4f}", f"{r.text_to_image:.4f}", f"{r.epochs:.0f}"]
+        table.add_row(*cells, *([means.get(r.name, "")] if confirmed else []), values)
+    console.print(table)
+    for r in records:
+        if r.failed:
+            console.print(f"trial {r.name} failed: {r.failed}", highlight=False, soft_wrap=True)
+
+
+def trials_json(
+    records: list[Record], confirmed: list[Confirmed], found: Importance | None, extra: dict[str, Any]
+) -> str:
+    """Everything that the report shows, for other tools."""
+    record = {
+        **extra,
+        "trials": [r.to_dict() for r in records],
+        "confirmed": [dataclasses.asdict(c) | {"mean": c.mean, "std": c.std} for c in confirmed],
+        "importance": dataclasses.asdict(found) if found else None,
+    }
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,148 @@
+"""A trial as Ray Tune sees it: one step is the training up to the next validation."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.tune import Trainable
+
+from cmgan_dist.config import from_yaml, to_yaml
+from cmgan_dist.presets import preset
+from tune.space import apply_values
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Server:
+    """The process of tune/worker.py, started once per worker of the cluster."""
+
+    def __init__(self, log: Path, threads: int) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+        with open(log, "ab") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tune.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is the driver's
+            )
+
+    def send(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def read(self) -> dict[str, Any]:
+        """The next message; {"ended": code} when the process itself has died."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        record: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"ended": self.process.wait()}
+        return record
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+class Trial(Trainable):
+    """Trains `base` with the trial's values on top, in RUN on the node's disk, and reports each validation.
+
+    Its checkpoint is a copy of RUN. A run that diverges, or a config that is not possible, is a result with score 0 and
+    the sentence in "failed"; a process that dies is an error, after which Tune starts from the last checkpoint."""
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        base: str = "",
+        processes: int = 1,
+        threads: int = 1,
+        may_change: tuple[str, ...] = (),
+    ) -> None:
+        self.base, self.processes, self.threads, self.may_change = base, processes, threads, may_change
+        self.server: Server | None = None
+        self._begin(config)
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self.values: dict[str, Any] = config.get("values", config)
+        self.folder = Path(self.logdir) / "run"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.running = False
+
+    def step(self) -> dict[str, Any]:
+        begun = time.monotonic()
+        if self.server is None or self.server.process.poll() is not None:
+            self.server = Server(Path(self.logdir) / "worker.log", self.threads)
+            self.running = False
+        if self.running:
+            self.server.send("go")
+        else:
+            config = apply_values(from_yaml(self.base, "the search's config", preset), self.values)
+            config.output = str(self.folder)
+            job = {"config": to_yaml(config), "may_change": self.may_change, "processes": self.processes}
+            self.server.send(json.dumps(job | {"port": free_port(), "log": str(self.folder / "train.log")}))
+        self.running = True
+        message = self.server.read()
+        where = {"node": ray.get_runtime_context().get_node_id(), "step_s": time.monotonic() - begun}
+        if "failed" in message:
+            while "ended" not in message:
+                failed, message = message["failed"], self.server.read()
+            self.running = False
+            nothing = dict.fromkeys(("score", "best", "image_to_text", "text_to_image"), 0.0)
+            return {**nothing, "failed": failed, "samples": 0, "epoch": 0.0, "done": True, **where}
+        if "ended" in message:
+            self.running = False
+            log = self.folder / "train.log"
+            last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
+            raise RuntimeError(f"the training process ended with {message['ended']}: {' '.join(last)}")
+        done = message.pop("last")
+        return {**message, "failed": "", "done": done, **where}
+
+    def _stop(self) -> None:
+        """End the training; it waits for an answer whenever we are asked anything."""
+        if not self.running or self.server is None:
+            return
+        self.running = False
+        try:
+            self.server.send("stop")
+        except BrokenPipeError:
+            return
+        while "ended" not in self.server.read():
+            pass
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        shutil.copytree(self.folder, checkpoint_dir, dirs_exist_ok=True)
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | str | None) -> None:
+        self._stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.copytree(str(checkpoint), self.folder)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._stop()
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        if self.server is not None:
+            self.server.close()

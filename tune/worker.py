@@ -1,0 +1,151 @@
+"""A process that imports the library once and forks the processes of one trial after another.
+
+stdin    a line of JSON for a trial: {"config": YAML, "may_change": [...], "processes": N, "port": P, "log": FILE};
+         then a line for each validation that was told of: "go" or "stop"
+stdout   lines of JSON: what `tell` says after each validation; {"failed": SENTENCE} for bad input, such as a run that
+         diverged; {"ended": EXIT CODE} when the trial's processes are gone
+
+A trial waits for its answer, so its folder holds still while it is copied. Every process dies with its parent, so that
+none is left when a worker of the cluster is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cmgan_dist.config import from_yaml
+from cmgan_dist.errors import EXIT_BAD_INPUT, BadInput
+from cmgan_dist.presets import preset
+from cmgan_dist.record import read_metrics
+from cmgan_dist.train import Session, prepare, run_session
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Linux: get SIGKILL when the parent ends, however it ends. Elsewhere the closed pipe ends us at the next line."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def read_line() -> str:
+    """A line of stdin without its end, "" at its end. Unbuffered: parent and child read from the same pipe."""
+    line = bytearray()
+    while (byte := os.read(0, 1)) and byte != b"\n":
+        line += byte
+    return line.decode()
+
+
+def write_line(pipe: int, record: dict[str, Any]) -> None:
+    os.write(pipe, (json.dumps(record) + "\n").encode())
+
+
+def both_directions(values: dict[str, float]) -> dict[str, float]:
+    """MAP of each direction; for pairs without labels the mean of its recalls."""
+    out = {}
+    for way in ("image_to_text", "text_to_image"):
+        keys = [k for k in values if k == f"map/{way}"] or [k for k in values if k.startswith(f"recall/{way}@")]
+        out[way] = sum(values[k] for k in keys) / len(keys)
+    return out
+
+
+def tell(session: Session, pipe: int) -> None:
+    """Tell of the last validation and wait for the answer."""
+    lines = [line for line in read_metrics(session.run) if line["kind"] == "val"]
+    best = max(lines, key=lambda line: line["score"])
+    values = {k: v for k, v in best.items() if isinstance(v, float)}
+    write_line(
+        pipe,
+        {
+            "score": lines[-1]["score"],
+            "best": best["score"],
+            **both_directions(values),
+            "samples": session.progress.position,
+            "epoch": session.progress.position / session.progress.epoch_samples,
+            "last": session.progress.position >= session.total,
+        },
+    )
+    if read_line() != "go":
+        os._exit(0)
+
+
+def run_rank(job: dict[str, Any], rank: int, pipe: int) -> NoReturn:
+    """One process of a trial, from the fork to its end."""
+    die_with_parent()
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        if job["processes"] > 1:
+            world = str(job["processes"])
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
+        session = prepare(from_yaml(job["config"], "the trial's config", preset), "auto", job["may_change"])
+        session.report = False
+        if rank == 0:
+            session.on_validation = lambda session, _: tell(session, pipe)
+            if session.progress.position >= session.total:  # killed between its last checkpoint and its last word
+                tell(session, pipe)
+        code = run_session(session)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        write_line(pipe, {"failed": str(error)})
+        code = EXIT_BAD_INPUT
+    except BaseException:  # noqa: BLE001  a forked process must end here and not go on as its parent would
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run_trial(job: dict[str, Any], pipe: int) -> int:
+    """Fork the trial's processes and wait for them; the exit code of the first that failed, else 0."""
+    ranks: dict[int, int] = {}
+    for rank in range(job["processes"]):
+        pid = os.fork()
+        if pid == 0:
+            run_rank(job, rank, pipe)
+        ranks[pid] = rank
+    ended = 0
+    while ranks:
+        pid, status = os.wait()
+        code, rank = os.waitstatus_to_exitcode(status), ranks.pop(pid)
+        if code or rank == 0:  # all is saved by now, or nothing more can be
+            ended = ended or code
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+                os.waitpid(other, 0)
+            return ended
+    return ended
+
+
+def main() -> None:
+    die_with_parent()
+    pipe = os.dup(1)
+    os.dup2(2, 1)  # whatever prints must not come between our lines
+    for stale in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(stale, None)
+    gc.freeze()  # the forks share what was imported
+    while line := read_line():
+        job = json.loads(line)
+        Path(job["log"]).parent.mkdir(parents=True, exist_ok=True)
+        write_line(pipe, {"ended": run_trial(job, pipe)})
+
+
+if __name__ == "__main__":
+    main()
