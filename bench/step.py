@@ -1,0 +1,332 @@
+"""Seconds of one batch, all fourteen updates of the reference recipe: this library beside a plain PyTorch port.
+
+    python bench/step.py [--batches 64 256 1024] [--rounds 7] [--threads 1]
+
+Preset `reference` on features (image 4096, text 300, H = E = 1024): one no-grad forward, the four discriminators once
+each, then five times the generator's image side and text side. Same initial weights, batches and mismatched rows for
+all. Contestants, each in a process of its own, which take turns in every round:
+
+    ours                    make_scene and run_phase, as the training loop calls them
+    ours, compiled          the same with train.compile
+    reference               bench/reference_step.py: the algorithm written straight, torch's default Adam
+    reference, fused Adam   the same with Adam(fused=True): what that switch alone brings
+    reference, apart        discriminator phases on the rows they need only: less work, but not our losses
+    reference, compiled     losses and optimiser steps by torch.compile
+
+Before anything is timed, ours and the reference train side by side at the full widths, and every loss of every batch
+must agree (see `agreement`). A figure is the median over the rounds. On a machine that others use too, processor time with
+one thread is the figure to trust: threads that wait for each other count as busy. Writes bench/results/step.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench.common import write_results
+from bench.reference_step import Dims, ReferenceStep, Rows
+from cmgan_dist.cli import parse
+from cmgan_dist.config import Config
+from cmgan_dist.errors import BadInput, run_main
+from cmgan_dist.networks import DataSpec
+from cmgan_dist.parallel import Parallel
+from cmgan_dist.phases import phase_table, run_phase
+from cmgan_dist.presets import preset
+from cmgan_dist.stream import Batch
+from cmgan_dist.train import Networks, build_networks, make_scene
+
+ROOT = Path(__file__).resolve().parents[1]
+POOL = 8
+"""Different batches that are gone through in turn."""
+TOLERANCE = 1e-5
+"""Of a loss, relative to max(1, loss)."""
+CONTESTANTS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, compiled": {"compiled": True},
+    "reference": {},
+    "reference, fused Adam": {"fused": True},
+    "reference, apart": {"joined": False},
+    "reference, compiled": {"compiled": True},
+}
+
+Losses = list[tuple[str, float]]
+"""(phase, loss) of the fourteen updates of a batch, in order."""
+
+
+@dataclass
+class Arguments:
+    """Time one batch of all updates against a plain PyTorch port and write bench/results/step.json."""
+
+    batches: tuple[int, ...] = (64, 256, 1024)
+    """Batch sizes."""
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+    """fp32, bf16 (autocast)."""
+    rounds: int = 7
+    """Rounds; in each all contestants take turns."""
+    seconds: float = 1.5
+    """Least time of one turn."""
+    threads: int = 0
+    """torch.set_num_threads of every contestant; 0 takes all cores."""
+    check: int = 50
+    """Batches over which losses are compared first; 0 leaves it out."""
+    compiled: bool = True
+    """Take the contestants that torch.compile makes."""
+    output: str = "step"
+    """Name of the results file."""
+
+
+# ---------------------------------------------------------------------------------------------- data and contestants
+
+
+def make_batches(size: int, dims: Dims, seed: int = 0) -> list[tuple[Batch, Rows]]:
+    """POOL batches in both forms. Features of a class scatter about its centre, image features are not negative, as
+    those of VGG's fc7; the wrong row of each slot is of another class."""
+    rng = torch.Generator().manual_seed(seed)
+    image_centres = torch.randn(dims.classes, dims.image, generator=rng)
+    text_centres = torch.randn(dims.classes, dims.text, generator=rng)
+    out = []
+    for _ in range(POOL):
+        right = torch.randint(dims.classes, (size,), generator=rng)
+        wrong = (right + torch.randint(1, dims.classes, (size,), generator=rng)) % dims.classes
+        labels = torch.cat([right, wrong])
+        image = (image_centres[labels] + torch.randn(2 * size, dims.image, generator=rng)).relu()
+        text = text_centres[labels] + torch.randn(2 * size, dims.text, generator=rng)
+        one_hot = torch.nn.functional.one_hot(labels, dims.classes).bool()
+        batch = Batch(image, text, one_hot, [""] * (2 * size), size)
+        out.append((batch, Rows(image[:size], text[:size], image[size:], text[size:], right)))
+    return out
+
+
+def reference_config(size: int, dims: Dims, precision: str = "fp32") -> Config:
+    """Preset `reference` at these widths."""
+    config = preset("reference")
+    config.model.hidden_dim, config.model.common_dim = dims.hidden, dims.common
+    config.model.discriminator_dim = dims.discriminator
+    config.stream.global_batch = size
+    config.train.precision = precision  # type: ignore[assignment]
+    return config
+
+
+class Ours:
+    """The library's own step."""
+
+    def __init__(self, size: int, dims: Dims, precision: str = "fp32", compiled: bool = False) -> None:
+        self.config = reference_config(size, dims, precision)
+        self.config.train.compile = compiled
+        self.parallel = Parallel(precision)
+        spec = DataSpec([str(i) for i in range(dims.classes)], "single", dims.image, dims.text)
+        self.networks: Networks = build_networks(self.config, spec, None, self.parallel)
+        self.table, self.position = phase_table(self.config), 0
+
+    def update(self, batch: Batch) -> list[tuple[str, torch.Tensor]]:
+        """One batch; (phase, loss) in order."""
+        scene = make_scene(batch, self.networks, self.config, self.parallel, self.position, False)
+        out = []
+        for phase in self.table:
+            terms = run_phase(phase, [scene], self.networks.engines, self.parallel.autocast)
+            losses = [value for name, value in terms.items() if name.startswith("loss/")]
+            out.append((phase.name, torch.stack(losses).sum()))
+        self.position += batch.size
+        return out
+
+    def hand_over(self, other: ReferenceStep) -> None:
+        """Give weights and optimiser states to the reference step."""
+        modules = {"generator": self.networks.generator, **self.networks.bare}
+        other.copy_from(modules, {name: engine.optimizer for name, engine in self.networks.engines.items()})
+
+
+def make_step(name: str, size: int, precision: str, dims: Dims | None = None) -> Callable[[], object]:
+    """The contestant's next batch as a function."""
+    dims = dims or Dims()
+    batches = make_batches(size, dims)
+    options, turn = CONTESTANTS[name], iter(range(1 << 60))
+    ours = Ours(size, dims, precision, bool(options.get("compiled")) and name.startswith("ours"))
+    if name.startswith("ours"):
+        return lambda: ours.update(batches[next(turn) % POOL][0])
+    reference = ReferenceStep(dims, precision=precision, **options)
+    ours.hand_over(reference)
+    return lambda: reference.update(batches[next(turn) % POOL][1])
+
+
+def agreement(size: int, dims: Dims, batches: int, again: bool) -> dict[str, float]:
+    """The largest difference of a loss between ours and the reference, fp32, over all updates of `batches` batches.
+
+    `again`: hand our weights and optimiser states over before every batch. At full width GAN training is chaotic: a
+    last bit, such as another order of a sum makes, grows by orders of magnitude within few batches of Adam at 1e-3, so
+    that free runs of one and the same program part too. Then each batch is compared from a common start."""
+    ours, reference = Ours(size, dims), ReferenceStep(dims)
+    ours.hand_over(reference)
+    data = make_batches(size, dims)
+    absolute = relative = 0.0
+    for i in range(batches):
+        batch, rows = data[i % POOL]
+        if again:
+            ours.hand_over(reference)
+        for (phase, mine), (other, theirs) in zip(ours.update(batch), reference.update(rows), strict=True):
+            assert phase == other, f"{phase} stands where the reference has {other}"
+            difference = abs(float(mine) - float(theirs))
+            absolute = max(absolute, difference)
+            relative = max(relative, difference / max(1.0, abs(float(theirs))))
+    return {"batches": batches, "absolute": absolute, "relative": relative}
+
+
+# ---------------------------------------------------------------------------------------------- timing
+
+
+def clocked(step: Callable[[], object], seconds: float) -> dict[str, float]:
+    """Wall and processor seconds of one batch, over at least `seconds`."""
+    wall, processor, done = time.perf_counter(), time.process_time(), 0
+    while not done or time.perf_counter() - wall < seconds:
+        step()
+        done += 1
+    return {"wall": (time.perf_counter() - wall) / done, "cpu": (time.process_time() - processor) / done}
+
+
+def serve(name: str, size: int, precision: str) -> None:
+    """Warm up, then time a turn of as many seconds as each line on stdin says."""
+    step = make_step(name, size, precision)
+    start = time.perf_counter()
+    step()
+    first = time.perf_counter() - start
+    step()
+    print("answer", json.dumps({"first": first}), flush=True)
+    for line in sys.stdin:
+        print("answer", json.dumps(clocked(step, float(line))), flush=True)
+
+
+class Worker:
+    """A contestant in a process of its own."""
+
+    def __init__(self, threads: int, *words: object) -> None:
+        command = [sys.executable, str(Path(__file__).resolve()), "worker", str(threads), *map(str, words)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self.name = words
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("answer "):
+                record: dict[str, Any] = json.loads(line.removeprefix("answer "))
+                return record
+        raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
+
+    def ask(self, line: object) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def measure(arguments: Arguments, size: int, names: dict[str, tuple[str, str]]) -> dict[str, Any]:
+    """One batch size, all precisions: seconds a batch by contestant."""
+    workers: dict[str, Worker] = {}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    firsts: dict[str, float] = {}
+    try:
+        for name, (contestant, precision) in names.items():  # one after another, so that first batches are alone
+            workers[name] = Worker(arguments.threads, "serve", contestant, size, precision)
+            firsts[name] = workers[name].answer()["first"]
+        for i in track(range(arguments.rounds), f"batch {size}", console=Console(stderr=True)):
+            for name in names if i % 2 == 0 else reversed(names):
+                times[name].append(workers[name].ask(arguments.seconds))
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return {
+        name: {
+            "first_batch_seconds": firsts[name],
+            **{clock: spread([t[clock] for t in times[name]]) for clock in ("wall", "cpu")},
+        }
+        for name in names
+    }
+
+
+def print_table(size: int, record: dict[str, Any]) -> None:
+    table = Table(title=f"batch {size}: milliseconds, and how many times as long as ours", title_justify="left")
+    for column in ("", "processor", "wall", "/ ours fp32", "/ ours bf16", "first batch s"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in record.items():
+        ratios = [
+            f"{row['cpu']['median'] / record[f'ours {p}']['cpu']['median']:.2f}" if f"ours {p}" in record else "–"
+            for p in ("fp32", "bf16")
+        ]
+        cells = [f"{1000 * row[clock]['median']:.0f}" for clock in ("cpu", "wall")]
+        table.add_row(name, *cells, *ratios, f"{row['first_batch_seconds']:.1f}")
+    Console(width=120).print(table)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def work(words: list[str]) -> None:
+    """What a subprocess does."""
+    threads, what, *rest = words
+    torch.set_num_threads(int(threads) or os.cpu_count() or 1)
+    if what == "serve":
+        serve(rest[0], int(rest[1]), rest[2])
+    else:
+        print("answer", json.dumps(agreement(64, Dims(), int(rest[0]), again=True)), flush=True)
+
+
+def check_arguments(arguments: Arguments) -> None:
+    """Raises BadInput naming the flag."""
+    for flag, value, least in (("rounds", arguments.rounds, 1), ("threads", arguments.threads, 0)):
+        if value < least:
+            raise BadInput(f"--{flag} is {value}: at least {least}")
+    for precision in arguments.precisions:
+        if precision not in ("fp32", "bf16"):
+            raise BadInput(f"--precisions has '{precision}': fp32 and bf16 are there")
+    for size in arguments.batches:
+        if size < 2:
+            raise BadInput(f"--batches has {size}: at least 2, BatchNorm needs two rows")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["worker"]:
+        work(sys.argv[2:])
+        return
+    arguments = parse(Arguments, sys.argv[1:], prog="bench/step.py")
+    check_arguments(arguments)
+    record: dict[str, Any] = {"rounds": arguments.rounds, "threads": arguments.threads or os.cpu_count()}
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    record["bf16_instructions"] = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    if arguments.check:
+        checker = Worker(arguments.threads, "agree", arguments.check)
+        record["agreement"] = found = checker.answer()
+        checker.close()
+        print(f"losses agree: {found}" if found["relative"] <= TOLERANCE else f"losses differ: {found}")
+        if found["relative"] > TOLERANCE:
+            raise RuntimeError(f"ours and the reference differ by {found['relative']:.2e}: not the same computation")
+    contestants = [n for n in CONTESTANTS if arguments.compiled or "compiled" not in n]
+    names = {f"{n} {p}": (n, p) for p in arguments.precisions for n in contestants}
+    record["seconds"] = {}
+    for size in arguments.batches:
+        record["seconds"][str(size)] = measured = measure(arguments, size, names)
+        print_table(size, measured)
+    print(f"written to {write_results(arguments.output, record)}")
+
+
+if __name__ == "__main__":
+    run_main(main)
