@@ -1,36 +1,44 @@
-"""Checkpoints: written aside, fsynced, renamed; the newest one that is whole is what a run resumes from.
+"""Checkpoints: written aside by all processes, fsynced, renamed; the newest that is whole is what a run resumes from.
 
-RUN/checkpoints/samples-000000012800/
-    model.safetensors     generator/..., discriminators/..., ema/...   (frozen backbones are not stored)
-    optimizer.pt          optimiser states
-    state.json            position, best score, sha256 of the two files
+RUN/checkpoints/samples-000000012800/     torch.distributed.checkpoint; every process writes its share of the tensors
+    __R_0.distcp          generator/..., D/..., ema/..., optimizer/...   (frozen backbones are not stored)
+    .metadata             which tensor lies where
+    state.json            position, best score, sha256 of the files
 RUN/best/
     model.safetensors     the generator that validated best; position and score in its metadata
     config.yaml
+
+Tensors are stored whole and by name, so a checkpoint knows nothing of the number of processes, DDP or ZeRO.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 import shutil
+import threading
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cmgan_dist.errors import BadInput
 from cmgan_dist.schema import sha256_of, write_atomic
 
 log = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: meant so
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+MODEL, STATE = "model.safetensors", "state.json"
 
 
 @dataclass
@@ -48,11 +56,7 @@ class Progress:
     """Samples in an epoch: a run goes on with the data that it began with."""
 
 
-@dataclass
-class Checkpoint:
-    progress: Progress
-    tensors: dict[str, Tensor]
-    optimizers: dict[str, Any]
+# ---------------------------------------------------------------------------------------------- writing
 
 
 def _sync_folder(folder: Path) -> None:
@@ -63,63 +67,161 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+def share_of(tensors: Mapping[str, Tensor], rank: int, world: int) -> list[str]:
+    """Names of the tensors that a process writes: the largest first, each to the process with the fewest bytes."""
+    load = [0] * world
+    mine = []
+    for name in sorted(tensors, key=lambda n: (-tensors[n].nbytes, n)):
+        least = load.index(min(load))
+        load[least] += tensors[name].nbytes
+        if least == rank:
+            mine.append(name)
+    return mine
 
 
-def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write RUN/checkpoints/samples-N and drop all but the newest `keep`. Raises OSError when the disk is full; the
-    earlier checkpoints stay."""
-    folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover)
-    final = folder / f"samples-{checkpoint.progress.position:012d}"
-    aside = folder / f".{final.name}.tmp"
-    aside.mkdir()
-    packed = io.BytesIO()
-    torch.save(checkpoint.optimizers, packed)
-    write_atomic(aside / MODEL, save(_contiguous(checkpoint.tensors)))
-    write_atomic(aside / OPTIMIZER, packed.getvalue())
-    state = asdict(checkpoint.progress) | {"sha256": {n: sha256_of(aside / n) for n in (MODEL, OPTIMIZER)}}
-    write_atomic(aside / STATE, json.dumps(state, indent=1) + "\n")
-    _sync_folder(aside)
-    if final.exists():  # left by a run that was resumed from an older one
-        shutil.rmtree(final)
-    os.rename(aside, final)
-    _sync_folder(folder)
-    for old in sorted(folder.glob("samples-*"))[:-keep]:
-        shutil.rmtree(old)
-    return final
+class Checkpointer:
+    """Writes checkpoints in a thread while training goes on."""
+
+    def __init__(
+        self, run: Path, keep: int, *, rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """`keep`: newest checkpoints that stay. `group`: of all processes, over CPU tensors, and used by nothing else:
+        collectives of this thread must not meet those of training."""
+        self.folder = run / "checkpoints"
+        self.keep, self.rank, self.world, self.group = keep, rank, world, group
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+
+    def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
+        """Begin to write RUN/checkpoints/samples-N; every process calls it with the same tensors, which may change as
+        soon as it returns. Waits for the save before it. Raises BadInput when that one failed."""
+        self.wait()
+        mine = {name: tensors[name].detach().cpu().clone() for name in share_of(tensors, self.rank, self.world)}
+        self._thread = threading.Thread(target=self._write, args=(asdict(progress), mine), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last save is on disk. Raises BadInput, on every process, when it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise BadInput(
+                f"a checkpoint could not be written to {self.folder} ({error}): free space there and start again; "
+                "the earlier checkpoints are whole"
+            )
+
+    def _agree(self, error: str | None, hashes: dict[str, str]) -> tuple[str | None, dict[str, str]]:
+        """The first error of any process, and the hashes of all."""
+        if self.world == 1:
+            return error, hashes
+        every: list[tuple[str | None, dict[str, str]]] = [(None, {})] * self.world
+        dist.all_gather_object(every, (error, hashes), group=self.group)
+        joined = {k: v for _, part in every for k, v in part.items()}
+        return next((e for e, _ in every if e is not None), None), joined
+
+    def _write(self, progress: dict[str, object], mine: dict[str, Tensor]) -> None:
+        final = self.folder / f"samples-{progress['position']:012d}"
+        aside = self.folder / f".{final.name}.tmp"
+        try:
+            self._error = self._write_aside(aside, mine, progress)
+            if self._error is None and self.rank == 0:
+                _sync_folder(aside)
+                if final.exists():  # left by a run that was resumed from an older one
+                    shutil.rmtree(final)
+                os.rename(aside, final)
+                _sync_folder(self.folder)
+                for old in sorted(self.folder.glob("samples-*"))[: -self.keep]:
+                    shutil.rmtree(old)
+        except (OSError, RuntimeError) as error:  # the disk, or a process that is gone
+            self._error = str(error)
+        if self._error is not None and self.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _write_aside(self, aside: Path, mine: dict[str, Tensor], progress: dict[str, object]) -> str | None:
+        """Why it could not be written, the same on every process, or None."""
+        error, hashes = None, dict[str, str]()
+        try:
+            if self.rank == 0:
+                for leftover in self.folder.glob(".*.tmp"):
+                    shutil.rmtree(leftover)
+                aside.mkdir(parents=True)
+        except OSError as failed:
+            error = str(failed)
+        error, _ = self._agree(error, {})
+        if error is not None:
+            return error
+        try:
+            writer = dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True)
+            dcp.save(mine, storage_writer=writer, process_group=self.group, no_dist=self.world == 1)
+            written = sorted(aside.glob(f"__{self.rank}_*.distcp"))
+            hashes = {path.name: sha256_of(path) for path in written}
+            if self.rank == 0:
+                hashes[".metadata"] = sha256_of(aside / ".metadata")
+        except CheckpointException as failed:
+            error = "; ".join(dict.fromkeys(str(cause[0]) for cause in failed.failures.values()))
+        except OSError as failed:
+            error = str(failed)
+        error, hashes = self._agree(error, hashes)
+        if error is None and self.rank == 0:
+            write_atomic(aside / STATE, json.dumps(progress | {"sha256": hashes}, indent=1) + "\n")
+        return error
 
 
-def _read_checkpoint(folder: Path) -> Checkpoint:
-    """Raises ValueError or OSError when a file is missing or damaged."""
-    state = json.loads((folder / STATE).read_text())
-    for name, expected in state.pop("sha256").items():
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def _check_whole(folder: Path) -> None:
+    """Raises ValueError, KeyError, TypeError or OSError when a file is missing or damaged."""
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    hashes = state.pop("sha256")
+    Progress(**state)
+    for name, expected in hashes.items():
         if sha256_of(folder / name) != expected:
             raise ValueError(f"{name} is damaged")
-    return Checkpoint(
-        Progress(**state),
-        load((folder / MODEL).read_bytes()),
-        torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True),
-    )
+    if ".metadata" not in hashes:
+        raise ValueError("it lists no .metadata")
 
 
-def load_latest(run: Path) -> Checkpoint | None:
+def latest(run: Path) -> Path | None:
     """The newest checkpoint that is whole, or None. A damaged one is named in the log and passed over."""
     for folder in sorted((run / "checkpoints").glob("samples-*"), reverse=True):
         try:
-            return _read_checkpoint(folder)
-        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+            _check_whole(folder)
+            return folder
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             log.warning("checkpoint %s cannot be used (%s): going back to the one before", folder, error)
     return None
+
+
+def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
+    """Progress and all tensors of a checkpoint that `latest` has found. Raises BadInput when it cannot be read."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        del state["sha256"]
+        reader = dcp.FileSystemReader(folder)
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (OSError, CheckpointException) as error:
+        raise BadInput(
+            f"checkpoint {folder} cannot be read here ({error}): --output must lie on storage that all nodes share"
+        ) from None
+    return Progress(**state), tensors
+
+
+# ---------------------------------------------------------------------------------------------- the best
 
 
 def save_best(run: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
     """Replace RUN/best/model.safetensors in one step."""
     metadata = {k: str(v) for k, v in asdict(progress).items()}
-    write_atomic(run / "best" / MODEL, save(_contiguous(tensors), metadata=metadata))
+    packed = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata=metadata)
+    write_atomic(run / "best" / MODEL, packed)
 
 
 def load_best(run: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -187,6 +187,9 @@ class OptimConfig:
     """Linear warm-up from 0."""
     clip: float = 0.0
     """Largest gradient norm per optimiser; 0 is off."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, for batches that do not fit into memory: an update takes the mean gradient of
+    its parts; BatchNorm statistics, negatives and mismatched samples are those of a part (over all processes)."""
 
 
 @dataclass
@@ -197,8 +200,10 @@ class TrainConfig:
     """Length of the run in passes over the training split."""
     seed: int = 0
     """Of initialisation, order, dropout and draws."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 autocast (losses and statistics stay fp32)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32, or autocast to bf16 or fp16 (losses and statistics stay fp32; fp16 with a loss scaler per optimiser)."""
+    compile: bool = False
+    """torch.compile the networks: pays on GPUs with small batches, costs seconds to minutes at the start."""
     ema: float = 0.0
     """Decay per batch of an exponential moving average of the generator, used in evaluation; 0 is off."""
     val_every: float = 10.0
@@ -209,6 +214,10 @@ class TrainConfig:
     """Checkpoints kept, besides the best."""
     log_every: int = 10
     """Batches between lines of metrics.jsonl."""
+    timeout_s: float = 600.0
+    """Seconds that a process waits for the others before it gives them up."""
+    trace: int = 0
+    """Batches, after the first ten, that torch.profiler records to RUN/trace (open in Perfetto); 0 is off."""
     threads: int = 0
     """CPU threads per process; 0 shares the cores among the local processes."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
@@ -244,6 +253,11 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------- validation
+
+
+def micro_batch(config: Config) -> int:
+    """Samples that all processes together take in one pass: stream.global_batch / optim.accumulate."""
+    return config.stream.global_batch // config.optim.accumulate
 
 
 def resolved_streams(stream: StreamConfig) -> int:
@@ -288,6 +302,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "optim.halve_every": (1e-6, 1e9),
     "optim.warmup_epochs": (0, 1e9),
     "optim.clip": (0, 1e9),
+    "optim.accumulate": (1, 1e6),
     "train.epochs": (1e-9, 1e9),
     "train.seed": (0, 2**31 - 1),
     "train.ema": (0, 0.999999),
@@ -296,6 +311,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "train.keep": (1, 1e6),
     "train.log_every": (1, 1e9),
     "train.threads": (0, 4096),
+    "train.timeout_s": (1, 1e6),
+    "train.trace": (0, 1e6),
     "eval.batch": (1, 1e9),
 }
 
@@ -308,9 +325,17 @@ def validate(config: Config) -> Config:
             value = getattr(value, part)
         if not (low <= value <= high):  # also false for NaN
             raise BadInput(f"{path} is {value}, expected {low:g} to {high:g}")
-    streams, batch = resolved_streams(config.stream), config.stream.global_batch
-    if batch % streams:
-        raise BadInput(f"stream.logical_streams is {streams} and does not divide stream.global_batch {batch}")
+    batch, parts = config.stream.global_batch, config.optim.accumulate
+    if batch % parts or batch // parts < 2:
+        raise BadInput(
+            f"optim.accumulate is {parts}: stream.global_batch {batch} does not fall into such parts of 2 or more"
+        )
+    streams, micro = config.stream.logical_streams, micro_batch(config)
+    if streams and micro % streams:
+        raise BadInput(
+            f"stream.logical_streams is {streams} and does not divide the {micro} samples of stream.global_batch"
+            f"{f' / optim.accumulate {parts}' if parts > 1 else ''}"
+        )
     if config.stream.val_split == config.stream.train_split:
         raise BadInput(f"stream.val_split and stream.train_split are both '{config.stream.val_split}': use two splits")
     return config

@@ -1,11 +1,13 @@
-"""The two ways in which input can be wrong. Everything else is a bug and keeps its traceback."""
+"""The two ways in which input can be wrong, and a lost process. Everything else is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
 EXIT_DONE = 0
+EXIT_LOST = 1
 EXIT_BAD_INPUT = 2
 EXIT_SIGNALLED = 85
 """Saved after SIGTERM, SIGUSR1 or Ctrl-C: start again with ``--resume auto``."""
@@ -14,6 +16,15 @@ EXIT_SIGNALLED = 85
 class BadInput(ValueError):
     """Input by the user is wrong. The message is one sentence that names the file, field or flag,
     what was wrong and what to do. Launchers print it to stderr and exit with 2."""
+
+    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+        """`everywhere`: every process of a run finds the same, so that the first one says it for all."""
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run is gone or does not answer. Launchers print it and exit with 1."""
 
 
 class BadSample(ValueError):
@@ -25,7 +36,11 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.everywhere or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         code = EXIT_BAD_INPUT
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(EXIT_LOST)  # what waits for the lost process, at exit too, would wait on
     sys.stdout.flush()
     sys.exit(code or EXIT_DONE)

@@ -1,4 +1,4 @@
-"""Processes, devices and precision: the one place that names accelerate.
+"""Processes, devices and precision: the one place that names accelerate; zero.py is the one that names deepspeed.
 
 Gradients of W processes with batch B equal those of one with W * B: DDP averages them, BatchNorm statistics and
 gathered tensors go through `Parallel.gather_differentiable`, whose backward adds up what every process asks of a row.
@@ -9,10 +9,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import json
 import logging
 import os
+import resource
 import signal
+import socket
 import sys
+import types
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,10 +26,14 @@ import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
-from cmgan_dist.kernels.shared_layer import GroupBatchNorm
+from cmgan_dist.engine import AdamSettings, Engine
+from cmgan_dist.errors import BadInput
+from cmgan_dist.kernels.shared_layer import GroupBatchNorm, group_batch_norm
 
 log = logging.getLogger(__name__)
 
@@ -73,21 +83,120 @@ def start_all_processes() -> None:
     os.execv(sys.executable, [*command, *sys.argv])
 
 
+def _synchronised_forward(self: _BatchNorm, x: Tensor) -> Tensor:
+    """A backbone's BatchNorm over the rows of all processes: torch's own SyncBatchNorm needs a GPU."""
+    if not self.training:
+        return type(self).forward(self, x)
+    running = None
+    if self.running_mean is not None and self.running_var is not None:
+        running = [(self.running_mean, self.running_var)]
+    if self.num_batches_tracked is not None:
+        self.num_batches_tracked.add_(1)
+    momentum = 1 / float(self.num_batches_tracked or 1) if self.momentum is None else self.momentum
+    rows = x.movedim(1, -1)
+    flat = rows.reshape(-1, x.shape[1])
+    made = group_batch_norm(
+        flat,
+        [len(flat)],
+        self.weight,
+        self.bias,
+        running,
+        training=True,
+        momentum=momentum,
+        eps=self.eps,
+        gather=_GatherRows.apply,
+    )
+    made = made.view(rows.shape).movedim(-1, 1)
+    if hasattr(self, "act"):  # timm's BatchNormAct2d: dropout and activation in the same module
+        made = self.act(self.drop(made))  # type: ignore[operator]
+    return made
+
+
+def _synchronise_statistics(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, GroupBatchNorm):
+            part.gather = _GatherRows.apply
+        elif isinstance(part, _BatchNorm):
+            part.forward = types.MethodType(_synchronised_forward, part)  # type: ignore[method-assign]
+
+
+def _name_interface() -> None:
+    """Tell gloo the network interface that leads to the first node: left alone it may announce 127.0.0.1."""
+    master = os.environ.get("MASTER_ADDR", "")
+    if "GLOO_SOCKET_IFNAME" in os.environ or not master:
+        return
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((master, 9))  # sends nothing: it only chooses the way
+            own = probe.getsockname()[0]
+    except OSError:
+        return  # not an IPv4 address that can be reached: joining will say so
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _zero_config() -> dict[str, Any] | None:
+    """The DeepSpeed configuration that `accelerate launch` was given, or None without DeepSpeed.
+
+    Raises BadInput naming the file."""
+    if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") != "true":  # taken out: accelerate's own integration
+        return None  # expects one engine for all that trains
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path != "none":
+        try:
+            config = json.loads(Path(path).read_text(encoding="utf-8"))
+            stage = int(config["zero_optimization"]["stage"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(
+                f"deepspeed_config_file {path} cannot be used ({type(error).__name__}: {error}): give a JSON file with "
+                "zero_optimization.stage, as in launchers/configs/"
+            ) from None
+    else:
+        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+        config = {"zero_optimization": {"stage": stage}}
+        device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
+        if device != "none":
+            config["zero_optimization"]["offload_optimizer"] = {"device": device}
+    if stage not in (1, 2):
+        raise BadInput(
+            f"DeepSpeed ZeRO stage {stage} is not supported: the generator's losses go through modules of other "
+            "engines, whose parameters stage 3 takes apart; use stage 1 or 2, or DDP without DeepSpeed"
+        )
+    return config
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone, stuck or out of reach."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
 class Parallel:
     """This process among the others."""
 
-    def __init__(self, precision: str = "fp32", tracker: str = "none", logging_dir: str | None = None) -> None:
-        """`precision`: fp32 or bf16 autocast. `tracker`: tensorboard, wandb or none."""
+    def __init__(
+        self,
+        precision: str = "fp32",
+        tracker: str = "none",
+        logging_dir: str | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        """`precision`: fp32, or autocast to bf16 or fp16. `tracker`: tensorboard, wandb or none.
+
+        `timeout_s`: how long a collective waits for the other processes before it fails."""
+        self._zero = _zero_config()
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if asked != "no" and asked != precision:
+            log.warning("accelerate's --mixed_precision %s is not used: train.precision is %s", asked, precision)
+        _name_interface()
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # else accelerate may leave the processes apart
-            mixed_precision="bf16" if precision == "bf16" else "no",
+            mixed_precision="no",  # its autocast and its one loss scaler are not used
             log_with=None if tracker == "none" else tracker,
             project_dir=logging_dir,
-            kwargs_handlers=[
-                # Buffers are equal everywhere by construction; an alternate generator phase reaches one side only.
-                DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
         )
+        self.precision = precision
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
@@ -97,6 +206,44 @@ class Parallel:
         if self.world != started:  # each would train alone and write over the others
             raise RuntimeError(f"{started} processes were started but accelerate joined {self.world}")
         self._signalled = False
+
+    @property
+    def kind(self) -> str:
+        """How the processes share the work, for the log; "" for one alone."""
+        if self._zero is not None:
+            return f"DeepSpeed ZeRO-{self._zero['zero_optimization']['stage']}"
+        return "DDP" if self.world > 1 else ""
+
+    def engine(self, module: nn.Module, settings: AdamSettings, *, unused: bool = False) -> Engine:
+        """What trains `module`, moved to the device; BatchNorms are synchronised.
+
+        `unused`: some losses leave a part of the parameters without gradient. Raises BadInput under ZeRO, which would
+        count such gradients as zero."""
+        module.to(self.device)
+        if self.world > 1:
+            _synchronise_statistics(module)
+        if self._zero is not None:
+            from cmgan_dist.zero import ZeroEngine  # seconds to import, and only here
+
+            return ZeroEngine(module, settings, self.device, self._zero, unused)
+        wrapped = module
+        if self.world > 1 and any(p.requires_grad for p in module.parameters()):
+            wrapped = DistributedDataParallel(
+                module,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                find_unused_parameters=unused,
+                forward_sync_buffers=False,  # equal everywhere by construction
+                gradient_as_bucket_view=True,
+            )
+        return Engine(module, wrapped, settings, self.device)
+
+    def new_group(self) -> dist.ProcessGroup | None:
+        """A group of all processes over CPU tensors; None when this process is alone."""
+        if self.world == 1:
+            return None
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
     # ------------------------------------------------------------------------------------------ tensors
 
@@ -113,7 +260,9 @@ class Parallel:
         return self.accelerator.prepare_model(module)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return self.accelerator.autocast()
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, ...] -> [W * B, ...] in rank order; no gradient. Every process must have the same B."""
@@ -142,6 +291,12 @@ class Parallel:
         dist.all_gather_object(out, value)
         return out
 
+    def memory(self) -> float:
+        """Most GiB held so far: on the GPU, or of this process without one."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
@@ -159,13 +314,15 @@ class Parallel:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, handler)
 
-    def stop_requested(self) -> bool:
-        """Whether any process was signalled; all get the same answer."""
-        if self.world == 1:
-            return self._signalled
-        flag = torch.tensor(int(self._signalled), device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+    def any_process(self, flags: Tensor) -> tuple[bool, list[bool]]:
+        """Whether any process was signalled, and which of the flags (bool [n]) is set on any; all get the same answer.
+
+        One collective, and the one time in a step that the device is waited for."""
+        every = torch.cat([torch.tensor([self._signalled], device=flags.device), flags]).to(torch.int32)
+        if self.world > 1:
+            dist.all_reduce(every, op=dist.ReduceOp.MAX)
+        stop, *rest = every.tolist()
+        return bool(stop), [bool(f) for f in rest]
 
     # ------------------------------------------------------------------------------------------ tracking and end
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cmgan_dist import losses
 from cmgan_dist.backbones import TextInput
 from cmgan_dist.config import Config
+from cmgan_dist.engine import Engine
 from cmgan_dist.networks import Side
 from cmgan_dist.order import generator_for
 
@@ -52,6 +53,8 @@ class Scene:
     """Differentiable gather of rows over the processes."""
     first_row: int
     """Row of the global batch that this process's batch starts at."""
+    total: int
+    """Rows of the global batch."""
     multi: bool
     """Multi-label classes."""
     image: Tensor
@@ -113,13 +116,16 @@ def _penalties(scene: Scene, name: str, real: list[Tensor], fake: list[Tensor]) 
         return module(*inputs, [len(inputs[0])]) if len(inputs) == 2 else module(*inputs)
 
     batch = scene.position // scene.config.stream.global_batch
-    if config.r1 and batch % config.r1_every == 0:
-        at = [x.detach().requires_grad_() for x in real]
-        terms["r1"] = config.r1 * config.r1_every / 2 * losses.squared_gradient_norm(call(at), at)
-    if config.adversarial == "wgan-gp":
-        share = torch.rand(len(real[0]), 1, device=real[0].device)
-        at = [torch.lerp(f, r, share).detach().requires_grad_() for r, f in zip(real, fake, strict=True)]
-        terms["gradient_penalty"] = config.gradient_penalty * losses.gradient_penalty(call(at), at)
+    with torch.autocast(real[0].device.type, enabled=False):  # gradients of the input would underflow in fp16
+        if config.r1 and batch % config.r1_every == 0:
+            at = [x.detach().float().requires_grad_() for x in real]
+            terms["r1"] = config.r1 * config.r1_every / 2 * losses.squared_gradient_norm(call(at), at)
+        if config.adversarial == "wgan-gp":
+            rows = slice(scene.first_row, scene.first_row + len(real[0]))  # the same whatever the number of processes
+            draws = generator_for(scene.config.train.seed, scene.position, 9).random(scene.total)[rows]
+            share = torch.from_numpy(draws).float()[:, None].to(real[0].device)
+            at = [torch.lerp(f.float(), r.float(), share).requires_grad_() for r, f in zip(real, fake, strict=True)]
+            terms["gradient_penalty"] = config.gradient_penalty * losses.gradient_penalty(call(at), at)
     return terms
 
 
@@ -272,25 +278,34 @@ def phase_table(config: Config) -> list[Phase]:
 
 def run_phase(
     phase: Phase,
-    scene: Scene,
-    optimizers: dict[str, torch.optim.Optimizer],
+    scenes: list[Scene],
+    engines: dict[str, Engine],
     autocast: Callable[[], AbstractContextManager[object]],
-    clip: float,
+    measure: bool = False,
 ) -> dict[str, Tensor]:
-    """One update of the phase's module; returns its loss terms and gradient norm (detached)."""
-    modules = {**scene.bare, "generator": scene.generator}
-    for name, module in modules.items():
-        if name != "generator":  # the generator is only reached through its own phases
-            module.requires_grad_(name == phase.module)
-    with autocast():
-        terms = phase.loss(scene)
-    total = torch.stack([t.float() for t in terms.values()]).sum()
-    optimizer = optimizers[phase.module]
-    optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    out = {f"loss/{phase.name}/{k}": v.detach() for k, v in terms.items()}
-    if clip:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        out[f"gradient_norm/{phase.name}"] = nn.utils.clip_grad_norm_(parameters, clip)
-    optimizer.step()
-    return out
+    """One update of the phase's module from one or more micro-batches; returns loss terms (means over these) and what
+    the engine measured, detached. `measure`: the gradient norm also where nothing is clipped.
+
+    A loss that is not finite leaves the parameters as they are; see `not_finite`."""
+    for name, module in scenes[0].bare.items():  # the generator is only reached through its own phases
+        module.requires_grad_(name == phase.module)
+    engine, share = engines[phase.module], 1 / len(scenes)
+    engine.zero_grad()
+    total, out = torch.zeros(()), dict[str, Tensor]()
+    for scene in scenes:
+        with engine.pass_of(last=scene is scenes[-1]):
+            with autocast():
+                terms = phase.loss(scene)
+            loss = torch.stack([t.float() for t in terms.values()]).sum()
+            loss = loss * share if len(scenes) > 1 else loss
+            engine.backward(loss)
+        total = total.to(loss.device) + loss.detach()
+        for key, value in terms.items():
+            name = f"loss/{phase.name}/{key}"
+            out[name] = out.get(name, 0) + value.detach() * share
+    return out | {f"{key}/{phase.name}": value for key, value in engine.step(total, measure).items()}
+
+
+def not_finite(terms: dict[str, Tensor]) -> Tensor:
+    """bool [losses]: which loss terms of a batch are NaN or Inf, in the order of `terms`; no wait for the device."""
+    return ~torch.isfinite(torch.stack([v.float() for k, v in terms.items() if k.startswith("loss/")]))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -31,6 +32,70 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+class Clock:
+    """Where the time of a run goes: each `lap` puts the time since the one before it under a name.
+
+    On a GPU the laps are events, read only by `take`: between those the device is never waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.totals: dict[str, float] = {}
+        """Seconds since the start, of laps that were taken."""
+        self._laps: list[tuple[str, float, torch.cuda.Event | None]] = []
+        self._first: tuple[float, torch.cuda.Event | None] = self._now()
+
+    def _now(self) -> tuple[float, torch.cuda.Event | None]:
+        event = None
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        return time.perf_counter(), event
+
+    def lap(self, name: str) -> None:
+        self._laps.append((name, *self._now()))
+
+    def take(self) -> dict[str, float]:
+        """ "time/NAME": seconds in all laps since the last call."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        out: dict[str, float] = {}
+        (before, event_before) = self._first
+        for name, now, event in self._laps:
+            if event is not None and event_before is not None:
+                seconds = event_before.elapsed_time(event) / 1000
+            else:
+                seconds = now - before
+            out[f"time/{name}"] = out.get(f"time/{name}", 0.0) + seconds
+            self.totals[name] = self.totals.get(name, 0.0) + seconds
+            before, event_before = now, event
+        self._first, self._laps = (before, event_before), []
+        return out
+
+    def summary(self) -> str:
+        """Shares of the time taken so far, the largest first."""
+        total = sum(self.totals.values())
+        parts = sorted(self.totals.items(), key=lambda item: -item[1])
+        return f"{total:.1f} s: " + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts)
+
+
+@contextlib.contextmanager
+def tracing(run: Path, rank: int, batches: int) -> Iterator[Callable[[], None]]:
+    """Gives what is to be called after each batch; `batches` of them, after the first ten, are traced by torch.profiler
+    to RUN/trace/rank-N.json."""
+    if not batches:
+        yield lambda: None
+        return
+
+    def write(profiler: torch.profiler.profile) -> None:
+        folder = run / "trace"
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"rank-{rank}.json"))
+
+    schedule = torch.profiler.schedule(wait=8, warmup=2, active=batches, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write, profile_memory=True) as profiler:
+        yield profiler.step
 
 
 class Recorder:

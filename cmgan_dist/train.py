@@ -6,6 +6,7 @@ killed and resumed ends bitwise like one that was not (on the same kind of CPU, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -15,26 +16,27 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from cmgan_dist.backbones import TextInput
-from cmgan_dist.checkpoint import Checkpoint, Progress, check_shapes, load_latest, save_best, save_checkpoint
-from cmgan_dist.config import CONFIG_NAME, Config, OptimConfig, to_yaml, validate
+from cmgan_dist.checkpoint import Checkpointer, Progress, check_shapes, latest, read_checkpoint, save_best
+from cmgan_dist.config import CONFIG_NAME, Config, OptimConfig, micro_batch, to_yaml, validate
 from cmgan_dist.discriminators import NAMES, build_discriminators
 from cmgan_dist.embed import SPEC_NAME, VOCABULARY_NAME, embed_split
-from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput
+from cmgan_dist.engine import AdamSettings, Engine
+from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
 from cmgan_dist.metrics import evaluate
 from cmgan_dist.networks import DataSpec, Generator, Side, build_generator, stored_tensors
 from cmgan_dist.order import mix, steps_for
-from cmgan_dist.parallel import Parallel
-from cmgan_dist.phases import Scene, Wrong, phase_table, pick_wrong, run_phase
+from cmgan_dist.parallel import Parallel, is_lost_process
+from cmgan_dist.phases import Phase, Scene, Wrong, not_finite, phase_table, pick_wrong, run_phase
 from cmgan_dist.presets import load_config
-from cmgan_dist.record import Recorder
+from cmgan_dist.record import Clock, Recorder, tracing
 from cmgan_dist.report import write_report
 from cmgan_dist.schema import write_atomic
 from cmgan_dist.stream import Batch, ShardReader, Stream
@@ -45,8 +47,9 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = (
     *("train", "eval", "data", "output", "preset", "stream.workers", "stream.max_bad_share"),
     *("stream.cache", "stream.cache_gib", "stream.retries", "stream.timeout_s"),
+    *("optim.generator_lr", "optim.discriminator_lr", "optim.clip", "model.kernels"),
 )
-"""What a resumed run may change; train.seed may not."""
+"""What a resumed run may change; train.seed may not. Lower rates are what a run that diverged goes on with."""
 VOCABULARY_SAMPLES = 200_000
 """Samples of the training split whose words make the vocabulary of the text CNN."""
 
@@ -109,13 +112,13 @@ def make_vocabulary(readers: list[ShardReader], config: Config) -> Vocabulary:
 
 @dataclass
 class Networks:
-    """Modules and optimisers of a run."""
+    """Modules of a run and what trains them."""
 
     generator: Generator
-    wrapped: nn.Module
     bare: dict[str, nn.Module]
-    discriminators: dict[str, nn.Module]
-    optimizers: dict[str, torch.optim.Optimizer]
+    """The discriminators by name, without a wrapper."""
+    engines: dict[str, Engine]
+    """Of the generator and of each discriminator."""
     average: Generator | None
     """EMA of the generator."""
 
@@ -124,56 +127,71 @@ class Networks:
         """The generator that is validated and kept: the average where there is one."""
         return self.average or self.generator
 
-    def tensors(self) -> dict[str, Tensor]:
-        out = {f"generator/{k}": v for k, v in stored_tensors(self.generator).items()}
-        for name, module in self.bare.items():
-            out |= {f"{name}/{k}": v for k, v in module.state_dict().items()}
-        if self.average is not None:
-            out |= {f"ema/{k}": v for k, v in stored_tensors(self.average).items()}
+    def parts(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds, by prefix."""
+        parts: dict[str, nn.Module] = {"generator": self.generator, **self.bare}
+        return parts if self.average is None else {**parts, "ema": self.average}
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        for name, module in self.parts().items():
+            state = stored_tensors(module) if isinstance(module, Generator) else module.state_dict()
+            out |= {f"{name}/{k}": v for k, v in state.items()}
         return out
 
-    def set_rates(self, factor: float, config: OptimConfig) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, optimisers too. Every process calls it: under ZeRO it gathers."""
+        out = self.model_tensors()
+        for name, engine in self.engines.items():
+            out |= {f"optimizer/{name}/{k}": v for k, v in engine.state().items()}
+        return out
+
+    def set_rates(self, factor: float) -> None:
         """Learning rates times `factor`."""
-        for name, optimizer in self.optimizers.items():
-            base = config.generator_lr if name == "generator" else config.discriminator_lr
-            optimizer.param_groups[0]["lr"] = base * factor
+        for engine in self.engines.values():
+            engine.set_rate(factor)
 
-    def unwrap(self) -> None:
-        """Let go of the DDP modules: none may outlive the process group."""
-        self.discriminators.clear()
-        self.wrapped = self.generator
+    def release(self) -> None:
+        """Let go of wrapped modules: none may outlive the process group."""
+        for engine in self.engines.values():
+            engine.release()
 
-    def load(self, checkpoint: Checkpoint, where: str) -> None:
+    def load(self, tensors: dict[str, Tensor], where: str) -> None:
         """Raises BadInput when it is the checkpoint of another model."""
-        check_shapes(self.tensors(), checkpoint.tensors, where)
-        parts: dict[str, nn.Module] = {"generator": self.generator, **self.bare}
-        if self.average is not None:
-            parts["ema"] = self.average
-        for name, module in parts.items():
-            state = {k.removeprefix(f"{name}/"): v for k, v in checkpoint.tensors.items() if k.startswith(f"{name}/")}
-            module.load_state_dict(state, strict=name not in ("generator", "ema"))
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(checkpoint.optimizers[name])
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        check_shapes(self.model_tensors(), {k: v for k, v in tensors.items() if not k.startswith("optimizer/")}, where)
+        for name, module in self.parts().items():
+            module.load_state_dict(under(f"{name}/"), strict=not isinstance(module, Generator))
+        for name, engine in self.engines.items():
+            engine.load(under(f"optimizer/{name}/"))
 
 
 def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None, parallel: Parallel) -> Networks:
     torch.manual_seed(config.train.seed)  # the same initial weights on every process
     generator = build_generator(config.model, spec, vocabulary)
     bare = dict(build_discriminators(config.model, generator.image_backbone.dim, generator.text_backbone.dim).items())
-    wrapped = parallel.wrap(generator)
-    discriminators = {name: parallel.wrap(module) for name, module in bare.items()}
+    if not config.loss.intra:  # parts that no loss reaches have no optimiser state either
+        generator.image_decoder.requires_grad_(False)
+        generator.text_decoder.requires_grad_(False)
+    if not config.loss.classification:
+        generator.classifiers.requires_grad_(False)
+    average = copy.deepcopy(generator).requires_grad_(False).to(parallel.device) if config.train.ema else None
+    if config.train.compile:
+        for module in (generator, *bare.values()):
+            module.compile()
     optim = config.optim
 
-    def adam(module: nn.Module, lr: float, beta1: float, decay: float = 0.0) -> torch.optim.Optimizer:
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, optim.beta2), weight_decay=decay, fused=True)
+    def settings(lr: float, beta1: float, decay: float = 0.0) -> AdamSettings:
+        return AdamSettings(lr, beta1, optim.beta2, decay, optim.clip, fp16=config.train.precision == "fp16")
 
-    optimizers = {"generator": adam(generator, optim.generator_lr, optim.generator_beta1, optim.weight_decay)}
-    optimizers |= {n: adam(bare[n], optim.discriminator_lr, optim.discriminator_beta1) for n in NAMES}
-    average = None
-    if config.train.ema:
-        average = copy.deepcopy(generator).requires_grad_(False)
-    return Networks(generator, wrapped, bare, discriminators, optimizers, average)
+    of_generator = settings(optim.generator_lr, optim.generator_beta1, optim.weight_decay)
+    of_discriminators = settings(optim.discriminator_lr, optim.discriminator_beta1)
+    engines = {"generator": parallel.engine(generator, of_generator, unused=optim.update == "alternate")}
+    engines |= {name: parallel.engine(bare[name], of_discriminators) for name in NAMES}
+    return Networks(generator, bare, engines, average)
 
 
 # ---------------------------------------------------------------------------------------------- one batch
@@ -189,7 +207,7 @@ def make_scene(
     batch: Batch, networks: Networks, config: Config, parallel: Parallel, position: int, multi: bool
 ) -> Scene:
     """Run the no-grad forward that serves all discriminator phases, and choose the mismatched samples."""
-    size, generator = batch.size, networks.generator
+    size, generator, engines = batch.size, networks.generator, networks.engines
     image_raw = batch.image.to(parallel.device, non_blocking=True)
     text_raw = generator.text_backbone.tokenise(batch.text, parallel.device)
     with torch.no_grad(), parallel.autocast():
@@ -204,11 +222,12 @@ def make_scene(
         labels = labels[:size]
     return Scene(
         config=config,
-        generator=networks.wrapped,
-        discriminators=networks.discriminators,
+        generator=engines["generator"].wrapped,
+        discriminators={name: engines[name].wrapped for name in networks.bare},
         bare=networks.bare,
         gather=parallel.gather_differentiable,
         first_row=first,
+        total=total,
         multi=multi,
         image=image[:size],
         text=_rows(text, 0, size),
@@ -282,6 +301,7 @@ class Session:
     parallel: Parallel
     networks: Networks
     recorder: Recorder
+    checkpointer: Checkpointer
     progress: Progress
     multi: bool
     """Multi-label classes."""
@@ -289,6 +309,10 @@ class Session:
     """Called on every process after a validation and the checkpoint that is due with it; gets "score" and metrics."""
     report: bool = True
     """Write RUN/report.html at the end."""
+    bad: int = 0
+    """Samples replaced on this process since the last log line."""
+    skipped: dict[str, Tensor | float] = field(default_factory=dict)
+    """fp16: steps left out since the start of this process, per phase."""
 
     @property
     def total(self) -> int:
@@ -300,10 +324,11 @@ class Session:
         batch = self.config.stream.global_batch
         return steps_for(epochs, self.stream.epoch_samples, batch) * batch
 
-    def due(self, every: int) -> bool:
-        """Whether the batch that has just ended crossed a multiple of `every` samples."""
-        position = self.progress.position
-        return position // every > (position - self.config.stream.global_batch) // every
+    def due(self, every: int, ahead: bool = False) -> bool:
+        """Whether the batch that has just ended (`ahead`: that is under way) crosses a multiple of `every` samples."""
+        batch = self.config.stream.global_batch
+        position = self.progress.position + batch * ahead
+        return position // every > (position - batch) // every
 
 
 def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE) -> Session:
@@ -314,28 +339,32 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE)
     run = Path(config.output)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     size = config.model.image.image_size
-    stream = Stream(config.data, config.stream, seed=config.train.seed, image_size=size, rank=rank, world=world)
+    micro = dataclasses.replace(config.stream, global_batch=micro_batch(config))
+    stream = Stream(config.data, micro, seed=config.train.seed, image_size=size, rank=rank, world=world)
     val_reader = ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
     if resume == "auto":
         check_same_run(run, config, may_change)
     elif rank == 0:
         set_aside(run)
 
-    parallel = Parallel(config.train.precision, config.train.tracker if rank == 0 else "none", str(run))
+    tracker = config.train.tracker if rank == 0 else "none"
+    parallel = Parallel(config.train.precision, tracker, str(run), config.train.timeout_s)
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // parallel.local_world))
     spec = DataSpec.of(stream.manifest)
     vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
     networks = build_networks(config, spec, vocabulary, parallel)
     progress = Progress(epoch_samples=stream.epoch_samples)
-    checkpoint = load_latest(run) if resume == "auto" else None
-    if checkpoint is not None:
-        if checkpoint.progress.epoch_samples != progress.epoch_samples:
+    found: Path | None = None
+    if resume == "auto":  # the first process looks, so that all take the same
+        found = parallel.gather_objects(latest(run) if parallel.main else None)[0]
+    if found is not None:
+        progress, tensors = read_checkpoint(found)
+        if progress.epoch_samples != stream.epoch_samples:
             raise BadInput(
-                f"{run} was trained on epochs of {checkpoint.progress.epoch_samples} samples, {config.data} has "
-                f"{progress.epoch_samples}: use the same data, another --output, or --resume never"
+                f"{run} was trained on epochs of {progress.epoch_samples} samples, {config.data} has "
+                f"{stream.epoch_samples}: use the same data, another --output, or --resume never"
             )
-        networks.load(checkpoint, f"{run}/checkpoints")
-        progress = checkpoint.progress
+        networks.load(tensors, str(found))
     if parallel.main:
         write_atomic(run / CONFIG_NAME, to_yaml(config))
         write_atomic(run / "best" / CONFIG_NAME, to_yaml(config))
@@ -343,8 +372,20 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE)
         if vocabulary is not None:
             vocabulary.save(run / "best" / VOCABULARY_NAME)
     parallel.start_trackers("tensorboard", {"preset": config.preset, "data": config.data})
-    recorder = Recorder(run, main=parallel.main, track=parallel.track)
-    return Session(config, run, stream, val_reader, parallel, networks, recorder, progress, spec.label_kind == "multi")
+    return Session(
+        config=config,
+        run=run,
+        stream=stream,
+        val_reader=val_reader,
+        parallel=parallel,
+        networks=networks,
+        recorder=Recorder(run, main=parallel.main, track=parallel.track),
+        checkpointer=Checkpointer(
+            run, config.train.keep, rank=parallel.rank, world=parallel.world, group=parallel.new_group()
+        ),
+        progress=progress,
+        multi=spec.label_kind == "multi",
+    )
 
 
 def train(config: Config, resume: str = "auto") -> int:
@@ -357,91 +398,153 @@ def train(config: Config, resume: str = "auto") -> int:
 
 
 def run_session(session: Session) -> int:
-    """Go on to the end or to a signal; returns the exit code. Raises BadInput, which may be this process's alone."""
+    """Go on to the end or to a signal; returns the exit code.
+
+    Raises BadInput, which may be this process's alone, and LostProcess when another one is gone or does not answer."""
     run, progress, total = session.run, session.progress, session.total
-    with session.recorder.started(progress.position, total):
+    parallel, recorder = session.parallel, session.recorder
+    clock = Clock(parallel.device)
+    with recorder.started(progress.position, total):
         if progress.position >= total:
-            session.recorder.say(f"{run} is done: {total} samples, best validation score {progress.best:.4f}")
+            recorder.say(f"{run} is done: {total} samples, best validation score {progress.best:.4f}")
         else:
             if progress.position:
-                session.recorder.say(f"resuming {run} at sample {progress.position} of {total}")
-            batch, world = session.config.stream.global_batch, session.parallel.world
-            processes = f"{world} process{'es' if world > 1 else ''}"
-            session.recorder.say(
-                f"{processes} on {session.parallel.device.type}, {batch // world} samples a batch each"
+                recorder.say(f"resuming {run} at sample {progress.position} of {total}")
+            processes = f"{parallel.world} process{'es' * (parallel.world > 1)}"
+            each = micro_batch(session.config) // parallel.world
+            parts = session.config.optim.accumulate
+            how = f"{session.config.train.precision}{f', {parallel.kind}' * bool(parallel.kind)}"
+            recorder.say(
+                f"{processes} on {parallel.device.type} ({how}), {each * parts} samples a batch each"
+                f"{f' in {parts} parts' * (parts > 1)}"
             )
-            session.parallel.watch_signals()
-            loop(session)
+            parallel.watch_signals()
+            try:
+                loop(session, clock)
+                session.checkpointer.wait()
+            except RuntimeError as error:
+                if parallel.world == 1 or not is_lost_process(error):
+                    raise
+                raise LostProcess(
+                    f"process {parallel.rank} lost another process at sample {progress.position} "
+                    f"({str(error).splitlines()[0]}): start again to go on from the last checkpoint in {run}"
+                ) from error
             if progress.position < total:
                 where = f"sample {progress.position} of {total}"
-                session.recorder.say(f"saved at {where} after a signal: start again to go on")
-            elif session.parallel.main and session.report:
-                session.recorder.say(f"done: report at {write_report(run)}")
-    session.networks.unwrap()
-    session.parallel.close()
+                recorder.say(f"saved at {where} after a signal: start again to go on")
+            elif parallel.main and session.report:
+                clock.lap("other")
+                clock.take()
+                recorder.say(f"time: {clock.summary()}")
+                recorder.say(f"done: report at {write_report(run)}")
+    session.networks.release()
+    parallel.close()
     return EXIT_DONE if progress.position >= total else EXIT_SIGNALLED
 
 
-def loop(session: Session) -> None:
+def loop(session: Session, clock: Clock) -> None:
     """Batches up to the end of the run or a signal."""
+    config = session.config
+    table, parts = phase_table(config), config.optim.accumulate
+    with (
+        contextlib.closing(session.stream.batches(session.progress.position)) as source,
+        tracing(session.run, session.parallel.rank, config.train.trace) as trace,
+    ):
+        while True:
+            batches = list(itertools.islice(source, parts))
+            clock.lap("data")
+            if one_batch(session, batches, table, clock):
+                return
+            trace()
+
+
+def one_batch(session: Session, batches: list[Batch], table: list[Phase], clock: Clock) -> bool:
+    """One pass over the phase table, then what is due: log, validation, checkpoint. True when the run is to end."""
     config, parallel, networks = session.config, session.parallel, session.networks
-    progress, recorder, total = session.progress, session.recorder, session.total
+    progress, recorder = session.progress, session.recorder
     batch_size, epoch_samples = config.stream.global_batch, progress.epoch_samples
-    table = phase_table(config)
-    bad = 0
-    for batch in session.stream.batches(progress.position):
-        # --- one batch: reseed from the position, set the rates, run the table
-        position, epoch = progress.position, progress.position / epoch_samples
-        torch.manual_seed(mix(config.train.seed, position, parallel.rank, 8) >> 1)
-        factor = rate(config.optim, epoch, config.train.epochs)
-        networks.set_rates(factor, config.optim)
-        scene = make_scene(batch, networks, config, parallel, position, session.multi)
-        terms: dict[str, Tensor] = {}
-        for phase in table:
-            terms |= run_phase(phase, scene, networks.optimizers, parallel.autocast, config.optim.clip)
-        if networks.average is not None:
-            update_average(networks.average, networks.generator, config.train.ema)
-        progress.position += batch_size
-        for line in batch.bad:
-            log.warning("bad sample replaced: %s", line)
-        bad += len(batch.bad)
 
-        # --- what is due now
-        last, stopped = progress.position >= total, parallel.stop_requested()
-        log_now = last or session.due(config.train.log_every * batch_size)
-        val_now = last or (config.train.val_every > 0 and session.due(session.samples(config.train.val_every)))
-        save_now = last or stopped or session.due(session.samples(config.train.save_every))
-        if log_now or save_now:
-            values = parallel.mean({"bad": bad, **{k: float(v) for k, v in {**terms, **scene.stats}.items()}})
-            progress.bad_samples += round(values.pop("bad") * parallel.world)
-            bad = 0
-        if log_now:
-            check_finite(values, position)
-            values |= {"lr": config.optim.generator_lr * factor, "bad_samples": progress.bad_samples}
-            recorder.line(
-                "train", progress.position, values | {"samples_per_s": recorder.rate(progress.position)}, epoch_samples
-            )
-        recorder.show(progress.position, f"epoch {epoch:.0f} best {progress.best or 0:.4f}")
-        scores = validate_now(session) if val_now else None
-        if save_now:
-            if parallel.main:
-                states = {k: o.state_dict() for k, o in networks.optimizers.items()}
-                save_checkpoint(session.run, Checkpoint(progress, networks.tensors(), states), config.train.keep)
-            parallel.barrier()
-        if scores is not None and session.on_validation is not None:
-            session.on_validation(session, scores)
-        if last or stopped:
-            return
+    # --- reseed from the position, set the rates, run the table
+    position, epoch = progress.position, progress.position / epoch_samples
+    torch.manual_seed(mix(config.train.seed, position, parallel.rank, 8) >> 1)
+    factor = rate(config.optim, epoch, config.train.epochs)
+    networks.set_rates(factor)
+    size = micro_batch(config)
+    scenes = [
+        make_scene(batch, networks, config, parallel, position + i * size, session.multi)
+        for i, batch in enumerate(batches)
+    ]
+    clock.lap("no-grad forward")
+    log_now = session.due(config.train.log_every * batch_size, ahead=True) or position + batch_size >= session.total
+    terms: dict[str, Tensor] = {}
+    for phase in table:
+        terms |= run_phase(phase, scenes, networks.engines, parallel.autocast, measure=log_now)
+        clock.lap(phase.name)
+    for key in {k for k in terms if k.startswith("skipped/")}:
+        session.skipped[key] = session.skipped.get(key, 0) + terms.pop(key)
+    if networks.average is not None:
+        update_average(networks.average, networks.generator, config.train.ema)
+    for line in (line for batch in batches for line in batch.bad):
+        log.warning("bad sample replaced: %s", line)
+        session.bad += 1
+
+    # --- agree on what happened
+    losses = [name for name in terms if name.startswith("loss/")]
+    wrong = not_finite(terms)
+    stopped, diverged = parallel.any_process(wrong)
+    if any(diverged):
+        give_up(session, [losses[i] for i, flag in enumerate(diverged) if flag], wrong, batches)
+    progress.position += batch_size
+
+    # --- what is due now
+    last = progress.position >= session.total
+    val_now = last or (config.train.val_every > 0 and session.due(session.samples(config.train.val_every)))
+    save_now = last or stopped or session.due(session.samples(config.train.save_every))
+    clock.lap("other")
+    if log_now or save_now:
+        stats = {k: sum(float(s.stats[k]) for s in scenes) / len(scenes) for k in scenes[0].stats}
+        values = {"bad": float(session.bad), **{k: float(v) for k, v in terms.items()}, **stats}
+        values = parallel.mean(values)
+        progress.bad_samples += round(values.pop("bad") * parallel.world)
+        session.bad = 0
+    if log_now:
+        values |= {"lr": config.optim.generator_lr * factor, "bad_samples": progress.bad_samples}
+        values |= {k: float(v) for k, v in session.skipped.items()}
+        values |= {"samples_per_s": recorder.rate(progress.position), **clock.take(), "memory_gib": parallel.memory()}
+        recorder.line("train", progress.position, values, epoch_samples)
+    recorder.show(progress.position, f"epoch {epoch:.0f} best {progress.best or 0:.4f}")
+    scores = validate_now(session) if val_now else None
+    clock.lap("validation")
+    if save_now:
+        session.checkpointer.save(progress, networks.tensors())
+        clock.lap("checkpoint")
+    if scores is not None and session.on_validation is not None:
+        session.checkpointer.wait()
+        session.on_validation(session, scores)
+    return last or stopped
 
 
-def check_finite(values: dict[str, float], position: int) -> None:
-    """Raises BadInput naming the first loss that is NaN or Inf."""
-    for name, value in values.items():
-        if name.startswith("loss/") and not math.isfinite(value):
-            raise BadInput(
-                f"{name} is {value} at sample {position}: the run has diverged, lower optim.generator_lr or "
-                "optim.discriminator_lr and start from the last checkpoint"
-            )
+def give_up(session: Session, losses: list[str], wrong: Tensor, batches: list[Batch]) -> NoReturn:
+    """Save the state, in which no update by a loss that is not finite has been made, and raise BadInput, the same on
+    every process, naming phase, position and the samples of the processes that it came from."""
+    parallel, progress = session.parallel, session.progress
+    mine = [key for batch in batches for key in batch.keys[: batch.size]] if bool(wrong.any()) else []
+    keys = [key for part in parallel.gather_objects(mine) for key in part]
+    saved = session.run / "checkpoints" / f"samples-{progress.position:012d}"
+    session.checkpointer.wait()
+    if not saved.exists():
+        session.checkpointer.save(progress, session.networks.tensors())
+        session.checkpointer.wait()
+    if parallel.main:
+        record = {"losses": losses, "samples": progress.position, "keys": keys}
+        write_atomic(session.run / "failure.json", json.dumps(record, indent=1) + "\n")
+    step = progress.position // session.config.stream.global_batch
+    raise BadInput(
+        f"{losses[0]} is not finite in phase {losses[0].split('/')[1]} of step {step} (sample {progress.position}, keys "
+        f"{', '.join(keys[:3])}{' ...' * (len(keys) > 3)}, all in {session.run / 'failure.json'}): the state before it "
+        f"is in {saved}; go on with a lower optim.generator_lr or optim.discriminator_lr",
+        everywhere=True,
+    )
 
 
 def validate_now(session: Session) -> dict[str, float]:

@@ -15,7 +15,7 @@ def test_training_from_a_url_equals_training_from_the_folder(feature_data: Calla
     data = feature_data(splits={"train": [40, 25, 31, 16], "val": [24]})
     extra = ["train.epochs=3", "stream.window=1", "stream.timeout_s=2"]
     run_to_end(data, tmp_path / "local", *extra)
-    expected, _ = final_state(tmp_path / "local")
+    expected = final_state(tmp_path / "local")
     server = FaultyServer()
     try:
         server.files = {f"/{p.name}": p.read_bytes() for p in data.iterdir()}
@@ -32,7 +32,7 @@ def test_training_from_a_url_equals_training_from_the_folder(feature_data: Calla
         assert server.requests["/train-000000.tar"] == 1, "the cache is shared by later runs"
     finally:
         server.close()
-    found, _ = final_state(tmp_path / "remote")
+    found = final_state(tmp_path / "remote")
     assert all(torch.equal(found[k], expected[k]) for k in expected)
 
 

@@ -13,13 +13,15 @@ LEVELS = [
     {"remote", "backbones", "baselines"},
     {"stream"},
     {"networks"},
-    {"discriminators", "parallel"},
+    {"discriminators", "engine"},
+    {"zero"},
+    {"parallel"},
     {"phases", "checkpoint", "record"},
     {"report"},
     {"embed"},
     {"train"},
 ]
-MAY_NAME = {"accelerate": {"parallel"}, "deepspeed": {"parallel"}, "ray": set[str]()}
+MAY_NAME = {"accelerate": {"parallel"}, "deepspeed": {"zero"}, "ray": set[str]()}
 
 
 def imports(path: Path) -> set[str]:

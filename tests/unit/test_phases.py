@@ -52,13 +52,13 @@ CASES = [
 @pytest.mark.parametrize("loss", CASES, ids=str)
 def test_each_phase_changes_its_own_parameters_only(loss: dict[str, object], update: str) -> None:
     config = small(**loss)
-    config.optim.update = update  # type: ignore[assignment]
+    config.optim.update, config.optim.clip = update, 1.0  # type: ignore[assignment]
     networks, parallel = set_up(config)
     scene = make_scene(make_batch(), networks, config, parallel, 0, False)
     modules = {"generator": networks.generator, **networks.bare}
     for phase in phase_table(config):
         before = {n: {k: p.detach().clone() for k, p in m.named_parameters()} for n, m in modules.items()}
-        terms = run_phase(phase, scene, networks.optimizers, parallel.autocast, 1.0)
+        terms = run_phase(phase, [scene], networks.engines, parallel.autocast)
         assert all(torch.isfinite(t) for t in terms.values())
         for name, module in modules.items():
             changed = {k for k, p in module.named_parameters() if not torch.equal(p, before[name][k])}
@@ -97,7 +97,7 @@ def test_one_discriminator_step_against_plain_torch() -> None:
     loss.backward()
     optimizer.step()
     phase = next(p for p in phase_table(config) if p.name == "D_CI")
-    terms = run_phase(phase, scene, networks.optimizers, parallel.autocast, 0.0)
+    terms = run_phase(phase, [scene], networks.engines, parallel.autocast)
     torch.testing.assert_close(terms["loss/D_CI/adversarial"], loss.detach())
     for a, b in zip(networks.bare["d_image_inter"].parameters(), mine.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -118,7 +118,7 @@ def test_one_generator_step_against_plain_torch() -> None:
     loss.backward()
     torch.optim.Adam(mine.parameters(), lr=1e-3, betas=(0.5, 0.999)).step()
     phase = next(p for p in phase_table(config) if p.name == "G_I")
-    terms = run_phase(phase, scene, networks.optimizers, parallel.autocast, 0.0)
+    terms = run_phase(phase, [scene], networks.engines, parallel.autocast)
     torch.testing.assert_close(torch.stack(list(terms.values())).sum(), loss.detach())
     for (name, a), (_, b) in zip(networks.generator.named_parameters(), mine.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
@@ -191,6 +191,6 @@ def test_label_free_training_has_no_classifier() -> None:
     config = small()
     networks, parallel = set_up(config, classes=0)
     scene = make_scene(make_batch(classes=0), networks, config, parallel, 0, False)
-    terms = {k for p in phase_table(config) for k in run_phase(p, scene, networks.optimizers, parallel.autocast, 0.0)}
+    terms = {k for p in phase_table(config) for k in run_phase(p, [scene], networks.engines, parallel.autocast)}
     assert not any("classification" in k for k in terms)
     assert not len(networks.generator.classifiers)

@@ -1,0 +1,128 @@
+"""Engines under DeepSpeed ZeRO-1 and ZeRO-2: the one place that names deepspeed.
+
+One DeepSpeed engine a module. The traps, each with a test in tests/dist/test_zero.py:
+
+- Losses of the generator go through the discriminators' bare modules with frozen parameters (phases.py): else they
+  leave gradients in the discriminators' engines, and some stages then train silently wrong.
+- Parameters stay fp32 and lower precision is torch's autocast, as under DDP: `bf16.enabled` would leave BatchNorm's
+  buffers behind. DeepSpeed's own fp16 is refused.
+- A parameter without gradient counts as one with gradient zero, whose Adam moments decay: the alternate update is
+  refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cmgan_dist.engine import MOMENTS, AdamSettings, Engine
+from cmgan_dist.errors import BadInput
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja builds DeepSpeed's ops
+
+import deepspeed
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+
+
+class ZeroEngine(Engine):
+    """An engine whose optimiser state (stage 1), and gradients (stage 2), are divided among the processes."""
+
+    def __init__(
+        self, module: nn.Module, settings: AdamSettings, device: torch.device, config: dict[str, Any], unused: bool
+    ) -> None:
+        """`config`: DeepSpeed's; batch size, accumulation and clipping are ours and are set here.
+
+        Raises BadInput where ZeRO would not train what DDP does."""
+        if settings.fp16 or config.get("fp16", {}).get("enabled") or config.get("bf16", {}).get("enabled"):
+            raise BadInput(
+                "DeepSpeed's fp16 and bf16 are not used: drop them from its configuration, and set train.precision to "
+                "bf16 (or fp32), which is autocast with fp32 parameters"
+            )
+        if unused:
+            raise BadInput(
+                "optim.update=alternate leaves half of the generator without gradient in each step, which DeepSpeed "
+                "counts as zero gradients: set optim.update=joint, or train without DeepSpeed"
+            )
+        self.offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+        super().__init__(module, module, settings, device)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        own = copy.deepcopy(config) | {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": settings.clip,
+            "zero_allow_untested_optimizer": True,
+        }
+        self.engine, self.zero, _, _ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=own)
+        self.wrapped = self.engine
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        if not self.offload:
+            return super()._optimizer()
+        s = self.settings
+        return DeepSpeedCPUAdam(self.parameters, lr=s.lr, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay)
+
+    @contextlib.contextmanager
+    def pass_of(self, last: bool) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def zero_grad(self) -> None:
+        self.zero.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self, loss: Tensor, measure: bool) -> dict[str, Tensor]:
+        self.engine.step()  # left out by DeepSpeed where the gradient norm is not finite
+        norm = self.engine.get_global_grad_norm()
+        return {"gradient_norm": torch.as_tensor(norm, dtype=torch.float32)} if measure and norm is not None else {}
+
+    def state(self) -> dict[str, Tensor]:
+        states = list(self.optimizer.state.values())
+        if not states:  # no step yet
+            return {}
+        step = torch.as_tensor(float(states[0]["step"]))
+        out = {}
+        for name, parameter in self.names.items():
+            for key in MOMENTS:
+                out[f"{name}/{key}"] = safe_get_full_optimizer_state(parameter, key).cpu()
+            out[f"{name}/step"] = step
+        return out
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.zero.refresh_fp32_params()
+        steps = {float(state[f"{name}/step"]) for name in self.names if f"{name}/step" in state}
+        if not steps:
+            return
+        if len(steps) > 1 or any(f"{name}/step" not in state for name in self.names):
+            raise BadInput(
+                "this checkpoint was trained with optim.update=alternate or other loss terms: its Adam step counts "
+                "differ among parameters and DeepSpeed has one for all; go on without DeepSpeed"
+            )
+        (step,) = steps
+        for group in self.optimizer.param_groups:
+            for flat in group["params"]:
+                count: Any = int(step) if self.offload else torch.tensor(step)
+                self.optimizer.state[flat] = {"step": count, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        self.zero._lazy_init_hp_params_optimizer_state()  # what the first step would do
+        for name, parameter in self.names.items():
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[f"{name}/{key}"].to(parameter.device), key)
+
+    def release(self) -> None:
+        self.engine.destroy()
+        super().release()
+        del self.engine, self.zero
