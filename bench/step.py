@@ -1,6 +1,6 @@
 """Seconds of one batch, all fourteen updates of the reference recipe: this library beside a plain PyTorch port.
 
-    python bench/step.py [--batches 64 256 1024] [--rounds 7] [--threads 1]
+    python -m bench.step [--batches 64 256 1024] [--rounds 7] [--threads 1]
 
 Preset `reference` on features (image 4096, text 300, H = E = 1024): one no-grad forward, the four discriminators once
 each, then five times the generator's image side and text side. Same initial weights, batches and mismatched rows for
@@ -14,8 +14,8 @@ all. Contestants, each in a process of its own, which take turns in every round:
     reference, compiled     losses and optimiser steps by torch.compile
 
 Before anything is timed, ours and the reference train side by side at the full widths, and every loss of every batch
-must agree (see `agreement`). A figure is the median over the rounds. On a machine that others use too, processor time with
-one thread is the figure to trust: threads that wait for each other count as busy. Writes bench/results/step.json.
+must agree (see `agreement`). A figure is the median over the rounds. On a machine that others use too, processor time
+with one thread is the figure to trust: threads that wait for each other count as busy. Writes bench/results/step.json.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class Worker:
     """A contestant in a process of its own."""
 
     def __init__(self, threads: int, *words: object) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), "worker", str(threads), *map(str, words)]
+        command = [sys.executable, "-m", "bench.step", "worker", str(threads), *map(str, words)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         self.name = words
 
@@ -307,7 +307,7 @@ def main() -> None:
     if sys.argv[1:2] == ["worker"]:
         work(sys.argv[2:])
         return
-    arguments = parse(Arguments, sys.argv[1:], prog="bench/step.py")
+    arguments = parse(Arguments, sys.argv[1:], prog="bench.step")
     check_arguments(arguments)
     record: dict[str, Any] = {"rounds": arguments.rounds, "threads": arguments.threads or os.cpu_count()}
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
