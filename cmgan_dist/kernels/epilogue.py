@@ -61,7 +61,7 @@ class Tile:
     warps: int
 
 
-TILES = (Tile(16, 64, 2), Tile(32, 64, 4), Tile(64, 64, 8), Tile(32, 128, 8))
+TILES = (Tile(16, 64, 2), Tile(32, 64, 4), Tile(32, 128, 8))
 """Every tile that `choose_tile` may return: the compile tests and the benchmark go through them."""
 
 
@@ -69,9 +69,7 @@ def choose_tile(rows: int, channels: int) -> Tile:
     """Tile for groups of at most `rows` rows."""
     if rows <= 128:
         return TILES[0]
-    if rows <= 1024:
-        return TILES[1]
-    return TILES[3] if channels >= 512 else TILES[2]
+    return TILES[2] if rows > 1024 and channels >= 512 else TILES[1]
 
 
 # ---------------------------------------------------------------------------------------------- launches
@@ -322,7 +320,7 @@ def second_derivative(
         assert point is not None
         fixed = None
         if not training:
-            fixed = [(group[1], group[3]) for group in stats]
+            fixed = [(group[1], group[3]) for group in stats.detach()]
         y = group_batch_norm(point, groups, w, b, fixed, training=training, eps=eps, gather=gather)
         if slope != 1:
             y = F.leaky_relu(y, slope)
