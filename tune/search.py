@@ -9,13 +9,16 @@ Exit codes: 0 done, 2 bad input, 85 interrupted: the same command with --resume 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -170,7 +173,10 @@ def start_ray(address: str) -> None:
     import ray
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # see Interrupt
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # trials that have not begun
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a killed driver forgets
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")  # it is a few kB
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     settings["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     if address:
@@ -310,13 +316,44 @@ def run_tuner(
                 ),
             ),
         )
-    grid = tuner.fit()
+    with INTERRUPT.watching():
+        grid = tuner.fit()
     results = [grid[i] for i in range(len(grid))]
     return list(zip(grid._experiment_analysis.trials, results, strict=True))  # a result does not say if it is final
 
 
-def is_interrupted(pairs: list[tuple[Any, Any]], total: int, budget: float = 0.0) -> bool:
-    return any(not trial.is_finished() for trial, _ in pairs) or (len(pairs) < total and not budget)
+class Interrupt:
+    """Ctrl-C and SIGTERM: Tune ends its run cleanly on SIGUSR1, but does not tell that it did."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.seen = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """While Tune runs. Elsewhere both signals raise KeyboardInterrupt."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        if self.seen:
+            raise KeyboardInterrupt
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in numbers}
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until Tune handles it
+        for number in numbers[:2]:
+            signal.signal(number, self._handle)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+INTERRUPT = Interrupt()
 
 
 def record_of(name: str, trial: Any, result: Any, validations: int) -> Record:
@@ -335,7 +372,7 @@ def record_of(name: str, trial: Any, result: Any, validations: int) -> Record:
         record.failed = str(result.error).strip().splitlines()[-1] if result.error else "its process died too often"
     elif last.get("failed"):
         record.status, record.failed = FAILED, last["failed"]
-    elif trial.is_finished():
+    elif last.get("done"):  # of trials that an interruption cut, Tune says TERMINATED too
         record.status = ENDED if last.get("training_iteration", 0) >= validations else STOPPED
     for key in ("best", "image_to_text", "text_to_image"):
         setattr(record, key, float(last.get(key, 0.0)))
@@ -357,7 +394,7 @@ def confirm(
     concurrent = {"max_concurrent_trials": arguments.concurrent} if arguments.concurrent else {}
     space = {"values": grid_search([values for _, values in runs])}
     pairs = run_tuner("confirm", output, trainable, concurrent, space, len(runs), arguments.checkpoint_every)
-    if is_interrupted(pairs, len(runs)):
+    if INTERRUPT.seen:
         return [], {}, True
     results: dict[str, list[Any]] = {name: [] for name, _ in settings}
     scores: dict[str, list[float]] = {name: [] for name, _ in settings}
@@ -403,20 +440,32 @@ def best_config(config: Config, values: dict[str, Any], preset_config: Config) -
 
 def search(arguments: Arguments) -> int:
     """Run the search to its end or an interruption; returns the exit code. Raises BadInput."""
+    import ray
+
     config = base_config(arguments)
     space = check_space(load_space(arguments.space), config)
     output = Output(arguments.output)
     identity = {name: getattr(arguments, name) for name in SAME} | {"data": config.data, "space": space}
     check_resume(output, identity, arguments)
     validations = check_data(config, arguments.test_split if arguments.test else "")
-    start = {path: get_value(config, path) for path in space}
-    if outside := outside_of(space, start):
-        log.info("the first trial is the preset, although its %s is outside the search space", ", ".join(outside))
     start_ray(arguments.address)
+    try:
+        return run_search(arguments, config, space, output, identity, validations)
+    finally:
+        ray.shutdown()
+
+
+def run_search(
+    arguments: Arguments, config: Config, space: Space, output: Output, identity: dict[str, Any], validations: int
+) -> int:
+    """`search` on a running Ray."""
     at_a_time = slots(arguments)
     log.info("%d trials of up to %d validations, %d at a time", arguments.trials, validations, at_a_time)
     output.write("search.json", json.dumps(identity, indent=1) + "\n")
 
+    start = {path: get_value(config, path) for path in space}
+    if outside := outside_of(space, start):
+        log.info("the first trial is the preset, although its %s is outside the search space", ", ".join(outside))
     trainable = make_trainable(config, arguments, space)
     algorithm, scheduler = make_algorithm(space, arguments, validations, start)
     settings: dict[str, Any] = {"search_alg": algorithm, "scheduler": scheduler, "num_samples": arguments.trials}
@@ -426,7 +475,7 @@ def search(arguments: Arguments) -> int:
     begun = time.monotonic()
     pairs = run_tuner("search", output, trainable, settings, param_space, arguments.trials, arguments.checkpoint_every)
     wall = time.monotonic() - begun
-    stopped = is_interrupted(pairs, arguments.trials, arguments.time_budget_s)
+    stopped = INTERRUPT.seen
     records = [
         record_of("preset" if i == 0 else str(i), trial, result, validations) for i, (trial, result) in enumerate(pairs)
     ]
@@ -499,7 +548,7 @@ def check_resume(output: Output, identity: dict[str, Any], arguments: Arguments)
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
     arguments = parse(Arguments, sys.argv[1:], prog="tune/search.py")
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # Tune ends cleanly on Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return search(arguments)
     except KeyboardInterrupt:
