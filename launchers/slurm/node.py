@@ -86,6 +86,8 @@ def read_job(words: Sequence[str]) -> Job:
             raise BadInput(f"{flag} is missing: name a folder, see launchers/train.py --help")
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is not None:
+        if any(word.partition("=")[0] in ("--train.seed", "train.seed") for word in arguments):
+            raise BadInput("--train.seed is given, and so is a job array, whose numbers are the seeds: drop one")
         arguments += ["--train.seed", task, "--output", str(Path(config.output) / f"seed-{task}")]
         config, chosen = parse_arguments(arguments)
     return Job(config, chosen.resume, arguments, integer("SLURM_JOB_NUM_NODES", 1), processes)
@@ -97,13 +99,6 @@ def read_job(words: Sequence[str]) -> Job:
 def check(job: Job) -> int:
     """Raises BadInput for whatever would stop the run before its first update. In a job that starts for the first time,
     `--resume never` moves an earlier run aside here: when SLURM starts the job again, it must go on."""
-    from cmgan_dist.stream import ShardReader, Stream
-    from cmgan_dist.train import check_same_run, set_aside
-
-    config = job.config
-    size = config.model.image.image_size
-    stream = Stream(config.data, config.stream, seed=config.train.seed, image_size=size, rank=0, world=job.world)
-    ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
     try:
         job.output.mkdir(parents=True, exist_ok=True)
         probe = job.output / f".writable-{os.getpid()}"
@@ -111,6 +106,15 @@ def check(job: Job) -> int:
         probe.unlink()
     except OSError as error:
         raise BadInput(f"--output {job.output} cannot be written to ({error.strerror}): name another folder") from None
+    # after the cheap checks: torch and its friends take seconds to import
+    from cmgan_dist.stream import ShardReader, Stream
+
+    config = job.config
+    size = config.model.image.image_size
+    stream = Stream(config.data, config.stream, seed=config.train.seed, image_size=size, rank=0, world=job.world)
+    ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
+    from cmgan_dist.train import check_same_run, set_aside
+
     if job.resume == "auto":
         check_same_run(job.output, config)
     elif "SLURM_JOB_ID" in os.environ and not integer("SLURM_RESTART_COUNT", 0):

@@ -204,3 +204,7 @@ class Cluster:
 
     def state(self, job: str) -> str:
         return self.job(job)["JobState"]
+
+    def training(self) -> list[psutil.Process]:
+        """Launchers, ranks and batch scripts that live: whatever stands in a job of this cluster."""
+        return [p for p in self.processes() if "SLURM_JOB_ID" in self._environment(p)]

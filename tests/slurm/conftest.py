@@ -1,0 +1,43 @@
+"""A SLURM cluster for the session; without root or packages the tests are skipped and say why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, install, wait_for
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    missing = install()
+    if missing:
+        pytest.skip(f"no SLURM: {missing}")
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        wait_for("end of the cluster's processes", lambda: not cluster.processes())
+
+
+@pytest.fixture(autouse=True)
+def nodes_are_back(cluster: Cluster) -> Iterator[None]:
+    """Each test leaves an empty queue, two idle nodes and no process behind."""
+    yield
+    cluster.run("scancel", "--user", "root")
+    for node in ("node1", "node2"):
+        if cluster.pid(f"slurmd-{node}") is None:
+            cluster.start_node(node)
+    cluster.wait_idle()
+    wait_for("end of the jobs' processes", lambda: not cluster.training(), 30)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.toy import make_features
+
+    return make_features(tmp_path_factory.mktemp("toy") / "data", splits={"train": [70, 26], "val": [24]}, captions=3)
