@@ -41,6 +41,10 @@ LabelKind = Literal["single", "multi", "none"]
 BLOCK = 512
 PIECE = 1 << 24
 """Most bytes read at a time: what a header claims is not allocated before it is there."""
+FEW = 10_000
+"""Numbers of which OpenBLAS takes a dot product in the calling thread."""
+LABELS = range(-(1 << 31), 1 << 31)
+"""What the index sidecar can hold."""
 
 
 # ---------------------------------------------------------------------------------------------- sample
@@ -69,43 +73,57 @@ def split_member_name(name: str) -> tuple[str, str]:
 def parse_labels(record: dict[str, Any]) -> tuple[int, ...]:
     """Class indices of a sample's JSON record: ``label`` (int) or ``labels`` (list of int); () if it has neither.
 
-    Raises BadSample when a label is no integer."""
+    Raises BadSample when a label is no integer of 32 bits."""
     value = record["labels"] if "labels" in record else record.get("label")
     if value is None:
         return ()
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise BadSample(f"label {value!r} is not an integer or a list of integers")
+    if not all(v in LABELS for v in values):
+        raise BadSample(f"label {value!r} is out of range: a class index is below 2 ** 31")
     return tuple(sorted(set(values)))
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What the header of a ``.npy`` file says."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    fortran: bool
+    numbers: int
+    """How many there are, 0 for what is no array of numbers."""
+
+
 @lru_cache(maxsize=256)  # the arrays of a shard have one header, and parsing it is most of the work
-def _npy_layout(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
-    """(dtype, shape, Fortran order) of a ``.npy`` header. Raises ValueError."""
+def _npy_layout(header: bytes) -> _Layout:
+    """Raises ValueError and more: `header` can be anything."""
     file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
-    return dtype, shape, fortran
+    good = dtype.kind in "fiu" and all(type(side) is int and side >= 1 for side in shape)  # True is an int, no side
+    return _Layout(dtype, shape, fortran, math.prod(shape) if good else 0)
 
 
 def parse_array(data: bytes, what: str) -> np.ndarray:
-    """A ``.npy`` member as float32. Raises BadSample when it is not a finite numeric array."""
+    """A ``.npy`` member as float32, read-only. Raises BadSample when it is not a finite numeric array."""
     width = 2 if data[6:7] == b"\x01" else 4  # of the header's length, by the format's version
     start = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
     try:
-        dtype, shape, fortran = _npy_layout(data[:start])
-        if dtype.kind not in "fiu" or min(shape, default=1) < 1:
-            raise BadSample(f"{what} holds {dtype} of shape {shape}, not numbers")
-        flat = np.frombuffer(data, dtype, math.prod(shape), start)
-        array = flat.reshape(shape, order="F" if fortran else "C").astype(np.float32)
+        layout = _npy_layout(data[:start])
+        if not layout.numbers:
+            raise BadSample(f"{what} holds {layout.dtype} of shape {layout.shape}, not numbers")
+        flat = np.frombuffer(data, layout.dtype, layout.numbers, start).astype(np.float32, copy=False)
     except BadSample:
         raise
     except (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError, TokenError) as error:
         raise BadSample(f"{what} is not a readable .npy array ({error})") from None
-    if not np.isfinite(array).all():
+    # A finite sum of squares has finite terms and is found ten times faster; one that is not may have overflowed.
+    if not (flat.size < FEW and math.isfinite(flat.dot(flat))) and not np.isfinite(flat).all():
         raise BadSample(f"{what} holds NaN or Inf")
-    return array
+    return flat if len(layout.shape) == 1 else flat.reshape(layout.shape, order="F" if layout.fortran else "C")
 
 
 def parse_sample(key: str, members: dict[str, bytes]) -> Sample:
@@ -194,6 +212,31 @@ def _pax_records(data: bytes) -> dict[str, str]:
     return records
 
 
+_PLAIN = struct.Struct("100s24x11sc12x6s2sc188xB166x")
+"""A ustar header: name, size, its last byte, checksum, its last bytes, kind, first byte of the name's prefix."""
+
+
+def _byte_sum(header: bytes) -> int:
+    """The checksum of a tar header: its bytes, those of the checksum itself counted as spaces.
+
+    The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521: more than those of 256 bytes come to."""
+    halves = (zlib.adler32(header[:256]) & 0xFFFF) + (zlib.adler32(header[256:]) & 0xFFFF) - 2
+    return halves + 8 * 32 - sum(header[148:156])
+
+
+def _plain(header: bytes) -> tuple[str, int] | None:
+    """(name, size) of a regular file whose header is as most tools write it and whole; None: look closer."""
+    name, size, after, checksum, end, kind, prefix = _PLAIN.unpack(header)
+    if prefix or kind not in b"0\0" or not size.isdigit() or after not in b"\0 " or end != b"\0 ":
+        return None
+    try:
+        if not checksum.isdigit() or int(checksum, 8) != _byte_sum(header):
+            return None
+        return name.rstrip(b"\0").decode("utf-8", "surrogateescape"), int(size, 8)
+    except ValueError:
+        return None
+
+
 @dataclass
 class Member:
     name: str
@@ -215,20 +258,9 @@ def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
             return
         if len(header) < BLOCK:
             raise BadSample(f"{name} is truncated at byte {offset + len(header)}")
-        try:
-            checksum = _octal(header[148:156])
-            size = _octal(header[124:136])
-            if "size" in pax and header[156:157] not in (b"x", b"g"):
-                size = int(pax["size"])
-            if size < 0:
-                raise ValueError("negative size")
-        except ValueError:
-            raise BadSample(f"{name} has a damaged tar header at byte {offset}") from None
-        if checksum != sum(header[:148]) + 8 * 32 + sum(header[156:]):
-            raise BadSample(f"{name} has a damaged tar header at byte {offset}")
         kind = header[156:157]
-        if kind in (b"1", b"2", b"3", b"4", b"5", b"6"):  # links, devices, folders: no data, whatever the size says
-            size = 0
+        plain = None if pax else _plain(header)
+        size = plain[1] if plain else _size(header, kind, pax, f"{name} has a damaged tar header at byte {offset}")
         data = _read(file, size)
         padding = file.read(-size % BLOCK)
         if len(data) < size or len(padding) < -size % BLOCK:
@@ -242,22 +274,43 @@ def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
                 pax = _pax_records(data)
                 continue
             if kind in (b"0", b"\0"):
-                base = header[:100].rstrip(b"\0").decode("utf-8", "surrogateescape")
-                if header[257:262] == b"ustar" and header[345] and header[257:265] != b"ustar  \0":
-                    base = header[345:500].rstrip(b"\0").decode("utf-8", "surrogateescape") + "/" + base
-                yield Member(pax.get("path", longname or base), start, data)
+                yield Member(pax.get("path", longname or (plain[0] if plain else _name(header))), start, data)
         except (ValueError, struct.error):
             raise BadSample(f"{name} has a damaged extended header before byte {offset}") from None
         longname, pax, start = None, {}, offset
 
 
+def _size(header: bytes, kind: bytes, pax: dict[str, str], damage: str) -> int:
+    """Bytes of data behind a header. Raises BadSample(damage) when the header is not whole."""
+    try:
+        checksum = _octal(header[148:156])
+        size = _octal(header[124:136])
+        if "size" in pax and kind not in (b"x", b"g"):
+            size = int(pax["size"])
+        if size < 0 or checksum != _byte_sum(header):
+            raise ValueError
+    except ValueError:
+        raise BadSample(damage) from None
+    links = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders: no data, whatever the size says
+    return 0 if kind in links else size
+
+
+def _name(header: bytes) -> str:
+    base = header[:100].rstrip(b"\0").decode("utf-8", "surrogateescape")
+    if header[257:262] == b"ustar" and header[345] and header[257:265] != b"ustar  \0":
+        return header[345:500].rstrip(b"\0").decode("utf-8", "surrogateescape") + "/" + base
+    return base
+
+
 def iter_samples(file: BinaryIO, name: str) -> Iterator[tuple[str, int, dict[str, bytes]]]:
     """(key, offset of its first header, members by extension) of each sample: consecutive members with the same key.
 
-    Raises BadSample as `iter_members` does."""
+    Members without an extension belong to no sample. Raises BadSample as `iter_members` does."""
     key, start, members = "", 0, dict[str, bytes]()
     for member in iter_members(file, name):
         member_key, extension = split_member_name(member.name)
+        if not extension:
+            continue
         if members and member_key != key:
             yield key, start, members
             members = {}
@@ -266,6 +319,28 @@ def iter_samples(file: BinaryIO, name: str) -> Iterator[tuple[str, int, dict[str
         members[extension] = member.data
     if members:
         yield key, start, members
+
+
+def first_sample(data: bytes, name: str) -> tuple[str, dict[str, bytes]] | None:
+    """(key, members by extension) of the first sample in a piece of a shard, None where there is none.
+
+    What `iter_samples` finds in `data`, and found by it unless all headers are plain. Raises BadSample as it does."""
+    key, members, at, end = "", dict[str, bytes](), 0, len(data)
+    while at < end:
+        plain = _plain(data[at : at + BLOCK]) if at + BLOCK <= end else None
+        stop = at + BLOCK + plain[1] if plain else 0
+        following = stop + -stop % BLOCK
+        if not plain or following > end:
+            found = next(iter_samples(io.BytesIO(data), name), None)
+            return (found[0], found[2]) if found else None
+        member_key, extension = split_member_name(plain[0])
+        if extension:
+            if members and member_key != key:
+                break
+            key = member_key
+            members[extension] = data[at + BLOCK : stop]
+        at = following
+    return (key, members) if members else None
 
 
 # ---------------------------------------------------------------------------------------------- index sidecar

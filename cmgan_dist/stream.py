@@ -13,11 +13,10 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from io import BytesIO
 from typing import cast
 
 import numpy as np
@@ -30,7 +29,7 @@ from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.imaging import decode_image
 from cmgan_dist.order import BalancedPlan, MixturePlan, Plan, Row, generator_for, streams_of_rank
 from cmgan_dist.remote import open_store
-from cmgan_dist.schema import MANIFEST_NAME, Manifest, Sample, ShardIndex, index_name, iter_samples, parse_sample
+from cmgan_dist.schema import MANIFEST_NAME, Manifest, Sample, ShardIndex, first_sample, index_name, parse_sample
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +103,10 @@ class ShardReader:
             data = os.pread(self._descriptor(shard), length, start)
         if len(data) < length:
             raise BadSample(f"{name} sample {index}: the shard is truncated at byte {start + len(data)}")
-        try:
-            key, _, members = next(iter_samples(BytesIO(data), name))
-        except StopIteration:
-            raise BadSample(f"{name} sample {index}: nothing at byte {start}") from None
+        found = first_sample(data, name)
+        if found is None:
+            raise BadSample(f"{name} sample {index}: nothing at byte {start}")
+        key, members = found
         try:
             sample = parse_sample(key, members)
         except BadSample as error:
@@ -179,26 +178,41 @@ class Decoder:
     def of(cls, manifest: Manifest, image_size: int, augment: bool) -> Decoder:
         return cls(image_size, manifest.image_dim, manifest.text_dim, len(manifest.classes), augment)
 
+    def empty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Memory for a batch, to be filled by rows: images uint8 [rows, 3, H, W] or float32 [rows, F_i], and labels,
+        False, bool [rows, C]."""
+        if self.image_dim is None:
+            image = np.empty((rows, 3, self.image_size, self.image_size), np.uint8)
+        else:
+            image = np.empty((rows, self.image_dim), np.float32)
+        return image, np.zeros((rows, self.classes), bool)
+
     def __call__(
-        self, sample: Sample, shard: str, draw: int | None
-    ) -> tuple[np.ndarray, list[str] | np.ndarray, np.ndarray]:
-        """(image uint8 [3, H, W] or float32 [F_i]; texts or float32 [captions, F_t]; labels bool [C]).
+        self, sample: Sample, shard: str, draw: int | None, image: np.ndarray, labels: np.ndarray
+    ) -> list[str] | np.ndarray:
+        """Fill a row of `image` and of `labels`; return the texts, or float32 [captions, F_t].
 
         `draw` seeds the augmentation; None does none. Raises BadSample naming shard and key."""
         try:
-            return self.image(sample, draw), self.texts(sample), self.labels(sample)
+            texts = self.texts(sample)
+            self.image(sample, draw, image)
         except BadSample as error:
             raise BadSample(f"{shard} sample {sample.key}: {error}") from None
+        for label in sample.labels:
+            labels[label] = True
+        return texts
 
-    def image(self, sample: Sample, draw: int | None) -> np.ndarray:
+    def image(self, sample: Sample, draw: int | None, out: np.ndarray) -> None:
         if isinstance(sample.image, bytes):
             if self.image_dim is not None:
                 raise BadSample("has an encoded image, expected image features")
             rng = generator_for(draw, 6) if self.augment and draw is not None else None
-            return decode_image(sample.image, self.image_size, rng)
-        if self.image_dim != len(sample.image):
-            raise BadSample(f"has {len(sample.image)} image features, expected {self.image_dim or 'an encoded image'}")
-        return sample.image
+            decode_image(sample.image, self.image_size, rng, out)
+        elif self.image_dim == len(sample.image):
+            out[:] = sample.image
+        else:
+            expected = self.image_dim or "an encoded image"
+            raise BadSample(f"has {len(sample.image)} image features, expected {expected}")
 
     def texts(self, sample: Sample) -> list[str] | np.ndarray:
         if isinstance(sample.texts, list):
@@ -207,11 +221,6 @@ class Decoder:
         elif self.text_dim != sample.texts.shape[1]:
             raise BadSample(f"has {sample.texts.shape[1]} text features, expected {self.text_dim or 'a text'}")
         return sample.texts
-
-    def labels(self, sample: Sample) -> np.ndarray:
-        hot = np.zeros(self.classes, dtype=bool)
-        hot[list(sample.labels)] = True
-        return hot
 
 
 def _stack_texts(texts: list[str | np.ndarray]) -> Tensor | list[str]:
@@ -315,15 +324,17 @@ class Stream:
         """Samples in an epoch: N less the remainder N mod G; N counts all data sets of a mixture."""
         return self.plan.epoch_samples
 
-    def read_row(self, row: Row, bad: list[str]) -> tuple[Sample, np.ndarray, str | np.ndarray, np.ndarray]:
-        """The row's sample, or the next good one of its window. Raises BadInput when none is good."""
+    def read_row(self, row: Row, image: np.ndarray, labels: np.ndarray, bad: list[str]) -> tuple[str, str | np.ndarray]:
+        """Fill a row of a batch with the row's sample, or with the next good one of its window; (key, text).
+
+        Raises BadInput when none is good."""
         reader, shard, index = self.readers[row.source], row.shard, row.index
         for k in range(row.spares + 1):
             self._reads += 1
             try:
                 sample = reader.read(shard, index)
-                image, texts, labels = self.decoder(sample, reader.shards[shard].name, row.draw)
-                return sample, image, texts[row.draw % len(texts)], labels
+                texts = self.decoder(sample, reader.shards[shard].name, row.draw, image, labels)
+                return sample.key, texts[row.draw % len(texts)]
             except BadSample as error:
                 self._bad += 1
                 bad.append(str(error))
@@ -352,19 +363,21 @@ class Stream:
                 self._window[stream] = window
                 reader = self.readers[0]
                 reader.store.prefetch([reader.shards[shard] for shard in following])
-        parts = [[self.read_row(row, bad) for row in self.plan.chunk_rows(step, s)] for s in streams]
+        parts = [self.plan.chunk_rows(step, s) for s in streams]
         half = self.plan.chunk
         rows = [r for part in parts for r in part[:half]] + [r for part in parts for r in part[half:]]
+        image, labels = self.decoder.empty(len(rows))
+        read = [self.read_row(row, image[i], labels[i], bad) for i, row in enumerate(rows)]
         return Batch(
-            image=torch.from_numpy(np.stack([r[1] for r in rows])),
-            text=_stack_texts([r[2] for r in rows]),
-            labels=torch.from_numpy(np.stack([r[3] for r in rows])) if self.decoder.classes else None,
-            keys=[r[0].key for r in rows],
+            image=torch.from_numpy(image),
+            text=_stack_texts([text for _, text in read]),
+            labels=torch.from_numpy(labels) if self.decoder.classes else None,
+            keys=[key for key, _ in read],
             size=half * len(streams),
             bad=bad,
         )
 
-    def batches(self, position: int) -> Iterator[Batch]:
+    def batches(self, position: int) -> Generator[Batch, None, None]:
         """Batches from `position` samples on (a multiple of the global batch), without end."""
         step, rest = divmod(position, self.config.global_batch)
         if rest:
@@ -452,11 +465,11 @@ def eval_batches(
     starts = np.concatenate([[0], np.cumsum(reader.counts)])
     stop = int(starts[-1]) if stop is None else stop
 
-    def load(i: int) -> tuple[Sample, np.ndarray, list[str] | np.ndarray, np.ndarray]:
+    def load(i: int, image: np.ndarray, labels: np.ndarray) -> tuple[Sample, list[str] | np.ndarray]:
         shard = int(np.searchsorted(starts, i, side="right")) - 1
         try:
             sample = reader.read(shard, i - int(starts[shard]))
-            return (sample, *decoder(sample, reader.shards[shard].name, None))
+            return sample, decoder(sample, reader.shards[shard].name, None, image, labels)
         except BadSample as error:
             raise BadInput(
                 f"split '{reader.split}' of {reader.data} cannot be evaluated: {error}: "
@@ -465,13 +478,14 @@ def eval_batches(
 
     with ThreadPoolExecutor(threads) as pool:
         for at in range(first, stop, batch):
-            rows = list(pool.map(load, range(at, min(at + batch, stop))))
-            texts = [t for r in rows for t in r[2]]
+            numbers = range(at, min(at + batch, stop))
+            image, labels = decoder.empty(len(numbers))
+            rows = list(pool.map(load, numbers, image, labels))
             yield EvalBatch(
-                image=torch.from_numpy(np.stack([r[1] for r in rows])),
-                text=_stack_texts(texts),
-                owner=torch.tensor([i for i, r in enumerate(rows) for _ in range(len(r[2]))]),
-                labels=torch.from_numpy(np.stack([r[3] for r in rows])) if decoder.classes else None,
-                keys=[r[0].key for r in rows],
-                samples=[r[0] for r in rows],
+                image=torch.from_numpy(image),
+                text=_stack_texts([t for _, texts in rows for t in texts]),
+                owner=torch.tensor([i for i, (_, texts) in enumerate(rows) for _ in texts]),
+                labels=torch.from_numpy(labels) if decoder.classes else None,
+                keys=[sample.key for sample, _ in rows],
+                samples=[sample for sample, _ in rows],
             )
