@@ -1,6 +1,6 @@
 """One node of a SLURM job: checks before, a launcher of the node's processes, and what each process runs.
 
-python -m launchers.slurm.node check|run|rank [--processes-per-node N] TRAINING OPTIONS
+python -m launchers.slurm.node check|run|rank [--processes-per-node N] [--accelerate-config FILE] TRAINING OPTIONS
 
 `check` reads the options, the data and the output folder. `run` is started by srun, once a node: it starts the
 processes and writes the output of each to OUTPUT/logs/rank-N.log. Torch's own launcher would do, but it turns every
@@ -16,9 +16,9 @@ They hold it back until they can act on it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,13 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import psutil
+import yaml
 
-from cmgan_dist.config import Config
-from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main
-from launchers.train import parse_arguments, value_of
+from cmgan_dist.config import Config, micro_batch
+from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
+from launchers.train import parse_arguments
 
-EXIT_FAILED = 1
 FLAG = "--processes-per-node"
 STOP = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 PATIENCE = 20.0
@@ -53,6 +52,8 @@ class Job:
     resume: str
     arguments: list[str]
     """Options of launchers/train.py."""
+    environment: dict[str, str]
+    """What `accelerate launch` would set for DeepSpeed."""
     nodes: int
     processes: int
     """Per node."""
@@ -69,17 +70,57 @@ class Job:
         return self.output / "logs" / f"rank-{rank:05d}.log"
 
 
+def take(arguments: list[str], flag: str) -> str | None:
+    """Take ``--flag VALUE`` or ``--flag=VALUE`` out of the arguments; the value, or None where it is not there.
+
+    Raises BadInput when the value is missing."""
+    for at, word in enumerate(arguments):
+        if word.startswith(f"{flag}="):
+            return arguments.pop(at).partition("=")[2]
+        if word == flag:
+            if at + 1 == len(arguments):
+                raise BadInput(f"{flag} has no value")
+            arguments.pop(at)
+            return arguments.pop(at)
+    return None
+
+
+def zero_environment(path: str | None) -> dict[str, str]:
+    """The variables by which `accelerate launch --config_file PATH` asks for DeepSpeed: {} for DDP or no file.
+
+    Raises BadInput naming the file and the key."""
+    if path is None:
+        return {}
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(
+            f"--accelerate-config {path} cannot be read ({error}): name a file as in launchers/configs/"
+        ) from None
+    if not isinstance(config, dict) or "distributed_type" not in config:
+        raise BadInput(f"--accelerate-config {path} has no distributed_type: see launchers/configs/")
+    if config["distributed_type"] != "DEEPSPEED":
+        return {}
+    names = {
+        "zero_stage": "ZERO_STAGE",
+        "offload_optimizer_device": "OFFLOAD_OPTIMIZER_DEVICE",
+        "deepspeed_config_file": "CONFIG_FILE",
+    }
+    fields = config.get("deepspeed_config") or {}
+    chosen = {f"ACCELERATE_DEEPSPEED_{names[k]}": str(fields[k]) for k in names if k in fields}
+    return {"ACCELERATE_USE_DEEPSPEED": "true", **chosen}
+
+
 def read_job(words: Sequence[str]) -> Job:
     """The command line together with SLURM's variables. Raises BadInput naming the flag."""
     arguments = list(words)
     processes = integer("SLURM_GPUS_ON_NODE", 1)
-    given = value_of(arguments, FLAG)
+    given = take(arguments, FLAG)
     if given is not None:
         if not given.isdecimal() or int(given) < 1:
             raise BadInput(f"{FLAG} is {given}, expected a whole number from 1 on")
         processes = int(given)
-        at = next(i for i, word in enumerate(arguments) if word.partition("=")[0] == FLAG)
-        del arguments[at : at + (1 if "=" in arguments[at] else 2)]
+    environment = zero_environment(take(arguments, "--accelerate-config"))
     config, chosen = parse_arguments(arguments)
     for flag, value in (("--data", config.data), ("--output", config.output)):
         if not value:
@@ -90,7 +131,8 @@ def read_job(words: Sequence[str]) -> Job:
             raise BadInput("--train.seed is given, and so is a job array, whose numbers are the seeds: drop one")
         arguments += ["--train.seed", task, "--output", str(Path(config.output) / f"seed-{task}")]
         config, chosen = parse_arguments(arguments)
-    return Job(config, chosen.resume, arguments, integer("SLURM_JOB_NUM_NODES", 1), processes)
+    nodes = integer("SLURM_JOB_NUM_NODES", 1)
+    return Job(config, chosen.resume, arguments, environment, nodes, processes)
 
 
 # ---------------------------------------------------------------------------------------------- check
@@ -111,7 +153,8 @@ def check(job: Job) -> int:
 
     config = job.config
     size = config.model.image.image_size
-    stream = Stream(config.data, config.stream, seed=config.train.seed, image_size=size, rank=0, world=job.world)
+    micro = dataclasses.replace(config.stream, global_batch=micro_batch(config))
+    stream = Stream(config.data, micro, seed=config.train.seed, image_size=size, rank=0, world=job.world)
     ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
     from cmgan_dist.train import check_same_run, set_aside
 
@@ -130,22 +173,6 @@ def say(text: str) -> None:
     print(f"{os.environ.get('SLURMD_NODENAME', 'here')}: {text}", file=sys.stderr, flush=True)
 
 
-def interface_to(host: str) -> str:
-    """Name of the network interface from which this node reaches `host`. Raises BadInput when it reaches it from none.
-
-    gloo would take the one that the node's own name stands for, which is often the loopback."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))  # sends nothing
-        except OSError as error:
-            raise BadInput(f"MASTER_ADDR {host} cannot be reached ({error}): set it to an address of node 0") from None
-        own = probe.getsockname()[0]
-    for name, addresses in psutil.net_if_addrs().items():
-        if own in (a.address for a in addresses) or (own.startswith("127.") and name == "lo"):
-            return name
-    raise BadInput(f"no interface has the address {own}, by which {host} is reached: set GLOO_SOCKET_IFNAME")
-
-
 def start(job: Job, node: int, local_rank: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
     rank = node * job.processes + local_rank
     values = {
@@ -157,7 +184,7 @@ def start(job: Job, node: int, local_rank: int, log: IO[bytes]) -> subprocess.Po
         "PYTHONUNBUFFERED": 1,
     }
     command = [sys.executable, "-m", "launchers.slurm.node", "rank", *job.arguments]
-    environment = {**os.environ, **{k: str(v) for k, v in values.items()}}
+    environment = {**os.environ, **job.environment, **{k: str(v) for k, v in values.items()}}
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
@@ -170,7 +197,7 @@ def combined(codes: Sequence[int]) -> int:
     for code in (EXIT_SIGNALLED, EXIT_BAD_INPUT):
         if code in codes:
             return code
-    return EXIT_FAILED if any(codes) else EXIT_DONE
+    return EXIT_LOST if any(codes) else EXIT_DONE
 
 
 def run(job: Job) -> int:
@@ -179,9 +206,6 @@ def run(job: Job) -> int:
     gpus = os.environ.get("SLURM_GPUS_ON_NODE")
     if gpus is not None and int(gpus) < job.processes:
         raise BadInput(f"{FLAG} is {job.processes} and node {node} has {gpus} GPUs: take fewer processes or more GPUs")
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface_to(os.environ["MASTER_ADDR"])
-    say(f"GLOO_SOCKET_IFNAME={os.environ['GLOO_SOCKET_IFNAME']}")
     watched = STOP | {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)  # what is started inherits it
     first = node * job.processes

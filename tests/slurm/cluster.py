@@ -101,11 +101,13 @@ class Cluster:
     # ------------------------------------------------------------------------------------------ daemons
 
     def start(self) -> None:
+        self.end_abandoned()
         for name in ("state", "run", "log", "munge", *(f"spool/{n}" for n in NODES)):
             (self.base / name).mkdir(parents=True)
         ports = {"port": free_port(), "port1": free_port(), "port2": free_port()}
         text = CONFIG.format(host=socket.gethostname().split(".")[0], base=self.base, **ports)
         (self.base / "slurm.conf").write_text(text)
+        (self.base / "owner.pid").write_text(str(os.getpid()))
         key = self.base / "munge" / "key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
@@ -180,6 +182,14 @@ class Cluster:
             process.kill()
         for process in self.processes():
             process.kill()
+
+    def end_abandoned(self) -> None:
+        """Kill the clusters of test sessions that were killed before they could stop them."""
+        for process in psutil.process_iter():
+            owner = Path(self._environment(process).get("SLURM_CONF", "")).parent / "owner.pid"
+            if owner.is_file() and not psutil.pid_exists(int(owner.read_text())):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     def processes(self) -> list[psutil.Process]:
         """All that this cluster started and that still lives: they have its SLURM_CONF in their environment."""

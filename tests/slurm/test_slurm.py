@@ -7,6 +7,7 @@ depends on how fast this machine is. An undisturbed run with that same end is wh
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launchers" / "slurm" / "train.sbatch"
 BATCH, EPOCH = 16, 96
 """Samples."""
+MEASURED = ("samples_per_s", "time/", "memory")
+"""Of a line of metrics: what depends on the machine."""
 END = 40
 """Epochs of a run that was disturbed, unless it is farther by then."""
 
@@ -80,6 +83,9 @@ class Run:
         self.said, self.code = done.stderr, done.returncode
         return done.stdout.split()[-1] if done.returncode == 0 else ""
 
+    def limit(self, job: str, minutes: int) -> None:
+        self.cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
+
     def out(self) -> str:
         """What the job itself wrote."""
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.out")))
@@ -91,7 +97,8 @@ class Run:
     def lines(self, kind: str = "train") -> list[dict[str, Any]]:
         path = self.output / "metrics.jsonl"
         found = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{k: v for k, v in line.items() if "per_s" not in k} for line in found if line["kind"] == kind]
+        kept = [line for line in found if line["kind"] == kind]
+        return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in kept]
 
     def position(self) -> int:
         """Of the newest checkpoint."""
@@ -213,15 +220,18 @@ def test_bad_input_and_environment_end_a_job_before_its_nodes_start_anything(run
 
 
 def test_before_the_time_limit_the_run_is_saved_and_queued_again(run: Run) -> None:
-    """SLURM looks every 30 s whose limit is near: with a limit of 60 s, it signals 5 to 35 s after the start."""
-    job = run.submit("--nodes=2", "--time=1", "--signal=B:USR1@25")
+    """SLURM looks every 30 s whose limit is at most the warning time and 30 s away. The limit, in whole minutes, is
+    set when the run trains, one or two minutes ahead."""
+    job = run.submit("--nodes=2", "--time=10", "--signal=B:USR1@90")
+    started = time.monotonic()
     run.wait_training()
-    wait_for("requeue", lambda: run.cluster.job(job)["Restarts"] == "1", 80)
+    run.limit(job, minutes=math.ceil((time.monotonic() - started) / 60) + 1)
+    wait_for("requeue", lambda: run.cluster.job(job)["Restarts"] == "1", 120)
     assert "saved: the job is queued again" in run.out()
     assert "after a signal: start again to go on" in run.log()
     assert run.position() % (20 * EPOCH) != 0, "the checkpoint is one that was due anyway"
     run.end_soon()
-    run.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=10")
+    run.limit(job, minutes=10)
     run.wait(job)
     assert "start 2, on node[1-2]" in run.out()
     assert f"resuming {run.output} at sample" in run.log()
