@@ -5,11 +5,11 @@ Legend: N samples, G samples of a global batch, S logical streams, W processes.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,14 +18,18 @@ from cmgan_dist.errors import BadInput
 _MASK = (1 << 64) - 1
 
 
+_START = 0x9E3779B97F4A7C15
+
+
+def _mix_in(state: int, value: int) -> int:
+    state = (state ^ (value & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
+    return state ^ state >> 31
+
+
 def mix(*values: int) -> int:
     """A 64-bit hash of integers (splitmix64 steps): the random number that belongs to a position."""
-    state = 0x9E3779B97F4A7C15
-    for value in values:
-        state = (state ^ (value & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state
+    return reduce(_mix_in, values, _START)
 
 
 def generator_for(*values: int) -> np.random.Generator:
@@ -33,7 +37,7 @@ def generator_for(*values: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(mix(*values)))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Row:
     """One row of a global batch: where its sample lies and how to draw from it."""
 
@@ -49,13 +53,27 @@ class Row:
     """How many there are."""
 
 
+class Place(NamedTuple):
+    """Where a logical stream is in a data set, and which shards it needs next."""
+
+    source: int
+    """Data set of a mixture; 0 where there is one."""
+    epoch: int
+    window: int
+    following: list[int]
+    """Shards of the next window."""
+
+
 class Plan:
     """The order of all epochs as a pure function of (seed, epoch, counts); see architecture.md.
 
     The shards are permuted, laid end to end and rotated by a random offset; the first steps * G samples are cut into S
     equal contiguous logical streams; samples are shuffled inside windows of `window` consecutive shards of a stream.
     Global batch t holds the next G / S samples of every stream, stream by stream. The last N mod G samples of the
-    rotated layout are left out of an epoch: another set each epoch."""
+    rotated layout are left out of an epoch: another set each epoch.
+
+    Instead of a bad sample comes the next good one of its window. A stream's first and last window, of which the cuts
+    between streams can leave a single sample, go on with the window beside them."""
 
     def __init__(self, counts: np.ndarray, *, global_batch: int, streams: int, window: int, seed: int) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
@@ -102,34 +120,57 @@ class Plan:
         )
         return rows[generator_for(self.seed, epoch, 2, stream, window).permutation(len(rows))]
 
-    def row(self, epoch: int, stream: int, place: int) -> Row:
-        """The sample at `place` of a logical stream in an epoch."""
+    def rows(self, epoch: int, stream: int, first: int, count: int) -> list[Row]:
+        """The samples at places first..first + count of a logical stream in an epoch."""
         starts = self._windows(epoch, stream)[1]
-        window = int(np.searchsorted(starts, place, side="right")) - 1
+        window = int(np.searchsorted(starts, first, side="right")) - 1
+        state = mix(self.seed, epoch, 3, stream)
+        rows: list[Row] = []
+        while len(rows) < count:
+            spares = self._spares(epoch, stream, window)
+            at, stop = first + len(rows) - int(starts[window]), first + count - int(starts[window])
+            for shard, index in self._shuffled(epoch, stream, window)[at:stop].tolist():
+                spare = partial(self._spare, epoch, stream, window, at)
+                draw = _mix_in(state, int(starts[window]) + at)
+                rows.append(Row(0, shard, index, draw, spare, spares))
+                at += 1
+            window += 1
+        return rows
+
+    def _beside(self, epoch: int, stream: int, window: int) -> int | None:
+        """The window that another goes on with where samples are bad."""
+        windows = len(self._windows(epoch, stream)[0])
+        if 0 < window < windows - 1 or windows == 1:
+            return None
+        return window - 1 if window else 1
+
+    def _spares(self, epoch: int, stream: int, window: int) -> int:
+        starts, beside = self._windows(epoch, stream)[1], self._beside(epoch, stream, window)
+        own = int(starts[window + 1] - starts[window]) - 1
+        return own if beside is None else own + int(starts[beside + 1] - starts[beside])
+
+    def _spare(self, epoch: int, stream: int, window: int, at: int, k: int) -> tuple[int, int]:
         order = self._shuffled(epoch, stream, window)
-        at = place - int(starts[window])
+        beside = self._beside(epoch, stream, window)
+        if k >= len(order) - 1 and beside is not None:
+            k -= len(order)  # the first one is at place `at` of the other window
+            order = self._shuffled(epoch, stream, beside)
+        shard, index = order[(at + 1 + k) % len(order)]
+        return int(shard), int(index)
 
-        def spare(k: int) -> tuple[int, int]:
-            shard, index = order[(at + 1 + k) % len(order)]
-            return int(shard), int(index)
-
-        shard, index = order[at]
-        draw = mix(self.seed, epoch, 3, stream, place)
-        return Row(0, int(shard), int(index), draw, spare, len(order) - 1)
-
-    def next_window(self, step: int, stream: int) -> tuple[tuple[int, int], list[int]]:
-        """((epoch, window) that a logical stream is in at a global batch of the run; shards of its next window)."""
+    def place(self, step: int, stream: int) -> list[Place]:
+        """Where a logical stream is at a global batch of the run."""
         epoch, within = divmod(step, self.steps)
         windows, starts = self._windows(epoch, stream)
         window = int(np.searchsorted(starts, within * self.chunk, side="right")) - 1
         last = window + 1 == len(windows)
         following = self._windows(epoch + 1, stream)[0][0] if last else windows[window + 1]
-        return (epoch, window), [shard for shard, _, _ in following]
+        return [Place(0, epoch, window, [shard for shard, _, _ in following])]
 
     def chunk_rows(self, step: int, stream: int) -> list[Row]:
         """The G / S rows that logical stream `stream` gives to global batch `step` (counted from the run's start)."""
         epoch, within = divmod(step, self.steps)
-        return [self.row(epoch, stream, within * self.chunk + j) for j in range(self.chunk)]
+        return self.rows(epoch, stream, within * self.chunk, self.chunk)
 
 
 class BalancedPlan(Plan):
@@ -163,8 +204,8 @@ class BalancedPlan(Plan):
                 rows.append(Row(0, int(shard), int(index), draw, spare, len(members) - 1))
         return rows
 
-    def next_window(self, step: int, stream: int) -> tuple[tuple[int, int], list[int]]:
-        return (0, 0), []  # any shard can be next
+    def place(self, step: int, stream: int) -> list[Place]:
+        return []  # any shard can be next
 
 
 class MixturePlan:
@@ -176,7 +217,9 @@ class MixturePlan:
     """Rows of a logical stream in which the shares are exact: a weight is rounded to this resolution."""
 
     def __init__(self, plans: list[Plan], weights: list[float], *, global_batch: int, seed: int) -> None:
-        """`plans`: one per data set, each with the mixture's S as its streams and as its global batch."""
+        """`plans`: one per data set, each with the mixture's S as its streams and as its global batch.
+
+        Raises BadInput when a data set would have less than one row in an epoch."""
         self.plans, self.seed, self.global_batch = plans, seed, global_batch
         self.streams = plans[0].streams
         self.chunk = global_batch // self.streams
@@ -187,6 +230,14 @@ class MixturePlan:
         self.quota = np.floor(exact).astype(np.int64)
         for k in np.argsort(self.quota - exact, kind="stable")[: self.PERIOD - int(self.quota.sum())]:
             self.quota[k] += 1
+        for k, quota in enumerate(self.quota):
+            if quota * self.epoch_samples < self.PERIOD:
+                least = math.ceil(self.PERIOD / max(self.epoch_samples, 1)) / self.PERIOD
+                span, share = "an epoch" if quota else f"{self.PERIOD:,}", exact[k] / self.PERIOD
+                raise BadInput(
+                    f"data set {k + 1} of {len(plans)} in --data has a share of {share:.2g}, less than one row in "
+                    f"{span}: give it a share of {least:g} or more by stream.weights, or leave it out"
+                )
         self._period = lru_cache(maxsize=2 * self.streams)(self._compute_period)
 
     def _compute_period(self, stream: int, period: int) -> tuple[np.ndarray, np.ndarray]:
@@ -207,11 +258,20 @@ class MixturePlan:
             source = int(sources[at])
             plan = self.plans[source]
             epoch, place = divmod(period * int(self.quota[source]) + int(before[at]), plan.steps)
-            rows.append(dataclasses.replace(plan.row(epoch, stream, place), source=source))
+            (row,) = plan.rows(epoch, stream, place, 1)
+            row.source = source
+            rows.append(row)
         return rows
 
-    def next_window(self, step: int, stream: int) -> tuple[tuple[int, int], list[int]]:
-        return (0, 0), []  # each set has windows of its own, and `open` waits for what is not there
+    def place(self, step: int, stream: int) -> list[Place]:
+        """As `Plan.place`, for each data set: where its next row lies."""
+        period, at = divmod(step * self.chunk, self.PERIOD)
+        taken = period * self.quota + np.bincount(self._period(stream, period)[0][:at], minlength=len(self.plans))
+        return [
+            place._replace(source=k)
+            for k, plan in enumerate(self.plans)
+            for place in plan.place(int(taken[k]), stream)  # of one row of a stream each
+        ]
 
 
 def streams_of_rank(streams: int, rank: int, world: int) -> range:

@@ -121,7 +121,7 @@ def parse_array(data: bytes, what: str) -> np.ndarray:
     except (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError, TokenError) as error:
         raise BadSample(f"{what} is not a readable .npy array ({error})") from None
     # A finite sum of squares has finite terms and is found ten times faster; one that is not may have overflowed.
-    if not (flat.size < FEW and math.isfinite(flat.dot(flat))) and not np.isfinite(flat).all():
+    if not (flat.size < FEW and math.isfinite(np.vdot(flat, flat))) and not np.isfinite(flat).all():
         raise BadSample(f"{what} holds NaN or Inf")
     return flat if len(layout.shape) == 1 else flat.reshape(layout.shape, order="F" if layout.fortran else "C")
 

@@ -15,7 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import cast
 
@@ -96,12 +96,11 @@ class ShardReader:
 
     def read(self, shard: int, index: int) -> Sample:
         """Raises BadSample, naming shard and reason, when the sample cannot be used."""
-        offsets = self.index(shard).offsets
-        start, length = int(offsets[index]), int(offsets[index + 1] - offsets[index])
+        start, stop = self.index(shard).offsets[index : index + 2].tolist()
         name = self.shards[shard].name
         with self._lock:  # another thread could close the descriptor before it is read
-            data = os.pread(self._descriptor(shard), length, start)
-        if len(data) < length:
+            data = os.pread(self._descriptor(shard), stop - start, start)
+        if len(data) < stop - start:
             raise BadSample(f"{name} sample {index}: the shard is truncated at byte {start + len(data)}")
         found = first_sample(data, name)
         if found is None:
@@ -161,6 +160,12 @@ class Batch:
     """B."""
     bad: list[str] = field(default_factory=list)
     """Why samples were replaced, one line each."""
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which it is copied to a GPU while that works; a DataLoader asks so."""
+        text = self.text.pin_memory() if isinstance(self.text, Tensor) else self.text
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return replace(self, image=self.image.pin_memory(), text=text, labels=labels)
 
 
 @dataclass
@@ -269,7 +274,7 @@ class Stream:
         if self.workers != config.workers:
             log.info("%d workers: the %d logical streams of a rank are shared evenly", self.workers, len(self.held))
         self._reads = self._bad = 0
-        self._window: dict[int, tuple[int, int]] = {}
+        self._window: dict[tuple[int, int], tuple[int, int]] = {}
 
     def _make_plan(self, config: StreamConfig, seed: int) -> Plan | MixturePlan:
         batch, streams = config.global_batch, resolved_streams(config)
@@ -358,11 +363,12 @@ class Stream:
         """The rows that the given logical streams have in a global batch."""
         bad: list[str] = []
         for stream in streams:
-            window, following = self.plan.next_window(step, stream)
-            if self._window.get(stream) != window:
-                self._window[stream] = window
-                reader = self.readers[0]
-                reader.store.prefetch([reader.shards[shard] for shard in following])
+            for place in self.plan.place(step, stream):
+                now = (place.epoch, place.window)
+                if self._window.get((place.source, stream)) != now:
+                    self._window[place.source, stream] = now
+                    reader = self.readers[place.source]
+                    reader.store.prefetch([reader.shards[shard] for shard in place.following])
         parts = [self.plan.chunk_rows(step, s) for s in streams]
         half = self.plan.chunk
         rows = [r for part in parts for r in part[:half]] + [r for part in parts for r in part[half:]]
@@ -389,18 +395,19 @@ class Stream:
         if not self.workers:
             yield from map(_good, chunks)
             return
+        pinned = torch.cuda.is_available()
         loader = iter(
             DataLoader(
                 chunks,
                 batch_size=None,
                 num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(),
+                pin_memory=pinned and self.workers == 1,  # `join` makes new memory of the parts of several
                 multiprocessing_context="fork",  # a worker shares the plan and the open indexes
             )
         )
         try:
             while True:
-                yield join([_good(next(loader)) for _ in range(self.workers)])
+                yield join([_good(next(loader)) for _ in range(self.workers)], pinned)
         finally:
             del loader  # ends the workers now: a traceback would keep them until it is collected
 
@@ -411,11 +418,16 @@ def _good(item: Batch | BadInput) -> Batch:
     return item
 
 
-def join(parts: list[Batch]) -> Batch:
-    """Batches of consecutive logical streams as one: all right rows, then all wrong rows."""
+def join(parts: list[Batch], pinned: bool = False) -> Batch:
+    """Batches of consecutive logical streams as one: all right rows, then all wrong rows. `pinned`: in page-locked
+    memory, unless it is one batch."""
+    if len(parts) == 1:
+        return parts[0]
 
     def rows(pick: Callable[[Batch], Tensor]) -> Tensor:
-        return torch.cat([pick(p)[: p.size] for p in parts] + [pick(p)[p.size :] for p in parts])
+        pieces = [pick(p)[: p.size] for p in parts] + [pick(p)[p.size :] for p in parts]
+        shape = (sum(map(len, pieces)), *pieces[0].shape[1:])
+        return torch.cat(pieces, out=torch.empty(shape, dtype=pieces[0].dtype, pin_memory=pinned))
 
     def flat(pick: Callable[[Batch], list[str]]) -> list[str]:
         return [x for p in parts for x in pick(p)[: p.size]] + [x for p in parts for x in pick(p)[p.size :]]

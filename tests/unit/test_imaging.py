@@ -264,6 +264,20 @@ def test_augmentation_is_drawn_from_the_generator() -> None:
     assert np.array_equal(decode_image(data, 32), decode_image(data, 32))
 
 
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+@pytest.mark.parametrize(("kind", "exif"), [("JPEG", 1), ("JPEG", 6), ("PNG", 1)])
+def test_a_row_of_a_batch_is_filled_in_its_place(kind: str, exif: int, seed: int | None) -> None:
+    tag = Image.Exif()
+    tag[0x0112] = exif
+    data = encode(scene(200, 150), kind, exif=tag)
+    batch = np.full((3, 3, 32, 32), 7, np.uint8)
+    rngs = [None if seed is None else np.random.default_rng(seed) for _ in range(2)]
+    made = decode_image(data, 32, rngs[0], batch[1])
+    assert made.base is batch
+    assert np.array_equal(batch[1], decode_image(data, 32, rngs[1]))
+    assert (batch[[0, 2]] == 7).all()
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 2000), st.integers(1, 2000), st.integers(0, 2**32))
 def test_a_random_box_lies_in_the_picture(width: int, height: int, seed: int) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.order import BalancedPlan, MixturePlan, Plan, streams_of_rank
+from cmgan_dist.order import BalancedPlan, MixturePlan, Plan, mix, streams_of_rank
 
 plans = st.builds(
     lambda counts, streams, chunk, window, seed: Plan(
@@ -125,24 +125,98 @@ def test_a_mixture_has_its_shares_and_every_set_has_its_own_epochs() -> None:
 
 
 def test_a_mixture_resumes_anywhere_and_gives_rare_sets_their_turn() -> None:
-    plan, fresh = mixture([0.995, 0.005]), mixture([0.995, 0.005])
+    plan, fresh = mixture([0.985, 0.015]), mixture([0.985, 0.015])
     for t in range(300):
         plan.chunk_rows(t, 2)
     key = [(r.source, r.shard, r.index, r.draw) for r in plan.chunk_rows(777, 2)]
     assert key == [(r.source, r.shard, r.index, r.draw) for r in fresh.chunk_rows(777, 2)]
-    assert sum(r.source for t in range(250) for r in plan.chunk_rows(t, 1)) == 5
+    assert sum(r.source for t in range(250) for r in plan.chunk_rows(t, 1)) == 15
 
 
 @settings(max_examples=30, deadline=None)
 @given(plans, st.integers(0, 3))
 def test_the_next_window_is_what_comes_next(plan: Plan, stream: int) -> None:
     stream = stream % plan.streams
-    window, following = plan.next_window(0, stream)
+    (before,) = plan.place(0, stream)
     for step in range(3 * plan.steps):
-        now, after = plan.next_window(step, stream)
-        if now != window:
-            last = len(plan._windows(window[0], stream)[0]) - 1
-            successor = (window[0] + 1, 0) if window[1] == last else (window[0], window[1] + 1)
-            if now == successor:  # windows smaller than a chunk are passed by
-                assert plan.row(now[0], stream, step % plan.steps * plan.chunk).shard in following
-            window, following = now, after
+        (now,) = plan.place(step, stream)
+        if (now.epoch, now.window) != (before.epoch, before.window):
+            last = len(plan._windows(before.epoch, stream)[0]) - 1
+            successor = (before.epoch + 1, 0) if before.window == last else (before.epoch, before.window + 1)
+            if (now.epoch, now.window) == successor:  # windows smaller than a chunk are passed by
+                assert plan.chunk_rows(step, stream)[0].shard in before.following
+            before = now
+
+
+def test_every_set_of_a_mixture_says_where_it_is_and_what_comes_next() -> None:
+    """Each set's next row lies in its present window, its next window's rows in the shards that were named."""
+    plan = mixture([0.5, 0.2, 0.3])
+    named: dict[int, list[int]] = {}
+    windows: dict[int, tuple[int, int]] = {}
+    changes = 0
+    for step in range(600):
+        for place in plan.place(step, 1):
+            now, part = (place.epoch, place.window), plan.plans[place.source]
+            upcoming = (r for t in range(step, step + 99) for r in plan.chunk_rows(t, 1) if r.source == place.source)
+            row = next(upcoming)
+            assert row.shard in {shard for shard, _, _ in part._windows(place.epoch, 1)[0][place.window]}
+            if windows.setdefault(place.source, now) != now:
+                assert row.shard in named[place.source]
+                changes += 1
+            windows[place.source], named[place.source] = now, place.following
+    assert set(windows) == {0, 1, 2}
+    assert changes > 30
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans, st.data())
+def test_spares_are_the_rest_of_the_window_and_at_its_stream_s_ends_the_window_beside(
+    plan: Plan, data: st.DataObject
+) -> None:
+    step, stream = data.draw(st.integers(0, 3 * plan.steps)), data.draw(st.integers(0, plan.streams - 1))
+    epoch, within = divmod(step, plan.steps)
+    pieces, starts = plan._windows(epoch, stream)
+    inside = [{(s, i) for s, first, stop in window for i in range(first, stop)} for window in pieces]
+    for j, row in enumerate(plan.chunk_rows(step, stream)):
+        window = int(np.searchsorted(starts, within * plan.chunk + j, side="right")) - 1
+        spares = [row.spare(k) for k in range(row.spares)]
+        own = inside[window] - {(row.shard, row.index)}
+        assert set(spares[: len(own)]) == own
+        beside: set[tuple[int, int]] = set()
+        if len(inside) > 1 and window == len(inside) - 1:
+            beside = inside[-2]
+        elif len(inside) > 1 and window == 0:
+            beside = inside[1]
+        assert set(spares[len(own) :]) == beside
+        assert len(spares) == len(own) + len(beside) == len(set(spares))
+
+
+def test_rows_are_those_of_places_one_by_one() -> None:
+    """A chunk that crosses windows is the same rows as its places asked for singly."""
+    plan = Plan(np.array([3, 1, 4, 2, 9, 1]), global_batch=10, streams=2, window=1, seed=4)
+    for epoch in range(4):
+        together = plan.rows(epoch, 1, 0, 10)
+        single = [plan.rows(epoch, 1, place, 1)[0] for place in range(10)]
+        assert [(r.shard, r.index, r.draw, r.spares) for r in together] == [
+            (r.shard, r.index, r.draw, r.spares) for r in single
+        ]
+        assert [r.draw for r in together] == [mix(4, epoch, 3, 1, place) for place in range(10)]
+        assert len({(r.shard, r.index) for r in together}) == 10
+
+
+@pytest.mark.parametrize(
+    ("weights", "sizes", "reason"),
+    [
+        (
+            [0.9999, 0.0001],
+            [4000, 4000],
+            r"data set 2 of 2 .* share of 0\.0001, .* one row in 1,000: .* 0\.001 or more",
+        ),
+        ([1, 499], [60, 40], r"data set 1 of 2 .* share of 0\.002, less than one row in an epoch.* 0\.01 or more"),
+    ],
+)
+def test_a_weight_that_gives_no_rows_is_one_sentence(weights: list[float], sizes: list[int], reason: str) -> None:
+    plans = [Plan(np.array([n]), global_batch=4, streams=4, window=2, seed=0) for n in sizes]
+    with pytest.raises(BadInput, match=reason):
+        MixturePlan(plans, weights, global_batch=20, seed=0)
+    MixturePlan(plans, [0.9, 0.1], global_batch=20, seed=0)

@@ -14,6 +14,8 @@ from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.schema import (
     Manifest,
     ShardIndex,
+    _byte_sum,
+    first_sample,
     iter_samples,
     load_manifest,
     parse_array,
@@ -48,6 +50,10 @@ def test_arrays_of_the_second_format_version() -> None:
         npy(np.arange(9.0))[:-1],
         npy(np.array(["a"])),
         npy(np.array([1.0, np.nan])),
+        npy(np.array([[1.0, 2.0], [3.0, -np.inf]], np.float32)),
+        npy(np.r_[np.zeros(30_000, np.float32), np.nan]),
+        npy(np.array([3e38, np.nan], np.float32)),
+        npy(np.array([1e300])),
         npy(np.empty((0, 3))),
         npy(np.arange(3))[:20],
         b"not an array at all, but long enough to hold one" * 4,
@@ -56,6 +62,12 @@ def test_arrays_of_the_second_format_version() -> None:
 def test_damaged_arrays_are_bad_samples(data: bytes) -> None:
     with pytest.raises(BadSample, match="x"):
         parse_array(data, "x")
+
+
+def test_large_numbers_are_finite_though_their_squares_are_not() -> None:
+    array = np.array([3e38, -3e38, 1e30], np.float32)
+    np.testing.assert_array_equal(parse_array(npy(array), "x"), array)
+    np.testing.assert_array_equal(parse_array(npy(np.tile(array, 9000)), "x"), np.tile(array, 9000))
 
 
 def test_keys_end_at_the_first_dot_of_the_base_name() -> None:
@@ -74,6 +86,8 @@ def test_keys_end_at_the_first_dot_of_the_base_name() -> None:
         ({"jpg": b"x", "txt": b"a", "json": b"{"}, "is not JSON"),
         ({"jpg": b"x", "txt": b"a", "json": b'{"label": "cat"}'}, "is not an integer"),
         ({"jpg": b"x", "txt": b"a", "json": b'{"label": true}'}, "is not an integer"),
+        ({"jpg": b"x", "txt": b"a", "json": b'{"label": 2147483648}'}, "label 2147483648 is out of range"),
+        ({"jpg": b"x", "txt": b"a", "json": b'{"labels": [1, -2147483649]}'}, "is out of range"),
         ({"image.npy": npy(np.ones((2, 2))), "txt": b"a"}, "expected one dimension"),
     ],
 )
@@ -107,6 +121,71 @@ def test_tars_of_every_format_with_long_and_foreign_names(form: int, tmp_path: P
     data = path.read_bytes()
     for _, start, members in found:  # an offset is enough to read a sample
         assert next(iter_samples(io.BytesIO(data[start:]), "a.tar"))[2] == members
+
+
+def tar_of(members: list[tuple[str, bytes]], form: int = tarfile.GNU_FORMAT) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+MEMBERS = [("a.jpg", b"x" * 700), ("README", b"no extension"), ("a.txt", b"text"), ("LICENSE", b""), ("b.txt", b"b")]
+
+
+def test_members_without_an_extension_belong_to_no_sample() -> None:
+    """Neither do they cut the sample that they stand in."""
+    data = tar_of([("FIRST", b"1"), *MEMBERS])
+    found = list(iter_samples(io.BytesIO(data), "a.tar"))
+    assert [(key, sorted(members)) for key, _, members in found] == [("a", ["jpg", "txt"]), ("b", ["txt"])]
+    assert found[0][1] == 1024
+    assert first_sample(data, "a.tar") == (found[0][0], found[0][2])
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_first_sample_of_a_piece_is_that_of_the_walk(form: int) -> None:
+    """However the piece is cut or damaged: the same sample, or the same sentence."""
+
+    def walked(piece: bytes) -> object:
+        try:
+            found = next(iter_samples(io.BytesIO(piece), "a.tar"), None)
+            return found and (found[0], found[2])
+        except BadSample as error:
+            return str(error)
+
+    def quick(piece: bytes) -> object:
+        try:
+            return first_sample(piece, "a.tar")
+        except BadSample as error:
+            return str(error)
+
+    rng, outcomes = np.random.default_rng(0), set()
+    for long in ("a", "d" * 60 + "/" + "a" * 60, "ä"):
+        whole = tar_of([(name.replace("a.", f"{long}."), data) for name, data in MEMBERS], form)
+        assert quick(whole) == walked(whole) == (long, {"jpg": b"x" * 700, "txt": b"text"})
+        for cut in (*range(0, 4096, 61), 512, 1024, 1536, 2048, 2560):
+            assert quick(whole[:cut]) == walked(whole[:cut]), cut
+        for _ in range(1500):
+            piece = bytearray(whole)
+            at = 512 * int(rng.integers(6))
+            field = int(rng.choice([0, 1, 2, 99, 124, 133, 134, 135, 148, 153, 154, 155, 156, 157, 257, 263, 345, 511]))
+            piece[at + field] = int(rng.choice(list(b"\0 012789xgL.\x80\xff")))
+            if rng.random() < 0.7:  # a right checksum, so that the rest is looked at
+                piece[at + 148 : at + 156] = b" " * 8
+                piece[at + 148 : at + 156] = b"%06o\0 " % sum(piece[at : at + 512])
+            assert quick(bytes(piece)) == walked(bytes(piece))
+            outcomes.add(type(quick(bytes(piece))))
+    assert outcomes >= {tuple, str}
+
+
+def test_a_member_s_checksum_is_the_sum_of_its_header_s_bytes() -> None:
+    rng = np.random.default_rng(0)
+    for low in (0, 200, 255):
+        header = rng.integers(low, 256, 512, dtype=np.uint8).tobytes()
+        assert _byte_sum(header) == sum(header[:148] + b" " * 8 + header[156:])
 
 
 def test_a_tar_cut_anywhere_is_named_or_shorter(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from cmgan_dist.config import Config, StreamConfig, validate
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.order import Plan
+from cmgan_dist.order import MixturePlan, Plan
 from cmgan_dist.schema import Sample, ShardIndex, index_name
-from cmgan_dist.stream import Batch, ShardReader, Stream
+from cmgan_dist.stream import Batch, ShardReader, Stream, join
 from tests.toy import index_tar, jpeg, make_features, npy, write_manifest, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -357,7 +357,7 @@ def test_streams_that_do_not_divide_the_batch_are_one_sentence() -> None:
     config = Config(stream=StreamConfig(global_batch=32, logical_streams=12))
     with pytest.raises(BadInput) as error:
         validate(config)
-    one_sentence(error, "stream.logical_streams is 12", "stream.global_batch 32")
+    one_sentence(error, "stream.logical_streams is 12", "32 samples of stream.global_batch")
 
 
 def test_workers_that_do_not_divide_the_streams_are_fewer_and_said(
@@ -529,6 +529,23 @@ def test_a_window_without_a_good_sample_is_one_sentence(tmp_path: Path, workers:
     one_sentence(error, "no usable sample left in a window of", "'train'", "train-000001.tar sample 1-0", "verify")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_single_bad_sample_that_is_a_stream_s_last_window_does_not_stop_a_run(tmp_path: Path, workers: int) -> None:
+    """Shards of one sample in windows of one: every cut of a stream leaves its ends alone. The spare is of the window
+    beside it in the same stream, at any world size."""
+    data = make_pictures(tmp_path / "data", [1] * 24, faults={(7, 0): "image"})
+    config = StreamConfig(global_batch=8, logical_streams=8, window=1, max_bad_share=1.0, workers=workers)
+    plan = open_stream(data, config).plan
+    step = next(t for t in range(2, 3000, 3) for s in range(8) if plan.chunk_rows(t, s)[0].shard == 7)
+    ((rows, lines),) = draw(data, config, first=step, steps=1)
+    assert len(lines) == 1
+    assert name_of((7, 0)) in lines[0]
+    chunks = [[plan.chunk_rows(t, s)[0].shard for s in range(8)] for t in (step - 1, step)]
+    expected = [f"{before if own == 7 else own}-000" for before, own in zip(*chunks, strict=True)]
+    assert [row[0] for row in rows] == expected
+    assert draw(data, config, world=2, first=step, steps=1)[0][0] == rows
+
+
 def test_all_samples_of_a_class_bad_is_one_sentence_when_balanced(tmp_path: Path) -> None:
     faults = {(0, i): "text" for i in range(2, 40, 4)}
     data = make_pictures(tmp_path / "data", [40], faults=faults)
@@ -591,6 +608,70 @@ def test_bad_samples_are_counted_in_metrics_and_named_in_the_log(tmp_path: Path)
     assert said.count("bad sample replaced:") == counts[-1]
     for name, reason in (("0-4", "holds NaN or Inf"), ("1-9", "has no text"), ("1-20", "out of range")):
         assert any(f"sample {name}: " in line and reason in line for line in said.splitlines()), said
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+def test_a_batch_is_pinned_by_the_data_loader_s_protocol(
+    cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Page-locked memory needs CUDA: here a copy stands for it, and the DataLoader's own function asks for it."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(self: torch.Tensor) -> torch.Tensor:
+        pinned.append(self.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    for kind, tensors in (("pictures", 2), ("features", 3), ("no labels", 2)):
+        batch = next(open_stream(cases[kind].data, cases[kind].config).batches(0))
+        made = torch.utils.data._utils.pin_memory.pin_memory(batch)
+        assert isinstance(made, Batch)
+        assert rows_of(made) == rows_of(batch)
+        assert (made.size, made.bad) == (batch.size, batch.bad)
+        held = {id(x) for x in (made.image, made.text, made.labels) if isinstance(x, torch.Tensor)}
+        assert held == {id(x) for x in pinned}
+        assert len(held) == tensors
+        pinned.clear()
+
+
+@pytest.mark.parametrize("kind", ["pictures balanced", "features balanced", "no labels"])
+def test_parts_of_several_workers_are_joined_in_pinned_memory(
+    cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    asked: list[bool] = []
+    empty = torch.empty
+
+    def record(*args: object, pin_memory: bool = False, **options: object) -> torch.Tensor:
+        asked.append(pin_memory)
+        return empty(*args, **options)  # type: ignore[call-overload]
+
+    stream = open_stream(cases[kind].data, cases[kind].config)
+    parts = [stream.read_step(0, range(8)), stream.read_step(0, range(8, 16))]
+    monkeypatch.setattr(torch, "empty", record)
+    for pinned in (False, True):
+        assert rows_of(join(parts, pinned)) == cases[kind].reference[0][0]
+        assert len(asked) >= 2
+        assert set(asked) == {pinned}
+        asked.clear()
+    assert join(parts[:1], True) is parts[0]
+
+
+def test_a_mixture_prefetches_the_next_window_of_each_set(
+    cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = cases["mixture"]
+    stream = open_stream(case.data, case.config)
+    asked: list[set[str]] = [set(), set()]
+    for source, reader in enumerate(stream.readers):
+        monkeypatch.setattr(
+            reader.store, "prefetch", lambda shards, to=asked[source]: to.update(shard.name for shard in shards)
+        )
+    assert isinstance(stream.plan, MixturePlan)
+    list(islice(stream.batches(0), 8))
+    assert asked[0] == {f"train-{i:06d}.tar" for i in range(5)}
+    assert asked[1] == {"train-000000.tar", "train-000001.tar"}
 
 
 # ---------------------------------------------------------------------------------------------- memory
