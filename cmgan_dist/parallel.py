@@ -45,7 +45,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         world = dist.get_world_size()
         out = x.new_empty((world, *x.shape))
-        dist.all_gather_into_tensor(out.view(world * x.shape[0], *x.shape[1:]), x.contiguous())
+        dist.all_gather_single(out.view(world * x.shape[0], *x.shape[1:]), x.contiguous())
         return out
 
     @staticmethod

@@ -1,0 +1,13 @@
+"""W processes of batch B give the gradients of one process with W * B rows, in every phase of the adversarial step."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dist.common import run_workers
+from tests.dist.gradients_worker import CASES
+
+
+@pytest.mark.parametrize(("case", "processes"), [(case, 2) for case in CASES] + [("reference", 4), ("accumulated", 4)])
+def test_gradients_of_many_processes_equal_those_of_one(case: str, processes: int) -> None:
+    assert f"{case}: equal on {processes}" in run_workers("gradients_worker.py", processes, case)

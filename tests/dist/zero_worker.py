@@ -1,0 +1,116 @@
+"""DeepSpeed ZeRO against DDP, step by step, in the same processes; see test_zero.py.
+
+zero_worker.py CASE
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from cmgan_dist.config import Config
+from cmgan_dist.networks import DataSpec
+from cmgan_dist.parallel import Parallel
+from cmgan_dist.phases import phase_table, run_phase
+from cmgan_dist.train import Networks, build_networks, make_scene
+from tests.dist.common import global_batch, part_of, small_config
+
+ROWS, STEPS = 24, 40
+CASES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "all options": {
+        "optim__accumulate": 2,
+        "optim__clip": 0.5,
+        "optim__weight_decay": 0.01,
+        "optim__generator_steps": 2,
+        "loss__contrastive": 1.0,
+        "loss__r1": 1.0,
+        "loss__r1_every": 4,
+    },
+    "bf16": {"train__precision": "bf16"},
+}
+
+
+def train(config: Config, parallel: Parallel, networks: Networks, first: int, stop: int) -> list[dict[str, float]]:
+    """Losses of steps first..stop, means over the processes."""
+    out = []
+    parts = config.optim.accumulate
+    for step in range(first, stop):
+        batches = [
+            part_of(global_batch(ROWS // parts, 100 * step + i), parallel.rank, parallel.world) for i in range(parts)
+        ]
+        position = step * ROWS
+        scenes = [make_scene(b, networks, config, parallel, position + i, False) for i, b in enumerate(batches)]
+        terms: dict[str, torch.Tensor] = {}
+        for phase in phase_table(config):
+            terms |= run_phase(phase, scenes, networks.engines, parallel.autocast)
+            if phase.module == "generator":  # its losses went through the discriminators
+                left = [
+                    n for n, d in networks.bare.items() for p in d.parameters() if p.grad is not None and p.grad.any()
+                ]
+                assert not left or parallel._zero is None, f"the generator left gradients in {left}"
+        out.append(parallel.mean({k: float(v) for k, v in terms.items() if k.startswith("loss/")}))
+    return out
+
+
+def compare(a: list[dict[str, float]], b: list[dict[str, float]], what: str, tolerance: float) -> float:
+    worst = 0.0
+    for step, (left, right) in enumerate(zip(a, b, strict=True)):
+        assert left.keys() == right.keys()
+        for name, value in left.items():
+            difference = abs(value - right[name]) / max(1, abs(value))
+            assert difference < tolerance, f"{what} step {step} {name}: {value} {right[name]}"
+            worst = max(worst, difference)
+    return worst
+
+
+def main() -> None:
+    case = sys.argv[1]
+    config = small_config(ROWS, optim__update="joint", **CASES[case])
+    spec = DataSpec([str(c) for c in range(5)], "single", 6, 5)
+    parallel = Parallel(config.train.precision)
+    plain = build_networks(config, spec, None, parallel)
+    expected = train(config, parallel, plain, 0, STEPS)
+    half = build_networks(config, spec, None, parallel)
+    train(config, parallel, half, 0, STEPS // 2)
+    halfway = half.tensors()
+    tolerance = 2e-2 if case == "bf16" else 1e-4
+    for stage in (1, 2):
+        parallel._zero = {"zero_optimization": {"stage": stage}}
+        networks = build_networks(config, spec, None, parallel)
+        found = train(config, parallel, networks, 0, STEPS // 2)
+        worst = compare(expected[: STEPS // 2], found, f"ZeRO-{stage}", tolerance)
+        # its checkpoint under DDP, and DDP's under ZeRO
+        saved = {k: v.clone() for k, v in networks.tensors().items()}
+        assert saved.keys() == halfway.keys()
+        for name, value in halfway.items():
+            torch.testing.assert_close(
+                saved[name],
+                value,
+                rtol=10 * tolerance,
+                atol=tolerance / 10,
+                msg=lambda m, n=name: f"ZeRO-{stage} {n}: {m}",
+            )
+        back = build_networks(config, spec, None, parallel)
+        back.load(halfway, "DDP's")
+        parallel._zero = None
+        there = build_networks(config, spec, None, parallel)
+        there.load(saved, "ZeRO's")
+        compare(expected[STEPS // 2 :], train(config, parallel, there, STEPS // 2, STEPS), "ZeRO to DDP", 3 * tolerance)
+        parallel._zero = {"zero_optimization": {"stage": stage}}
+        compare(expected[STEPS // 2 :], train(config, parallel, back, STEPS // 2, STEPS), "DDP to ZeRO", 3 * tolerance)
+        more = train(config, parallel, networks, STEPS // 2, STEPS)
+        worst = max(worst, compare(expected[STEPS // 2 :], more, f"ZeRO-{stage}", 3 * tolerance))
+        for each in (networks, back, there):
+            each.release()
+        parallel._zero = None
+        if parallel.main:
+            print(f"{case}: ZeRO-{stage} equals DDP on {parallel.world}, largest relative difference {worst:.1e}")
+    for each in (plain, half):
+        each.release()
+    parallel.close()
+
+
+if __name__ == "__main__":
+    main()
