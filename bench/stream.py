@@ -13,6 +13,8 @@ side, so that it has the detail of a photograph reduced to 512 px. Contestants:
     ImageFolder + ...    the PIL loader, or torchvision.io.decode_image; DataLoader
 
 `eval` takes the centre (and only ours is shuffled), `train` a random resized crop and a flip (all are shuffled).
+`features` are shards of .npy arrays of the shape that `python -m shards features` writes of Flickr8k, [1280] and
+[5, 384], one of the five drawn, in batches of 1024; webdataset decodes them itself and is not shuffled.
 mosaicml-streaming pins an old numpy: install it with --no-deps in an environment of its own and name its python.
 Writes bench/results/stream.json.
 """
@@ -23,6 +25,7 @@ import io
 import itertools
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -58,6 +61,8 @@ TOLERANCE = {"224": 1.0, "512": 2.0, "512 detail": 4.0}
 """Mean absolute difference in grey levels from Pillow's decoding and bicubic resize, by source."""
 SETTINGS = (("224", "eval"), ("224", "train"), ("512", "eval"), ("512", "train"), ("512 detail", "eval"))
 RESUME_AT = 0.9
+FEATURES, FEATURE_SHARDS, FEATURE_BATCH = ((1280,), (5, 384)), 8, 1024
+"""Shapes of the image's and the texts' features; shards, of one batch each."""
 
 Batches = Iterator[tuple[Tensor, list[str]]]
 """uint8 [64, 3, 224, 224] and the keys (empty where a shuffled loader gives none)."""
@@ -140,6 +145,27 @@ def build(arguments: Arguments) -> None:
         if has_mosaicml(arguments):
             run_worker(arguments.mosaicml, "write-mds", place)
         done.touch()
+
+
+def build_features(place: Path) -> None:
+    """place/shards: features drawn at random, unless they are there."""
+    if (place / "done").is_file():
+        return
+    shutil.rmtree(place, ignore_errors=True)
+    (place / "shards").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for shard in track(range(FEATURE_SHARDS), "building features", console=Console(stderr=True)):
+        with tarfile.open(place / "shards" / f"train-{shard:06d}.tar", "w") as tar:
+            for i in range(FEATURE_BATCH):
+                for name, shape in zip(("image", "text"), FEATURES, strict=True):
+                    out = io.BytesIO()
+                    np.save(out, rng.normal(size=shape).astype(np.float32))
+                    member = tarfile.TarInfo(f"{shard}-{i:04d}.{name}.npy")
+                    member.size = len(out.getvalue())
+                    tar.addfile(member, io.BytesIO(out.getvalue()))
+    index = [sys.executable, "-m", "shards", "index", str(place / "shards")]
+    subprocess.run(index, check=True, capture_output=True, cwd=ROOT)
+    (place / "done").touch()
 
 
 def write_mds(place: Path) -> None:
@@ -308,6 +334,39 @@ CONTESTANTS: dict[str, tuple[Any, str]] = {
     "ImageFolder + PIL": (ImageFolder, "PIL"),
     "ImageFolder + torchvision": (ImageFolder, "torchvision"),
 }
+
+
+class OurFeatures:
+    def __init__(self, place: Path, how: str, train: bool) -> None:
+        from cmgan_dist.stream import Stream
+
+        self.stream = Stream(str(place / "shards"), StreamConfig(global_batch=FEATURE_BATCH), seed=0)
+
+    def batches(self) -> Batches:
+        for batch in itertools.islice(self.stream.batches(0), self.stream.epoch_samples // FEATURE_BATCH):
+            assert not batch.bad, batch.bad
+            yield batch.image, batch.keys
+
+
+class WebDatasetFeatures:
+    def __init__(self, place: Path, how: str, train: bool) -> None:
+        wds: Any = import_module("webdataset")
+        tars = sorted(str(p) for p in (place / "shards").glob("*.tar"))
+        rng = np.random.default_rng(0)
+
+        def drawn(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
+            texts = sample["text.npy"]
+            return sample["image.npy"], texts[rng.integers(len(texts))], sample["__key__"]
+
+        data = wds.WebDataset(tars, shardshuffle=False).decode().map(drawn)
+        self.loader = wds.WebLoader(data, batch_size=FEATURE_BATCH, num_workers=0, drop_last=True)
+
+    def batches(self) -> Batches:
+        for image, _, keys in self.loader:
+            yield image, list(keys)
+
+
+FEATURE_CONTESTANTS: dict[str, tuple[Any, str]] = {"ours": (OurFeatures, ""), "webdataset": (WebDatasetFeatures, "")}
 RESUMING: dict[str, Any] = {
     "ours": Ours,
     "webdataset": WebDataset,
@@ -332,7 +391,7 @@ def clocked(work: Callable[[], int]) -> dict[str, float]:
 
 def serve(name: str, place: Path, mode: str) -> None:
     """Times an epoch, less its first batch, for every line on stdin; or gives the pixels of the keys on the line."""
-    kind, how = CONTESTANTS[name]
+    kind, how = (FEATURE_CONTESTANTS if mode == "features" else CONTESTANTS)[name]
     contestant = kind(place, how, mode == "train")
     for line in sys.stdin:
         order = json.loads(line)
@@ -349,7 +408,7 @@ def serve(name: str, place: Path, mode: str) -> None:
         print("answer", json.dumps(answer), flush=True)
 
 
-def resume(name: str, place: Path) -> dict[str, float]:
+def time_resume(name: str, place: Path) -> dict[str, float]:
     first = RESUMING[name].resume(place)
 
     def once() -> int:
@@ -436,7 +495,7 @@ def _drop_cache(files: list[Path]) -> None:
 
 
 def raw(place: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """MB/s without decoding, from the page cache (warm) and after it was dropped (cold)."""
+    """MB/s without decoding: from the page cache (warm; by processor time: warm cpu), after it was dropped (cold)."""
     from cmgan_dist.stream import ShardReader
 
     wds: Any = import_module("webdataset")
@@ -455,16 +514,23 @@ def raw(place: Path, rounds: int) -> dict[str, dict[str, float]]:
         with open(os.devnull, "wb") as nothing:
             subprocess.run(["cat", *map(str, tars)], stdout=nothing, check=True)
 
+    def cpu() -> float:
+        if way != "cat":
+            return time.process_time()
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
     ways = {"cat": cat, "ours": ours, "webdataset": theirs}
-    found: dict[str, dict[str, list[float]]] = {way: {"warm": [], "cold": []} for way in ways}
+    found: dict[str, dict[str, list[float]]] = {way: {"warm": [], "cold": [], "warm cpu": []} for way in ways}
     for _ in range(rounds):
         for way, read in ways.items():
             for state in ("cold", "warm"):
                 if state == "cold":
                     _drop_cache(tars)
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), cpu()
                 read()
                 found[way][state].append(total / (time.perf_counter() - start))
+            found[way]["warm cpu"].append(total / (cpu() - start_cpu))
     return {way: {state: statistics.median(v) for state, v in states.items()} for way, states in found.items()}
 
 
@@ -551,6 +617,20 @@ def differences(place: Path, workers: dict[str, Worker]) -> dict[str, float]:
     return found
 
 
+def equal_features(place: Path, workers: dict[str, Worker]) -> None:
+    """Raises BadInput when the contestants do not give the same numbers."""
+    wanted = [f"{shard}-{i:04d}" for shard in range(FEATURE_SHARDS) for i in range(0, FEATURE_BATCH, 100)]
+    found = {}
+    for name, worker in workers.items():
+        worker.ask(keys=wanted, path=str(place / "pixels.npz"))
+        with np.load(place / "pixels.npz") as features:
+            found[name] = {k: features[k] for k in wanted}
+    for name, features in found.items():
+        for key in wanted:
+            if not np.array_equal(features[key], found["ours"][key]):
+                raise BadInput(f"{name}'s features of {key} are not ours: not comparable")
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -564,6 +644,8 @@ def measure(arguments: Arguments, names: list[str], source: str, mode: str) -> d
         for name in names:
             workers[name] = Worker(pythons[name], name, place, mode)
         apart = differences(place, workers) if mode == "eval" else {}
+        if mode == "features":
+            equal_features(place, workers)
         for name, difference in apart.items():
             if difference > TOLERANCE[source]:
                 raise BadInput(f"{name}'s pixels of {source} are {difference:.2f} grey levels off: not comparable")
@@ -610,7 +692,7 @@ def main() -> None:
         place = Path(words[-1])
         tasks: dict[str, Callable[[], Any]] = {
             "write-mds": lambda: write_mds(place),
-            "resume": lambda: resume(words[0], place),
+            "resume": lambda: time_resume(words[0], place),
             "stages": lambda: stages(place, words[0]),
             "raw": lambda: raw(place, int(words[0])),
         }
@@ -626,6 +708,9 @@ def main() -> None:
     names = [n for n in CONTESTANTS if mosaicml or not n.startswith("mosaicml")]
     speed = {f"{source} {mode}": measure(arguments, names, source, mode) for source, mode in SETTINGS}
     print_speed(speed, names)
+    build_features(arguments.work / "features")
+    features = measure(arguments, list(FEATURE_CONTESTANTS), "features", "features")
+    print_speed({"features": features}, list(FEATURE_CONTESTANTS))
 
     parts: dict[str, Any] = {}
     for source, mode in SETTINGS:
@@ -661,9 +746,11 @@ def main() -> None:
         table.add_column(column, justify="left" if not column else "right")
     for way in next(iter(rates.values())):
         table.add_row(way, *(f"{r[way]['warm']:.0f} ({r[way]['cold']:.0f})" for r in rates.values()))
+        table.add_row("  by processor time", *(f"{r[way]['warm cpu']:.0f}" for r in rates.values()))
     Console(width=140).print(table)
     record: dict[str, Any] = {"images": arguments.images, "rounds": arguments.rounds, "batch": BATCH, "size": SIZE}
     record["samples_per_second"] = speed
+    record["feature_samples_per_second"] = {"batch": FEATURE_BATCH, **features}
     record["microseconds_per_sample"] = parts
     record["resume_seconds"] = resumed
     record["raw_mb_per_second"] = rates
