@@ -262,7 +262,9 @@ def rank(job: Job) -> int:
     session = prepare(job.config, "auto")  # see `check`
     session.parallel.watch_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    return run_session(session)
+    code = run_session(session)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the interpreter ends, SIGINT would kill again
+    return code
 
 
 def main() -> int:

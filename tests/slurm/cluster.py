@@ -46,8 +46,8 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=1
 JobRequeue=1
-KillWait=20
-SlurmdTimeout=6
+KillWait=60
+SlurmdTimeout=10
 InactiveLimit=0
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=4 RealMemory=8000 State=UNKNOWN
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=4 RealMemory=8000 State=UNKNOWN
@@ -80,7 +80,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(what: str, check: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(what: str, check: Callable[[], object], seconds: float = 400) -> None:
     """Poll until `check` is true; TimeoutError names `what`."""
     deadline = time.monotonic() + seconds
     while not check():
@@ -127,7 +127,7 @@ class Cluster:
         self._do("slurmd", "-N", node)
 
     def wait_idle(self) -> None:
-        wait_for("idle nodes", lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES), 90)
+        wait_for("idle nodes", lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES))
 
     def pid(self, name: str) -> int | None:
         """Of munged, slurmctld or a node's slurmd, if it runs."""
@@ -173,7 +173,7 @@ class Cluster:
         if self.pid("slurmctld"):
             self.run("scancel", "-u", "root", check=False)
             with contextlib.suppress(TimeoutError):  # what does not end by itself is killed below
-                wait_for("empty queue", lambda: not self.run("squeue", "-h", check=False), 40)
+                wait_for("empty queue", lambda: not self.run("squeue", "-h", check=False), 90)
         names = [*(f"slurmd-{n}" for n in NODES), "slurmctld", "munged"]
         processes = [psutil.Process(pid) for name in names if (pid := self.pid(name))]
         for process in processes:

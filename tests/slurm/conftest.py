@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, install, wait_for
+from tests.toy import make_features
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +25,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         wait_for("end of the cluster's processes", lambda: not cluster.processes())
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def nodes_are_back(cluster: Cluster) -> Iterator[None]:
     """Each test leaves an empty queue, two idle nodes and no process behind."""
     yield
@@ -33,11 +34,9 @@ def nodes_are_back(cluster: Cluster) -> Iterator[None]:
         if cluster.pid(f"slurmd-{node}") is None:
             cluster.start_node(node)
     cluster.wait_idle()
-    wait_for("end of the jobs' processes", lambda: not cluster.training(), 30)
+    wait_for("end of the jobs' processes", lambda: not cluster.training())
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.toy import make_features
-
     return make_features(tmp_path_factory.mktemp("toy") / "data", splits={"train": [70, 26], "val": [24]}, captions=3)

@@ -1,0 +1,135 @@
+"""The launcher of a node, without SLURM: its command line, its exit code, and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cmgan_dist.errors import BadInput
+from launchers.slurm.node import combined, read_job, zero_environment
+from tests.slurm.cluster import free_port, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ["--preset", "smoke", "--data", "d", "--output", "o"]
+
+
+@pytest.fixture(autouse=True)
+def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+
+
+def test_processes_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_job(WORDS).world == 1
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    assert read_job(WORDS).world == 12
+    for words in (["--processes-per-node", "2"], ["--processes-per-node=2"]):
+        job = read_job([*WORDS[:2], *words, *WORDS[2:]])
+        assert (job.world, job.arguments) == (6, WORDS)
+    for value in ("0", "-1", "two"):
+        with pytest.raises(BadInput, match=f"--processes-per-node is {value}, expected a whole number"):
+            read_job([*WORDS, "--processes-per-node", value])
+    with pytest.raises(BadInput, match="--processes-per-node has no value"):
+        read_job([*WORDS, "--processes-per-node"])
+
+
+def test_an_array_task_has_a_seed_and_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    job = read_job(WORDS)
+    assert (job.config.train.seed, job.output) == (7, Path("o/seed-7"))
+    for words in (["--train.seed", "3"], ["--train.seed=3"], ["train.seed=3"]):
+        with pytest.raises(BadInput, match=r"--train\.seed is given, and so is a job array"):
+            read_job([*WORDS, *words])
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([0, 0], 0), ([0, 85], 85), ([85, -6], 85), ([1, 2], 2), ([-9, 1], 1), ([-9, 0], 1), ([3], 1)],
+)
+def test_exit_code_of_a_node(codes: list[int], expected: int) -> None:
+    assert combined(codes) == expected
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "launchers" / "configs").glob("*.yaml")))
+def test_deepspeed_is_asked_for_as_accelerate_launch_asks(name: str, tmp_path: Path) -> None:
+    file = ROOT / "launchers" / "configs" / name
+    script = tmp_path / "show.py"
+    script.write_text("import json, os; print(json.dumps(dict(os.environ)))")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    launch += ["--num_processes", "1", "--main_process_port", str(free_port()), str(script)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=True)
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    for key, value in zero_environment(str(file)).items():
+        assert theirs[key] == value
+    assert theirs.get("ACCELERATE_USE_DEEPSPEED", "false") == zero_environment(str(file)).get(
+        "ACCELERATE_USE_DEEPSPEED", "false"
+    )
+
+
+def test_a_file_that_is_no_accelerate_config(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: [")
+    (tmp_path / "b.yaml").write_text("a: 1")
+    for name, sentence in (("a", "cannot be read"), ("b", "has no distributed_type"), ("c", "cannot be read")):
+        with pytest.raises(BadInput, match=f"{name}.yaml {sentence}"):
+            zero_environment(str(tmp_path / f"{name}.yaml"))
+
+
+def test_a_signal_to_every_process_saves(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    """As SLURM signals: all at once and more than once, here while they start."""
+    run = tmp_path / "run"
+    words = [
+        "--preset",
+        "smoke",
+        "stream.global_batch=16",
+        "train.tracker=none",
+        "train.threads=1",
+        "train.log_every=1",
+    ]
+    words += ["train.epochs=5000", "train.val_every=0", "train.save_every=5000", "--processes-per-node", "2"]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "launchers.slurm.node",
+            "run",
+            *words,
+            "--data",
+            str(feature_data()),
+            "--output",
+            str(run),
+        ],
+        env={
+            **os.environ,
+            "SLURM_JOB_ID": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(ROOT),
+        },
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        logs = [run / "logs" / f"rank-0000{rank}.log" for rank in (0, 1)]
+        wait_for("logs", lambda: all(log.exists() for log in logs))
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+            os.killpg(process.pid, number)
+            time.sleep(0.1)
+        _, errors = process.communicate(timeout=400)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 85, errors
+    assert "saved at sample" in errors
+    assert len(list((run / "checkpoints").glob("samples-*"))) == 1
