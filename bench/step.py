@@ -13,6 +13,8 @@ all. Contestants, each in a process of its own, which take turns in every round:
     reference, apart        discriminator phases on the rows they need only: less work, but not our losses
     reference, compiled     losses and optimiser steps by torch.compile
 
+Then two processes: collectives and bytes of each phase, and one against two with as many rows each.
+
 Before anything is timed, ours and the reference train side by side at the full widths, and every loss of every batch
 must agree (see `agreement`). A figure is the median over the rounds. On a machine that others use too, processor time
 with one thread is the figure to trust: threads that wait for each other count as busy. Writes bench/results/step.json.
@@ -20,6 +22,7 @@ with one thread is the figure to trust: threads that wait for each other count a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -84,6 +87,8 @@ class Arguments:
     """Batches over which losses are compared first; 0 leaves it out."""
     compiled: bool = True
     """Take the contestants that torch.compile makes."""
+    scale: int = 64
+    """Rows a process when collectives are counted and one and two processes are timed; 0 leaves it out."""
     output: str = "step"
     """Name of the results file."""
 
@@ -131,12 +136,15 @@ class Ours:
         self.networks: Networks = build_networks(self.config, spec, None, self.parallel)
         self.table, self.position = phase_table(self.config), 0
 
-    def update(self, batch: Batch) -> list[tuple[str, torch.Tensor]]:
-        """One batch; (phase, loss) in order."""
-        scene = make_scene(batch, self.networks, self.config, self.parallel, self.position, False)
+    def update(self, batch: Batch, mark: bool = False) -> list[tuple[str, torch.Tensor]]:
+        """One batch; (phase, loss) in order. `mark`: name the parts in a profile."""
+        part = torch.profiler.record_function if mark else contextlib.nullcontext
+        with part("part no-grad forward"):
+            scene = make_scene(batch, self.networks, self.config, self.parallel, self.position, False)
         out = []
         for phase in self.table:
-            terms = run_phase(phase, [scene], self.networks.engines, self.parallel.autocast)
+            with part(f"part {phase.name}"):
+                terms = run_phase(phase, [scene], self.networks.engines, self.parallel.autocast)
             losses = [value for name, value in terms.items() if name.startswith("loss/")]
             out.append((phase.name, torch.stack(losses).sum()))
         self.position += batch.size
@@ -277,6 +285,102 @@ def print_table(size: int, record: dict[str, Any]) -> None:
     Console(width=120).print(table)
 
 
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def collectives(ours: Ours, batch: Batch) -> dict[str, dict[str, float]]:
+    """One batch under torch.profiler: calls of collectives and bytes, by "PART KIND".
+
+    PART is the no-grad forward or a phase's name. Bytes are those that a process sends in a ring: 2 (W - 1) / W of what
+    an all-reduce sums, W - 1 times what a process gives to an all-gather."""
+    world = ours.parallel.world
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as trace:
+        ours.update(batch, mark=True)
+    assert trace.profiler is not None
+    events = list(trace.profiler.kineto_results.events())
+    parts = [(e.start_ns(), e.end_ns(), e.name().removeprefix("part ")) for e in events if e.name().startswith("part ")]
+    out: dict[str, dict[str, float]] = {}
+    for event in events:
+        backend, _, kind = event.name().partition(":")
+        if backend not in ("gloo", "nccl") or not event.shapes():
+            continue
+        part = next((name for start, end, name in parts if start <= event.start_ns() <= end), "outside")
+        count = 1
+        for extent in event.shapes()[0]:
+            count *= extent
+        item = {"float": 4, "int": 4, "unsigned char": 1, "double": 8, "long int": 8}[event.dtypes()[0]]
+        share = 2 * (world - 1) / world if kind == "all_reduce" else world - 1
+        entry = out.setdefault(f"{part} {kind}", {"calls": 0, "bytes": 0})
+        entry["calls"] += 1
+        entry["bytes"] += share * count * item
+    return out
+
+
+def least_gradients(ours: Ours, batch: Batch) -> dict[str, float]:
+    """Bytes that the gradient of each phase's loss has, by phase, summed over its turns; fp32, one process."""
+    scene = make_scene(batch, ours.networks, ours.config, ours.parallel, 0, False)
+    modules = {"generator": ours.networks.generator, **ours.networks.bare}
+    out: dict[str, float] = {}
+    for phase in ours.table:
+        run_phase(phase, [scene], ours.networks.engines, ours.parallel.autocast)
+        count = sum(p.grad.numel() for p in modules[phase.module].parameters() if p.grad is not None)
+        out[phase.name] = out.get(phase.name, 0) + 4 * count
+    return out
+
+
+def communicate(size: int) -> None:
+    """What each of the processes does: collectives of one batch of `size` rows a process, then the time of some."""
+    dims = Dims()
+    ours, data = Ours(size, dims), make_batches(size, dims)
+    for batch, _ in data[:1]:
+        ours.update(batch)
+    record: dict[str, Any] = {"world": ours.parallel.world}
+    if ours.parallel.world == 1:
+        record["gradient_bytes"] = least_gradients(ours, data[0][0])
+    else:
+        record["collectives"] = collectives(ours, data[0][0])
+    times = []
+    for batch, _ in data[:3]:
+        ours.parallel.barrier()
+        times.append(clocked(lambda batch=batch: ours.update(batch), 0))  # type: ignore[misc]
+    record["seconds"] = {clock: spread([t[clock] for t in times]) for clock in ("wall", "cpu")}
+    if ours.parallel.main:
+        print("answer", json.dumps(record), flush=True)
+    ours.networks.release()
+    ours.parallel.close()
+
+
+def scale(arguments: Arguments) -> dict[str, Any]:
+    """One and two processes with as many rows each, one thread each."""
+    out = {}
+    for world in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+        command = [*launch, "-m", "bench.step", "worker", "1", "communicate", str(arguments.scale)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        answers = [x.removeprefix("answer ") for x in done.stdout.splitlines() if x.startswith("answer ")]
+        if not answers:
+            raise RuntimeError(f"{world} processes ended with {done.returncode}: {done.stderr[-2000:]}")
+        out[str(world)] = json.loads(answers[0])
+    return out
+
+
+def print_scale(found: dict[str, Any]) -> None:
+    table = Table(title="two processes: what one sends in a batch, and the least", title_justify="left")
+    for column in ("", "calls", "MB", "gradient MB", "least gradient MB"):
+        table.add_column(column, justify="left" if not column else "right")
+    least, calls = found["1"]["gradient_bytes"], found["2"]["collectives"]
+    for part in dict.fromkeys(key.rpartition(" ")[0] for key in calls):
+        rows = {k: v for k, v in calls.items() if k.rpartition(" ")[0] == part}
+        reduced = sum(v["bytes"] for k, v in rows.items() if k.endswith("all_reduce"))
+        both = [sum(v[what] for v in rows.values()) for what in ("calls", "bytes")]
+        cells = [f"{both[0]:.0f}", f"{both[1] / 1e6:.2f}", f"{reduced / 1e6:.2f}", f"{least.get(part, 0) / 1e6:.2f}"]
+        table.add_row(part, *cells)
+    Console(width=120).print(table)
+    for world, row in found.items():
+        seconds = row["seconds"]
+        print(f"{world}: {seconds['wall']['median']:.2f} s wall, {seconds['cpu']['median']:.2f} s processor a batch")
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -286,6 +390,8 @@ def work(words: list[str]) -> None:
     torch.set_num_threads(int(threads) or os.cpu_count() or 1)
     if what == "serve":
         serve(rest[0], int(rest[1]), rest[2])
+    elif what == "communicate":
+        communicate(int(rest[0]))
     else:
         print("answer", json.dumps(agreement(64, Dims(), int(rest[0]), again=True)), flush=True)
 
@@ -325,6 +431,9 @@ def main() -> None:
     for size in arguments.batches:
         record["seconds"][str(size)] = measured = measure(arguments, size, names)
         print_table(size, measured)
+    if arguments.scale:
+        record["processes"] = found = scale(arguments)
+        print_scale(found)
     print(f"written to {write_results(arguments.output, record)}")
 
 
