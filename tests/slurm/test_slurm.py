@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -347,11 +346,3 @@ def test_an_array_trains_one_seed_a_task(run: Run) -> None:
     words = ["--config", str(run.config), "--train.seed", "4", "--output", str(run.output)]
     run.wait(run.submit(words=words))
     assert run.lines() == losses[1]
-
-
-def test_an_array_refuses_a_seed_of_its_own(run: Run) -> None:
-    job = run.submit("--array=3", words=["--config", str(run.config), "--train.seed", "4"])
-    wait_for("end of the array", lambda: run.cluster.run("squeue", "-h") == "")
-    assert run.cluster.state(f"{job}_3") == "FAILED"
-    assert "--train.seed is given, and so is a job array" in run.out()
-    assert os.listdir(run.folder) != []
