@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from cmgan_dist import losses
 from cmgan_dist.config import ModelConfig
+from cmgan_dist.kernels.choice import use_triton
+from cmgan_dist.kernels.pair_linear import pair_linear
 from cmgan_dist.kernels.shared_layer import GroupBatchNorm
 from cmgan_dist.networks import SLOPE
 
@@ -20,9 +22,11 @@ NAMES = ("d_image", "d_text", "d_image_inter", "d_text_inter")
 """D_I, D_T, D_CI (conditions on the image feature), D_CT (on the text feature)."""
 
 
-def _linear(inputs: int, outputs: int, config: ModelConfig, bias: bool = True) -> nn.Module:
+def _linear(inputs: int, outputs: int, config: ModelConfig, bias: bool = True) -> nn.Linear:
     layer = nn.Linear(inputs, outputs, bias=bias)
-    return spectral_norm(layer) if config.spectral_norm else layer
+    if config.spectral_norm:
+        spectral_norm(layer)
+    return layer
 
 
 class IntraDiscriminator(nn.Module):
@@ -47,10 +51,27 @@ class InterDiscriminator(nn.Module):
         self.norm = GroupBatchNorm(width, statistics=0, slope=SLOPE, kernels=config.kernels)
         self.out = _linear(width, 1, config)
 
-    def forward(self, common: Tensor, feature: Tensor, groups: Sequence[int]) -> Tensor:
-        """[R, E], [R, F], row counts of the groups -> logits [R]."""
-        x = self.hidden(torch.cat([common, feature.to(common.dtype)], dim=1))
+    def forward(self, common: Tensor, feature: Tensor | Sequence[Tensor], groups: Sequence[int]) -> Tensor:
+        """[R, E], features [R, F], row counts of the groups -> logits [R].
+
+        Features may also come one [n_k, F] per group; the same tensor for several groups is then used once."""
+        x = pair_linear(common, feature, groups, self.hidden.weight)
         return self.out(self.norm(x, groups)).squeeze(1).float()
+
+
+def discriminator_loss(
+    kind: str, real: Tensor, fakes: Sequence[tuple[Tensor, float, Tensor | None]], kernels: str
+) -> Tensor:
+    """`losses.discriminator_loss`; bce in one launch, gradient included, where `kernels` (model.kernels) allows it."""
+    fits = kind == "bce" and len(fakes) in (1, 2) and fakes[0][2] is None and all(len(f[0]) == len(real) for f in fakes)
+    if not (fits and use_triton("discriminator loss", kernels, real)):
+        return losses.discriminator_loss(kind, real, fakes)
+    from cmgan_dist.kernels.bce import discriminator_bce  # here: it imports Triton
+
+    fake, weight, _ = fakes[0]
+    wrong, wrong_weight, mask = fakes[1] if len(fakes) > 1 else (None, 0.0, None)
+    loss: Tensor = discriminator_bce(real, fake, wrong, mask, weight, wrong_weight)[0]
+    return loss
 
 
 def build_discriminators(config: ModelConfig, image_dim: int, text_dim: int) -> nn.ModuleDict:

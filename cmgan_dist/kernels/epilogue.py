@@ -388,6 +388,13 @@ class _SynchronisedBackward(torch.autograd.Function):
         return *found, *(None,) * 5
 
 
+@torch.compiler.disable
+def _synchronised(*args: Any) -> tuple[Tensor, Tensor]:
+    """torch.compile breaks its graph here: what `gather` does is not its to trace."""
+    made: tuple[Tensor, Tensor] = _Synchronised.apply(*args)
+    return made
+
+
 def fused_epilogue(
     x: Tensor,
     groups: Sequence[int],
@@ -413,15 +420,14 @@ def fused_epilogue(
     seed = torch.randint(2**62, (1,), device=x.device) if drop else None
     share = dropout if drop else 0.0
     if training and gather is not None:
-        y, stats = _Synchronised.apply(x, sizes, weight, bias, seed, gather, eps, slope, share)
+        y, stats = _synchronised(x, sizes, weight, bias, seed, gather, eps, slope, share)
     else:
         if training and 1 in sizes:
             raise ValueError(f"BatchNorm in training needs two rows or more in a group, the groups have {sizes}")
         y, stats = group_norm_act(x, sizes, weight, bias, mean, variance, seed, training, eps, slope, share)
     if training and mean is not None and variance is not None:
         update_running(stats.detach(), mean, variance, momentum)
-    made: Tensor = y
-    return made
+    return y
 
 
 def unsupported(x: Tensor, groups: Sequence[int]) -> str:

@@ -21,10 +21,10 @@ ROWS = {"x", "y", "dy", "dx", "real", "fake", "wrong"}
 """Pointers to what the model computes in; all others are float32."""
 POINTERS = ROWS | {
     *("moments", "stats", "weight", "bias", "running_mean", "running_var", "out", "sums", "dweight", "dbias"),
-    *("loss", "d_real", "d_fake", "d_wrong"),
+    *("loss", "grad"),
 }
 OTHERS = {"seed": "*i64", "mask": "*i1"}
-FLOATS = {"eps", "slope", "p", "momentum"}
+FLOATS = {"eps", "slope", "p", "momentum", "fake_weight", "wrong_weight"}
 ALIGNED = {"x_stride", "dy_stride", "channels"}
 """Multiples of 16, as for every width of the presets."""
 

@@ -1,0 +1,88 @@
+"""The kernels compiled for GPUs that are not here: they fit, spill nothing and move 16 bytes at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cmgan_dist.kernels import bce_kernels, epilogue, epilogue_kernels
+from tests.kernels.ahead import Compiled, compiled
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+TRAINING = ("TRAINING", "AFFINE")
+TILED: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (epilogue_kernels.moments_kernel, ()),
+    (epilogue_kernels.apply_kernel, TRAINING),
+    (epilogue_kernels.apply_kernel, (*TRAINING, "DROPOUT")),
+    (epilogue_kernels.sums_kernel, ("AFFINE",)),
+    (epilogue_kernels.sums_kernel, ("AFFINE", "DROPOUT")),
+    (epilogue_kernels.input_grad_kernel, ("AFFINE", "PARAMETERS")),
+    (epilogue_kernels.input_grad_kernel, ("AFFINE", "PARAMETERS", "DROPOUT")),
+)
+"""Kernels whose launch has a tile, with the flags that a training step compiles them with."""
+MORE: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (epilogue_kernels.apply_kernel, ("AFFINE",)),
+    (epilogue_kernels.apply_kernel, ("TRAINING",)),
+    (epilogue_kernels.input_grad_kernel, ("AFFINE",)),
+    (epilogue_kernels.input_grad_kernel, ()),
+)
+PLAIN = (epilogue_kernels.merge_parts_kernel, epilogue_kernels.update_running_kernel, bce_kernels.bce_kernel)
+REGISTERS_PER_SM = 65_536
+WARPS_WANTED = 12
+"""On a multiprocessor at once, so that loads of one hide behind those of others."""
+
+
+def check(made: Compiled, warps: int) -> None:
+    assert made.stack == 0, "registers are spilled"
+    assert made.shared <= 16 * 1024, "shared memory limits the number of blocks"
+    per_block = warps * 32 * (-(-made.registers // 8) * 8)
+    assert REGISTERS_PER_SM // per_block * warps >= WARPS_WANTED, f"{made.registers} registers leave too few warps"
+
+
+def check_tiled(kernel: Any, flags: tuple[str, ...], dtype: str, tile: epilogue.Tile, sm: int, folder: Path) -> None:
+    made = compiled(kernel, sm, dtype, tile, flags, folder)
+    check(made, tile.warps)
+    per_thread = tile.rows * tile.columns // (tile.warps * 32)
+    vectors = per_thread * (4 if dtype == "fp32" else 2) // 16
+    name = kernel.__name__
+    rows_read = 2 if name in ("sums_kernel", "input_grad_kernel") else 1
+    assert made.count(r"LDG\.E(\.\w+)*\.128") >= rows_read * vectors
+    if name in ("apply_kernel", "input_grad_kernel"):
+        assert made.count(r"STG\.E(\.\w+)*\.128") == vectors
+        assert made.count(r"STG\.E(\.\w+)*\.U?(8|16)$") == 0
+    if "DROPOUT" in flags:  # 10 rounds, two wide multiplications each, once per 4 elements
+        assert 0 < made.count(r"IMAD\.WIDE|IMAD\.HI|UIMAD\.WIDE") <= 30 * per_thread // 4
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("case", [2, 6], ids=["apply", "input_grad"])
+def test_kernels_fit_every_architecture(sm: int, case: int, tmp_path: Path) -> None:
+    check_tiled(*TILED[case], "bf16", epilogue.TILES[1], sm, tmp_path)
+
+
+@pytest.mark.parametrize("case", [0, 4])
+def test_reductions_fit(case: int, tmp_path: Path) -> None:
+    check_tiled(*TILED[case], "bf16", epilogue.TILES[1], 90, tmp_path)
+
+
+@pytest.mark.parametrize("kernel", PLAIN, ids=lambda k: k.__name__)
+def test_small_kernels_fit(kernel: Any, tmp_path: Path) -> None:
+    check(compiled(kernel, 90, "fp32", epilogue.Tile(16, 128, 4), (), tmp_path), 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("tile", epilogue.TILES, ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_every_configuration(sm: int, tile: epilogue.Tile, dtype: str, tmp_path: Path) -> None:
+    for kernel, flags in TILED + MORE:
+        check_tiled(kernel, flags, dtype, tile, sm, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_small_kernels_on_every_architecture(sm: int, tmp_path: Path) -> None:
+    for kernel in PLAIN:
+        check(compiled(kernel, sm, "fp32", epilogue.Tile(16, 128, 4), (), tmp_path), 4)
