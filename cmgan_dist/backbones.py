@@ -13,6 +13,7 @@ import importlib.util
 import pickle
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,8 @@ class TimmBackbone(ImageBackbone):
             _load_strictly(model, state, config.weights)
         super().__init__(_output_dim(model, config), config.trainable)
         self.model = model
+        if config.checkpoint and config.trainable:
+            _checkpoint_activations(model, name)
         self.register_buffer("scale", 1 / torch.tensor(std).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.settle()
@@ -152,6 +155,25 @@ class TimmBackbone(ImageBackbone):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
             features: Tensor = self.model((image - self.shift) * self.scale)
         return features.float()
+
+
+def _checkpoint_activations(model: nn.Module, name: str) -> None:
+    """Raises BadInput when timm cannot do it for this model."""
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError):
+        raise BadInput(
+            f"model.image.checkpoint: timm has no activation checkpointing for {name}: set it to false, or use "
+            "optim.accumulate to save memory"
+        ) from None
+
+    def momentum_once(norm: nn.Module, _: object, momentum: float | None) -> None:
+        # in the backward pass the rows come by a second time and must not count again
+        norm.momentum = 0.0 if torch._C._current_graph_task_id() != -1 else momentum  # type: ignore[assignment]
+
+    for part in model.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.register_forward_pre_hook(partial(momentum_once, momentum=part.momentum))
 
 
 def _first_line(error: Exception) -> str:
@@ -375,6 +397,8 @@ class SentenceEncoder(TextBackbone):
                 module.pooler = None  # its output is not used: it would be trained without a gradient
         super().__init__(model.get_embedding_dimension(), config.trainable)
         self.model = model
+        if config.checkpoint and config.trainable:
+            model[0].auto_model.activation_checkpointing_enable({"use_reentrant": False})
         self.settle()
 
     def tokenise(self, texts: list[str] | Tensor, device: torch.device | str = "cpu") -> TextInput:

@@ -64,6 +64,8 @@ class ImageBackboneConfig:
     """"" random, "hub" timm's download, a .pth or .safetensors file, or "package:NAME" for weights in a package."""
     trainable: bool = False
     """Fine-tune it with the generator; else it is frozen and in eval mode."""
+    checkpoint: bool = False
+    """Trained: keep few activations and compute the others again in the backward pass: less memory, a third slower."""
     image_size: int = 224
     """Side of the square input in pixels."""
 
@@ -79,6 +81,8 @@ class TextBackboneConfig:
     trainable: bool = False
     """Fine-tune it with the generator. The cnn's convolutions are always trained; false keeps word vectors that came
     from a file as they are."""
+    checkpoint: bool = False
+    """sentence, trained: keep few activations and compute the others again in the backward pass."""
     max_tokens: int = 64
     """Longer texts are cut."""
     word_dim: int = 300

@@ -389,3 +389,60 @@ def test_a_trainable_sentence_encoder_gives_every_parameter_a_gradient() -> None
     weights = torch.linspace(-1, 1, backbone.dim)
     (backbone(backbone.tokenise(SENTENCES)) * weights).sum().backward()
     assert all(p.grad is not None for p in backbone.parameters())
+
+
+def _saved(module: torch.nn.Module, *inputs: object) -> tuple[torch.Tensor, int]:
+    """Output, and how many numbers autograd has kept for the backward pass."""
+    kept = 0
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        return module(*inputs), kept
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])
+def test_image_activations_computed_again_change_nothing_but_memory(name: str) -> None:
+    """Gradients and running statistics too: a BatchNorm sees its rows twice."""
+    plain = TimmBackbone(ImageBackboneConfig(name=name, trainable=True, image_size=64))
+    saving = TimmBackbone(ImageBackboneConfig(name=name, trainable=True, image_size=64, checkpoint=True))
+    saving.load_state_dict(plain.state_dict())
+    kept = []
+    for step in range(2):
+        pictures = torch.randint(256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(step), dtype=torch.uint8)
+        for backbone in (plain, saving):
+            made, numbers = _saved(backbone, pictures)
+            made.square().sum().backward()
+            kept.append(numbers)
+    assert kept[1] < 0.7 * kept[0]
+    for (key, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
+        assert a.grad is not None
+        torch.testing.assert_close(a.grad, b.grad, msg=key)
+    for (key, a), (_, b) in zip(plain.named_buffers(), saving.named_buffers(), strict=True):
+        if not key.endswith("num_batches_tracked"):
+            torch.testing.assert_close(a, b, msg=key)
+
+
+def test_text_activations_computed_again_change_nothing_but_memory() -> None:
+    texts = ["a red bird", "two dogs run along the beach"]
+    grads, kept = [], []
+    for checkpoint in (False, True):
+        config = TextBackboneConfig(name="sentence", weights=MINILM, trainable=True, checkpoint=checkpoint)
+        encoder = build_text_backbone(config)
+        torch.manual_seed(0)
+        made, numbers = _saved(encoder, encoder.tokenise(texts))
+        made.square().mul(torch.arange(made.shape[1])).sum().backward()
+        kept.append(numbers)
+        grads.append({k: p.grad for k, p in encoder.named_parameters()})
+    assert kept[1] < 0.5 * kept[0]
+    for key, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][key], msg=key)
+
+
+def test_a_model_that_cannot_checkpoint_is_named() -> None:
+    config = ImageBackboneConfig(name="dla34", trainable=True, image_size=64, checkpoint=True)
+    with pytest.raises(BadInput, match=r"model.image.checkpoint: timm has no .* for dla34"):
+        TimmBackbone(config)
