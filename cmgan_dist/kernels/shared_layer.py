@@ -22,23 +22,24 @@ Gather = Callable[[Tensor], Tensor]
 """[...] of this process -> [W, ...] of all, differentiable; None where there is one process."""
 
 
-def synchronised_statistics(parts: Sequence[Tensor], gather: Gather) -> list[tuple[Tensor, Tensor, int]]:
-    """Per group (mean [C], biased variance [C], rows) over all processes, from one collective for all groups.
+def synchronised_statistics(parts: Sequence[Tensor], gather: Gather) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Per group (mean [C], biased variance [C], rows []) over all processes, from one collective for all groups.
 
     Each process sends count, mean and sum of squared deviations from its own mean, which are merged as by Chan et al.
     (1983): no cancellation, unlike sums of squares."""
     local = []
     for x in parts:
         x = x.float()
-        mean = x.mean(0)
+        mean = x.sum(0) / max(len(x), 1)  # of no rows: 0
         local.append(torch.cat([x.new_full((1,), float(len(x))), mean, (x - mean).square().sum(0)]))
     every = gather(torch.stack(local))  # [W, K, 1 + 2C]
     channels = parts[0].shape[1]
     count, mean_w, m2_w = every[..., :1], every[..., 1 : 1 + channels], every[..., 1 + channels :]
     total = count.sum(0)  # [K, 1]
-    mean = (count * mean_w).sum(0) / total
-    variance = (m2_w + count * (mean_w - mean).square()).sum(0) / total
-    return [(mean[k], variance[k], int(total[k])) for k in range(len(parts))]
+    some = total.clamp(min=1)
+    mean = (count * mean_w).sum(0) / some
+    variance = (m2_w + count * (mean_w - mean).square()).sum(0) / some
+    return [(mean[k], variance[k], total[k, 0]) for k in range(len(parts))]
 
 
 def group_batch_norm(
@@ -60,19 +61,20 @@ def group_batch_norm(
     Raises ValueError when a group has one row in all in training: it has no variance."""
     out = []
     parts = x.split(list(groups))
-    synced: list[tuple[Tensor, Tensor, int]] | None = None
+    synced: list[tuple[Tensor, Tensor, Tensor]] | None = None
     if training and gather is not None:
         synced = synchronised_statistics(parts, gather)
     for k, part in enumerate(parts):
         mean_var: tuple[Tensor | None, Tensor | None] = running[k] if running is not None else (None, None)
         if training and synced is not None:
             mean, variance, rows = synced[k]
-            if rows < 2:
-                raise ValueError(f"BatchNorm in training needs two rows or more in a group, group {k} has {rows}")
+            if len(part) == 1 and int(rows) == 1:  # reading it waits for the device, so not always
+                raise ValueError(f"BatchNorm in training needs two rows or more in a group, group {k} has one in all")
             if mean_var[0] is not None and mean_var[1] is not None:
                 with torch.no_grad():
-                    mean_var[0].lerp_(mean, momentum)
-                    mean_var[1].lerp_(variance * (rows / (rows - 1)), momentum)
+                    share = momentum * (rows > 0)
+                    mean_var[0].lerp_(mean, share)
+                    mean_var[1].lerp_(variance * (rows / (rows - 1).clamp(min=1)), share)
             normalised = (part.float() - mean) * torch.rsqrt(variance + eps)
             if weight is not None and bias is not None:
                 normalised = normalised * weight + bias

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from cmgan_dist.kernels.shared_layer import GroupBatchNorm, group_batch_norm, synchronised_statistics
+from cmgan_dist.kernels.shared_layer import Gather, GroupBatchNorm, group_batch_norm, synchronised_statistics
 
 
 @pytest.mark.parametrize("groups", [[5, 9], [2, 41], [16]])
@@ -41,11 +42,57 @@ def test_groups_are_not_normalised_together() -> None:
         assert part.mean(0).abs().max() < 1e-5
 
 
-def test_an_empty_group_is_passed_over() -> None:
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_an_empty_group_is_passed_over(synchronised: bool) -> None:
     bn = GroupBatchNorm(4, statistics=2)
-    x = torch.randn(6, 4)
-    assert bn(x, [6, 0]).shape == (6, 4)
+    bn.gather = (lambda t: torch.stack([t, t])) if synchronised else None
+    x = torch.randn(6, 4, requires_grad=True)
+    out = bn(x, [6, 0])
+    out.square().sum().backward()
+    assert out.shape == (6, 4)
     assert torch.equal(bn.running_mean[1], torch.zeros(4))
+    assert torch.equal(bn.running_var[1], torch.ones(4))
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("gather", [None, lambda t: t[None]])
+def test_one_row_has_no_variance(gather: Gather | None) -> None:
+    bn = GroupBatchNorm(4, statistics=2)
+    bn.gather = gather
+    with pytest.raises(ValueError, match=r"more than 1 value|two rows or more"):
+        bn(torch.randn(5, 4), [4, 1])
+
+
+def test_no_running_statistics_no_eval_mode() -> None:
+    with pytest.raises(ValueError, match="no eval mode"):
+        GroupBatchNorm(4, statistics=0).eval()(torch.randn(5, 4), [5])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_activation_and_dropout_are_those_of_torch(training: bool) -> None:
+    """Bit for bit, from the same random stream: what a run drew before the module had them it draws still."""
+    whole = GroupBatchNorm(32, slope=0.2, dropout=0.4).train(training)
+    bare = GroupBatchNorm(32).train(training)
+    bare.load_state_dict(whole.state_dict())
+    x = torch.randn(20, 32)
+    torch.manual_seed(3)
+    found = whole(x, [20])
+    torch.manual_seed(3)
+    assert torch.equal(found, F.dropout(F.leaky_relu(bare(x, [20]), 0.2), 0.4, training))
+
+
+def test_reference_passes_gradcheck_twice_in_float64() -> None:
+    torch.manual_seed(4)
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.leaky_relu(group_batch_norm(x, [4, 3], weight, bias, None, training=True), 0.2)
+
+    assert torch.autograd.gradcheck(run, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(run, (x, weight, bias))
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e4])
