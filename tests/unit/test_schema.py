@@ -181,6 +181,15 @@ def test_the_first_sample_of_a_piece_is_that_of_the_walk(form: int) -> None:
     assert outcomes >= {tuple, str}
 
 
+def test_no_byte_of_a_header_changes_unnoticed() -> None:
+    whole = tar_of(MEMBERS)
+    for at in (*range(148), *range(156, 512)):
+        for value in (whole[at] ^ 1, 255 - whole[at]):
+            piece = whole[:at] + bytes([value]) + whole[at + 1 :]
+            with pytest.raises(BadSample, match="damaged tar header at byte 0"):
+                first_sample(piece, "a.tar")
+
+
 def test_a_member_s_checksum_is_the_sum_of_its_header_s_bytes() -> None:
     rng = np.random.default_rng(0)
     for low in (0, 200, 255):
