@@ -163,6 +163,7 @@ def check(job: Job) -> int:
     elif "SLURM_JOB_ID" in os.environ and not integer("SLURM_RESTART_COUNT", 0):
         set_aside(job.output)
     say(f"{job.nodes} x {job.processes} processes, logs in {job.output / 'logs'}")
+    print(job.output)  # for the script
     return EXIT_DONE
 
 

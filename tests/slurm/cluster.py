@@ -138,21 +138,11 @@ class Cluster:
         return pid if psutil.pid_exists(pid) else None
 
     def node_processes(self, node: str) -> list[psutil.Process]:
-        """slurmd of a node, its slurmstepd and all that they started."""
-        found: dict[int, psutil.Process] = {}
+        """slurmd of a node, its slurmstepd, and then all that they started."""
         pid = self.pid(f"slurmd-{node}")
-        roots = [psutil.Process(pid)] if pid else []
-        for process in psutil.process_iter(["name"]):
-            if process.info["name"] == "slurmstepd" and self._environment(process).get("SLURMD_NODENAME") == node:
-                roots.append(process)
-        for process in roots:
-            found[process.pid] = process
-            found |= {p.pid: p for p in process.children(recursive=True)}
-        for process in psutil.process_iter():
-            mine = self._environment(process)
-            if mine.get("SLURM_CONF") == self.environment["SLURM_CONF"] and mine.get("SLURMD_NODENAME") == node:
-                found[process.pid] = process
-        return list(found.values())
+        tasks = [p for p in self.training() if self._environment(p).get("SLURMD_NODENAME") == node]
+        steps = {a.pid: a for p in tasks for a in p.parents() if a.name() == "slurmstepd"}
+        return [*([psutil.Process(pid)] if pid else []), *steps.values(), *tasks]
 
     @staticmethod
     def _environment(process: psutil.Process) -> dict[str, str]:
@@ -163,11 +153,11 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """What a power cut does to it, as far as its processes go."""
-        for process in self.node_processes(node):
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
+        processes = self.node_processes(node)
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # first all stand still: none may report that another died
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
     def stop(self) -> None:
         if self.pid("slurmctld"):
