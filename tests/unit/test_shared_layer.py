@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmgan_dist.config import ModelConfig
 from cmgan_dist.kernels.shared_layer import Gather, GroupBatchNorm, group_batch_norm, synchronised_statistics
+from cmgan_dist.networks import JOINED_ON_CPU, SharedLayers
 
 
 @pytest.mark.parametrize("groups", [[5, 9], [2, 41], [16]])
@@ -123,3 +127,24 @@ def test_synchronised_path_of_one_process_equals_the_plain_one() -> None:
     (out_b**3).sum().backward()
     torch.testing.assert_close(a.grad, b.grad)
     torch.testing.assert_close(plain.running_var, synced.running_var)
+
+
+@pytest.mark.parametrize("rows", [(5, 9), (JOINED_ON_CPU + 1, 3)])
+def test_one_gemm_or_two_is_the_same_function(rows: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, gradients and running statistics of both modalities, whichever way their sizes choose."""
+    torch.manual_seed(5)
+    layer = SharedLayers(ModelConfig(hidden_dim=6, common_dim=4))
+    other = copy.deepcopy(layer)
+    image, text = torch.randn(rows[0], 6), torch.randn(rows[1], 6)
+    assert layer.joins(image, text) == (max(rows) <= JOINED_ON_CPU)
+    layer.norm[0].gather = lambda t: t[None]
+    assert layer.joins(image, text), "one collective for both modalities"
+    layer.norm[0].gather = None
+    monkeypatch.setattr(other, "joins", lambda image, text: not layer.joins(image, text))
+    found = []
+    for module in (layer, other):
+        outputs = module(image, text)
+        sum(out.square().sum() for out in outputs).backward()
+        found.append([*outputs, *(p.grad for p in module.parameters()), *module.buffers()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
