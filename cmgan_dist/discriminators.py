@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from cmgan_dist import losses
 from cmgan_dist.config import ModelConfig
 from cmgan_dist.kernels.choice import use_triton
 from cmgan_dist.kernels.pair_linear import pair_linear
 from cmgan_dist.kernels.shared_layer import GroupBatchNorm
-from cmgan_dist.networks import SLOPE
+from cmgan_dist.networks import SLOPE, Reconstruction
 
 NAMES = ("d_image", "d_text", "d_image_inter", "d_text_inter")
 """D_I, D_T, D_CI (conditions on the image feature), D_CT (on the text feature)."""
@@ -36,9 +39,11 @@ class IntraDiscriminator(nn.Module):
         super().__init__()
         self.out = _linear(features, 1, config)
 
-    def forward(self, feature: Tensor) -> Tensor:
-        """[R, F] -> logits [R]."""
-        return self.out(feature).squeeze(1).float()
+    def forward(self, *parts: Tensor | Reconstruction) -> Tensor:
+        """Rows of one or more parts, [n_k, F] each -> logits [R]."""
+        weight, bias = self.out.weight, self.out.bias  # once: spectral normalisation goes on with each look at it
+        logits = [F.linear(p, weight) if isinstance(p, Tensor) else p.along(weight) for p in parts]
+        return torch.cat([x.float() for x in logits]).squeeze(1) + bias
 
 
 class InterDiscriminator(nn.Module):
@@ -51,11 +56,30 @@ class InterDiscriminator(nn.Module):
         self.norm = GroupBatchNorm(width, statistics=0, slope=SLOPE, kernels=config.kernels)
         self.out = _linear(width, 1, config)
 
-    def forward(self, common: Tensor, feature: Tensor | Sequence[Tensor], groups: Sequence[int]) -> Tensor:
+    @torch.no_grad()
+    def condition(self, feature: Tensor) -> Tensor | None:
+        """The feature's part of the hidden layer [R, 512], for several calls with the same features and frozen weights.
+
+        None with spectral normalisation, whose weights change from call to call."""
+        if is_parametrized(self.hidden):
+            return None
+        return F.linear(feature, self.hidden.weight[:, -feature.shape[1] :])
+
+    def forward(
+        self,
+        common: Tensor,
+        feature: Tensor | Sequence[Tensor],
+        groups: Sequence[int],
+        condition: Tensor | None = None,
+    ) -> Tensor:
         """[R, E], features [R, F], row counts of the groups -> logits [R].
 
-        Features may also come one [n_k, F] per group; the same tensor for several groups is then used once."""
-        x = pair_linear(common, feature, groups, self.hidden.weight)
+        Features may also come one [n_k, F] per group; the same tensor for several groups is then used once.
+        `condition`: what `condition` has made of the features."""
+        if condition is None:
+            x = pair_linear(common, feature, groups, self.hidden.weight)
+        else:
+            x = F.linear(common, self.hidden.weight[:, : common.shape[1]]) + condition
         return self.out(self.norm(x, groups)).squeeze(1).float()
 
 

@@ -28,6 +28,33 @@ a loss at 1024 (docs/kernels.md)."""
 
 
 @dataclass
+class Reconstruction:
+    """A decoder's output [B, F], hidden @ weight.T + bias, which is only built where it is asked for.
+
+    The intra-modality discriminators are linear: what they make of it needs one matrix-vector product,
+    w . (W h + b) = h . (W^T w) + w . b, and no row of F numbers."""
+
+    hidden: Tensor
+    """[B, H] what the decoder's last layer takes."""
+    weight: Tensor
+    """[F, H]."""
+    bias: Tensor
+    """[F]."""
+
+    def dense(self) -> Tensor:
+        """[B, F]."""
+        return F.linear(self.hidden, self.weight, self.bias)
+
+    def along(self, direction: Tensor) -> Tensor:
+        """Its product with each direction [D, F], in fp32: [B, D]."""
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return F.linear(self.hidden.float(), direction @ self.weight, direction @ self.bias)
+
+    def rows(self, first: int, stop: int) -> Reconstruction:
+        return Reconstruction(self.hidden[first:stop], self.weight, self.bias)
+
+
+@dataclass
 class Side:
     """What the generator makes of one modality."""
 
@@ -37,12 +64,12 @@ class Side:
     """[B, E] common representation."""
     logits: Tensor | None
     """[B, C] class logits, fp32; None without classes or when not asked for."""
-    reconstruction: Tensor | None
-    """[B, F] decoder output; None when not asked for."""
+    reconstruction: Reconstruction | None
+    """Decoder output; None when not asked for."""
 
     def rows(self, first: int, stop: int) -> Side:
         """Rows first..stop of feature, common and reconstruction."""
-        made = None if self.reconstruction is None else self.reconstruction[first:stop]
+        made = None if self.reconstruction is None else self.reconstruction.rows(first, stop)
         return Side(self.feature[first:stop], self.common[first:stop], None, made)
 
 
@@ -132,10 +159,11 @@ class Decoder(nn.Module):
         self.norm = GroupBatchNorm(config.hidden_dim, slope=SLOPE, kernels=config.kernels)
         self.out = nn.Linear(config.hidden_dim, features)
 
-    def forward(self, common: Tensor) -> Tensor:
+    def forward(self, common: Tensor) -> Reconstruction:
         """[B, E] -> [B, F]."""
-        out: Tensor = self.out(self.norm(self.hidden(common), [len(common)]))
-        return out
+        weight, bias = self.out.weight, self.out.bias
+        # as views they have a graph behind them, in which DDP looks for the parameters that a forward has used
+        return Reconstruction(self.norm(self.hidden(common), [len(common)]), weight.view_as(weight), bias.view_as(bias))
 
 
 class Generator(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cmgan_dist import losses
 from cmgan_dist.backbones import TextInput
 from cmgan_dist.config import Config
+from cmgan_dist.discriminators import InterDiscriminator, discriminator_loss
 from cmgan_dist.engine import Engine
 from cmgan_dist.networks import Side
 from cmgan_dist.order import generator_for
@@ -71,8 +72,10 @@ class Scene:
     """None when no loss needs it."""
     position: int
     """Samples seen before this batch."""
-    stats: dict[str, Tensor]
+    stats: dict[str, Tensor] = field(default_factory=dict)
     """Filled by the losses: accuracies and margins, for the log."""
+    conditions: dict[str, Tensor | None] = field(default_factory=dict)
+    """Filled by the generator's first step: the features' part of each inter-modality discriminator's hidden layer."""
 
 
 def pick_wrong(
@@ -108,8 +111,8 @@ def _record(scene: Scene, name: str, groups: dict[str, Tensor]) -> None:
         scene.stats[f"margin/{name}"] = groups["real"].mean() - groups["fake"].mean()
 
 
-def _penalties(scene: Scene, name: str, real: list[Tensor], fake: list[Tensor]) -> Terms:
-    """R1 on real input, lazily, and WGAN-GP's penalty at random points between real and fake."""
+def _penalties(scene: Scene, name: str, real: list[Tensor], fake: list[Callable[[], Tensor]]) -> Terms:
+    """R1 on real input, lazily, and WGAN-GP's penalty between real and fake, which only that builds."""
     config, module, terms = scene.config.loss, scene.discriminators[name], Terms()
 
     def call(inputs: list[Tensor]) -> Tensor:
@@ -124,9 +127,14 @@ def _penalties(scene: Scene, name: str, real: list[Tensor], fake: list[Tensor]) 
             rows = slice(scene.first_row, scene.first_row + len(real[0]))  # the same whatever the number of processes
             draws = generator_for(scene.config.train.seed, scene.position, 9).random(scene.total)[rows]
             share = torch.from_numpy(draws).float()[:, None].to(real[0].device)
-            at = [torch.lerp(f.float(), r.float(), share).requires_grad_() for r, f in zip(real, fake, strict=True)]
+            ends = [(f().detach().float(), r.detach().float()) for r, f in zip(real, fake, strict=True)]
+            at = [torch.lerp(f, r, share).requires_grad_() for f, r in ends]
             terms["gradient_penalty"] = config.gradient_penalty * losses.gradient_penalty(call(at), at)
     return terms
+
+
+def _discriminator_loss(scene: Scene, real: Tensor, fakes: list[tuple[Tensor, float, Tensor | None]]) -> Tensor:
+    return discriminator_loss(scene.config.loss.adversarial, real, fakes, scene.config.model.kernels)
 
 
 def intra(name: str, side: Callable[[Scene], Side]) -> Callable[[Scene], Terms]:
@@ -135,11 +143,10 @@ def intra(name: str, side: Callable[[Scene], Side]) -> Callable[[Scene], Terms]:
     def loss(scene: Scene) -> Terms:
         made = side(scene)
         assert made.reconstruction is not None
-        logits = scene.discriminators[name](torch.cat([made.feature, made.reconstruction.to(made.feature.dtype)]))
-        real, fake = logits.chunk(2)
+        real, fake = scene.discriminators[name](made.feature, made.reconstruction).chunk(2)
         _record(scene, name, {"real": real, "fake": fake})
-        adversarial = losses.discriminator_loss(scene.config.loss.adversarial, real, [(fake, 1.0, None)])
-        return {"adversarial": adversarial, **_penalties(scene, name, [made.feature], [made.reconstruction.float()])}
+        adversarial = _discriminator_loss(scene, real, [(fake, 1.0, None)])
+        return {"adversarial": adversarial, **_penalties(scene, name, [made.feature], [made.reconstruction.dense])}
 
     return loss
 
@@ -158,12 +165,11 @@ def inter(
         wrong_feature: Tensor = feature if conditional else getattr(wrong, f"{modality}_feature")
         commons = torch.cat([mine.common, theirs.common, wrong_common.to(mine.common.dtype)])
         rows = [len(feature)] * 3
-        logits = scene.discriminators[name](commons, torch.cat([feature, feature, wrong_feature]), rows)
+        logits = scene.discriminators[name](commons, [feature, feature, wrong_feature], rows)
         real, fake, mismatched = logits.chunk(3)
         _record(scene, name, {"real": real, "fake": fake, "wrong": mismatched})
-        kind = scene.config.loss.adversarial
-        adversarial = losses.discriminator_loss(kind, real, [(fake, 0.5, None), (mismatched, 0.5, wrong.mask)])
-        between = ([mine.common.float(), feature], [theirs.common.float(), feature])
+        adversarial = _discriminator_loss(scene, real, [(fake, 0.5, None), (mismatched, 0.5, wrong.mask)])
+        between = ([mine.common.float(), feature], [lambda: theirs.common, lambda: feature])
         return {"adversarial": adversarial, **_penalties(scene, name, *between)}
 
     return loss
@@ -175,7 +181,11 @@ def _generator_terms(
     """One side's generator terms: fool the other modality's inter discriminator and its own intra one, classify."""
     config, terms = scene.config.loss, Terms()
     if config.inter:
-        logits = scene.bare[inter_name](made.common, condition, [len(condition)])
+        judge = scene.bare[inter_name]
+        assert isinstance(judge, InterDiscriminator)
+        if inter_name not in scene.conditions:  # neither weights nor features change over the generator's steps
+            scene.conditions[inter_name] = judge.condition(condition)
+        logits = judge(made.common, condition, [len(condition)], scene.conditions[inter_name])
         terms["inter"] = config.inter * losses.generator_loss(config.adversarial, logits)
     if config.intra:
         assert made.reconstruction is not None

@@ -237,7 +237,6 @@ def make_scene(
         fake_text=fake_text,
         wrong=_wrong(image_side, text_side, labels, all_labels, size, first, total, config, parallel, position),
         position=position,
-        stats={},
     )
 
 
@@ -540,9 +539,9 @@ def give_up(session: Session, losses: list[str], wrong: Tensor, batches: list[Ba
         write_atomic(session.run / "failure.json", json.dumps(record, indent=1) + "\n")
     step = progress.position // session.config.stream.global_batch
     raise BadInput(
-        f"{losses[0]} is not finite in phase {losses[0].split('/')[1]} of step {step} (sample {progress.position}, keys "
-        f"{', '.join(keys[:3])}{' ...' * (len(keys) > 3)}, all in {session.run / 'failure.json'}): the state before it "
-        f"is in {saved}; go on with a lower optim.generator_lr or optim.discriminator_lr",
+        f"{losses[0]} is not finite in phase {losses[0].split('/')[1]} of step {step}, sample {progress.position} "
+        f"(keys {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}, all in {session.run / 'failure.json'}): the state "
+        f"before it is in {saved}; go on with a lower optim.generator_lr or optim.discriminator_lr",
         everywhere=True,
     )
 
