@@ -142,7 +142,10 @@ class Cluster:
         pid = self.pid(f"slurmd-{node}")
         tasks = [p for p in self.training() if self._environment(p).get("SLURMD_NODENAME") == node]
         steps = {a.pid: a for p in tasks for a in p.parents() if a.name() == "slurmstepd"}
-        return [*([psutil.Process(pid)] if pid else []), *steps.values(), *tasks]
+        below = {
+            c.pid: c for step in steps.values() for c in step.children(recursive=True)
+        }  # srun hides its environment
+        return [*([psutil.Process(pid)] if pid else []), *steps.values(), *below.values()]
 
     @staticmethod
     def _environment(process: psutil.Process) -> dict[str, str]:

@@ -293,6 +293,17 @@ def test_a_killed_rank_ends_the_job_with_its_name(run: Run) -> None:
     assert "before a new checkpoint: the job ends" in run.out()
 
 
+def test_a_rank_killed_after_a_checkpoint_costs_one_more_start(run: Run) -> None:
+    job = run.submit("--nodes=2")
+    wait_for("checkpoint", lambda: run.position() > 0)
+    next(p for p in run.cluster.training() if p.environ().get("RANK") == "1").kill()
+    wait_for("requeue", lambda: run.cluster.job(job)["Restarts"] == "1")
+    assert "failed with exit code 1 after checkpoint samples-" in run.out()
+    run.end_soon()
+    run.wait(job)
+    run.assert_equals_undisturbed(2)
+
+
 def test_a_lost_node_leaves_the_job_to_the_other(run: Run) -> None:
     """All processes of a node die at once; with --nodes=1-2 the run goes on with what is left."""
     job = run.submit("--nodes=1-2")
