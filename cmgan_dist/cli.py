@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import re
 from collections.abc import Sequence
 from typing import TypeVar
 
 import tyro
+from rich.console import Console
+from rich.logging import RichHandler
 
 from cmgan_dist.errors import BadInput
 
 T = TypeVar("T")
+
+
+def log_to_stderr() -> None:
+    """Our own log from INFO on and everybody else's from WARNING on; stdout is for results."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("cmgan_dist").setLevel(logging.INFO)
 
 
 def _flag_form(args: Sequence[str]) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from rich.logging import RichHandler
 
-from cmgan_dist.cli import parse
+from cmgan_dist.cli import log_to_stderr, parse
 from cmgan_dist.errors import BadInput, run_main
 
 
@@ -46,7 +44,7 @@ class Arguments:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    log_to_stderr()
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/evaluate.py")
     from cmgan_dist.baselines import baseline_table
     from cmgan_dist.checkpoint import MODEL, load_best

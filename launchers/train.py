@@ -9,16 +9,13 @@ Exit codes: 0 done, 2 bad input, 85 saved after a signal.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.logging import RichHandler
-
-from cmgan_dist.cli import parse
+from cmgan_dist.cli import log_to_stderr, parse
 from cmgan_dist.config import Config, to_yaml, validate
 from cmgan_dist.errors import EXIT_BAD_INPUT, BadInput, run_main
 from cmgan_dist.presets import load_config, preset
@@ -59,7 +56,7 @@ def parse_arguments(args: Sequence[str]) -> tuple[Config, Arguments]:
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    log_to_stderr()
     try:
         config, arguments = parse_arguments(sys.argv[1:])
         if arguments.dry_run:
