@@ -66,6 +66,7 @@ OBJECT_STORE = 100 * 2**20
 """Bytes; the search keeps nothing there."""
 MOST_FAILURES = 3
 """Times that a trial whose process died is started again from its last checkpoint."""
+NODES_WITHIN_S = 180.0
 SAME = ("preset", "config", "data", "trials", "algorithm", "epochs", "val_every", "grace", "reduction", "seed")
 """What --resume must find as it was."""
 
@@ -122,6 +123,8 @@ class Arguments:
     """Go on with the search in --output."""
     address: str = ""
     """Ray cluster: auto, or its address; "" starts Ray on this machine."""
+    nodes: int = 1
+    """Wait until so many nodes have joined the cluster."""
     seed: int = 0
     """Of the settings that are drawn."""
 
@@ -169,7 +172,7 @@ def check_data(config: Config, test_split: str) -> int:
     return -(-total // every)
 
 
-def start_ray(address: str) -> None:
+def start_ray(address: str, least: int) -> None:
     import ray
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -188,8 +191,14 @@ def start_ray(address: str) -> None:
             ) from None
     else:
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **settings)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    log.info("Ray: %d node%s, %g CPUs, %g GPUs", len(nodes), "s" * (len(nodes) > 1), *_resources())
+    deadline = time.monotonic() + NODES_WITHIN_S
+    while (nodes := sum(node["Alive"] for node in ray.nodes())) < least:
+        if time.monotonic() > deadline:
+            raise BadInput(
+                f"--nodes is {least}, but {nodes} joined within {NODES_WITHIN_S:.0f} s: see the others' logs"
+            )
+        time.sleep(0.5)
+    log.info("Ray: %d node%s, %g CPUs, %g GPUs", nodes, "s" * (nodes > 1), *_resources())
 
 
 def _resources() -> tuple[float, float]:
@@ -448,7 +457,7 @@ def search(arguments: Arguments) -> int:
     identity = {name: getattr(arguments, name) for name in SAME} | {"data": config.data, "space": space}
     check_resume(output, identity, arguments)
     validations = check_data(config, arguments.test_split if arguments.test else "")
-    start_ray(arguments.address)
+    start_ray(arguments.address, arguments.nodes)
     try:
         return run_search(arguments, config, space, output, identity, validations)
     finally:
@@ -546,7 +555,9 @@ def check_resume(output: Output, identity: dict[str, Any], arguments: Arguments)
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)]
+    )
     arguments = parse(Arguments, sys.argv[1:], prog="tune/search.py")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
