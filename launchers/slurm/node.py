@@ -186,6 +186,7 @@ def start(job: Job, node: int, local_rank: int, log: IO[bytes]) -> subprocess.Po
     }
     command = [sys.executable, "-m", "launchers.slurm.node", "rank", *job.arguments]
     environment = {**os.environ, **job.environment, **{k: str(v) for k, v in values.items()}}
+    environment.pop("SLURM_ARRAY_TASK_ID", None)  # the arguments have its seed and folder by now
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 

@@ -137,16 +137,6 @@ class Cluster:
         pid = int(path.read_text())
         return pid if psutil.pid_exists(pid) else None
 
-    def node_processes(self, node: str) -> list[psutil.Process]:
-        """slurmd of a node, its slurmstepd, and then all that they started."""
-        pid = self.pid(f"slurmd-{node}")
-        tasks = [p for p in self.training() if self._environment(p).get("SLURMD_NODENAME") == node]
-        steps = {a.pid: a for p in tasks for a in p.parents() if a.name() == "slurmstepd"}
-        below = {
-            c.pid: c for step in steps.values() for c in step.children(recursive=True)
-        }  # srun hides its environment
-        return [*([psutil.Process(pid)] if pid else []), *steps.values(), *below.values()]
-
     @staticmethod
     def _environment(process: psutil.Process) -> dict[str, str]:
         try:
@@ -156,11 +146,24 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """What a power cut does to it, as far as its processes go."""
-        processes = self.node_processes(node)
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # first all stand still: none may report that another died
+        pid = self.pid(f"slurmd-{node}")
+        tasks = [p for p in self.training() if self._environment(p).get("SLURMD_NODENAME") == node]
+        steps = {a.pid: a for p in tasks for a in p.parents() if a.name() == "slurmstepd"}
+        daemons = [*([psutil.Process(pid)] if pid else []), *steps.values()]
+        # by process group: srun hides its environment, and its second process has no parent
+        groups = {os.getpgid(child.pid) for step in steps.values() for child in step.children(recursive=True)}
+        members = [p for p in psutil.process_iter() if psutil.pid_exists(p.pid) and os.getpgid(p.pid) in groups]
+
+        def send(number: int, processes: list[psutil.Process]) -> None:
             for process in processes:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(number)
+
+        # The daemons stand still first, to report nothing, and die last: an srun whose parent is gone asks the
+        # controller to end the step, which would end the next start's.
+        send(signal.SIGSTOP, daemons)
+        send(signal.SIGKILL, members)
+        send(signal.SIGKILL, daemons)
 
     def stop(self) -> None:
         if self.pid("slurmctld"):

@@ -335,7 +335,6 @@ def test_a_node_set_down_ends_a_job_that_may_not_be_queued_again(run: Run) -> No
     run.cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
     run.wait(job, "NODE_FAIL")
     wait_for("end of the job's processes", lambda: not run.cluster.training())
-    run.cluster.run("scontrol", "update", "nodename=node2", "state=resume")
 
 
 # ---------------------------------------------------------------------------------------------- seeds
