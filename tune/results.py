@@ -149,20 +149,21 @@ def show_value(value: Any) -> str:
 
 
 def show_table(records: list[Record], confirmed: list[Confirmed], console: Console, most: int = 10) -> None:
-    """The best trials, with the values that differ among them, and how they were confirmed."""
+    """The best trials and how they were confirmed; the values of the first three."""
     best = ranked(records)[:most]
     table = Table(title=f"The best of {len(records)} trials", title_justify="left", title_style="bold")
     for name in ("trial", "validation", "I→T", "T→I", "epochs"):
         table.add_column(name, justify="right", no_wrap=True)
     if confirmed:
         table.add_column("over seeds", justify="right", no_wrap=True)
-    table.add_column("values")
     means = {c.name: f"{c.mean:.4f} ± {c.std:.4f}" for c in confirmed}
     for r in best:
-        values = "  ".join(f"{path.rpartition('.')[2]} {show_value(v)}" for path, v in r.values.items())
         cells = [r.name, f"{r.best:.4f}", f"{r.image_to_text:.4f}", f"{r.text_to_image:.4f}", f"{r.epochs:.0f}"]
-        table.add_row(*cells, *([means.get(r.name, "")] if confirmed else []), values)
+        table.add_row(*cells, *([means.get(r.name, "")] if confirmed else []))
     console.print(table)
+    for r in best[:3]:
+        values = "  ".join(f"{path.rpartition('.')[2]} {show_value(v)}" for path, v in r.values.items())
+        console.print(f"trial {r.name}: {values}", highlight=False, soft_wrap=True)
     for r in records:
         if r.failed:
             console.print(f"trial {r.name} failed: {r.failed}", highlight=False, soft_wrap=True)

@@ -415,7 +415,7 @@ def confirm(
     return sorted(out, key=lambda c: -c.mean), results, False
 
 
-def test_scores(results: list[Any], split: str) -> dict[str, list[float]]:
+def test_scores(runs: list[Path], split: str) -> dict[str, list[float]]:
     """{metric: [mean, standard deviation]} of the runs' best generators on `split`."""
     from cmgan_dist.embed import embed_split, load_model
     from cmgan_dist.metrics import evaluate
@@ -423,9 +423,8 @@ def test_scores(results: list[Any], split: str) -> dict[str, list[float]]:
     from cmgan_dist.stream import ShardReader
 
     found: dict[str, list[float]] = {}
-    for result in results:
-        with result.checkpoint.as_directory() as folder:
-            generator, config, _ = load_model(Path(folder))
+    for run in runs:
+        generator, config, _ = load_model(run)
         parallel = Parallel(config.train.precision)
         generator.to(parallel.device)
         reader = ShardReader(config.data.split(",")[0], split, config.stream)
@@ -505,10 +504,11 @@ def run_search(
     test: dict[str, Any] = {}
     if best and not stopped:
         runs = finished.get(best) or [pairs[names[best]][1]]
-        with runs[0].checkpoint.as_directory() as folder:
-            output.put(Path(folder), "best")
-        if arguments.test:
-            test = {"name": best, "seeds": len(runs), "scores": test_scores(runs, arguments.test_split)}
+        with contextlib.ExitStack() as stack:  # of a remote output, local copies
+            folders = [Path(stack.enter_context(run.checkpoint.as_directory())) for run in runs]
+            output.put(folders[0], "best")
+            if arguments.test:
+                test = {"name": best, "seeds": len(runs), "scores": test_scores(folders, arguments.test_split)}
     facts: dict[str, Any] = {"trials": len(records), "algorithm": arguments.algorithm, "trials at a time": at_a_time}
     timing = {"search_s": wall, "trial_s": sum(r.seconds for r in records), "slots": at_a_time}
     facts |= {"data": config.data, "search": f"{wall:.0f} s", "sum of trials": f"{timing['trial_s']:.0f} s"}

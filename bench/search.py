@@ -1,0 +1,132 @@
+"""What a search brings: its best setting against the preset over new seeds, ASHA against random settings at the same
+number of epochs, and what the search itself costs.
+
+    python bench/search.py --preset openmoji --data data/openmoji-features [--trials 40] [--confirm 5]
+
+Runs `tune/search.py` as a user calls it, in --work; what is finished there is not done again. The random search gets as
+many whole trials as ASHA trained epochs. The test split is read for the best setting and, to compare, for the preset,
+after validation alone has chosen. Writes bench/results/search-PRESET.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.common import write_results
+from cmgan_dist.cli import parse
+from cmgan_dist.errors import EXIT_DONE, BadInput, run_main
+from tune.search import test_scores
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURES = ("map/image_to_text", "map/text_to_image", "map/mean")
+
+
+@dataclass
+class Arguments:
+    """Search from a preset with ASHA and with random settings, and compare."""
+
+    data: Path
+    """Folder of shards with classes."""
+    preset: str = "openmoji"
+    """Preset to start from."""
+    trials: int = 40
+    """Settings that ASHA tries."""
+    reduction: int = 3
+    """One in this many goes on at each rung."""
+    confirm: int = 5
+    """Seeds of the best settings and the preset."""
+    confirm_top: int = 2
+    """Settings that are confirmed beside the preset."""
+    work: Path = Path("runs/search")
+    """Where the searches are kept."""
+
+
+def search(arguments: Arguments, name: str, *extra: str) -> dict[str, Any]:
+    """trials.json of the search WORK/PRESET/NAME, which is run, or gone on with, unless it has ended."""
+    folder = arguments.work / arguments.preset / name
+    file = folder / "trials.json"
+    if not file.is_file() or json.loads(file.read_text())["interrupted"]:
+        command = [sys.executable, str(ROOT / "tune" / "search.py"), "--preset", arguments.preset]
+        command += ["--data", str(arguments.data), "--output", str(folder), "--resume", *extra]
+        code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
+        if code != EXIT_DONE:
+            raise BadInput(f"the search in {folder} ended with {code}: see above, then start again")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def spread(values: list[float]) -> list[float]:
+    """[mean, standard deviation]"""
+    return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """Budget, cost and the best trial of a search."""
+    timing, trials = found["timing"], found["trials"]
+    best = max(trials, key=lambda t: t["best"])
+    return {
+        "trials": len(trials),
+        "failed": sum(t["status"] == "failed" for t in trials),
+        "epochs": sum(t["epochs"] for t in trials),
+        "best_validation_one_seed": best["best"],
+        "best_values": best["values"],
+        "search_s": timing["search_s"],
+        "sum_of_trials_s": timing["trial_s"],
+        "trials_at_a_time": timing["slots"],
+        "overhead": timing["search_s"] * timing["slots"] / timing["trial_s"] - 1,
+    }
+
+
+def main() -> None:
+    arguments = parse(Arguments, sys.argv[1:], prog="bench/search.py")
+    many = [f"--trials={arguments.trials}", f"--reduction={arguments.reduction}", f"--confirm={arguments.confirm}"]
+    asha = search(arguments, "asha", *many, f"--confirm-top={arguments.confirm_top}")
+    whole = max(t["epochs"] for t in asha["trials"])
+    count = max(1, round(sum(t["epochs"] for t in asha["trials"]) / whole))
+    random = search(arguments, "random", f"--trials={count}", "--algorithm=random", "--no-test")
+
+    confirmed = {c["name"]: c for c in asha["confirmed"]}
+    best, preset = confirmed[asha["best"]], confirmed["preset"]
+    differences = [a - b for a, b in zip(best["scores"], preset["scores"], strict=True)]
+    test = {"best": asha["test"]["scores"]}
+    if best is not preset:
+        test["preset"] = test_scores([Path(p) for p in preset["checkpoints"]], "test")
+    record = {
+        "preset": arguments.preset,
+        "asha": summary(asha),
+        "random": summary(random),
+        "confirmed": {n: {k: c[k] for k in ("values", "scores", "mean", "std")} for n, c in confirmed.items()},
+        "best": asha["best"],
+        "gain_on_validation": spread(differences),
+        "test": {name: {m: scores[m] for m in MEASURES} for name, scores in test.items()},
+        "importance": asha["importance"],
+    }
+    table = Table(title=f"{arguments.preset}: {arguments.confirm} new seeds", title_justify="left")
+    for name in ("", "validation", *(f"test {m}" for m in MEASURES)):
+        table.add_column(name)
+    for name, entry, key in ((f"trial {asha['best']}", best, "best"), ("preset", preset, "preset")):
+        scores = test.get(key, test["best"])
+        cells = [f"{scores[m][0]:.4f} ± {scores[m][1]:.4f}" for m in MEASURES]
+        table.add_row(name, f"{entry['mean']:.4f} ± {entry['std']:.4f}", *cells)
+    console = Console(width=140)
+    console.print(table)
+    for name, found in (("asha", summary(asha)), ("random", summary(random))):
+        console.print(
+            f"{name}: {found['trials']} trials, {found['epochs']:.0f} epochs, best on one seed "
+            f"{found['best_validation_one_seed']:.4f}, overhead {100 * found['overhead']:.1f} %"
+        )
+    print(f"written to {write_results(f'search-{arguments.preset}', record)}")
+
+
+if __name__ == "__main__":
+    run_main(main)
