@@ -10,6 +10,7 @@ all. Contestants, each in a process of its own, which take turns in every round:
     ours, compiled          the same with train.compile
     reference               bench/reference_step.py: the algorithm written straight, torch's default Adam
     reference, fused Adam   the same with Adam(fused=True): what that switch alone brings
+    reference, kept memory  with glibc told to reuse freed memory, as ours tells it
     reference, apart        discriminator phases on the rows they need only: less work, but not our losses
     reference, compiled     losses and optimiser steps by torch.compile
 
@@ -45,7 +46,7 @@ from cmgan_dist.cli import parse
 from cmgan_dist.config import Config
 from cmgan_dist.errors import BadInput, run_main
 from cmgan_dist.networks import DataSpec
-from cmgan_dist.parallel import Parallel
+from cmgan_dist.parallel import Parallel, keep_freed_memory
 from cmgan_dist.phases import phase_table, run_phase
 from cmgan_dist.presets import preset
 from cmgan_dist.stream import Batch
@@ -61,6 +62,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "ours, compiled": {"compiled": True},
     "reference": {},
     "reference, fused Adam": {"fused": True},
+    "reference, kept memory": {"kept": True},
     "reference, apart": {"joined": False},
     "reference, compiled": {"compiled": True},
 }
@@ -160,12 +162,13 @@ def make_step(name: str, size: int, precision: str, dims: Dims | None = None) ->
     """The contestant's next batch as a function."""
     dims = dims or Dims()
     batches = make_batches(size, dims)
-    options, turn = CONTESTANTS[name], iter(range(1 << 60))
-    ours = Ours(size, dims, precision, bool(options.get("compiled")) and name.startswith("ours"))
+    options, turn = dict(CONTESTANTS[name]), iter(range(1 << 60))
     if name.startswith("ours"):
+        ours = Ours(size, dims, precision, bool(options.get("compiled")))
         return lambda: ours.update(batches[next(turn) % POOL][0])
+    if options.pop("kept", False):
+        keep_freed_memory()
     reference = ReferenceStep(dims, precision=precision, **options)
-    ours.hand_over(reference)
     return lambda: reference.update(batches[next(turn) % POOL][1])
 
 

@@ -125,7 +125,7 @@ def _synchronise_statistics(module: nn.Module) -> None:
             part.forward = types.MethodType(_synchronised_forward, part)  # type: ignore[method-assign]
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to reuse freed memory instead of handing it back: each step frees and takes the same gradients, and a
     page fault for each 4 KiB of them took a quarter of a step on a CPU (bench/step.py)."""
     library = ctypes.CDLL(None)
@@ -221,7 +221,7 @@ class Parallel:
             raise RuntimeError(f"{started} processes were started but accelerate joined {self.world}")
         self._signalled = False
         if self.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
 
     @property
     def kind(self) -> str:
