@@ -1,4 +1,5 @@
 # make train: everything from nothing to a trained, evaluated model.  make test: what CI runs.
+# make test-all: the slow ones too.  make test-slurm: on a SLURM of two virtual nodes (root).  make bench-gpu: on a GPU.
 PYTHON ?= python3
 BIN := .venv/bin
 DATA := data
@@ -6,7 +7,7 @@ RUN := runs/openmoji
 # One thread a test process: the tests start processes of their own.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: train test test-all check clean
+.PHONY: train test test-all test-slurm bench-gpu check clean
 
 .venv/.installed: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,10 +29,16 @@ check: .venv/.installed
 	$(BIN)/mypy
 
 test: check
-	$(TEST) -n 2 -m "not slow and not gpu"
+	$(TEST) -n 2 -m "not slow and not gpu and not slurm"
 
 test-all: check
-	$(TEST) -n 2 -m "not gpu"
+	$(TEST) -n 2 -m "not gpu and not slurm"
+
+test-slurm: .venv/.installed
+	$(TEST) -m slurm tests/slurm
+
+bench-gpu: .venv/.installed
+	$(BIN)/python -m bench.kernels
 
 clean:
 	rm -rf .venv data runs
