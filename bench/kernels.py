@@ -1,6 +1,6 @@
 """Fused kernels and CPU paths against their rivals; what the roofline model says where no GPU is at hand.
 
-    python bench/kernels.py [--rounds 5] [--gpu.skip] [--cpu.skip]
+    python -m bench.kernels [--rounds 5] [--gpu.skip] [--cpu.skip]
 
 On a GPU: first correctness (tests/gpu by pytest), then BatchNorm per group + LeakyReLU (+ dropout) of a shared layer's
 two modalities, forward and backward. Contestants take the same input:
@@ -479,7 +479,7 @@ def _show(console: Console, record: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what the machine has and write the results."""
-    args = parse(Arguments, sys.argv[1:] if argv is None else argv, prog="bench/kernels.py")
+    args = parse(Arguments, sys.argv[1:] if argv is None else argv, prog="python -m bench.kernels")
     console = Console(width=140)
     path = RESULTS / "kernels.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}

@@ -1,9 +1,9 @@
-"""BatchNorm per group of rows + LeakyReLU + dropout in one sweep forward and one backward: the Triton kernels.
+"""BatchNorm per group of rows + LeakyReLU + dropout, fused: the Triton operators and their launches.
 
-The GEMM before it stays the vendor's. Forward, two launches: `_moments` reduces x to count, mean and squared deviations
-per group, channel and split of the rows; `_apply` merges the splits, normalises, activates and drops. Backward, two
-launches: `_sums` reduces the gradient, `_input_grad` writes the input's. Only x is kept for backward: the output is
-made again from it. Synchronised statistics put one collective for all groups between the two launches of each.
+The GEMM before it stays the vendor's. Forward, two launches: `moments_kernel` reduces x to count, mean and squared
+deviations per group, channel and split of the rows; `apply_kernel` merges the splits, normalises, activates and drops.
+Backward, two launches: `sums_kernel` reduces the gradient, `input_grad_kernel` writes the input's. Only x is kept for
+backward: the output is made again from it. Synchronised statistics put one collective for all groups between the two.
 
 A mean is kept as two floats, mean + low: of values near 1e4 that differ by 1e-2 a single float gives it to 1e-3 only,
 and the output would be off by a tenth of a standard deviation.
@@ -61,7 +61,7 @@ class Tile:
     warps: int
 
 
-TILES = (Tile(16, 64, 2), Tile(32, 64, 4), Tile(32, 128, 8))
+TILES = (Tile(16, 64, 2), Tile(32, 64, 4), Tile(32, 128, 16))
 """Every tile that `choose_tile` may return: the compile tests and the benchmark go through them."""
 
 

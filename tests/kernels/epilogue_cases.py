@@ -186,7 +186,7 @@ def test_any_split_of_the_rows(capacity: int, monkeypatch: pytest.MonkeyPatch) -
     compare([100, 9], 20, torch.float32)
 
 
-@pytest.mark.parametrize("tile", epilogue.TILES, ids=str)
+@pytest.mark.parametrize("tile", epilogue.TILES, ids=lambda t: f"{t.rows}x{t.columns}")
 def test_every_tile(tile: epilogue.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(epilogue, "choose_tile", lambda rows, channels: tile)
     compare([70, 33], 130, torch.float32)

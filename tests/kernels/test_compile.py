@@ -74,7 +74,7 @@ def test_small_kernels_fit(kernel: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize("tile", epilogue.TILES, ids=str)
+@pytest.mark.parametrize("tile", epilogue.TILES, ids=lambda t: f"{t.rows}x{t.columns}")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_every_configuration(sm: int, tile: epilogue.Tile, dtype: str, tmp_path: Path) -> None:
     for kernel, flags in TILED + MORE:
