@@ -73,6 +73,33 @@ def wikipedia() -> Config:
     return config
 
 
+def openmoji_tuned() -> Config:
+    """`openmoji` as a search found it best by MAP (docs/search.md); with so little InfoNCE, partners rank lower."""
+    config = openmoji()
+    config.preset = "openmoji_tuned"
+    config.model.input_dropout, config.model.dropout = 0.558, 0.226
+    config.loss.adversarial, config.loss.mismatch = "hinge", "reference"
+    config.loss.intra, config.loss.inter, config.loss.classification = 0.0936, 0.111, 1.71
+    config.loss.contrastive, config.loss.temperature = 0.0447, 0.22
+    config.loss.class_contrastive, config.loss.class_temperature = 1.46, 0.315
+    config.optim.generator_lr, config.optim.discriminator_lr = 1.16e-3, 4.48e-4
+    config.optim.generator_steps = 3
+    return config
+
+
+def wikipedia_tuned() -> Config:
+    """`wikipedia` as a search found it best by MAP (docs/search.md)."""
+    config = wikipedia()
+    config.preset = "wikipedia_tuned"
+    config.model.input_dropout, config.model.dropout = 0.201, 0.324
+    config.loss.adversarial = "hinge"
+    config.loss.intra, config.loss.inter, config.loss.classification = 0.178, 0.106, 0.508
+    config.loss.contrastive, config.loss.temperature = 0.733, 0.156
+    config.loss.class_contrastive, config.loss.class_temperature = 1.21, 0.166
+    config.optim.generator_lr, config.optim.discriminator_lr = 2.36e-3, 2.21e-3
+    return config
+
+
 def pairs() -> Config:
     """Captioned pictures without labels, on precomputed features: no classifier, `wrong` is any other pair."""
     config = features()
@@ -105,7 +132,8 @@ def raw() -> Config:
 
 
 PRESETS: dict[str, Callable[[], Config]] = {
-    f.__name__: f for f in (reference, features, openmoji, wikipedia, pairs, raw, smoke)
+    f.__name__: f
+    for f in (reference, features, openmoji, openmoji_tuned, wikipedia, wikipedia_tuned, pairs, raw, smoke)
 }
 
 

@@ -327,8 +327,9 @@ def run_tuner(
         )
     with INTERRUPT.watching():
         grid = tuner.fit()
-    results = [grid[i] for i in range(len(grid))]
-    return list(zip(grid._experiment_analysis.trials, results, strict=True))  # a result does not say if it is final
+    # A result does not say if it is final: its trial does. A restored run has them in another order.
+    pairs = list(zip(grid._experiment_analysis.trials, [grid[i] for i in range(len(grid))], strict=True))
+    return sorted(pairs, key=lambda pair: int(pair[0].experiment_tag.partition("_")[0]))
 
 
 class Interrupt:
@@ -407,7 +408,8 @@ def confirm(
         return [], {}, True
     results: dict[str, list[Any]] = {name: [] for name, _ in settings}
     scores: dict[str, list[float]] = {name: [] for name, _ in settings}
-    for (name, _), (trial, result) in zip(runs, pairs, strict=True):
+    for (name, expected), (trial, result) in zip(runs, pairs, strict=True):
+        assert trial.config["values"] == expected
         fine = trial.status == "TERMINATED"
         scores[name].append(float(trial.last_result["best"]) if fine else 0.0)
         results[name] += [result] if fine else []
@@ -450,6 +452,7 @@ def search(arguments: Arguments) -> int:
     """Run the search to its end or an interruption; returns the exit code. Raises BadInput."""
     import ray
 
+    INTERRUPT.seen = False
     config = base_config(arguments)
     space = check_space(load_space(arguments.space), config)
     output = Output(arguments.output)
