@@ -17,7 +17,7 @@ import pytest
 from tests.slurm.cluster import PROGRAMS, Cluster, install, wait_for
 from tests.toy import make_features
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launchers" / "slurm" / "search.sbatch"
