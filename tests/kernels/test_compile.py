@@ -30,6 +30,7 @@ MORE: tuple[tuple[Any, tuple[str, ...]], ...] = (
 )
 PLAIN = (epilogue_kernels.merge_parts_kernel, epilogue_kernels.update_running_kernel, bce_kernels.bce_kernel)
 REGISTERS_PER_SM = 65_536
+WIDE = r"IMAD\.WIDE|IMAD\.HI|UIMAD\.WIDE"
 WARPS_WANTED = 12
 """On a multiprocessor at once, so that loads of one hide behind those of others."""
 
@@ -52,8 +53,9 @@ def check_tiled(kernel: Any, flags: tuple[str, ...], dtype: str, tile: epilogue.
     if name in ("apply_kernel", "input_grad_kernel"):
         assert made.count(r"STG\.E(\.\w+)*\.128") == vectors
         assert made.count(r"STG\.E(\.\w+)*\.U?(8|16)$") == 0
-    if "DROPOUT" in flags:  # 10 rounds, two wide multiplications each, once per 4 elements
-        assert 0 < made.count(r"IMAD\.WIDE|IMAD\.HI|UIMAD\.WIDE") <= 30 * per_thread // 4
+    if "DROPOUT" in flags:  # 10 rounds of two wide multiplications, once per 4 elements; addresses take some too
+        without = compiled(kernel, sm, dtype, tile, tuple(f for f in flags if f != "DROPOUT"), folder)
+        assert 0 < made.count(WIDE) - without.count(WIDE) <= 20 * per_thread // 4
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
