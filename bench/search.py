@@ -1,7 +1,7 @@
 """What a search brings: its best setting against the preset over new seeds, ASHA against random settings at the same
 number of epochs, and what the search itself costs.
 
-    python bench/search.py --preset openmoji --data data/openmoji-features [--trials 40] [--confirm 5]
+    python -m bench.search --preset openmoji --data data/openmoji-features [--trials 40] [--confirm 5]
 
 Runs `tune/search.py` as a user calls it, in --work; what is finished there is not done again. The random search gets as
 many whole trials as ASHA trained epochs. The test split is read for the best setting and, to compare, for the preset,

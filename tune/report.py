@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.colors import LinearSegmentedColormap
 
 from cmgan_dist.report import COLOURS, CSS, INK, STYLE, _grid, _section, _svg
-from tune.results import FAILED, STOPPED, Confirmed, Importance, Record, position, ranked, show_value
+from tune.results import FAILED, STOPPED, Confirmed, Importance, Record, front, position, ranked, show_value
 from tune.space import Space
 
 SHOWN = 15
@@ -59,16 +59,24 @@ def _trial_table(records: list[Record], space: Space) -> str:
     best = ranked(records)
     if not best:
         return ""
+    unbeaten = front(records)
     head = ["trial", "validation", "I→T", "T→I", "epochs", *(p.rpartition(".")[2] for p in space)]
     rows = [
-        [r.name, f"{r.best:.4f}", f"{r.image_to_text:.4f}", f"{r.text_to_image:.4f}", f"{r.epochs:.0f}"]
+        [
+            r.name + " ●" * (r.name in unbeaten),
+            f"{r.best:.4f}",
+            f"{r.image_to_text:.4f}",
+            f"{r.text_to_image:.4f}",
+            f"{r.epochs:.0f}",
+        ]
         + [show_value(r.values[p]) for p in space]
         for r in best[:SHOWN]
     ]
     stopped = sum(r.status == STOPPED for r in records)
     read = (
         f"The best {len(rows)} of {len(records)} trials by their best validation score (one seed, so the first places "
-        f"are flattered by luck); {stopped} were stopped early. The trial named preset has the preset's own values."
+        f"are flattered by luck); {stopped} were stopped early. The trial named preset has the preset's own values. "
+        "● is on the Pareto front of both directions: no other trial is better in one and not worse in the other."
     )
     return _section("Best trials", read, _table(head, rows, 0))
 

@@ -51,6 +51,21 @@ def ranked(records: list[Record]) -> list[Record]:
     return sorted((r for r in records if r.status != FAILED and r.curve), key=lambda r: -r.best)
 
 
+def front(records: list[Record]) -> set[str]:
+    """Names of the trials that no other beats in both directions at once: the Pareto front."""
+    usable = ranked(records)
+    return {
+        r.name
+        for r in usable
+        if not any(
+            o.image_to_text >= r.image_to_text
+            and o.text_to_image >= r.text_to_image
+            and (o.image_to_text, o.text_to_image) != (r.image_to_text, r.text_to_image)
+            for o in usable
+        )
+    }
+
+
 def best_so_far(curve: list[tuple[float, float]], epoch: float) -> float | None:
     """Best score up to `epoch`; None when the trial did not get that far."""
     if not curve or curve[-1][0] < epoch - 1e-6:

@@ -11,7 +11,7 @@ import pytest
 from cmgan_dist.config import Config
 from cmgan_dist.errors import BadInput
 from cmgan_dist.presets import PRESETS, preset
-from tune.results import Record, best_so_far, importance, position, ranked
+from tune.results import Record, best_so_far, front, importance, position, ranked
 from tune.space import SPACE, apply_values, check_space, clip, domains, get_value, load_space, mutable, outside_of
 
 
@@ -132,6 +132,12 @@ def test_importance_finds_the_value_that_the_score_was_made_of() -> None:
     assert max(found.shares["loss.inter"], found.shares["loss.adversarial"]) < 0.1
     assert found.r2 > 0.7
     assert importance(records[:9], space) is None
+
+
+def test_the_front_holds_what_no_other_trial_beats_in_both_directions() -> None:
+    places = {"a": (0.5, 0.1), "b": (0.4, 0.4), "c": (0.4, 0.3), "d": (0.1, 0.5), "e": (0.5, 0.1)}
+    records = [record(name, {}, [(1, 0.2)], image_to_text=i, text_to_image=t) for name, (i, t) in places.items()]
+    assert front(records) == {"a", "b", "d", "e"}
 
 
 def test_ranking_leaves_out_what_failed() -> None:
