@@ -17,6 +17,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 import types
 from datetime import timedelta
 from pathlib import Path
@@ -33,18 +34,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from cmgan_dist.engine import AdamSettings, Engine
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, LostProcess
 from cmgan_dist.kernels.shared_layer import GroupBatchNorm, group_batch_norm
 
 log = logging.getLogger(__name__)
 
 
+JOIN_S = 300.0
+"""Least time to wait for the others at the start: nodes do not load their packages equally fast."""
+_STORE_KEY = "cmgan_dist/store"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 
 
 class _GatherRows(torch.autograd.Function):
-    """[...] -> [W, ...]; backward: the sum over processes of the gradient to this process's part."""
+    """[...] -> [W, ...]; backward: the sum over processes of the gradient to this process's part. Differentiable any
+    number of times: penalties on gradients (R1, WGAN-GP) go through synchronised statistics twice."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -55,9 +60,23 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad)
-        return grad[dist.get_rank()]
+        out: Tensor = _SumOfMine.apply(grads[0])
+        return out
+
+
+class _SumOfMine(torch.autograd.Function):
+    """[W, ...] -> [...]: the sum over processes of what each has for this one; the transpose of `_GatherRows`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x[dist.get_rank()].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        out: Tensor = _GatherRows.apply(grads[0])
+        return out
 
 
 def start_all_processes() -> None:
@@ -134,20 +153,56 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def _name_interface() -> None:
-    """Tell gloo the network interface that leads to the first node: left alone it may announce 127.0.0.1."""
-    master = os.environ.get("MASTER_ADDR", "")
-    if "GLOO_SOCKET_IFNAME" in os.environ or not master:
-        return
+def _own_address() -> str | None:
+    """This host's IPv4 address on the way to the first node; None where that has no such address."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((master, 9))  # sends nothing: it only chooses the way
-            own = probe.getsockname()[0]
+            probe.connect((os.environ.get("MASTER_ADDR", ""), 9))  # sends nothing: it only chooses the way
+            return str(probe.getsockname()[0])
     except OSError:
-        return  # not an IPv4 address that can be reached: joining will say so
+        return None  # joining will say what is wrong
+
+
+def _name_interface() -> None:
+    """Tell gloo the network interface that leads to the first node: left alone it may announce 127.0.0.1."""
+    if "GLOO_SOCKET_IFNAME" in os.environ or not os.environ.get("MASTER_ADDR"):
+        return
+    own = _own_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == own for address in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _join_elastic(timeout_s: float) -> None:
+    """Join the processes that torchrun has started, through a store of this start alone.
+
+    torchrun 2.14 keeps one store over all restarts, in which the addresses of processes that are gone still stand: a
+    process that reads its partner's before the partner has written it anew is refused. So the first rank opens a store
+    of its own and leaves its address in torchrun's; the others read that until somebody answers there."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    agents = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=timeout_s)
+    )
+    if rank == 0:
+        host = _own_address() or os.environ["MASTER_ADDR"]
+        store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+        agents.set(_STORE_KEY, f"{host} {store.port}")
+    else:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            host, port = agents.get(_STORE_KEY).decode().split()
+            try:
+                with socket.create_connection((host, int(port)), timeout=5):
+                    break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        store = dist.TCPStore(host, int(port), wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
 
 
 def _zero_config() -> dict[str, Any] | None:
@@ -203,20 +258,34 @@ class Parallel:
         if asked != "no" and asked != precision:
             log.warning("accelerate's --mixed_precision %s is not used: train.precision is %s", asked, precision)
         _name_interface()
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),  # else accelerate may leave the processes apart
-            mixed_precision="no",  # its autocast and its one loss scaler are not used
-            log_with=None if tracker == "none" else tracker,
-            project_dir=logging_dir,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
-        )
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        joining = InitProcessGroupKwargs(timeout=timedelta(seconds=max(timeout_s, JOIN_S)))
+        try:
+            if started > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                _join_elastic(max(timeout_s, JOIN_S))
+            self.accelerator = Accelerator(
+                cpu=not torch.cuda.is_available(),  # else accelerate may leave the processes apart
+                mixed_precision="no",  # its autocast and its one loss scaler are not used
+                log_with=None if tracker == "none" else tracker,
+                project_dir=logging_dir,
+                kwargs_handlers=[joining],
+            )
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, RuntimeError) and not is_lost_process(error):
+                raise
+            raise LostProcess(
+                f"process {os.environ.get('RANK', '0')} could not join the others ({str(error).splitlines()[0]}): look "
+                "into their logs; where their network interface is wrong, set GLOO_SOCKET_IFNAME"
+            ) from error
+        self._timeout = timedelta(seconds=timeout_s)
+        if dist.is_initialized():
+            dist.set_timeout(self._timeout)
         self.precision = precision
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         self.main: bool = self.accelerator.is_main_process
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        started = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world != started:  # each would train alone and write over the others
             raise RuntimeError(f"{started} processes were started but accelerate joined {self.world}")
         self._signalled = False
@@ -257,8 +326,9 @@ class Parallel:
         """A group of all processes over CPU tensors; None when this process is alone."""
         if self.world == 1:
             return None
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=max(self._timeout, timedelta(seconds=JOIN_S)))
         assert isinstance(group, dist.ProcessGroup)
+        dist.set_timeout(self._timeout, group)
         return group
 
     # ------------------------------------------------------------------------------------------ tensors
