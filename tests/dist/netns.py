@@ -53,6 +53,8 @@ def two_nodes() -> Iterator[Nodes]:
         for name in names:
             run("netns", "add", name)
             run("-n", name, "link", "set", "lo", "up")
+            # give up an answer that does not come after seconds, not after the kernel's quarter of an hour
+            run("netns", "exec", name, "sysctl", "-q", "-w", "net.ipv4.tcp_retries2=6")
         run("link", "add", links[0], "netns", names[0], "type", "veth", "peer", "name", links[1], "netns", names[1])
         for name, link, address in zip(names, links, addresses, strict=True):
             run("-n", name, "addr", "add", f"{address}/24", "dev", link)

@@ -153,7 +153,7 @@ def test_a_large_binary_file_over_many_chunks(tmp_path: Path, monkeypatch: pytes
         ("longer.bin", binary(TABLE, count=2), "goes on at byte 37, behind its 2 words of dimension 3"),
         ("nohead.bin", b"\0" * 100, "does not begin with a number of words"),
         ("noword.bin", b"9 3\n" + b"x" * 20_000, "no word at byte 4"),
-        ("cut.txt.gz", gzip.compress(glove(TABLE) * 50)[:-20], "cannot be read"),
+        ("cut.txt.gz", gzip.compress(glove(TABLE) * 50, mtime=0)[:-20], "cannot be read"),
         ("plain.txt.gz", glove(TABLE), "cannot be read"),
     ],
 )
