@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tests.toy import npy, write_tar
 
 LIMIT = 240
 TRAIN = str(ROOT / "launchers" / "train.py")
+PAUSED = pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)
 LONG = ["train.epochs=60", "train.save_every=2", "train.val_every=20", "train.keep=50", "optim.update=joint"]
 LONG += ["optim.generator_lr=1e-4", "optim.discriminator_lr=1e-4", "optim.generator_steps=1", "train.timeout_s=15"]
 
@@ -51,6 +53,10 @@ def until(done: Callable[[], bool], process: subprocess.Popen[str], what: str) -
 
 def checkpoints(run: Path) -> int:
     return len(list((run / "checkpoints").glob("samples-*")))
+
+
+def newest(run: Path) -> str:
+    return max((p.name for p in (run / "checkpoints").glob("samples-*")), default="")
 
 
 def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -107,7 +113,7 @@ def undisturbed(feature_data: Callable[..., Path], tmp_path: Path) -> tuple[Path
     return data, tmp_path / "whole"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, PAUSED])
 def test_a_rank_killed_or_paused_under_elastic_ends_like_the_undisturbed_run(
     number: int, undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -122,7 +128,26 @@ def test_a_rank_killed_or_paused_under_elastic_ends_like_the_undisturbed_run(
     same_result(run, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.slow
+def test_killed_at_random_times_again_and_again_ends_like_the_undisturbed_run(
+    undisturbed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Every batch is followed by a checkpoint, so that most kills fall into the writing of one."""
+    data, whole = undisturbed
+    run, draw = tmp_path / "run", random.Random(0)
+    command = [*elastic(0), *arguments(data, run, "train.save_every=0.2")]
+    for attempt in range(5):
+        before = newest(run)
+        with started(command, tmp_path / f"log{attempt}") as process:
+            until(lambda before=before: newest(run) > before, process, "a checkpoint")  # type: ignore[misc]
+            time.sleep(draw.uniform(0, 0.5))
+    with started(command, tmp_path / "last") as process:
+        assert process.wait(LIMIT) == 0, (tmp_path / "last").read_text()[-3000:]
+    assert "resuming" in (tmp_path / "last").read_text()
+    same_result(run, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, PAUSED])
 def test_without_elastic_the_others_end_with_one_clear_error(
     number: int, feature_data: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -7,7 +7,13 @@ import pytest
 from tests.dist.common import run_workers
 from tests.dist.gradients_worker import CASES
 
+SLOW = pytest.mark.slow
 
-@pytest.mark.parametrize(("case", "processes"), [(case, 2) for case in CASES] + [("reference", 4), ("accumulated", 4)])
+
+@pytest.mark.parametrize(
+    ("case", "processes"),
+    [(case, 2) for case in CASES]
+    + [pytest.param("reference", 4, marks=SLOW), pytest.param("accumulated", 4, marks=SLOW)],
+)
 def test_gradients_of_many_processes_equal_those_of_one(case: str, processes: int) -> None:
     assert f"{case}: equal on {processes}" in run_workers("gradients_worker.py", processes, case)

@@ -14,6 +14,7 @@ from tests.dist.common import ROOT, environment, run_workers
 from tests.dist.test_training import SMALL, final_state, lines
 from tests.dist.zero_worker import CASES
 
+SLOW = pytest.mark.slow
 pytestmark = pytest.mark.xdist_group("zero")  # the first one compiles DeepSpeed's ops
 
 
@@ -26,7 +27,10 @@ def launch(data: Path, run: Path, config: str, *extra: str, processes: int = 2) 
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400, check=False)
 
 
-@pytest.mark.parametrize(("case", "processes"), [("all options", 1), ("all options", 2), ("bf16", 2)])
+@pytest.mark.parametrize(
+    ("case", "processes"),
+    [("all options", 2), pytest.param("all options", 1, marks=SLOW), pytest.param("bf16", 2, marks=SLOW)],
+)
 def test_zero_equals_ddp_step_by_step_and_takes_over_its_checkpoints(case: str, processes: int) -> None:
     assert case in CASES
     out = run_workers("zero_worker.py", processes, case)
