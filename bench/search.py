@@ -11,6 +11,7 @@ after validation alone has chosen. Writes bench/results/search-PRESET.json.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -28,6 +29,8 @@ from cmgan_dist.errors import EXIT_DONE, BadInput, run_main
 from tune.search import test_scores
 
 ROOT = Path(__file__).resolve().parents[1]
+KEYS = ("name", "values", "scores", "mean", "std")
+"""Of a confirmed setting."""
 MEASURES = ("map/image_to_text", "map/text_to_image", "map/mean")
 
 
@@ -80,20 +83,22 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         "epochs": sum(t["epochs"] for t in trials),
         "best_validation_one_seed": best["best"],
         "best_values": best["values"],
-        "search_s": timing["search_s"],
+        "search_s": None if timing["resumed"] else timing["search_s"],
         "sum_of_trials_s": timing["trial_s"],
         "trials_at_a_time": timing["slots"],
-        "overhead": timing["search_s"] * timing["slots"] / timing["trial_s"] - 1,
+        # of a search that was interrupted, only the last start's time is known
+        "overhead": None if timing["resumed"] else timing["search_s"] * timing["slots"] / timing["trial_s"] - 1,
     }
 
 
 def main() -> None:
     arguments = parse(Arguments, sys.argv[1:], prog="bench/search.py")
-    many = [f"--trials={arguments.trials}", f"--reduction={arguments.reduction}", f"--confirm={arguments.confirm}"]
-    asha = search(arguments, "asha", *many, f"--confirm-top={arguments.confirm_top}")
+    many = [f"--trials={arguments.trials}", f"--reduction={arguments.reduction}"]
+    confirm = [f"--confirm={arguments.confirm}", f"--confirm-top={arguments.confirm_top}"]
+    asha = search(arguments, "asha", *many, *confirm)
     whole = max(t["epochs"] for t in asha["trials"])
     count = max(1, round(sum(t["epochs"] for t in asha["trials"]) / whole))
-    random = search(arguments, "random", f"--trials={count}", "--algorithm=random", "--no-test")
+    random = search(arguments, "random", f"--trials={count}", "--algorithm=random", "--no-test", *confirm)
 
     confirmed = {c["name"]: c for c in asha["confirmed"]}
     best, preset = confirmed[asha["best"]], confirmed["preset"]
@@ -104,8 +109,8 @@ def main() -> None:
     record = {
         "preset": arguments.preset,
         "asha": summary(asha),
-        "random": summary(random),
-        "confirmed": {n: {k: c[k] for k in ("values", "scores", "mean", "std")} for n, c in confirmed.items()},
+        "random": summary(random) | {"confirmed": [{k: c[k] for k in KEYS} for c in random["confirmed"]]},
+        "confirmed": [{k: c[k] for k in KEYS} for c in asha["confirmed"]],
         "best": asha["best"],
         "gain_on_validation": spread(differences),
         "test": {name: {m: scores[m] for m in MEASURES} for name, scores in test.items()},
@@ -123,7 +128,8 @@ def main() -> None:
     for name, found in (("asha", summary(asha)), ("random", summary(random))):
         console.print(
             f"{name}: {found['trials']} trials, {found['epochs']:.0f} epochs, best on one seed "
-            f"{found['best_validation_one_seed']:.4f}, overhead {100 * found['overhead']:.1f} %"
+            f"{found['best_validation_one_seed']:.4f}, search {found['search_s'] or math.nan:.0f} s, "
+            f"overhead {100 * (found['overhead'] or math.nan):.1f} %"
         )
     print(f"written to {write_results(f'search-{arguments.preset}', record)}")
 

@@ -74,21 +74,20 @@ def wikipedia() -> Config:
 
 
 def openmoji_tuned() -> Config:
-    """`openmoji` as a search found it best by MAP (docs/search.md); with so little InfoNCE, partners rank lower."""
+    """`openmoji` as a search found it best on validation (docs/search.md)."""
     config = openmoji()
     config.preset = "openmoji_tuned"
-    config.model.input_dropout, config.model.dropout = 0.558, 0.226
-    config.loss.adversarial, config.loss.mismatch = "hinge", "reference"
-    config.loss.intra, config.loss.inter, config.loss.classification = 0.0936, 0.111, 1.71
-    config.loss.contrastive, config.loss.temperature = 0.0447, 0.22
-    config.loss.class_contrastive, config.loss.class_temperature = 1.46, 0.315
-    config.optim.generator_lr, config.optim.discriminator_lr = 1.16e-3, 4.48e-4
-    config.optim.generator_steps = 3
+    config.model.input_dropout, config.model.dropout = 0.6, 0.0
+    config.loss.mismatch = "reference"
+    config.loss.intra, config.loss.inter, config.loss.classification = 0.423, 1.82, 0.49
+    config.loss.contrastive, config.loss.temperature = 0.863, 0.138
+    config.loss.class_contrastive, config.loss.class_temperature = 2.41, 0.327
+    config.optim.generator_lr, config.optim.discriminator_lr = 3.76e-3, 3.46e-4
     return config
 
 
 def wikipedia_tuned() -> Config:
-    """`wikipedia` as a search found it best by MAP (docs/search.md)."""
+    """`wikipedia` as a search found it best on validation (docs/search.md)."""
     config = wikipedia()
     config.preset = "wikipedia_tuned"
     config.model.input_dropout, config.model.dropout = 0.201, 0.324

@@ -66,6 +66,8 @@ OBJECT_STORE = 100 * 2**20
 """Bytes; the search keeps nothing there."""
 MOST_FAILURES = 3
 """Times that a trial whose process died is started again from its last checkpoint."""
+KEPT_FOR_CLONES = 4
+"""Checkpoints of a trial under PBT: one may be cloned while the next are written."""
 NODES_WITHIN_S = 180.0
 SAME = ("preset", "config", "data", "trials", "algorithm", "epochs", "val_every", "grace", "reduction", "seed")
 """What --resume must find as it was."""
@@ -296,6 +298,7 @@ def run_tuner(
     param_space: dict[str, Any],
     total: int,
     checkpoint_every: int,
+    keep: int = 1,
 ) -> list[tuple[Any, Any]]:
     """Run, or go on with, the experiment OUTPUT/name; (Tune's trial, its result) in the order of their making."""
     from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
@@ -321,7 +324,7 @@ def run_tuner(
                 callbacks=[Teller(name, total)],
                 failure_config=FailureConfig(max_failures=MOST_FAILURES),
                 checkpoint_config=CheckpointConfig(
-                    num_to_keep=1, checkpoint_frequency=checkpoint_every, checkpoint_at_end=True
+                    num_to_keep=keep, checkpoint_frequency=checkpoint_every, checkpoint_at_end=True
                 ),
             ),
         )
@@ -457,17 +460,23 @@ def search(arguments: Arguments) -> int:
     space = check_space(load_space(arguments.space), config)
     output = Output(arguments.output)
     identity = {name: getattr(arguments, name) for name in SAME} | {"data": config.data, "space": space}
-    check_resume(output, identity, arguments)
+    resumed = check_resume(output, identity, arguments)
     validations = check_data(config, arguments.test_split if arguments.test else "")
     start_ray(arguments.address, arguments.nodes)
     try:
-        return run_search(arguments, config, space, output, identity, validations)
+        return run_search(arguments, config, space, output, identity, validations, resumed)
     finally:
         ray.shutdown()
 
 
 def run_search(
-    arguments: Arguments, config: Config, space: Space, output: Output, identity: dict[str, Any], validations: int
+    arguments: Arguments,
+    config: Config,
+    space: Space,
+    output: Output,
+    identity: dict[str, Any],
+    validations: int,
+    resumed: bool,
 ) -> int:
     """`search` on a running Ray."""
     at_a_time = slots(arguments)
@@ -484,7 +493,10 @@ def run_search(
     settings |= {"time_budget_s": arguments.time_budget_s} if arguments.time_budget_s else {}
     param_space = {} if arguments.algorithm.startswith("optuna") else domains(space)
     begun = time.monotonic()
-    pairs = run_tuner("search", output, trainable, settings, param_space, arguments.trials, arguments.checkpoint_every)
+    keep = KEPT_FOR_CLONES if arguments.algorithm == "pbt" else 1
+    pairs = run_tuner(
+        "search", output, trainable, settings, param_space, arguments.trials, arguments.checkpoint_every, keep
+    )
     wall = time.monotonic() - begun
     stopped = INTERRUPT.seen
     records = [
@@ -513,7 +525,7 @@ def run_search(
             if arguments.test:
                 test = {"name": best, "seeds": len(runs), "scores": test_scores(folders, arguments.test_split)}
     facts: dict[str, Any] = {"trials": len(records), "algorithm": arguments.algorithm, "trials at a time": at_a_time}
-    timing = {"search_s": wall, "trial_s": sum(r.seconds for r in records), "slots": at_a_time}
+    timing = {"resumed": resumed, "search_s": wall, "trial_s": sum(r.seconds for r in records), "slots": at_a_time}
     facts |= {"data": config.data, "search": f"{wall:.0f} s", "sum of trials": f"{timing['trial_s']:.0f} s"}
     found = importance(records, space)
     extra = {"search": identity, "interrupted": stopped, "validations": validations, "timing": timing}
@@ -541,11 +553,11 @@ def load_base(arguments: Arguments) -> Config:
     return load_config(arguments.config) if arguments.config else preset(arguments.preset)
 
 
-def check_resume(output: Output, identity: dict[str, Any], arguments: Arguments) -> None:
-    """Raises BadInput when --output holds a search and --resume is not given, or another search."""
+def check_resume(output: Output, identity: dict[str, Any], arguments: Arguments) -> bool:
+    """Whether --output holds a search. Raises BadInput when --resume is not given then, or it is another search."""
     text = output.read("search.json")
     if text is None:
-        return
+        return False
     before, now = json.loads(text), json.loads(json.dumps(identity))
     if not arguments.resume:
         raise BadInput(f"--output {output.url} holds a search: add --resume to go on with it, or name another place")
@@ -555,6 +567,7 @@ def check_resume(output: Output, identity: dict[str, Any], arguments: Arguments)
                 f"--resume: the search in {output.url} has {name} {value!r}, not {now[name]!r}: use that value, or "
                 "another --output"
             )
+    return True
 
 
 def main() -> int:

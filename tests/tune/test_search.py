@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -311,7 +312,8 @@ def test_two_processes_in_a_trial_score_as_one(tmp_path: Path, data: Path, clust
     assert search(given) == 0
     (trial,) = read(tmp_path / "search")["trials"]
     log = next((tmp_path / "search" / "best").glob("train.log")).read_text()
-    assert "2 processes on cpu, 32 samples a batch each" in log
+    assert "2 processes on cpu" in log
+    assert "32 samples a batch each" in log
     alone = train(tmp_path / "search" / "best.yaml", tmp_path / "alone")
     assert [score for _, score in trial["curve"]] == pytest.approx(alone, abs=2e-3)
 
@@ -368,5 +370,5 @@ def test_bad_input_is_one_sentence(
     changed: dict[str, Any], sentence: str, tmp_path: Path, data: Path, cluster: str
 ) -> None:
     with pytest.raises(BadInput) as caught:
-        search(arguments(tmp_path, data, cluster, **changed))
+        search(dataclasses.replace(arguments(tmp_path, data, cluster), **changed))
     assert sentence in str(caught.value)
