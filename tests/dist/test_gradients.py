@@ -8,11 +8,12 @@ from tests.dist.common import run_workers
 from tests.dist.gradients_worker import CASES
 
 SLOW = pytest.mark.slow
+FAST = ("reference", "wgan-gp", "gathered negatives", "accumulated", "trained backbone")
 
 
 @pytest.mark.parametrize(
     ("case", "processes"),
-    [(case, 2) for case in CASES]
+    [pytest.param(case, 2, marks=() if case in FAST else SLOW) for case in CASES]
     + [pytest.param("reference", 4, marks=SLOW), pytest.param("accumulated", 4, marks=SLOW)],
 )
 def test_gradients_of_many_processes_equal_those_of_one(case: str, processes: int) -> None:
