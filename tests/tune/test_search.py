@@ -132,7 +132,7 @@ def start(tmp_path: Path, data: Path, *extra: str, **options: Any) -> subprocess
     """The command line, with a Ray of its own."""
     (tmp_path / "space.yaml").write_text(RATES)
     command = [sys.executable, str(ROOT / "tune" / "search.py"), "--preset", "smoke", "--data", str(data)]
-    command += ["--output", str(tmp_path / "search"), "--space", str(tmp_path / "space.yaml"), "--epochs", "400"]
+    command += ["--output", str(tmp_path / "search"), "--space", str(tmp_path / "space.yaml"), "--epochs", "200"]
     command += ["--val-every", "10", "--trials", "3", "--algorithm", "random", "--concurrent", "2", *extra]
     # without the repository on the path: a clone is enough
     environ = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
@@ -197,9 +197,9 @@ def test_a_killed_driver_leaves_nothing_behind_and_resume_goes_on_exactly(
     for old, lines in zip(before, results(output)[:2], strict=True):
         first = lines[len(old)]["training_iteration"]
         assert old[-1]["training_iteration"] - 1 <= first <= old[-1]["training_iteration"] + 1
-        assert len(lines) <= 40 + 2
+        assert len(lines) <= 20 + 2
     # and every trial ends as if nothing had happened
-    calm = arguments(tmp_path, data, cluster, trials=3, algorithm="random", epochs=400.0, val_every=10.0)
+    calm = arguments(tmp_path, data, cluster, trials=3, algorithm="random", epochs=200.0, val_every=10.0)
     calm.output = str(tmp_path / "calm")
     assert search(calm) == 0
     assert curves(tmp_path / "calm") == curves(output)
@@ -236,7 +236,7 @@ def test_killed_workers_and_training_processes_start_again_from_their_last_check
     assert process.returncode == 0, errors[-3000:]
     found = read(output)["trials"]
     assert [t["status"] for t in found] == ["ended"] * 3
-    assert all([epoch for epoch, _ in t["curve"]] == [10.0 * k for k in range(1, 41)] for t in found)
+    assert all([epoch for epoch, _ in t["curve"]] == [10.0 * k for k in range(1, 21)] for t in found)
 
 
 @pytest.mark.slow
