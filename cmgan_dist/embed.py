@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,10 +16,12 @@ from cmgan_dist.metrics import Embeddings
 from cmgan_dist.networks import DataSpec, Generator, build_generator, stored_tensors
 from cmgan_dist.parallel import Parallel
 from cmgan_dist.presets import load_config
-from cmgan_dist.report import GalleryItem
 from cmgan_dist.schema import MANIFEST_NAME
 from cmgan_dist.stream import ShardReader, eval_batches
 from cmgan_dist.vocabulary import Vocabulary
+
+if TYPE_CHECKING:  # at run time only where a gallery is made: it takes seconds to import
+    from cmgan_dist.report import GalleryItem
 
 SPEC_NAME = "data.json"
 VOCABULARY_NAME = "vocabulary.json"
@@ -94,6 +97,8 @@ def gallery_items(reader: ShardReader, pictures: str = "") -> list[GalleryItem]:
 
     Feature shards have none: they come by key from the raw shards in `pictures`, or from those that the features were
     written from when these are still there. Raises BadInput when `pictures` is given and is no data set."""
+    from cmgan_dist.report import GalleryItem
+
     source = pictures or str(reader.manifest.details.get("source", ""))
     raw = {}
     if pictures or (reader.manifest.image == "features" and (Path(source) / MANIFEST_NAME).is_file()):

@@ -37,7 +37,6 @@ from cmgan_dist.parallel import Parallel, is_lost_process
 from cmgan_dist.phases import Phase, Scene, Wrong, not_finite, phase_table, pick_wrong, run_phase
 from cmgan_dist.presets import load_config
 from cmgan_dist.record import Clock, Recorder, tracing
-from cmgan_dist.report import write_report
 from cmgan_dist.schema import write_atomic
 from cmgan_dist.stream import Batch, ShardReader, Stream
 from cmgan_dist.vocabulary import Vocabulary
@@ -348,7 +347,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE)
 
     tracker = config.train.tracker if rank == 0 else "none"
     parallel = Parallel(config.train.precision, tracker, str(run), config.train.timeout_s)
-    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // parallel.local_world))
+    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // parallel.local_world))
     spec = DataSpec.of(stream.manifest)
     vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
     networks = build_networks(config, spec, vocabulary, parallel)
@@ -432,6 +431,8 @@ def run_session(session: Session) -> int:
                 where = f"sample {progress.position} of {total}"
                 recorder.say(f"saved at {where} after a signal: start again to go on")
             elif parallel.main and session.report:
+                from cmgan_dist.report import write_report  # it takes seconds to import, and only here
+
                 clock.lap("other")
                 clock.take()
                 recorder.say(f"time: {clock.summary()}")
