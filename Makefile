@@ -35,7 +35,7 @@ test-all: check
 	$(TEST) -n 2 -m "not gpu and not slurm"
 
 test-slurm: .venv/.installed
-	$(TEST) -m slurm tests/slurm
+	$(TEST) -m slurm tests/slurm tests/tune
 
 bench-gpu: .venv/.installed
 	$(BIN)/python -m bench.kernels

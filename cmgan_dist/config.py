@@ -243,7 +243,8 @@ class Config:
     """A whole run."""
 
     preset: str = "reference"
-    """Preset to start from: reference, features, openmoji, wikipedia, pairs, raw or smoke."""
+    """Preset to start from: reference, features, openmoji, openmoji_tuned, wikipedia, wikipedia_tuned, pairs, raw or
+    smoke."""
     data: str = ""
     """Folder or URL of shards with manifest.json; several with commas between are mixed (stream.weights)."""
     output: str = ""
