@@ -29,10 +29,10 @@ check: .venv/.installed
 	$(BIN)/mypy
 
 test: check
-	$(TEST) -n 2 -m "not slow and not gpu and not slurm"
+	$(TEST) -n 2 --dist worksteal -m "not slow and not gpu and not slurm"
 
 test-all: check
-	$(TEST) -n 2 -m "not gpu and not slurm"
+	$(TEST) -n 2 --dist worksteal -m "not gpu and not slurm"
 
 test-slurm: .venv/.installed
 	$(TEST) -m slurm tests/slurm tests/tune

@@ -15,7 +15,6 @@ from tests.dist.test_training import SMALL, final_state, lines
 from tests.dist.zero_worker import CASES
 
 SLOW = pytest.mark.slow
-pytestmark = pytest.mark.xdist_group("zero")  # the first one compiles DeepSpeed's ops
 
 
 def launch(data: Path, run: Path, config: str, *extra: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
