@@ -293,6 +293,11 @@ class Parallel:
             keep_freed_memory()
 
     @property
+    def zero(self) -> bool:
+        """Whether DeepSpeed trains."""
+        return self._zero is not None
+
+    @property
     def kind(self) -> str:
         """How the processes share the work, for the log; "" for one alone."""
         if self._zero is not None:

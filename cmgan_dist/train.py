@@ -182,6 +182,11 @@ def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None
         for module in (generator, *bare.values()):
             module.compile()
     optim = config.optim
+    if parallel.zero and (config.loss.r1 or config.loss.adversarial == "wgan-gp"):
+        raise BadInput(
+            "loss.r1 and loss.adversarial=wgan-gp take gradients of gradients, which DeepSpeed's engines get wrong: "
+            "set loss.r1=0 and bce or hinge, or train without DeepSpeed"
+        )
 
     def settings(lr: float, beta1: float, decay: float = 0.0) -> AdamSettings:
         return AdamSettings(lr, beta1, optim.beta2, decay, optim.clip, fp16=config.train.precision == "fp16")

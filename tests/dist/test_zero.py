@@ -67,6 +67,7 @@ def test_the_shipped_configurations_and_a_checkpoint_from_one_to_another(
     [
         ("optim.update=alternate", "set optim.update=joint"),
         ("train.precision=fp16", "set train.precision to bf16"),
+        ("loss.r1=1", "set loss.r1=0"),
     ],
 )
 def test_what_zero_would_train_wrong_is_refused(

@@ -25,8 +25,6 @@ CASES: dict[str, dict[str, object]] = {
         "optim__weight_decay": 0.01,
         "optim__generator_steps": 2,
         "loss__contrastive": 1.0,
-        "loss__r1": 1.0,
-        "loss__r1_every": 4,
     },
     "bf16": {"train__precision": "bf16"},
 }
