@@ -20,7 +20,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -92,12 +92,16 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: str | None = None
 
+    def path(self, position: int) -> Path:
+        """Where the checkpoint of `position` samples lies."""
+        return self.folder / f"samples-{position:012d}"
+
     def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
         """Begin to write RUN/checkpoints/samples-N; every process calls it with the same tensors, which may change as
         soon as it returns. Waits for the save before it. Raises BadInput when that one failed."""
         self.wait()
         mine = {name: tensors[name].detach().cpu().clone() for name in share_of(tensors, self.rank, self.world)}
-        self._thread = threading.Thread(target=self._write, args=(asdict(progress), mine), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(replace(progress), mine), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -121,8 +125,8 @@ class Checkpointer:
         joined = {k: v for _, part in every for k, v in part.items()}
         return next((e for e, _ in every if e is not None), None), joined
 
-    def _write(self, progress: dict[str, object], mine: dict[str, Tensor]) -> None:
-        final = self.folder / f"samples-{progress['position']:012d}"
+    def _write(self, progress: Progress, mine: dict[str, Tensor]) -> None:
+        final = self.path(progress.position)
         aside = self.folder / f".{final.name}.tmp"
         try:
             self._error = self._write_aside(aside, mine, progress)
@@ -139,7 +143,7 @@ class Checkpointer:
         if self._error is not None and self.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _write_aside(self, aside: Path, mine: dict[str, Tensor], progress: dict[str, object]) -> str | None:
+    def _write_aside(self, aside: Path, mine: dict[str, Tensor], progress: Progress) -> str | None:
         """Why it could not be written, the same on every process, or None."""
         error, hashes = None, dict[str, str]()
         try:
@@ -165,7 +169,7 @@ class Checkpointer:
             error = str(failed)
         error, hashes = self._agree(error, hashes)
         if error is None and self.rank == 0:
-            write_atomic(aside / STATE, json.dumps(progress | {"sha256": hashes}, indent=1) + "\n")
+            write_atomic(aside / STATE, json.dumps(asdict(progress) | {"sha256": hashes}, indent=1) + "\n")
         return error
 
 

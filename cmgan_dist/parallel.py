@@ -338,18 +338,6 @@ class Parallel:
 
     # ------------------------------------------------------------------------------------------ tensors
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Move to the device and wrap in DDP where there are several processes; BatchNorms are synchronised."""
-        module.to(self.device)
-        if self.world == 1:
-            return module
-        for part in module.modules():
-            if isinstance(part, GroupBatchNorm):
-                part.gather = _GatherRows.apply
-        if not any(p.requires_grad for p in module.parameters()):
-            return module
-        return self.accelerator.prepare_model(module)
-
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "fp32":
             return contextlib.nullcontext()
@@ -394,7 +382,7 @@ class Parallel:
     # ------------------------------------------------------------------------------------------ signals
 
     def watch_signals(self) -> None:
-        """SIGTERM, SIGUSR1 and Ctrl-C set a flag, which `stop_requested` reads at a step's end: work in a handler
+        """SIGTERM, SIGUSR1 and Ctrl-C set a flag, which `any_process` reads at a step's end: work in a handler
         stalls. A second Ctrl-C interrupts at once."""
 
         def handler(number: int, frame: FrameType | None) -> None:

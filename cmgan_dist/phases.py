@@ -8,7 +8,7 @@ leaks into them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -316,6 +316,6 @@ def run_phase(
     return out | {f"{key}/{phase.name}": value for key, value in engine.step(total, measure).items()}
 
 
-def not_finite(terms: dict[str, Tensor]) -> Tensor:
-    """bool [losses]: which loss terms of a batch are NaN or Inf, in the order of `terms`; no wait for the device."""
-    return ~torch.isfinite(torch.stack([v.float() for k, v in terms.items() if k.startswith("loss/")]))
+def not_finite(losses: Iterable[Tensor]) -> Tensor:
+    """bool [losses]: which losses are NaN or Inf; no wait for the device."""
+    return ~torch.isfinite(torch.stack([loss.float() for loss in losses]))

@@ -480,7 +480,8 @@ def one_batch(session: Session, batches: list[Batch], table: list[Phase], clock:
         for i, batch in enumerate(batches)
     ]
     clock.lap("no-grad forward")
-    log_now = session.due(config.train.log_every * batch_size, ahead=True) or position + batch_size >= session.total
+    last = position + batch_size >= session.total
+    log_now = last or session.due(config.train.log_every * batch_size, ahead=True)
     terms: dict[str, Tensor] = {}
     for phase in table:
         terms |= run_phase(phase, scenes, networks.engines, parallel.autocast, measure=log_now)
@@ -494,15 +495,14 @@ def one_batch(session: Session, batches: list[Batch], table: list[Phase], clock:
         session.bad += 1
 
     # --- agree on what happened
-    losses = [name for name in terms if name.startswith("loss/")]
-    wrong = not_finite(terms)
+    losses = {name: value for name, value in terms.items() if name.startswith("loss/")}
+    wrong = not_finite(losses.values())
     stopped, diverged = parallel.any_process(wrong)
     if any(diverged):
-        give_up(session, [losses[i] for i, flag in enumerate(diverged) if flag], wrong, batches)
+        give_up(session, [name for name, flag in zip(losses, diverged, strict=True) if flag], wrong, batches)
     progress.position += batch_size
 
     # --- what is due now
-    last = progress.position >= session.total
     val_now = last or (config.train.val_every > 0 and session.due(session.samples(config.train.val_every)))
     save_now = last or stopped or session.due(session.samples(config.train.save_every))
     clock.lap("other")
@@ -535,7 +535,7 @@ def give_up(session: Session, losses: list[str], wrong: Tensor, batches: list[Ba
     parallel, progress = session.parallel, session.progress
     mine = [key for batch in batches for key in batch.keys[: batch.size]] if bool(wrong.any()) else []
     keys = [key for part in parallel.gather_objects(mine) for key in part]
-    saved = session.run / "checkpoints" / f"samples-{progress.position:012d}"
+    saved = session.checkpointer.path(progress.position)
     session.checkpointer.wait()
     if not saved.exists():
         session.checkpointer.save(progress, session.networks.tensors())

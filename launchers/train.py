@@ -55,6 +55,13 @@ def parse_arguments(args: Sequence[str]) -> tuple[Config, Arguments]:
     return validate(config), chosen
 
 
+def check_places(config: Config) -> None:
+    """Raises BadInput when --data or --output is missing."""
+    for flag, value in (("--data", config.data), ("--output", config.output)):
+        if not value:
+            raise BadInput(f"{flag} is missing: name a folder, see launchers/train.py --help")
+
+
 def main() -> int:
     log_to_stderr()
     try:
@@ -62,9 +69,7 @@ def main() -> int:
         if arguments.dry_run:
             print(to_yaml(config), end="")
             return 0
-        for flag, value in (("--data", config.data), ("--output", config.output)):
-            if not value:
-                raise BadInput(f"{flag} is missing: name a folder, see launchers/train.py --help")
+        check_places(config)
         # after the cheap checks: torch and its friends take seconds to import
         from cmgan_dist.parallel import start_all_processes
         from cmgan_dist.train import prepare, run_session

@@ -31,7 +31,7 @@ import yaml
 
 from cmgan_dist.config import Config, micro_batch
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
-from launchers.train import parse_arguments
+from launchers.train import check_places, parse_arguments
 
 FLAG = "--processes-per-node"
 STOP = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
@@ -122,9 +122,7 @@ def read_job(words: Sequence[str]) -> Job:
         processes = int(given)
     environment = zero_environment(take(arguments, "--accelerate-config"))
     config, chosen = parse_arguments(arguments)
-    for flag, value in (("--data", config.data), ("--output", config.output)):
-        if not value:
-            raise BadInput(f"{flag} is missing: name a folder, see launchers/train.py --help")
+    check_places(config)
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is not None:
         if any(word.partition("=")[0] in ("--train.seed", "train.seed") for word in arguments):
