@@ -136,6 +136,27 @@ def merge_parts_kernel(moments, out, channels, groups, parts, BLOCK_C: tl.conste
     _store4(out, k, channels, cols, ok, count, mean, low, m2)
 
 
+@triton.jit
+def _affine(weight, bias, cols, ok, AFFINE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Weight and bias of the columns; 1 and 0 without."""
+    if AFFINE:
+        w = tl.load(weight + cols, mask=ok, other=0.0).to(tl.float32)
+        b = tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
+    else:
+        w = tl.full([BLOCK_C], 1.0, tl.float32)
+        b = tl.zeros([BLOCK_C], tl.float32)
+    return w, b
+
+
+@triton.jit
+def _normalising(at, channels, ok, eps):
+    """Mean, its low part and 1 / standard deviation of the columns whose statistics begin at `at`."""
+    mean = tl.load(at + channels, mask=ok, other=0.0)
+    low = tl.load(at + 2 * channels, mask=ok, other=0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.load(at + 3 * channels, mask=ok, other=0.0) + eps)
+    return mean, low, rstd
+
+
 @triton.jit(do_not_specialize=SIZES)
 def apply_kernel(
     x, y, moments, stats, weight, bias, running_mean, running_var, seed, x_stride, channels, groups, parts, steps,
@@ -162,12 +183,7 @@ def apply_kernel(
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
     if tl.program_id(1) == 0:
         _store4(stats, k, channels, cols, ok, share, mean, low, variance)
-    if AFFINE:
-        w = tl.load(weight + cols, mask=ok, other=0.0).to(tl.float32)
-        b = tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
-    else:
-        w = tl.full([BLOCK_C], 1.0, tl.float32)
-        b = tl.zeros([BLOCK_C], tl.float32)
+    w, b = _affine(weight, bias, cols, ok, AFFINE, BLOCK_C)
     if DROPOUT:
         key = tl.load(seed)
     first = tl.program_id(1) * steps * BLOCK_R
@@ -198,15 +214,8 @@ def sums_kernel(
     cols = column + tl.arange(0, BLOCK_C)
     ok = cols < channels
     at = stats + k * 4 * channels + cols
-    mean = tl.load(at + channels, mask=ok, other=0.0)
-    low = tl.load(at + 2 * channels, mask=ok, other=0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.load(at + 3 * channels, mask=ok, other=0.0) + eps)
-    if AFFINE:
-        w = tl.load(weight + cols, mask=ok, other=0.0).to(tl.float32)
-        b = tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
-    else:
-        w = tl.full([BLOCK_C], 1.0, tl.float32)
-        b = tl.zeros([BLOCK_C], tl.float32)
+    mean, low, rstd = _normalising(at, channels, ok, eps)
+    w, b = _affine(weight, bias, cols, ok, AFFINE, BLOCK_C)
     key = 0
     if DROPOUT:
         key = tl.load(seed)
@@ -256,15 +265,8 @@ def input_grad_kernel(
     ok = cols < channels
     at = stats + k * 4 * channels + cols
     share = tl.load(at, mask=ok, other=0.0)
-    mean = tl.load(at + channels, mask=ok, other=0.0)
-    low = tl.load(at + 2 * channels, mask=ok, other=0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.load(at + 3 * channels, mask=ok, other=0.0) + eps)
-    if AFFINE:
-        w = tl.load(weight + cols, mask=ok, other=0.0).to(tl.float32)
-        b = tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
-    else:
-        w = tl.full([BLOCK_C], 1.0, tl.float32)
-        b = tl.zeros([BLOCK_C], tl.float32)
+    mean, low, rstd = _normalising(at, channels, ok, eps)
+    w, b = _affine(weight, bias, cols, ok, AFFINE, BLOCK_C)
     key = 0
     if DROPOUT:
         key = tl.load(seed)
