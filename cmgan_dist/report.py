@@ -368,17 +368,17 @@ def _headline_section(evaluation: dict[str, Any]) -> str:
         "Chance is the exact expectation of a random ranking; the other rows are linear models on the same features, "
         "their settings chosen on the validation split. The best value of a column is coloured."
     )
-    return _section("Results", read, table)
+    return section("Results", read, table)
 
 
 # ---------------------------------------------------------------------------------------------- figures
 
 
-def _section(title: str, read: str, *parts: str) -> str:
+def section(title: str, read: str, *parts: str) -> str:
     return f"<section><h2>{title}</h2><p class=read>{read}</p>{''.join(parts)}</section>"
 
 
-def _svg(figure: Any, alt: str) -> str:
+def svg(figure: Any, alt: str) -> str:
     """The figure as inline SVG in the page's colours, with `alt` for readers that do not see it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None}, dpi=180)
@@ -394,7 +394,7 @@ def _svg(figure: Any, alt: str) -> str:
     return f"<figure>{svg}</figure>"
 
 
-def _grid(count: int, columns: int, height: float, rows: int | None = None, **share: Any) -> tuple[Any, list[Any]]:
+def grid(count: int, columns: int, height: float, rows: int | None = None, **share: Any) -> tuple[Any, list[Any]]:
     """A figure of the page's width and its axes in reading order; those beyond `count` are hidden."""
     columns = min(columns, max(count, 1))
     rows = rows or math.ceil(count / columns)
@@ -449,7 +449,7 @@ def _validation_section(val: list[dict[str, Any]]) -> str:
     if not drawn:
         return ""
     best_key = list(keys)[-1]
-    figure, (axis,) = _grid(1, 1, 3.3)
+    figure, (axis,) = grid(1, 1, 3.3)
     for key, title in drawn.items():
         x, y = _series(val, key, points=len(val))
         mean = key == best_key
@@ -471,14 +471,14 @@ def _validation_section(val: list[dict[str, Any]]) -> str:
         "that falls after it says that the rest of the training fitted the training set only. The test split has no "
         "part in it."
     )
-    return _section("Validation", read, _svg(figure, alt))
+    return section("Validation", read, svg(figure, alt))
 
 
 def _loss_section(train: list[dict[str, Any]]) -> str:
     phases = _tree(train, "loss")
     if not phases:
         return ""
-    figure, axes = _grid(len(phases), 3, 2.8)
+    figure, axes = grid(len(phases), 3, 2.8)
     for axis, (phase, terms) in zip(axes, phases.items(), strict=False):
         for term in terms:
             key = f"loss/{phase}/{term}" if term else f"loss/{phase}"
@@ -491,7 +491,7 @@ def _loss_section(train: list[dict[str, Any]]) -> str:
         "adversarial term of the generator that faces it move against each other: neither should run to zero, or "
         "nothing is left to learn from."
     )
-    return _section("Losses", read, _svg(figure, f"Losses of the phases {', '.join(phases)} over samples seen."))
+    return section("Losses", read, svg(figure, f"Losses of the phases {', '.join(phases)} over samples seen."))
 
 
 def _discriminator_section(train: list[dict[str, Any]]) -> str:
@@ -500,7 +500,7 @@ def _discriminator_section(train: list[dict[str, Any]]) -> str:
     if not accuracies:
         return ""
     columns = len(accuracies)
-    figure, axes = _grid(columns * 2 if margins else columns, columns, 2.5, rows=2 if margins else 1, sharex=True)
+    figure, axes = grid(columns * 2 if margins else columns, columns, 2.5, rows=2 if margins else 1, sharex=True)
     colours = {"real": COLOURS[2], "fake": COLOURS[3], "wrong": COLOURS[5]}
     for column, (name, groups) in enumerate(accuracies.items()):
         axis = axes[column]
@@ -524,14 +524,14 @@ def _discriminator_section(train: list[dict[str, Any]]) -> str:
         "margin it has won, and its gradient says little to the generator."
     )
     alt = f"Accuracy and margin of the discriminators {', '.join(accuracies)} over samples seen."
-    return _section("Discriminators", read, _svg(figure, alt))
+    return section("Discriminators", read, svg(figure, alt))
 
 
 def _precision_section(evaluation: dict[str, Any]) -> str:
     _, rows = _headline(evaluation)
     if not any(f"precision/{name}" in row for _, row in rows for name in DIRECTIONS):
         return ""
-    figure, axes = _grid(2, 2, 3.4, sharey=True)
+    figure, axes = grid(2, 2, 3.4, sharey=True)
     recall = np.linspace(0, 1, 101)
     for axis, (direction, title) in zip(axes, DIRECTIONS.items(), strict=True):
         for i, (name, row) in enumerate(rows):
@@ -553,7 +553,7 @@ def _precision_section(evaluation: dict[str, Any]) -> str:
         "in the gallery."
     )
     alt = "Precision over recall in both directions, against the baselines."
-    return _section("Precision and recall", read, _svg(figure, alt))
+    return section("Precision and recall", read, svg(figure, alt))
 
 
 def _per_class_section(evaluation: dict[str, Any]) -> str:
@@ -569,7 +569,7 @@ def _per_class_section(evaluation: dict[str, Any]) -> str:
     cut = len(order) > MOST_CLASSES
     if cut:
         order = np.concatenate([order[: MOST_CLASSES // 2], order[-MOST_CLASSES // 2 :]])
-    figure, (axis,) = _grid(1, 1, 0.9 + 0.34 * len(order))
+    figure, (axis,) = grid(1, 1, 0.9 + 0.34 * len(order))
     place = np.arange(len(order))
     for i, title in enumerate(DIRECTIONS.values()):
         bars = axis.barh(place + (i - 0.5) * 0.38, values[i, order], height=0.36, label=title)
@@ -583,7 +583,7 @@ def _per_class_section(evaluation: dict[str, Any]) -> str:
     chosen = f" The {MOST_CLASSES // 2} best and worst of {len(present)} classes." if cut else ""
     best, worst = classes[order[0]], classes[order[-1]]
     read = f"MAP of the queries of each class, best first.{chosen} A query of several classes counts in each."
-    return _section("Classes", read, _svg(figure, f"MAP per class, from {best} (best) to {worst} (worst)."))
+    return section("Classes", read, svg(figure, f"MAP per class, from {best} (best) to {worst} (worst)."))
 
 
 def _short(text: str, length: int) -> str:
@@ -596,7 +596,7 @@ def _matrix_section(shown: Shown | None) -> str:
         return ""
     labels = shown.data.labels.double()
     count = len(shown.classes)
-    figure, axes = _grid(2, 2, 2.2 + 0.22 * count + 0.4, sharey=True)
+    figure, axes = grid(2, 2, 2.2 + 0.22 * count + 0.4, sharey=True)
     for axis, (direction, title) in zip(axes, DIRECTIONS.items(), strict=True):
         query, gallery, query_owner, gallery_owner = shown.side(direction)
         found = labels[gallery_owner[top_k(query, gallery, 10)]].sum(1)
@@ -621,7 +621,7 @@ def _matrix_section(shown: Shown | None) -> str:
         + ". A full diagonal is perfect; a strong cell beside it names two classes that the common space mixes up."
     )
     alt = "Classes of the first ten items found, by class of the query."
-    return _section("What is taken for what", read, _svg(figure, alt))
+    return section("What is taken for what", read, svg(figure, alt))
 
 
 def _space_section(shown: Shown | None) -> str:
@@ -636,7 +636,7 @@ def _space_section(shown: Shown | None) -> str:
     flat = PCA(min(50, *points.shape), random_state=0).fit_transform(points)
     flat = TSNE(2, perplexity=min(30.0, (len(points) - 1) / 3), init="pca", random_state=0).fit_transform(flat)
     image, text = flat[:n], flat[n:]
-    figure, (axis,) = _grid(1, 1, 6.4)
+    figure, (axis,) = grid(1, 1, 6.4)
     handles, marks = [], [INK, INK]
     if shown.data.labels is not None:
         count = len(shown.classes)
@@ -675,7 +675,7 @@ def _space_section(shown: Shown | None) -> str:
     )
     read += "Distances between far groups mean little in such a picture."
     alt = "Images and texts of the common space in two dimensions, by t-SNE."
-    return _section("The common space", read, _svg(figure, alt))
+    return section("The common space", read, svg(figure, alt))
 
 
 # ---------------------------------------------------------------------------------------------- examples
@@ -693,7 +693,7 @@ def _example_section(shown: Shown | None) -> str:
     parts = []
     for direction, title in DIRECTIONS.items():
         parts.append(f"<h3>{title[0].upper()}{title[1:]}</h3>" + "".join(_example_rows(shown, direction)))
-    return _section("Examples", read, *parts)
+    return section("Examples", read, *parts)
 
 
 def _example_rows(shown: Shown, direction: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.colors import LinearSegmentedColormap
 
-from cmgan_dist.report import COLOURS, CSS, INK, STYLE, _grid, _section, _svg
+from cmgan_dist.report import COLOURS, CSS, INK, STYLE, grid, section, svg
 from tune.results import FAILED, STOPPED, Confirmed, Importance, Record, front, position, ranked, show_value
 from tune.space import Space
 
@@ -78,7 +78,7 @@ def _trial_table(records: list[Record], space: Space) -> str:
         f"are flattered by luck); {stopped} were stopped early. The trial named preset has the preset's own values. "
         "● is on the Pareto front of both directions: no other trial is better in one and not worse in the other."
     )
-    return _section("Best trials", read, _table(head, rows, 0))
+    return section("Best trials", read, _table(head, rows, 0))
 
 
 def _confirmed_section(confirmed: list[Confirmed], test: dict[str, Any]) -> str:
@@ -96,13 +96,13 @@ def _confirmed_section(confirmed: list[Confirmed], test: dict[str, Any]) -> str:
         if rows
         else "The test split was read once, at the end, for the best trial alone."
     )
-    return _section("Confirmation", read, *parts)
+    return section("Confirmation", read, *parts)
 
 
 def _importance_section(found: Importance | None) -> str:
     if found is None:
         return ""
-    figure, (axis,) = _grid(1, 1, 0.9 + 0.3 * len(found.shares))
+    figure, (axis,) = grid(1, 1, 0.9 + 0.3 * len(found.shares))
     names, shares = list(found.shares), list(found.shares.values())
     bars = axis.barh(names, shares, height=0.62)
     axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
@@ -116,7 +116,7 @@ def _importance_section(found: Importance | None) -> str:
         f"no effect to be seen. It explains {100 * max(found.r2, 0):.0f} % of the variance of unseen trials"
         + (": too little to trust the order." if found.r2 < 0.2 else ".")
     )
-    return _section("Importance", read, _svg(figure, "Importance of each value, most important first."))
+    return section("Importance", read, svg(figure, "Importance of each value, most important first."))
 
 
 def _parallel_section(records: list[Record], space: Space) -> str:
@@ -124,7 +124,7 @@ def _parallel_section(records: list[Record], space: Space) -> str:
     if len(best) < 2:
         return ""
     low, high = best[-1].best, best[0].best
-    figure, (axis,) = _grid(1, 1, 5.0)
+    figure, (axis,) = grid(1, 1, 5.0)
     columns = [*space, "score"]
     for r in reversed(best):
         share = (r.best - low) / (high - low or 1)
@@ -156,7 +156,7 @@ def _parallel_section(records: list[Record], space: Space) -> str:
         "Each line is a trial: where its values lie in their ranges (logarithmic where the search was) and, at the "
         "right, its best validation score. Orange is best; the thick line is the best trial."
     )
-    return _section("All trials", read, _svg(figure, "Values of all trials as lines over parallel axes."))
+    return section("All trials", read, svg(figure, "Values of all trials as lines over parallel axes."))
 
 
 def _curve_section(records: list[Record]) -> str:
@@ -164,7 +164,7 @@ def _curve_section(records: list[Record]) -> str:
     if not best:
         return ""
     low, high = best[-1].best, best[0].best
-    figure, (axis,) = _grid(1, 1, 4.2)
+    figure, (axis,) = grid(1, 1, 4.2)
     for r in reversed(best):
         share = (r.best - low) / (high - low or 1)
         style: dict[str, Any] = {"color": RAMP(share), "linewidth": 0.9, "alpha": 0.6}
@@ -177,9 +177,9 @@ def _curve_section(records: list[Record]) -> str:
     axis.set_ylabel("validation score")
     axis.legend(loc="lower right")
     read = "Validation score of each trial; a line that ends early was stopped because others did better by then."
-    return _section("Learning curves", read, _svg(figure, "Validation score over epochs, one line per trial."))
+    return section("Learning curves", read, svg(figure, "Validation score over epochs, one line per trial."))
 
 
 def _failed_section(records: list[Record]) -> str:
     failed = [[r.name, r.failed] for r in records if r.status == FAILED]
-    return _section("Failed trials", "Recorded, not fatal.", _table(["trial", "why"], failed)) if failed else ""
+    return section("Failed trials", "Recorded, not fatal.", _table(["trial", "why"], failed)) if failed else ""
