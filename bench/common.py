@@ -1,17 +1,52 @@
-"""What every benchmark writes beside its figures: machine, versions, commit."""
+"""What benchmarks share: contestants in processes of their own, spreads, and results with machine and commit."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import statistics
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cmgan_dist.errors import BadInput
+
 RESULTS = Path(__file__).parent / "results"
+
+
+class Worker:
+    """A contestant in a process of its own, which answers each line on its stdin by ``answer JSON``."""
+
+    def __init__(self, command: Sequence[str], **options: Any) -> None:
+        """`options`: of subprocess.Popen."""
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+
+    def answer(self) -> Any:
+        """The next answer; other lines of output are passed over. Raises BadInput when the process ends without one."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("answer "):
+                return json.loads(line.removeprefix("answer "))
+        raise BadInput("a worker ended without an answer: its traceback is above")
+
+    def ask(self, line: object) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def machine() -> dict[str, Any]:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -40,7 +39,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.common import write_results
+from bench.common import Worker, spread, write_results
 from bench.reference_step import Dims, ReferenceStep, Rows
 from cmgan_dist.cli import parse
 from cmgan_dist.config import Config
@@ -218,36 +217,8 @@ def serve(name: str, size: int, precision: str) -> None:
         print("answer", json.dumps(clocked(step, float(line))), flush=True)
 
 
-class Worker:
-    """A contestant in a process of its own."""
-
-    def __init__(self, threads: int, *words: object) -> None:
-        command = [sys.executable, "-m", "bench.step", "worker", str(threads), *map(str, words)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        self.name = words
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("answer "):
-                record: dict[str, Any] = json.loads(line.removeprefix("answer "))
-                return record
-        raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
-
-    def ask(self, line: object) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def start(threads: int, *words: object) -> Worker:
+    return Worker([sys.executable, "-m", "bench.step", "worker", str(threads), *map(str, words)], cwd=ROOT)
 
 
 def measure(arguments: Arguments, size: int, names: dict[str, tuple[str, str]]) -> dict[str, Any]:
@@ -257,7 +228,7 @@ def measure(arguments: Arguments, size: int, names: dict[str, tuple[str, str]]) 
     firsts: dict[str, float] = {}
     try:
         for name, (contestant, precision) in names.items():  # one after another, so that first batches are alone
-            workers[name] = Worker(arguments.threads, "serve", contestant, size, precision)
+            workers[name] = start(arguments.threads, "serve", contestant, size, precision)
             firsts[name] = workers[name].answer()["first"]
         for i in track(range(arguments.rounds), f"batch {size}", console=Console(stderr=True)):
             for name in names if i % 2 == 0 else reversed(names):
@@ -422,7 +393,7 @@ def main() -> None:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     record["bf16_instructions"] = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
     if arguments.check:
-        checker = Worker(arguments.threads, "agree", arguments.check)
+        checker = start(arguments.threads, "agree", arguments.check)
         record["agreement"] = found = checker.answer()
         checker.close()
         print(f"losses agree: {found}" if found["relative"] <= TOLERANCE else f"losses differ: {found}")

@@ -47,7 +47,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from bench.common import write_results
+from bench.common import Worker, spread, write_results
 from cmgan_dist.cli import parse
 from cmgan_dist.config import StreamConfig
 from cmgan_dist.errors import BadInput, run_main
@@ -562,34 +562,6 @@ def has_mosaicml(arguments: Arguments) -> bool:
     return not subprocess.run(probe, capture_output=True, check=False).returncode
 
 
-class Worker:
-    """A contestant in its own process."""
-
-    def __init__(self, python: str, name: str, place: Path, mode: str) -> None:
-        self.process = subprocess.Popen(
-            command(python, "serve", name, place, mode),
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, **order: object) -> Any:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("answer "):
-                return answer_of(line)
-        raise BadInput("a worker ended without an answer: its traceback is above")
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def reference(path: Path) -> np.ndarray:
     """What all should give: Pillow decodes, cuts and resizes, without a short cut."""
     with Image.open(path) as image:
@@ -608,7 +580,7 @@ def differences(place: Path, workers: dict[str, Worker]) -> dict[str, float]:
     wanted = {p.stem: reference(p).astype(int) for p in chosen}
     found = {}
     for name, worker in workers.items():
-        worker.ask(keys=list(wanted), path=str(place / "pixels.npz"))
+        worker.ask(json.dumps({"keys": list(wanted), "path": str(place / "pixels.npz")}))
         with np.load(place / "pixels.npz") as pixels:  # an epoch leaves out a few: ours others each time
             shared = [k for k in wanted if k in pixels.files]
             if len(shared) < len(wanted) // 2:
@@ -622,17 +594,13 @@ def equal_features(place: Path, workers: dict[str, Worker]) -> None:
     wanted = [f"{shard}-{i:04d}" for shard in range(FEATURE_SHARDS) for i in range(0, FEATURE_BATCH, 100)]
     found = {}
     for name, worker in workers.items():
-        worker.ask(keys=wanted, path=str(place / "pixels.npz"))
+        worker.ask(json.dumps({"keys": wanted, "path": str(place / "pixels.npz")}))
         with np.load(place / "pixels.npz") as features:
             found[name] = {k: features[k] for k in wanted}
     for name, features in found.items():
         for key in wanted:
             if not np.array_equal(features[key], found["ours"][key]):
                 raise BadInput(f"{name}'s features of {key} are not ours: not comparable")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def measure(arguments: Arguments, names: list[str], source: str, mode: str) -> dict[str, Any]:
@@ -642,7 +610,7 @@ def measure(arguments: Arguments, names: list[str], source: str, mode: str) -> d
     workers: dict[str, Worker] = {}
     try:
         for name in names:
-            workers[name] = Worker(pythons[name], name, place, mode)
+            workers[name] = Worker(command(pythons[name], "serve", name, place, mode), env=environment())
         apart = differences(place, workers) if mode == "eval" else {}
         if mode == "features":
             equal_features(place, workers)
@@ -652,7 +620,7 @@ def measure(arguments: Arguments, names: list[str], source: str, mode: str) -> d
         times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for i in track(range(arguments.rounds), f"{source} {mode}", console=Console(stderr=True)):
             for name in names if i % 2 == 0 else reversed(names):
-                times[name].append(workers[name].ask())
+                times[name].append(workers[name].ask("{}"))
     finally:
         for worker in workers.values():
             worker.close()
