@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.dist.common import ROOT, environment
 from tests.toy import index_tar, write_manifest, write_tar
 
-ROOT = Path(__file__).resolve().parents[2]
 Case = Callable[[Callable[..., Path], Callable[..., Path], Path], list[str]]
 
 
 def run(args: list[str]) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *args], capture_output=True, text=True, timeout=120, cwd=ROOT, env=env, check=False
+        [sys.executable, *args], capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment(), check=False
     )
 
 

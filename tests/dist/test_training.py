@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,13 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from cmgan_dist.checkpoint import latest, read_checkpoint
+from tests.dist.common import ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--preset", "smoke", "stream.global_batch=16", "train.tracker=none", "train.threads=1", "train.log_every=1"]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
 def command(data: Path, run: Path, *extra: str, processes: int = 1) -> list[str]:

@@ -12,10 +12,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 NODES = ("node1", "node2")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
@@ -78,6 +80,21 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running_cluster(base: Path) -> Iterator[Cluster]:
+    """Skips where `install` says why there can be none; ends the cluster and its processes whatever happens."""
+    missing = install()
+    if missing:
+        pytest.skip(f"no SLURM: {missing}")
+    cluster = Cluster(base)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        wait_for("end of the cluster's processes", lambda: not cluster.processes())
 
 
 def wait_for(what: str, check: Callable[[], object], seconds: float = 400) -> None:

@@ -7,22 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, install, wait_for
+from tests.slurm.cluster import Cluster, running_cluster, wait_for
 from tests.toy import make_features
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    missing = install()
-    if missing:
-        pytest.skip(f"no SLURM: {missing}")
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        cluster.start()
+    with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
-    finally:
-        cluster.stop()
-        wait_for("end of the cluster's processes", lambda: not cluster.processes())
 
 
 @pytest.fixture

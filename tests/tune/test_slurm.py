@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import PROGRAMS, Cluster, install, wait_for
+from tests.slurm.cluster import PROGRAMS, Cluster, running_cluster, wait_for
 from tests.toy import make_features
 
 pytestmark = pytest.mark.slurm
@@ -26,15 +26,10 @@ SCRIPT = ROOT / "launchers" / "slurm" / "search.sbatch"
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     missing = [p for p in PROGRAMS if shutil.which(p) is None]
-    if missing or install():
-        pytest.skip(f"no SLURM: {', '.join(missing) or install()} (make test-slurm installs it)")
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        cluster.start()
+    if missing:
+        pytest.skip(f"no SLURM: {', '.join(missing)} (make test-slurm installs it)")
+    with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
-    finally:
-        cluster.stop()
-        wait_for("end of the cluster's processes", lambda: not cluster.processes())
 
 
 def submit(slurm: Cluster, folder: Path, options: list[str], *words: str) -> str:
