@@ -213,3 +213,17 @@ def test_a_mixture_trains_alike_on_one_and_two_processes(feature_data: Callable[
     other = feature_data(name="c", classes=4)
     refused = run_to_end(f"{tmp_path / 'a'},{other}", tmp_path / "3", expect=2)
     assert "cannot be mixed: their classes are" in refused.stderr
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_what_eager_ones_do(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    """On one process and on two, where DDP wraps what is compiled."""
+    data = feature_data()
+    extra = ["train.epochs=2", "optim.generator_lr=1e-4", "optim.discriminator_lr=1e-4"]
+    run_to_end(data, tmp_path / "eager", *extra)
+    eager = lines(tmp_path / "eager", "train")
+    for processes in (1, 2):
+        run = tmp_path / f"compiled-{processes}"
+        run_to_end(data, run, *extra, "train.compile=true", processes=processes)
+        for a, b in zip(lines(run, "train"), eager, strict=True):
+            assert all(abs(a[k] - b[k]) < 1e-3 * max(1, abs(b[k])) for k in b if k.startswith("loss/")), (a, b)

@@ -53,7 +53,10 @@ SlurmdTimeout=10
 InactiveLimit=0
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=4 RealMemory=8000 State=UNKNOWN
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=4 RealMemory=8000 State=UNKNOWN
-PartitionName=main Nodes=node1,node2 Default=YES MaxTime=60 OverTimeLimit=0 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=node1,node2 Default=YES MaxTime=60 OverTimeLimit=0 State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=node1,node2 MaxTime=60 State=UP PriorityTier=2
 """
 
 
@@ -144,7 +147,7 @@ class Cluster:
         self._do("slurmd", "-N", node)
 
     def wait_idle(self) -> None:
-        wait_for("idle nodes", lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES))
+        wait_for("idle nodes", lambda: self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * len(NODES))
 
     def pid(self, name: str) -> int | None:
         """Of munged, slurmctld or a node's slurmd, if it runs."""

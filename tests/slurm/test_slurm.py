@@ -182,6 +182,20 @@ def test_two_nodes_and_one_train_like_two_processes_without_slurm(run: Run) -> N
     assert run.lines() == whole
 
 
+def test_zero_under_slurm(run: Run) -> None:
+    run.set_epochs(3)
+    words = ["--config", str(run.config), "--accelerate-config", str(ROOT / "launchers" / "configs" / "zero2.yaml")]
+    run.wait(run.submit("--nodes=2", words=[*words, "optim.update=joint"]))
+    assert "DeepSpeed ZeRO-2" in run.log()
+    zero = run.lines()
+    run.output = run.folder / "ddp"
+    run.set_epochs(3)
+    run.wait(run.submit("--nodes=2", words=[*words[:2], "optim.update=joint"]))
+    assert "ZeRO" not in run.log()
+    for a, b in zip(zero, run.lines(), strict=True):
+        assert all(abs(a[k] - b[k]) < 1e-3 * max(1, abs(b[k])) for k in b if k.startswith("loss/")), (a, b)
+
+
 BAD = {
     "no data": (["--preset", "smoke", "--output", "OUT"], "--data is missing"),
     "data not there": (["--preset", "smoke", "--output", "OUT", "--data", "nowhere"], "nowhere"),
@@ -248,6 +262,20 @@ def test_requeue_by_hand_goes_on_even_with_resume_never(run: Run) -> None:
     run.wait(job)
     assert (run.output / "earlier-1" / "checkpoints" / "old").exists()
     assert not (run.output / "earlier-2").exists()
+    run.assert_equals_undisturbed(2)
+
+
+def test_a_preempted_job_saves_gives_way_and_goes_on(run: Run) -> None:
+    """A job of a partition with priority needs both nodes."""
+    job = run.submit("--nodes=2")
+    run.wait_training(samples=4 * EPOCH)
+    command = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 5", f"--chdir={run.folder}"]
+    urgent = run.cluster.run(*command).split()[-1]
+    wait_for("the urgent job", lambda: run.cluster.state(urgent) in ("RUNNING", "COMPLETED"))
+    assert run.position() % (20 * EPOCH) != 0, "nothing was saved when the job had to give way"
+    run.end_soon()
+    run.wait(job)
+    assert run.cluster.job(job)["Restarts"] == "1"
     run.assert_equals_undisturbed(2)
 
 
