@@ -141,9 +141,11 @@ def parse_array(data: bytes, what: str) -> np.ndarray:
     except _DAMAGED as error:
         raise BadSample(f"{what} is not a readable .npy array ({error})") from None
     # A finite sum of squares has finite terms and is found ten times faster; one that is not may have overflowed.
-    if not (flat.size < FEW and math.isfinite(np.vdot(flat, flat))) and not np.isfinite(flat).all():
+    if not (flat.size < FEW and math.isfinite(flat.dot(flat))) and not np.isfinite(flat).all():
         raise BadSample(f"{what} holds NaN or Inf")
-    return flat if len(layout.shape) == 1 else flat.reshape(layout.shape, order="F" if layout.fortran else "C")
+    if layout.fortran:
+        return flat.reshape(layout.shape, order="F")
+    return flat if len(layout.shape) == 1 else flat.reshape(layout.shape)
 
 
 def parse_sample(key: str, members: dict[str, bytes]) -> Sample:
@@ -172,7 +174,8 @@ def parse_sample(key: str, members: dict[str, bytes]) -> Sample:
 
     texts: list[str] | np.ndarray
     if "text.npy" in members:
-        texts = np.atleast_2d(parse_array(members["text.npy"], f"{key}.text.npy"))
+        texts = parse_array(members["text.npy"], f"{key}.text.npy")
+        texts = texts if texts.ndim > 1 else texts.reshape(1, -1)
         if texts.ndim != 2:
             raise BadSample(f"{key}.text.npy has shape {texts.shape}, expected [F] or [captions, F]")
     elif "texts" in record:

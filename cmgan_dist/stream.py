@@ -269,7 +269,7 @@ class Decoder:
 def _stack_texts(texts: list[str | np.ndarray]) -> Tensor | list[str]:
     if isinstance(texts[0], str):
         return cast(list[str], texts)
-    return torch.from_numpy(np.stack(cast(list[np.ndarray], texts)))
+    return torch.from_numpy(np.concatenate(texts).reshape(len(texts), -1))
 
 
 class _Chunks(IterableDataset["Batch | BadInput"]):
