@@ -47,10 +47,15 @@ class Row:
     index: int
     draw: int
     """64-bit number of this position, for the caption and the augmentation."""
-    spare: Callable[[int], tuple[int, int]]
-    """spare(k): the k-th sample to take instead when this one is bad."""
+    place: int
+    """Where it stands in its window or class."""
     spares: int
-    """How many there are."""
+    """How many samples can be taken instead when this one is bad."""
+    spare_of: Callable[[int, int], tuple[int, int]]
+    """(place, k) -> the k-th of them; one function for all rows of a window or class."""
+
+    def spare(self, k: int) -> tuple[int, int]:
+        return self.spare_of(self.place, k)
 
 
 class Place(NamedTuple):
@@ -129,10 +134,9 @@ class Plan:
         while len(rows) < count:
             spares = self._spares(epoch, stream, window)
             at, stop = first + len(rows) - int(starts[window]), first + count - int(starts[window])
+            spare_of, before = partial(self._spare, epoch, stream, window), int(starts[window])
             for shard, index in self._shuffled(epoch, stream, window)[at:stop].tolist():
-                spare = partial(self._spare, epoch, stream, window, at)
-                draw = _mix_in(state, int(starts[window]) + at)
-                rows.append(Row(0, shard, index, draw, spare, spares))
+                rows.append(Row(0, shard, index, _mix_in(state, before + at), at, spares, spare_of))
                 at += 1
             window += 1
         return rows
@@ -173,6 +177,11 @@ class Plan:
         return self.rows(epoch, stream, within * self.chunk, self.chunk)
 
 
+def _spare_of_class(members: np.ndarray, place: int, k: int) -> tuple[int, int]:
+    shard, index = members[(place + 1 + k) % len(members)]
+    return int(shard), int(index)
+
+
 class BalancedPlan(Plan):
     """The reference recipe's draws: per slot two different classes, then one sample of each; order has no epochs.
 
@@ -195,13 +204,11 @@ class BalancedPlan(Plan):
             for j, members in enumerate(self.members[c] for c in chosen):
                 at = int(rng.integers(len(members)))
 
-                def spare(k: int, at: int = at, members: np.ndarray = members) -> tuple[int, int]:
-                    shard, index = members[(at + 1 + k) % len(members)]
-                    return int(shard), int(index)
-
                 shard, index = members[at]
                 draw = mix(self.seed, 5, step, stream, 2 * j + which)
-                rows.append(Row(0, int(shard), int(index), draw, spare, len(members) - 1))
+                rows.append(
+                    Row(0, int(shard), int(index), draw, at, len(members) - 1, partial(_spare_of_class, members))
+                )
         return rows
 
     def place(self, step: int, stream: int) -> list[Place]:

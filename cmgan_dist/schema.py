@@ -4,7 +4,7 @@ A data set is a folder (or URL) that holds ``manifest.json``, WebDataset tars an
 
     DIR/manifest.json
     DIR/train-000000.tar          plain WebDataset shard: the members of a sample stand together
-    DIR/train-000000.index.npz    offsets of its samples and their labels
+    DIR/train-000000.index.npz    where its samples and their members lie, and their labels
 
 Members of the sample KEY (everything else is ignored):
 
@@ -24,11 +24,11 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from cmgan_dist.errors import BadInput, BadSample
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
+INDEX_VERSION = 2
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LabelKind = Literal["single", "multi", "none"]
 BLOCK = 512
@@ -45,6 +46,9 @@ FEW = 10_000
 """Numbers of which OpenBLAS takes a dot product in the calling thread."""
 LABELS = range(-(1 << 31), 1 << 31)
 """What the index sidecar can hold."""
+MOST_MEMBERS, MOST_PATTERNS = 8, 256
+"""Members of a sample, and kinds of samples, that the sidecar keeps; what goes beyond is read by a walk."""
+Data = TypeVar("Data", bytes, memoryview)
 
 
 # ---------------------------------------------------------------------------------------------- sample
@@ -85,6 +89,10 @@ def parse_labels(record: dict[str, Any]) -> tuple[int, ...]:
     return tuple(sorted(set(values)))
 
 
+_DAMAGED = (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError, TokenError)
+"""What reading a damaged array raises."""
+
+
 @dataclass(frozen=True)
 class _Layout:
     """What the header of a ``.npy`` file says."""
@@ -107,10 +115,22 @@ def _npy_layout(header: bytes) -> _Layout:
     return _Layout(dtype, shape, fortran, math.prod(shape) if good else 0)
 
 
+def _npy_start(data: bytes) -> int:
+    """Where the numbers of a ``.npy`` file begin."""
+    width = 2 if data[6:7] == b"\x01" else 4  # of the header's length, by the format's version
+    return 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+
+
+def _npy_view(data: bytes) -> np.ndarray:
+    """The array of a ``.npy`` file, read-only, in the file's own bytes. Raises ValueError and more."""
+    start = _npy_start(data)
+    layout = _npy_layout(data[:start])
+    return np.frombuffer(data, layout.dtype, math.prod(layout.shape), start).reshape(layout.shape)
+
+
 def parse_array(data: bytes, what: str) -> np.ndarray:
     """A ``.npy`` member as float32, read-only. Raises BadSample when it is not a finite numeric array."""
-    width = 2 if data[6:7] == b"\x01" else 4  # of the header's length, by the format's version
-    start = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+    start = _npy_start(data)
     try:
         layout = _npy_layout(data[:start])
         if not layout.numbers:
@@ -118,12 +138,14 @@ def parse_array(data: bytes, what: str) -> np.ndarray:
         flat = np.frombuffer(data, layout.dtype, layout.numbers, start).astype(np.float32, copy=False)
     except BadSample:
         raise
-    except (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError, TokenError) as error:
+    except _DAMAGED as error:
         raise BadSample(f"{what} is not a readable .npy array ({error})") from None
     # A finite sum of squares has finite terms and is found ten times faster; one that is not may have overflowed.
-    if not (flat.size < FEW and math.isfinite(np.vdot(flat, flat))) and not np.isfinite(flat).all():
+    if not (flat.size < FEW and math.isfinite(flat.dot(flat))) and not np.isfinite(flat).all():
         raise BadSample(f"{what} holds NaN or Inf")
-    return flat if len(layout.shape) == 1 else flat.reshape(layout.shape, order="F" if layout.fortran else "C")
+    if layout.fortran:
+        return flat.reshape(layout.shape, order="F")
+    return flat if len(layout.shape) == 1 else flat.reshape(layout.shape)
 
 
 def parse_sample(key: str, members: dict[str, bytes]) -> Sample:
@@ -152,7 +174,8 @@ def parse_sample(key: str, members: dict[str, bytes]) -> Sample:
 
     texts: list[str] | np.ndarray
     if "text.npy" in members:
-        texts = np.atleast_2d(parse_array(members["text.npy"], f"{key}.text.npy"))
+        texts = parse_array(members["text.npy"], f"{key}.text.npy")
+        texts = texts if texts.ndim > 1 else texts.reshape(1, -1)
         if texts.ndim != 2:
             raise BadSample(f"{key}.text.npy has shape {texts.shape}, expected [F] or [captions, F]")
     elif "texts" in record:
@@ -239,9 +262,12 @@ def _plain(header: bytes) -> tuple[str, int] | None:
 
 @dataclass
 class Member:
-    name: str
+    key: str
+    extension: str
     start: int
     """Offset of the member's first header block, extension headers included."""
+    header: bytes
+    """The header block, where it is plain and says all; else b''."""
     data: bytes
 
 
@@ -274,7 +300,8 @@ def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
                 pax = _pax_records(data)
                 continue
             if kind in (b"0", b"\0"):
-                yield Member(pax.get("path", longname or (plain[0] if plain else _name(header))), start, data)
+                key, extension = split_member_name(pax.get("path", longname or (plain[0] if plain else _name(header))))
+                yield Member(key, extension, start, header if plain and longname is None else b"", data)
         except (ValueError, struct.error):
             raise BadSample(f"{name} has a damaged extended header before byte {offset}") from None
         longname, pax, start = None, {}, offset
@@ -302,53 +329,58 @@ def _name(header: bytes) -> str:
     return base
 
 
-def iter_samples(file: BinaryIO, name: str) -> Iterator[tuple[str, int, dict[str, bytes]]]:
-    """(key, offset of its first header, members by extension) of each sample: consecutive members with the same key.
+def iter_groups(file: BinaryIO, name: str) -> Iterator[list[Member]]:
+    """The members of each sample: consecutive ones with the same key. Raises BadSample as `iter_members` does.
 
-    Members without an extension belong to no sample. Raises BadSample as `iter_members` does."""
-    key, start, members = "", 0, dict[str, bytes]()
+    Members without an extension belong to no sample."""
+    group: list[Member] = []
     for member in iter_members(file, name):
-        member_key, extension = split_member_name(member.name)
-        if not extension:
+        if not member.extension:
             continue
-        if members and member_key != key:
-            yield key, start, members
-            members = {}
-        if not members:
-            key, start = member_key, member.start
-        members[extension] = member.data
-    if members:
-        yield key, start, members
+        if group and member.key != group[0].key:
+            yield group
+            group = []
+        group.append(member)
+    if group:
+        yield group
 
 
-def first_sample(data: bytes, name: str) -> tuple[str, dict[str, bytes]] | None:
-    """(key, members by extension) of the first sample in a piece of a shard, None where there is none.
-
-    What `iter_samples` finds in `data`, and found by it unless all headers are plain. Raises BadSample as it does."""
-    key, members, at, end = "", dict[str, bytes](), 0, len(data)
-    while at < end:
-        plain = _plain(data[at : at + BLOCK]) if at + BLOCK <= end else None
-        stop = at + BLOCK + plain[1] if plain else 0
-        following = stop + -stop % BLOCK
-        if not plain or following > end:
-            found = next(iter_samples(io.BytesIO(data), name), None)
-            return (found[0], found[2]) if found else None
-        member_key, extension = split_member_name(plain[0])
-        if extension:
-            if members and member_key != key:
-                break
-            key = member_key
-            members[extension] = data[at + BLOCK : stop]
-        at = following
-    return (key, members) if members else None
+def iter_samples(file: BinaryIO, name: str) -> Iterator[tuple[str, int, dict[str, bytes]]]:
+    """(key, offset of its first header, members by extension) of each sample. Raises as `iter_members` does."""
+    for group in iter_groups(file, name):
+        yield group[0].key, group[0].start, {member.extension: member.data for member in group}
 
 
 # ---------------------------------------------------------------------------------------------- index sidecar
 
 
+class Layout(NamedTuple):
+    """Where the members of a sample lie: one behind the other, each behind its header block."""
+
+    pattern: str = ""
+    """Bytes of the key, then the extensions, as in ``12 jpg json``. '' where only a walk through headers finds them."""
+    check: int = 0
+    """CRC-32 of the header blocks."""
+    sizes: tuple[int, ...] = ()
+    """Bytes of each member."""
+
+    @classmethod
+    def of(cls, group: list[Member]) -> Layout:
+        extensions = " ".join(member.extension for member in group)
+        plain = extensions.isprintable() and extensions.count(" ") == len(group) - 1
+        sizes = tuple(len(member.data) for member in group)
+        if not plain or not all(member.header for member in group) or len(group) > MOST_MEMBERS or max(sizes) >> 32:
+            return cls()
+        check = zlib.crc32(b"".join(member.header for member in group))
+        return cls(f"{len(group[0].key.encode('utf-8', 'surrogateescape'))} {extensions}", check, sizes)
+
+    def span(self) -> int:
+        return sum(BLOCK + size + -size % BLOCK for size in self.sizes)
+
+
 @dataclass
 class ShardIndex:
-    """Where the samples of a shard lie and what classes they have."""
+    """Where the samples of a shard and their members lie, and what classes they have."""
 
     offsets: np.ndarray
     """int64 [n + 1]: byte of each sample's first header; the last entry is where the last sample ends."""
@@ -356,12 +388,51 @@ class ShardIndex:
     """int64 [n + 1]: sample i has the classes label_values[label_starts[i]:label_starts[i + 1]]."""
     label_values: np.ndarray
     """int32 [total labels]."""
+    patterns: np.ndarray
+    """str [patterns]: those of the samples' layouts, the first one ''."""
+    layouts: np.ndarray
+    """uint32 [n, 2 + most members]: the number of its pattern, the checksum and the sizes of each sample's layout."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on what no tar gives."""
+        n, columns = len(self.offsets) - 1, max(2, *self.layouts.shape[1:])
+        for array, kind, shape in (
+            (self.offsets, "<i8", (n + 1,)),
+            (self.label_starts, "<i8", (n + 1,)),
+            (self.label_values, "<i4", (len(self.label_values),)),
+            (self.patterns, "<U", (len(self.patterns),)),
+            (self.layouts, "<u4", (n, columns)),
+        ):
+            if not array.dtype.str.startswith(kind) or array.shape != shape:
+                raise ValueError(f"an array is {array.dtype} of shape {array.shape}")
+        for rising, last in ((self.label_starts, len(self.label_values)), (self.offsets, self.offsets[-1])):
+            if rising[0] < 0 or rising[-1] != last or (rising[1:] < rising[:-1]).any():
+                raise ValueError("its offsets do not rise")
+        words = [str(pattern).split(" ") for pattern in self.patterns]
+        self._key_bytes = [int(first or 0) for first, *_ in words]
+        self._extensions = [extensions for _, *extensions in words]
+        if words[:1] != [[""]] or not 0 <= min(self._key_bytes) <= max(self._key_bytes) <= BLOCK:
+            raise ValueError("its patterns are none")
+        members = np.asarray([len(extensions) for extensions in self._extensions])
+        number, sizes = self.layouts[:, 0], self.layouts[:, 2:].astype(np.int64)
+        if number.max(initial=0) >= len(members) or members.max() > columns - 2:
+            raise ValueError("a sample has no pattern")
+        spans = ((BLOCK + sizes + -sizes % BLOCK) * (np.arange(columns - 2) < members[number, None])).sum(1)
+        if (spans != np.diff(self.offsets))[number > 0].any():
+            raise ValueError("the members of a sample do not fill it")
 
     @classmethod
-    def build(cls, offsets: list[int], end: int, labels: list[tuple[int, ...]]) -> ShardIndex:
+    def build(cls, offsets: list[int], end: int, labels: list[tuple[int, ...]], layouts: list[Layout]) -> ShardIndex:
         starts = np.concatenate([[0], np.cumsum([len(one) for one in labels])]).astype(np.int64)
         values = np.asarray([v for one in labels for v in one], dtype=np.int32)
-        return cls(np.asarray([*offsets, end], dtype=np.int64), starts, values)
+        patterns = {"": 0}
+        widest = max((len(layout.sizes) for layout in layouts), default=0)
+        table = np.zeros((len(layouts), 2 + widest), np.uint32)
+        for i, (layout, start, stop) in enumerate(zip(layouts, offsets, [*offsets, end][1:], strict=True)):
+            if layout.span() == stop - start and (layout.pattern in patterns or len(patterns) < MOST_PATTERNS):
+                number = patterns.setdefault(layout.pattern, len(patterns))
+                table[i, : 2 + len(layout.sizes)] = number, layout.check, *layout.sizes
+        return cls(np.asarray([*offsets, end], dtype=np.int64), starts, values, np.asarray(list(patterns)), table)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -369,19 +440,43 @@ class ShardIndex:
     def labels(self, i: int) -> tuple[int, ...]:
         return tuple(int(v) for v in self.label_values[self.label_starts[i] : self.label_starts[i + 1]])
 
+    def cut(self, row: list[int], data: bytes, bodies: Data, at: int = 0) -> tuple[str, dict[str, Data]] | None:
+        """(key, members by extension) of the sample with the row `row` in `layouts`, whose first header is data[at].
+
+        `bodies`: `data`, or a view of it of which the members shall be views. None: only a walk finds the members, or
+        the headers are not those that were indexed."""
+        number, check, *sizes = row
+        if not number:
+            return None
+        key = data[at : at + self._key_bytes[number]].decode("utf-8", "surrogateescape")
+        found, members = 0, {}
+        for extension, size in zip(self._extensions[number], sizes, strict=False):
+            body = at + BLOCK
+            found = zlib.crc32(data[at:body], found)
+            members[extension] = bodies[body : body + size]
+            at = body + size + -size % BLOCK
+        return (key, members) if found == check else None
+
     def to_bytes(self) -> bytes:
         """The ``.npz`` file; the same index gives the same bytes."""
         out = io.BytesIO()
-        np.savez(out, offsets=self.offsets, label_starts=self.label_starts, label_values=self.label_values)
+        np.savez(out, version=np.int64(INDEX_VERSION), **{each.name: getattr(self, each.name) for each in fields(self)})
         return out.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
-        """Raises BadInput when `data` is not an index."""
+        """Raises BadInput when `data` is not an index of this version."""
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                return cls(arrays["offsets"], arrays["label_starts"], arrays["label_values"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            with zipfile.ZipFile(io.BytesIO(data)) as file:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                    raise ValueError("it is compressed")
+                arrays = {entry.filename.removesuffix(".npy"): _npy_view(file.read(entry)) for entry in file.infolist()}
+            if arrays.pop("version", np.zeros(0)).tolist() != INDEX_VERSION:
+                raise BadInput(f"{name} is of another version: run 'python -m shards index --overwrite'")
+            return cls(**arrays)
+        except BadInput:
+            raise
+        except (*_DAMAGED, OSError, KeyError, IndexError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
             raise BadInput(f"{name} is not a shard index ({error}); run 'python -m shards index' again") from None
 
 

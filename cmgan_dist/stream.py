@@ -8,6 +8,7 @@ joins rows to the rank's Batch. A bad sample is replaced by the next good one of
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import logging
 import os
@@ -29,12 +30,14 @@ from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.imaging import decode_image
 from cmgan_dist.order import BalancedPlan, MixturePlan, Plan, Row, generator_for, streams_of_rank
 from cmgan_dist.remote import open_store
-from cmgan_dist.schema import MANIFEST_NAME, Manifest, Sample, ShardIndex, first_sample, index_name, parse_sample
+from cmgan_dist.schema import MANIFEST_NAME, Manifest, Sample, ShardIndex, index_name, iter_samples, parse_sample
 
 log = logging.getLogger(__name__)
 
 MIN_READS_FOR_BAD_SHARE = 200
 """Samples read before the share of bad ones can stop a run."""
+PIECE = 1 << 18
+"""Bytes that are read at a time where samples follow each other; much more is slower: fresh memory each time."""
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -81,7 +84,7 @@ class ShardReader:
                 f"{self.store.where(name)} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "
                 f"run 'python -m shards index {self.data}'"
             )
-        if index.offsets[0] < 0 or index.offsets[-1] > self.shards[shard].bytes or np.diff(index.offsets).min() < 0:
+        if index.offsets[-1] > self.shards[shard].bytes:
             raise BadInput(f"{self.store.where(name)} is damaged: run 'python -m shards index {self.data}'")
         return index
 
@@ -94,18 +97,32 @@ class ShardReader:
         self._files[shard] = self.store.open(self.shards[shard])
         return self._files[shard]
 
-    def read(self, shard: int, index: int) -> Sample:
-        """Raises BadSample, naming shard and reason, when the sample cannot be used."""
-        start, stop = self.index(shard).offsets[index : index + 2].tolist()
-        name = self.shards[shard].name
+    def _bytes(self, shard: int, start: int, stop: int) -> bytes:
         with self._lock:  # another thread could close the descriptor before it is read
-            data = os.pread(self._descriptor(shard), stop - start, start)
+            return os.pread(self._descriptor(shard), stop - start, start)
+
+    def raw(self, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
+        """(key, members by extension), nothing parsed. Raises BadSample, naming shard and reason."""
+        where, name = self.index(shard), self.shards[shard].name
+        start, stop = where.offsets[index : index + 2].tolist()
+        data = self._bytes(shard, start, stop)
         if len(data) < stop - start:
             raise BadSample(f"{name} sample {index}: the shard is truncated at byte {start + len(data)}")
-        found = first_sample(data, name)
-        if found is None:
-            raise BadSample(f"{name} sample {index}: nothing at byte {start}")
-        key, members = found
+        row = where.layouts[index].tolist()
+        if found := where.cut(row, data, data):
+            return found
+        for key, _, members in iter_samples(io.BytesIO(data), name):  # the first one; or it says where damage is
+            if row[0]:
+                raise BadSample(f"{name} sample {index}: byte {start} has other headers than those that were indexed")
+            return key, members
+        raise BadSample(f"{name} sample {index}: nothing at byte {start}")
+
+    def read(self, shard: int, index: int) -> Sample:
+        """Raises BadSample, naming shard and reason, when the sample cannot be used."""
+        return self._parse(shard, *self.raw(shard, index))
+
+    def _parse(self, shard: int, key: str, members: dict[str, bytes]) -> Sample:
+        name = self.shards[shard].name
         try:
             sample = parse_sample(key, members)
         except BadSample as error:
@@ -117,12 +134,33 @@ class ShardReader:
             raise BadSample(f"{name} sample {key}: has no label")
         return sample
 
+    def raw_samples(self) -> Iterator[tuple[int, str, dict[str, memoryview]]]:
+        """(shard, key, members by extension) of every whole sample in canonical order, read in large pieces.
+
+        The members are views: one that is kept keeps its piece, PIECE bytes or the whole sample."""
+        for shard in range(len(self.shards)):
+            where, first = self.index(shard), 0
+            while first < len(where):
+                start = int(where.offsets[first])
+                stop = max(first + 1, int(np.searchsorted(where.offsets, start + PIECE, side="right")) - 1)
+                data = self._bytes(shard, start, int(where.offsets[stop]))
+                whole, view = len(data), memoryview(data)
+                places = (where.offsets[first : stop + 1] - start).tolist()
+                for i, row in enumerate(where.layouts[first:stop].tolist()):
+                    found = where.cut(row, data, view, places[i]) if places[i + 1] <= whole else None
+                    if found:
+                        yield shard, *found
+                        continue
+                    with contextlib.suppress(BadSample):
+                        key, members = self.raw(shard, first + i)
+                        yield shard, key, {extension: memoryview(member) for extension, member in members.items()}
+                first = stop
+
     def __iter__(self) -> Iterator[Sample]:
         """Every usable sample in canonical order; bad ones are passed over: training and evaluation name them."""
-        for shard, count in enumerate(self.counts):
-            for index in range(int(count)):
-                with contextlib.suppress(BadSample):
-                    yield self.read(shard, index)
+        for shard, key, members in self.raw_samples():
+            with contextlib.suppress(BadSample):
+                yield self._parse(shard, key, {extension: bytes(member) for extension, member in members.items()})
 
     def samples_by_class(self) -> list[np.ndarray]:
         """Per class int64 [n, 2]: (shard, index) of its samples, from the sidecars."""
@@ -231,7 +269,7 @@ class Decoder:
 def _stack_texts(texts: list[str | np.ndarray]) -> Tensor | list[str]:
     if isinstance(texts[0], str):
         return cast(list[str], texts)
-    return torch.from_numpy(np.stack(cast(list[np.ndarray], texts)))
+    return torch.from_numpy(np.concatenate(texts).reshape(len(texts), -1))
 
 
 class _Chunks(IterableDataset["Batch | BadInput"]):

@@ -73,7 +73,7 @@ class IndexCommand:
     attribution: str = ""
     """Source and licence, for the manifest."""
     overwrite: bool = False
-    """Replace a manifest; its name, classes and attribution stay unless given anew."""
+    """Replace a manifest; its name, classes and attribution stay unless given anew, its details if no shard changed."""
     skip_bad: bool = False
     """Leave damaged and empty shards out and list them, instead of stopping at the first."""
     processes: int | None = None
@@ -123,7 +123,7 @@ class IndexCommand:
             text="utf8" if text_dim is None else "features",
             text_dim=text_dim,
             attribution=self.attribution or (old.attribution if old else ""),
-            details={"source": "index"},
+            details=old.details if old and old.splits == splits else {"source": "index"},
         )
         try:
             for scan in scans:

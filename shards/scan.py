@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.schema import Sample, ShardIndex, ShardInfo, iter_samples, parse_sample
+from cmgan_dist.schema import Layout, Sample, ShardIndex, ShardInfo, iter_groups, parse_sample
 
 IMAGE_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Pillow's name of a format -> member extension. An MPO is a JPEG with more pictures behind the first."""
@@ -122,15 +122,18 @@ def scan_shard(path: Path, name: str, decode: bool = False) -> ShardScan:
 
     Raises BadInput when the file cannot be read."""
     offsets: list[int] = []
+    layouts: list[Layout] = []
     samples: list[SampleFacts] = []
     damage = ""
     try:
         with open(path, "rb") as file:
             reader = _HashingReader(file)
             try:
-                for key, start, members in iter_samples(cast(BinaryIO, reader), name):
-                    offsets.append(start)
-                    samples.append(sample_facts(key, members, decode=decode))
+                for group in iter_groups(cast(BinaryIO, reader), name):
+                    offsets.append(group[0].start)
+                    layouts.append(Layout.of(group))
+                    members = {member.extension: member.data for member in group}
+                    samples.append(sample_facts(group[0].key, members, decode=decode))
                 # The walk ends at a zero block, which belongs to no sample, or at the end of the file.
                 end = reader.position - reader.last
             except BadSample as error:
@@ -139,6 +142,6 @@ def scan_shard(path: Path, name: str, decode: bool = False) -> ShardScan:
                 pass
     except OSError as error:
         raise BadInput(f"cannot read shard {path}: {error.strerror}") from None
-    index = ShardIndex.build(offsets, end, [facts.labels for facts in samples])
+    index = ShardIndex.build(offsets, end, [facts.labels for facts in samples], layouts)
     info = ShardInfo(name, len(samples), os.path.getsize(path), reader.digest.hexdigest())
     return ShardScan(info, index, samples, damage)

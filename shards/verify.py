@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import tyro
 
 from cmgan_dist.errors import BadInput
@@ -115,11 +114,7 @@ def _shard_problems(data: Path, listed: ShardInfo, scan: ShardScan) -> Iterator[
     except BadInput as error:
         yield str(error)
         return
-    same = all(
-        np.array_equal(getattr(index, array), getattr(scan.index, array))
-        for array in ("offsets", "label_starts", "label_values")
-    )
-    if not same:
+    if index.to_bytes() != scan.index.to_bytes():
         yield f"{index_name(name)} does not agree with the samples of {name}"
 
 

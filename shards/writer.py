@@ -31,6 +31,7 @@ from cmgan_dist.schema import (
     MANIFEST_NAME,
     LabelKind,
     Manifest,
+    ShardIndex,
     ShardInfo,
     index_name,
     load_manifest,
@@ -337,11 +338,14 @@ def write_shard(
 
 def _is_complete(output: Path, manifest: Manifest) -> bool:
     shards = [shard for split in manifest.splits.values() for shard in split]
-    files = [output / shard.name for shard in shards]
-    sidecars = [output / index_name(shard.name) for shard in shards]
-    return all(path.is_file() for path in files + sidecars) and all(
-        path.stat().st_size == shard.bytes for path, shard in zip(files, shards, strict=True)
-    )
+    try:
+        for shard in shards:
+            if (output / shard.name).stat().st_size != shard.bytes:
+                return False
+            ShardIndex.from_bytes((output / index_name(shard.name)).read_bytes(), shard.name)
+    except (FileNotFoundError, BadInput):  # or the sidecar is of an older version
+        return False
+    return True
 
 
 def _existing_manifest(output: Path) -> Manifest | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cmgan_dist.schema import Manifest, ShardIndex, ShardInfo, index_name, iter_samples, parse_labels, sha256_of
+from cmgan_dist.schema import Layout, Manifest, ShardIndex, ShardInfo, index_name, iter_groups, parse_labels, sha256_of
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -38,9 +38,13 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 def index_tar(path: Path) -> ShardInfo:
     """Write the sidecar of a tar and return its line of the manifest."""
     with open(path, "rb") as file:
-        found = list(iter_samples(file, path.name))
-    labels = [parse_labels(json.loads(m.get("json", b"{}"))) for _, _, m in found]
-    index = ShardIndex.build([start for _, start, _ in found], path.stat().st_size, labels)
+        found = list(iter_groups(file, path.name))
+    records = [{m.extension: m.data for m in group}.get("json", b"{}") for group in found]
+    end = path.stat().st_size
+    if found and (last := found[-1][-1]).header:
+        end = last.start + 512 + len(last.data) + -len(last.data) % 512
+    labels = [parse_labels(json.loads(record)) for record in records]
+    index = ShardIndex.build([group[0].start for group in found], end, labels, [Layout.of(group) for group in found])
     (path.parent / index_name(path.name)).write_bytes(index.to_bytes())
     return ShardInfo(path.name, len(found), path.stat().st_size, sha256_of(path))
 

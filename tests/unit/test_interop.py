@@ -12,6 +12,7 @@ import tarfile
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
@@ -24,11 +25,20 @@ from PIL import Image
 
 from cmgan_dist.config import StreamConfig
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.schema import ShardIndex, ShardInfo, index_name, iter_samples, load_manifest, parse_array, parse_sample
+from cmgan_dist.schema import (
+    INDEX_VERSION,
+    ShardIndex,
+    ShardInfo,
+    index_name,
+    iter_samples,
+    load_manifest,
+    parse_array,
+    parse_sample,
+)
 from cmgan_dist.stream import ShardReader, Stream
 from shards.__main__ import main
 from shards.verify import verify
-from tests.toy import jpeg, make_raw, npy, write_tar
+from tests.toy import index_tar, jpeg, make_features, make_raw, npy, write_manifest, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 512
@@ -475,6 +485,87 @@ def test_random_damage_is_a_bad_sample_and_nothing_else(tmp_path: Path) -> None:
     assert min(outcomes.values()) > 10, outcomes
 
 
+def test_random_damage_in_a_header_is_a_bad_sample_under_its_index(tmp_path: Path) -> None:
+    """Whatever the header says instead, and though its checksum is right."""
+    data = make_raw(tmp_path / "data", counts={"train": 6})
+    path = data / "train-000000.tar"
+    content = path.read_bytes()
+    stored = dict(raw_of(data))
+    assert len(stored) == 6
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = _random_damage(rng, content)
+        path.write_bytes(damaged)
+        reader = ShardReader(str(data), "train")
+        headers = [at for at in range(0, len(content), BLOCK) if content[at + 257 : at + 262] == b"ustar"]
+        whole = []
+        for i, (key, members) in enumerate(stored.items()):
+            start, stop = reader.index(0).offsets[i : i + 2]
+            if all(damaged[at : at + BLOCK] == content[at : at + BLOCK] for at in headers if start <= at < stop):
+                found, others = reader.raw(0, i)
+                assert (found, list(others)) == (key, list(members))
+                whole.append(key)
+            else:
+                with pytest.raises(BadSample, match=r"train-000000\.tar .*byte") as error:
+                    reader.raw(0, i)
+                assert "\n" not in str(error.value)
+        assert [key for key, _ in raw_of(data)] == whole
+        reader.close()
+
+
+def raw_of(data: Path) -> list[tuple[str, dict[str, bytes]]]:
+    reader = ShardReader(str(data), "train")
+    found = [(key, {e: bytes(m) for e, m in members.items()}) for _, key, members in reader.raw_samples()]
+    reader.close()
+    return found
+
+
+def test_a_shard_in_another_s_place_has_no_usable_sample(tmp_path: Path) -> None:
+    """Its samples have the same sizes, so that the other index cuts them well: only the names are not those."""
+    data = make_features(tmp_path / "data", splits={"train": [12, 12]}, label_kind="none")
+    one, two = (data / f"train-{i:06d}.tar" for i in range(2))
+    content = one.read_bytes(), two.read_bytes()
+    one.write_bytes(content[1])
+    two.write_bytes(content[0])
+    reader = ShardReader(str(data), "train")
+    for shard in range(2):
+        for i in range(12):
+            with pytest.raises(BadSample, match=rf"train-00000{shard}\.tar sample {i}: .*other headers than those"):
+                reader.read(shard, i)
+    assert list(reader) == []
+    stream = Stream(str(data), StreamConfig(global_batch=8, max_bad_share=1), seed=0)
+    with pytest.raises(BadInput, match="no usable sample left in a window"):
+        next(stream.batches(0))
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_raw_reading_gives_each_member_that_the_walk_finds(form: int, tmp_path: Path) -> None:
+    """One by one and in pieces; samples larger than a piece, plain ones and such as only the walk finds."""
+    rng = np.random.default_rng(2)
+    with tarfile.open(tmp_path / "train.tar", "w", format=form) as tar:
+        for i in range(40):
+            key = f"{'d' * 60}/{'k' * 60}{i}" if i % 7 == 3 else f"{i:05d}"
+            for extension, size in (("jpg", 600_000 if i % 13 == 5 else 20_000), ("json", 0), ("exif", 700 * (i % 3))):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = 2 if extension == "json" else size
+                tar.addfile(info, io.BytesIO(b"{}" if extension == "json" else rng.bytes(size)))
+            if i % 11 == 4:
+                tar.addfile(tarfile.TarInfo("README"))
+    write_manifest(tmp_path, {"train": [index_tar(tmp_path / "train.tar")]})
+    reader = ShardReader(str(tmp_path), "train")
+    with open(tmp_path / "train.tar", "rb") as file:
+        walked = [(key, members) for key, _, members in iter_samples(file, "train.tar")]
+    assert raw_of(tmp_path) == walked
+    assert [reader.raw(0, i) for i in range(len(walked))] == walked
+    end = int(reader.index(0).offsets[15]) - 600  # in the last member of the sample before
+    (tmp_path / "train.tar").write_bytes((tmp_path / "train.tar").read_bytes()[:end])
+    assert raw_of(tmp_path) == walked[:14]
+
+
+def vars_of(index: ShardIndex) -> dict[str, np.ndarray]:
+    return {each.name: getattr(index, each.name) for each in fields(index)}
+
+
 def test_a_sidecar_that_claims_too_much_is_not_believed(tmp_path: Path) -> None:
     """Offsets beyond the shard, or running backwards: a sentence, and nothing is allocated for them."""
     data = make_raw(tmp_path / "data", counts={"train": 8})
@@ -483,7 +574,8 @@ def test_a_sidecar_that_claims_too_much_is_not_believed(tmp_path: Path) -> None:
     for place, value in ((8, 1 << 62), (3, 1 << 40), (3, -512), (4, 0)):
         offsets = good.offsets.copy()
         offsets[place] = value
-        path.write_bytes(ShardIndex(offsets, good.label_starts, good.label_values).to_bytes())
+        with open(path, "wb") as file:
+            np.savez(file, version=INDEX_VERSION, **{**vars_of(good), "offsets": offsets})
         reader = ShardReader(str(data), "train")
         with bounded(), pytest.raises(BadInput, match=r"train-000000\.index\.npz .*shards index") as error:
             reader.read(0, 2)

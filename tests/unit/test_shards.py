@@ -23,6 +23,7 @@ from PIL import Image
 
 from cmgan_dist.errors import BadInput, run_main
 from cmgan_dist.schema import Manifest, ShardIndex, index_name, iter_samples, load_manifest, parse_sample, write_atomic
+from cmgan_dist.stream import ShardReader
 from shards.__main__ import COMMANDS, SOURCES, main
 from shards.scan import scan_shard
 from shards.stats import fonts_for
@@ -193,6 +194,25 @@ def test_sidecar_offsets_cut_out_each_sample(raw: Path, tmp_path: Path) -> None:
         piece = io.BytesIO(data[index.offsets[i] : index.offsets[i + 1]])
         ((found, start, members),) = iter_samples(piece, "piece")
         assert (found, start, parse_sample(key, members).texts, index.labels(i)) == (key, 0, texts, labels)
+
+
+def test_sidecars_of_another_version_are_written_anew(raw: Path, tmp_path: Path) -> None:
+    """By the command that made the data as by the one that the sentence names; the manifest stays as it was."""
+    out = tmp_path / "out"
+    details = built(raw, out).details
+    path = out / "train-000000.index.npz"
+    good = files(out)
+    with np.load(path) as arrays:  # version 1 had no number and no layouts
+        first = {name: arrays[name] for name in ("offsets", "label_starts", "label_values")}
+    np.savez(path, **first)
+    with pytest.raises(BadInput, match=r"index\.npz is of another version: run 'python -m shards index --overwrite'"):
+        ShardReader(str(out), "train").read(0, 0)
+    built(raw, out)
+    assert files(out) == good
+    np.savez(path, **first)
+    run("index", out, "--overwrite", "--processes", 1)
+    assert path.read_bytes() == good[path.name]
+    assert load_manifest(out).details == details
 
 
 def is_running(pid: str) -> bool:
