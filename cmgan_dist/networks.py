@@ -98,7 +98,7 @@ class SharedLayers(nn.Module):
     def joins(self, image: Tensor, text: Tensor) -> bool:
         """Whether rows of both modalities go through one GEMM: always on a GPU (half the launches) and among processes
         (one collective for both modalities)."""
-        synchronised = any(isinstance(norm, GroupBatchNorm) and norm.gather is not None for norm in self.norm)
+        synchronised = any(isinstance(norm, GroupBatchNorm) and norm.synchronised for norm in self.norm)
         small = max(len(image), len(text)) <= JOINED_ON_CPU
         return self.shared and (small or synchronised or image.device.type != "cpu")
 

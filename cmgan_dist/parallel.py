@@ -1,7 +1,8 @@
 """Processes, devices and precision: the one place that names accelerate; zero.py is the one that names deepspeed.
 
-Gradients of W processes with batch B equal those of one with W * B: DDP averages them, BatchNorm statistics and
-gathered tensors go through `Parallel.gather_differentiable`, whose backward adds up what every process asks of a row.
+Gradients of W processes with batch B equal those of one with W * B: DDP averages them, BatchNorm statistics are sums
+over all (`kernels.collective`), and gathered tensors go through `Parallel.gather_differentiable`, whose backward adds
+up what every process asks of a row.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cmgan_dist.engine import AdamSettings, Engine
 from cmgan_dist.errors import BadInput, LostProcess
+from cmgan_dist.kernels.collective import sum_over_processes
 from cmgan_dist.kernels.shared_layer import GroupBatchNorm, group_batch_norm
 
 log = logging.getLogger(__name__)
@@ -48,8 +50,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class _GatherRows(torch.autograd.Function):
-    """[...] -> [W, ...]; backward: the sum over processes of the gradient to this process's part. Differentiable any
-    number of times: penalties on gradients (R1, WGAN-GP) go through synchronised statistics twice."""
+    """[...] -> [W, ...]; backward: the sum over processes of the gradient to this process's part."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -60,23 +61,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        out: Tensor = _SumOfMine.apply(grads[0])
-        return out
-
-
-class _SumOfMine(torch.autograd.Function):
-    """[W, ...] -> [...]: the sum over processes of what each has for this one; the transpose of `_GatherRows`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous().clone()
-        dist.all_reduce(x)
-        return x[dist.get_rank()].clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        out: Tensor = _GatherRows.apply(grads[0])
-        return out
+        return sum_over_processes(grads[0])[dist.get_rank()]
 
 
 def start_all_processes() -> None:
@@ -128,7 +113,7 @@ def _synchronised_forward(self: _BatchNorm, x: Tensor) -> Tensor:
         training=True,
         momentum=momentum,
         eps=self.eps,
-        gather=_GatherRows.apply,
+        synchronised=True,
     )
     made = made.view(rows.shape).movedim(-1, 1)
     if hasattr(self, "act"):  # timm's BatchNormAct2d: dropout and activation in the same module
@@ -139,7 +124,7 @@ def _synchronised_forward(self: _BatchNorm, x: Tensor) -> Tensor:
 def _synchronise_statistics(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, GroupBatchNorm):
-            part.gather = _GatherRows.apply
+            part.synchronised = True
         elif isinstance(part, _BatchNorm):
             part.forward = types.MethodType(_synchronised_forward, part)  # type: ignore[method-assign]
 

@@ -23,6 +23,8 @@ def bce_kernel(
     WRONG: tl.constexpr, MASK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: the sum has one order. grad [2 * rows or 3 * rows] is that of the loss."""
+    # torch.compile passes Python floats in float64
+    fake_weight, wrong_weight = tl.cast(fake_weight, tl.float32), tl.cast(wrong_weight, tl.float32)
     total = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, rows, BLOCK_C):
         at = start + tl.arange(0, BLOCK_C)

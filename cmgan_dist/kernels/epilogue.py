@@ -3,14 +3,16 @@
 The GEMM before it stays the vendor's. Forward, two launches: `moments_kernel` reduces x to count, mean and squared
 deviations per group, channel and split of the rows; `apply_kernel` merges the splits, normalises, activates and drops.
 Backward, two launches: `sums_kernel` reduces the gradient, `input_grad_kernel` writes the input's. Only x is kept for
-backward: the output is made again from it. Synchronised statistics put one collective for all groups between the two.
+backward: the output is made again from it. Synchronised statistics put one all-reduce for all groups between the two,
+forward (and a small launch on each side of it) and backward.
 
 A mean is kept as two floats, mean + low: of values near 1e4 that differ by 1e-2 a single float gives it to 1e-3 only,
 and the output would be off by a tenth of a standard deviation.
 
-Shapes: R rows in all, K groups of n_k rows, C channels, P parts (splits of the rows, or processes).
+Shapes: R rows in all, K groups of n_k rows, C channels, P parts (splits of the rows).
     x, y, dy   [R, C]         float32, bfloat16 or float16; last stride 1, else copied
     moments    [P, K, 4, C]   count, mean, low, squared deviations; float32
+    totals     [K, 2C + 1]    sum of x, sum of its square, count; float64, to be summed over processes
     stats      [K, 4, C]      1/N (0 in evaluation: the statistics are constants), mean, low, variance; float32
     sums       [P, K, 2, C]   sum of g and of g * normalised x, with g the gradient before the activation; float32
 
@@ -31,15 +33,17 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from cmgan_dist.kernels.collective import sum_over_processes
 from cmgan_dist.kernels.epilogue_kernels import (
     apply_kernel,
     input_grad_kernel,
-    merge_parts_kernel,
     moments_kernel,
+    pack_kernel,
     sums_kernel,
+    unpack_kernel,
     update_running_kernel,
 )
-from cmgan_dist.kernels.shared_layer import Gather, group_batch_norm
+from cmgan_dist.kernels.shared_layer import group_batch_norm
 
 MAX_GROUPS = 4
 """Row counts of the groups are kernel arguments, so that nothing is copied to the device."""
@@ -117,12 +121,15 @@ def _run_moments(x: Tensor, groups: Sequence[int]) -> Tensor:
     return out
 
 
-def _run_merge(moments: Tensor) -> Tensor:
+def _over_processes(moments: Tensor) -> Tensor:
+    """Moments of this process [P, K, 4, C] -> of all [1, K, 4, C]."""
     parts, groups, _, channels = moments.shape
+    grid = (triton.cdiv(channels, 128), groups)
+    totals = moments.new_empty((groups, 2 * channels + 1), dtype=torch.float64)
+    wrap_triton(pack_kernel)[grid](moments, totals, channels, groups, parts, BLOCK_C=128, num_warps=4)
+    totals = sum_over_processes(totals)
     out = moments.new_empty((1, groups, 4, channels))
-    wrap_triton(merge_parts_kernel)[(triton.cdiv(channels, 128), groups)](
-        moments, out, channels, groups, parts, BLOCK_C=128, num_warps=4
-    )
+    wrap_triton(unpack_kernel)[grid](totals, out, channels, BLOCK_C=128, num_warps=4)
     return out
 
 
@@ -195,24 +202,29 @@ def group_norm_act(
     running_var: Tensor | None,
     seed: Tensor | None,
     training: bool,
+    synchronised: bool,
     eps: float,
     slope: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """The fused epilogue: (y [R, C] in x's dtype, stats [K, 4, C]).
 
-    `running_mean`, `running_var` float32 [K, C], read in evaluation only. `slope` 1 has no activation, `seed` int64 [1]
-    None no dropout. Autocast leaves the op alone, as it does batch_norm: x keeps the dtype that the GEMM gave it,
-    parameters and statistics are float32. Twice differentiable: the second derivative is made of torch operations.
+    `synchronised`: statistics of training are over the rows of all processes. `running_mean`, `running_var` float32
+    [K, C], read in evaluation only. `slope` 1 has no activation, `seed` int64 [1] None no dropout. Autocast leaves the
+    op alone, as it does batch_norm: x keeps the dtype that the GEMM gave it, parameters and statistics are float32.
+    Twice differentiable: the second derivative is made of torch operations.
     `fused_epilogue` checks its input and calls it."""
     moments = _run_moments(x, groups) if training else None
+    if moments is not None and synchronised:
+        moments = _over_processes(moments)
     return _run_apply(x, groups, moments, weight, bias, running_mean, running_var, seed, eps, slope, dropout)
 
 
 @group_norm_act.register_fake
 def _(
     x: Tensor, groups: Sequence[int], weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, seed: Tensor | None, training: bool, eps: float, slope: float, dropout: float,
+    running_var: Tensor | None, seed: Tensor | None, training: bool, synchronised: bool,
+    eps: float, slope: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     stats = x.new_empty((len(groups), 4, x.shape[1]), dtype=torch.float32)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), stats
@@ -228,19 +240,27 @@ def group_norm_act_backward(
     stats: Tensor,
     seed: Tensor | None,
     training: bool,
+    synchronised: bool,
     eps: float,
     slope: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (empty tensors without them)."""
+    """Gradients of x, weight and bias (empty tensors without them); the latter of this process: DDP averages them."""
     sums = _run_sums(dy, x, groups, weight, bias, stats, seed, eps, slope, dropout)
-    return _run_input_grad(dy, x, groups, weight, bias, stats, sums, seed, eps, slope, dropout, weight is not None)
+    if not synchronised:
+        return _run_input_grad(dy, x, groups, weight, bias, stats, sums, seed, eps, slope, dropout, weight is not None)
+    own = sums.sum(0)  # [K, 2, C]
+    every = sum_over_processes(own)[None]
+    made = _run_input_grad(dy, x, groups, weight, bias, stats, every, seed, eps, slope, dropout, False)
+    if weight is None:
+        return made
+    return made[0], own[:, 1].sum(0).to(weight.dtype), own[:, 0].sum(0).to(weight.dtype)
 
 
 @group_norm_act_backward.register_fake
 def _(
     dy: Tensor, x: Tensor, groups: Sequence[int], weight: Tensor | None, bias: Tensor | None, stats: Tensor,
-    seed: Tensor | None, training: bool, eps: float, slope: float, dropout: float,
+    seed: Tensor | None, training: bool, synchronised: bool, eps: float, slope: float, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     like, size = (stats, 0) if weight is None else (weight, x.shape[1])
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -262,34 +282,34 @@ def _(stats: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, groups, weight, bias, _, _, seed, training, eps, slope, dropout = inputs
+    x, groups, weight, bias, _, _, seed, training, synchronised, eps, slope, dropout = inputs
     ctx.save_for_backward(x, weight, bias, output[1], seed)
-    ctx.groups, ctx.constants = list(groups), (training, eps, slope, dropout)
+    ctx.groups, ctx.constants = list(groups), (training, synchronised, eps, slope, dropout)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if dy is None:
-        return (None,) * 11
+        return (None,) * 12
     x, weight, bias, stats, seed = ctx.saved_tensors
     dx, dweight, dbias = group_norm_act_backward(dy, x, ctx.groups, weight, bias, stats, seed, *ctx.constants)
     none = weight is None
-    return dx, None, None if none else dweight, None if none else dbias, *(None,) * 7
+    return dx, None, None if none else dweight, None if none else dbias, *(None,) * 8
 
 
 group_norm_act.register_autograd(_backward, setup_context=_setup)
 
 
 def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    dy, x, groups, weight, bias, stats, _, training, eps, slope, dropout = inputs
+    dy, x, groups, weight, bias, stats, _, training, synchronised, eps, slope, dropout = inputs
     ctx.save_for_backward(dy, x, weight, bias, stats)
-    ctx.groups, ctx.constants = list(groups), (training, eps, slope, dropout)
+    ctx.groups, ctx.constants = list(groups), (training, synchronised, eps, slope, dropout)
 
 
 def _second_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     dy, x, weight, bias, stats = ctx.saved_tensors
-    ddy, dx, dw, db = second_derivative(dy, x, ctx.groups, weight, bias, stats, ctx.constants, grads, None)
-    return ddy, dx, None, dw, db, *(None,) * 6
+    ddy, dx, dw, db = second_derivative(dy, x, ctx.groups, weight, bias, stats, ctx.constants, grads)
+    return ddy, dx, None, dw, db, *(None,) * 7
 
 
 group_norm_act_backward.register_autograd(_second_backward, setup_context=_second_setup)
@@ -302,15 +322,14 @@ def second_derivative(
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
-    constants: tuple[bool, float, float, float],
+    constants: tuple[bool, bool, float, float, float],
     grads: Sequence[Tensor | None],
-    gather: Gather | None,
 ) -> list[Tensor | None]:
     """Gradients of dy, x, weight and bias given those of what the backward returned, by torch's own operations.
 
     R1 and WGAN-GP differentiate the discriminators' gradients; they are rare or small, so nothing here is fused.
     Raises RuntimeError with dropout, whose mask torch cannot draw."""
-    training, eps, slope, dropout = constants
+    training, synchronised, eps, slope, dropout = constants
     if dropout:
         raise RuntimeError("the fused epilogue with dropout has no second derivative: set model.kernels to torch")
     with torch.enable_grad():
@@ -321,7 +340,7 @@ def second_derivative(
         fixed = None
         if not training:
             fixed = [(group[1], group[3]) for group in stats.detach()]
-        y = group_batch_norm(point, groups, w, b, fixed, training=training, eps=eps, gather=gather)
+        y = group_batch_norm(point, groups, w, b, fixed, training=training, eps=eps, synchronised=synchronised)
         if slope != 1:
             y = F.leaky_relu(y, slope)
         inputs = [t for t in (point, w, b) if t is not None]
@@ -332,67 +351,6 @@ def second_derivative(
         wanted = [t for t in leaves if t is not None]
         found = iter(torch.autograd.grad([f for f, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
         return [None if t is None else next(found) for t in leaves]
-
-
-class _Synchronised(torch.autograd.Function):
-    """The epilogue with statistics over all processes: one collective forward, one backward, for all groups.
-
-    Returns (y, stats) as the op does."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, groups: list[int], weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-        gather: Gather, eps: float, slope: float, dropout: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        own = _run_moments(x, groups)
-        every = gather((own if own.shape[0] == 1 else _run_merge(own))[0])  # [W, K, 4, C]
-        if 1 in groups and bool((every[:, :, 0, 0].sum(0) == 1).any()):  # waits for the device, so not always
-            raise ValueError("BatchNorm in training needs two rows or more in a group over all processes")
-        merged = every if every.shape[0] <= 8 else _run_merge(every)
-        y, stats = _run_apply(x, groups, merged, weight, bias, None, None, seed, eps, slope, dropout)
-        ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(x, weight, bias, stats, seed)
-        ctx.groups, ctx.gather, ctx.constants = groups, gather, (True, eps, slope, dropout)
-        return y, stats
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, bias, stats, seed = ctx.saved_tensors
-        dx, dweight, dbias = _SynchronisedBackward.apply(
-            grads[0], x, weight, bias, stats, seed, ctx.groups, ctx.gather, ctx.constants
-        )
-        return dx, None, dweight, dbias, *(None,) * 5
-
-
-class _SynchronisedBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
-        seed: Tensor | None, groups: list[int], gather: Gather, constants: tuple[bool, float, float, float],
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        _, eps, slope, dropout = constants
-        own = _run_sums(dy, x, groups, weight, bias, stats, seed, eps, slope, dropout).sum(0)  # [K, 2, C]
-        every = gather(own).sum(0, keepdim=True)
-        dx, _, _ = _run_input_grad(dy, x, groups, weight, bias, stats, every, seed, eps, slope, dropout, False)
-        ctx.save_for_backward(dy, x, weight, bias, stats)
-        ctx.groups, ctx.gather, ctx.constants = groups, gather, constants
-        if weight is None or bias is None:
-            return dx, None, None
-        dbias, dweight = own.sum(0)  # of this process: DDP averages them
-        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        dy, x, weight, bias, stats = ctx.saved_tensors
-        found = second_derivative(dy, x, ctx.groups, weight, bias, stats, ctx.constants, grads, ctx.gather)
-        return *found, *(None,) * 5
-
-
-@torch.compiler.disable
-def _synchronised(*args: Any) -> tuple[Tensor, Tensor]:
-    """torch.compile breaks its graph here: what `gather` does is not its to trace."""
-    made: tuple[Tensor, Tensor] = _Synchronised.apply(*args)
-    return made
 
 
 def fused_epilogue(
@@ -407,7 +365,7 @@ def fused_epilogue(
     eps: float,
     slope: float,
     dropout: float,
-    gather: Gather | None,
+    synchronised: bool,
 ) -> Tensor:
     """x [R, C] -> [R, C]: normalised by group, activated, dropped.
 
@@ -419,12 +377,12 @@ def fused_epilogue(
     # Drawn by the device's generator: activation checkpointing and CUDA graphs restore it.
     seed = torch.randint(2**62, (1,), device=x.device) if drop else None
     share = dropout if drop else 0.0
-    if training and gather is not None:
-        y, stats = _synchronised(x, sizes, weight, bias, seed, gather, eps, slope, share)
-    else:
-        if training and 1 in sizes:
-            raise ValueError(f"BatchNorm in training needs two rows or more in a group, the groups have {sizes}")
-        y, stats = group_norm_act(x, sizes, weight, bias, mean, variance, seed, training, eps, slope, share)
+    synchronised = training and synchronised
+    if training and not synchronised and 1 in sizes:
+        raise ValueError(f"BatchNorm in training needs two rows or more in a group, the groups have {sizes}")
+    y, stats = group_norm_act(x, sizes, weight, bias, mean, variance, seed, training, synchronised, eps, slope, share)
+    if synchronised and 1 in sizes and bool((stats[:, 0, 0] == 1).any()):  # waits for the device, so not always
+        raise ValueError("BatchNorm in training needs two rows or more in a group over all processes")
     if training and mean is not None and variance is not None:
         update_running(stats.detach(), mean, variance, momentum)
     return y

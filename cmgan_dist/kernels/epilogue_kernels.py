@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
+# torch.compile passes Python floats in float64, eager Triton in float32: kernels begin by making them float32.
+
 # ---------------------------------------------------------------------------------------------- device functions
 
 
@@ -84,7 +86,7 @@ def _before_activation(
     normal = tl.where(inside, normal, 0.0)
     if DROPOUT:
         g = g * _mask(seed, row, column, channels, p, BLOCK_R, BLOCK_C)
-    g = tl.where(normal * w[None, :] + b[None, :] > 0, g, g * slope)
+    g = g * tl.where(normal * w[None, :] + b[None, :] > 0, 1.0, slope)
     return normal, g
 
 
@@ -127,13 +129,35 @@ def moments_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def merge_parts_kernel(moments, out, channels, groups, parts, BLOCK_C: tl.constexpr):
-    """[P, K, 4, C] -> [K, 4, C]. Grid: column blocks, K."""
+def pack_kernel(moments, totals, channels, groups, parts, BLOCK_C: tl.constexpr):
+    """Moments [P, K, 4, C] -> totals [K, 2C + 1] of this process. Grid: column blocks, K."""
     k = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = cols < channels
     count, mean, low, m2 = _merged(moments, k, groups, parts, channels, cols, ok, BLOCK_C)
-    _store4(out, k, channels, cols, ok, count, mean, low, m2)
+    count = count.to(tl.float64)
+    centre = mean.to(tl.float64) + low.to(tl.float64)
+    at = totals + k * (2 * channels + 1) + cols
+    tl.store(at, count * centre, mask=ok)
+    tl.store(at + channels, m2.to(tl.float64) + count * centre * centre, mask=ok)
+    tl.store(at + 2 * channels, count, mask=cols == 0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def unpack_kernel(totals, moments, channels, BLOCK_C: tl.constexpr):
+    """Totals [K, 2C + 1] of all processes -> moments [1, K, 4, C]. Grid: column blocks, K."""
+    k = tl.program_id(1)
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    ok = cols < channels
+    at = totals + k * (2 * channels + 1)
+    count = tl.load(at + 2 * channels)
+    some = tl.maximum(count, 1.0)
+    mean = tl.load(at + cols, mask=ok, other=0.0) / some
+    m2 = tl.maximum(tl.load(at + channels + cols, mask=ok, other=0.0) - count * mean * mean, 0.0)
+    high = mean.to(tl.float32)
+    low = (mean - high.to(tl.float64)).to(tl.float32)
+    rows = tl.zeros([BLOCK_C], tl.float32) + count.to(tl.float32)
+    _store4(moments, k, channels, cols, ok, rows, high, low, m2.to(tl.float32))
 
 
 @triton.jit
@@ -153,7 +177,7 @@ def _normalising(at, channels, ok, eps):
     """Mean, its low part and 1 / standard deviation of the columns whose statistics begin at `at`."""
     mean = tl.load(at + channels, mask=ok, other=0.0)
     low = tl.load(at + 2 * channels, mask=ok, other=0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.load(at + 3 * channels, mask=ok, other=0.0) + eps)
+    rstd = tl.rsqrt(tl.load(at + 3 * channels, mask=ok, other=0.0) + eps)
     return mean, low, rstd
 
 
@@ -165,6 +189,7 @@ def apply_kernel(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Merge the moments, normalise, activate, drop. Grid: column blocks, row blocks of `steps` tiles, K."""
+    eps, slope, p = tl.cast(eps, tl.float32), tl.cast(slope, tl.float32), tl.cast(p, tl.float32)
     k = tl.program_id(2)
     start, rows = _group(k, n0, n1, n2, n3)
     column = tl.program_id(0) * BLOCK_C
@@ -180,7 +205,7 @@ def apply_kernel(
         variance = tl.load(running_var + k * channels + cols, mask=ok, other=1.0)
         low = tl.zeros([BLOCK_C], tl.float32)
         share = tl.zeros([BLOCK_C], tl.float32)
-    rstd = 1.0 / tl.sqrt_rn(variance + eps)
+    rstd = tl.rsqrt(variance + eps)
     if tl.program_id(1) == 0:
         _store4(stats, k, channels, cols, ok, share, mean, low, variance)
     w, b = _affine(weight, bias, cols, ok, AFFINE, BLOCK_C)
@@ -207,6 +232,7 @@ def sums_kernel(
     AFFINE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of the gradient over one split of one group's rows. Grid: column blocks, K, splits."""
+    eps, slope, p = tl.cast(eps, tl.float32), tl.cast(slope, tl.float32), tl.cast(p, tl.float32)
     k = tl.program_id(1)
     split = tl.program_id(2)
     start, rows = _group(k, n0, n1, n2, n3)
@@ -258,6 +284,7 @@ def input_grad_kernel(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of input and parameters. Grid: column blocks, row blocks of `steps` tiles, K."""
+    eps, slope, p = tl.cast(eps, tl.float32), tl.cast(slope, tl.float32), tl.cast(p, tl.float32)
     k = tl.program_id(2)
     start, rows = _group(k, n0, n1, n2, n3)
     column = tl.program_id(0) * BLOCK_C
@@ -280,8 +307,8 @@ def input_grad_kernel(
         tl.store(dweight + cols, grad_w.to(dweight.dtype.element_ty), mask=ok)
         tl.store(dbias + cols, grad_b.to(dbias.dtype.element_ty), mask=ok)
     scale = w * rstd
-    mean_g = sum_g * share
-    mean_gx = sum_gx * share
+    off = scale * (sum_g * share)
+    off_x = scale * (sum_gx * share)
     first = tl.program_id(1) * steps * BLOCK_R
     last = tl.minimum(first + steps * BLOCK_R, rows)
     for r in range(first, last, BLOCK_R):
@@ -291,7 +318,7 @@ def input_grad_kernel(
             x, dy, x_stride, dy_stride, start + row, cols, inside, mean, low, rstd, w, b, key, column, channels,
             slope, p, DROPOUT, BLOCK_R, BLOCK_C,
         )  # fmt: skip
-        grad = scale[None, :] * (g - mean_g[None, :] - normal * mean_gx[None, :])
+        grad = scale[None, :] * g - (normal * off_x[None, :] + off[None, :])
         wide = (start + row).to(tl.int64)[:, None]
         tl.store(dx + wide * channels + cols[None, :], grad.to(dx.dtype.element_ty), mask=inside)
 
@@ -301,6 +328,7 @@ def update_running_kernel(stats, running_mean, running_var, channels, momentum, 
     """Move running statistics towards the batch's, variance unbiased; groups without rows keep theirs.
 
     Grid: column blocks, K."""
+    momentum = tl.cast(momentum, tl.float32)
     k = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = cols < channels

@@ -10,36 +10,35 @@ Shapes: R rows in all, K groups of n_k rows, C channels, W processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmgan_dist.kernels.choice import use_triton
-
-Gather = Callable[[Tensor], Tensor]
-"""[...] of this process -> [W, ...] of all, differentiable; None where there is one process."""
+from cmgan_dist.kernels.collective import sum_over_processes
 
 
-def synchronised_statistics(parts: Sequence[Tensor], gather: Gather) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per group (mean [C], biased variance [C], rows []) over all processes, from one collective for all groups.
+def synchronised_statistics(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Per group (mean [C], biased variance [C], rows []) over all processes, from one all-reduce for all groups.
 
-    Each process sends count, mean and sum of squared deviations from its own mean, which are merged as by Chan et al.
-    (1983): no cancellation, unlike sums of squares."""
+    Each process sums squared deviations from its own mean in float32. What is summed over processes is float64, about
+    zero: the deviation comes out within about 1e-16 (mean / deviation)^2 of itself."""
     local = []
     for x in parts:
         x = x.float()
         mean = x.sum(0) / max(len(x), 1)  # of no rows: 0
-        local.append(torch.cat([x.new_full((1,), float(len(x))), mean, (x - mean).square().sum(0)]))
-    every = gather(torch.stack(local))  # [W, K, 1 + 2C]
+        squares, wide = (x - mean).square().sum(0).double(), mean.double()
+        count = wide.new_full((1,), float(len(x)))
+        local.append(torch.cat([count * wide, squares + count * wide.square(), count]))
+    total = sum_over_processes(torch.stack(local))  # [K, 2C + 1]
     channels = parts[0].shape[1]
-    count, mean_w, m2_w = every[..., :1], every[..., 1 : 1 + channels], every[..., 1 + channels :]
-    total = count.sum(0)  # [K, 1]
-    some = total.clamp(min=1)
-    mean = (count * mean_w).sum(0) / some
-    variance = (m2_w + count * (mean_w - mean).square()).sum(0) / some
-    return [(mean[k], variance[k], total[k, 0]) for k in range(len(parts))]
+    count = total[:, -1:]
+    some = count.clamp(min=1)
+    mean = total[:, :channels] / some
+    variance = (total[:, channels:-1] / some - mean.square()).clamp(min=0)
+    return [(mean[k].float(), variance[k].float(), count[k, 0].float()) for k in range(len(parts))]
 
 
 def group_batch_norm(
@@ -52,21 +51,20 @@ def group_batch_norm(
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    gather: Gather | None = None,
+    synchronised: bool = False,
 ) -> Tensor:
     """BatchNorm (Ioffe & Szegedy, 2015) of x [R, C] with own statistics for each group of rows.
 
     `groups`: n_1 .. n_K with sum R; a group may be empty. `running`: per group (mean [C], variance [C]), updated in
     place in training and used in evaluation; None keeps none. Statistics are fp32 in any dtype of x.
+    `synchronised`: those of training are over the rows of all processes.
     Raises ValueError when a group has one row in all in training: it has no variance."""
     out = []
     parts = x.split(list(groups))
-    synced: list[tuple[Tensor, Tensor, Tensor]] | None = None
-    if training and gather is not None:
-        synced = synchronised_statistics(parts, gather)
+    synced = synchronised_statistics(parts) if training and synchronised else None
     for k, part in enumerate(parts):
         mean_var: tuple[Tensor | None, Tensor | None] = running[k] if running is not None else (None, None)
-        if training and synced is not None:
+        if synced is not None:
             mean, variance, rows = synced[k]
             if len(part) == 1 and int(rows) == 1:  # reading it waits for the device, so not always
                 raise ValueError(f"BatchNorm in training needs two rows or more in a group, group {k} has one in all")
@@ -108,8 +106,8 @@ class GroupBatchNorm(nn.Module):
         self.slope, self.dropout, self.kernels = slope, dropout, kernels
         self.weight = nn.Parameter(1.0 + 0.02 * torch.randn(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
-        self.gather: Gather | None = None
-        """Set by the parallel layer to synchronise statistics among processes."""
+        self.synchronised = False
+        """Set by the parallel layer: statistics over the rows of all processes."""
         if statistics:
             self.register_buffer("running_mean", torch.zeros(statistics, channels))
             self.register_buffer("running_var", torch.ones(statistics, channels))
@@ -136,7 +134,7 @@ class GroupBatchNorm(nn.Module):
                 eps=self.eps,
                 slope=self.slope,
                 dropout=self.dropout,
-                gather=self.gather,
+                synchronised=self.synchronised,
             )
         x = group_batch_norm(
             x,
@@ -147,7 +145,7 @@ class GroupBatchNorm(nn.Module):
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
-            gather=self.gather,
+            synchronised=self.synchronised,
         )
         if self.slope != 1:
             x = F.leaky_relu(x, self.slope)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,9 +50,11 @@ def test_runs_repeat_to_the_bit() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_compiled_without_a_graph_break(training: bool) -> None:
-    eager, compiled_ = module(128).train(training), module(128).train(training)
+@pytest.mark.parametrize("training", [True, False, "synchronised"])
+def test_compiled_without_a_graph_break(training: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, compiled_ = module(128).train(bool(training)), module(128).train(bool(training))
+    monkeypatch.setattr(dist, "all_reduce", lambda t: None)  # a process among one
+    compiled_.synchronised = training == "synchronised"
     x = torch.randn(96, 128, device="cuda", requires_grad=True)
     fast = torch.compile(lambda x: compiled_(x.sin(), [64, 32]).cos(), fullgraph=True)
     ours, theirs = fast(x), eager(x.sin(), [64, 32]).cos()
@@ -65,6 +68,7 @@ def test_cuda_graph_replays_new_input_and_new_masks() -> None:
     norm = module(64, dropout=0.5)
     static = torch.randn(96, 64, device="cuda", requires_grad=True)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step(norm, static, [48, 48])

@@ -23,8 +23,10 @@ POINTERS = ROWS | {
     *("moments", "stats", "weight", "bias", "running_mean", "running_var", "out", "sums", "dweight", "dbias"),
     *("loss", "grad"),
 }
-OTHERS = {"seed": "*i64", "mask": "*i1"}
+OTHERS = {"seed": "*i64", "mask": "*i1", "totals": "*fp64"}
 FLOATS = {"eps", "slope", "p", "momentum", "fake_weight", "wrong_weight"}
+ONES = {"n1", "groups", "parts", "splits", "steps"}
+"""May be 1."""
 ALIGNED = {"x_stride", "dy_stride", "channels"}
 """Multiples of 16, as for every width of the presets."""
 
@@ -51,8 +53,12 @@ def _tool(name: str, *args: str) -> str:
 
 
 @cache
-def compiled(kernel: Any, capability: int, dtype: str, tile: Tile, flags: tuple[str, ...], folder: Path) -> Compiled:
-    """`kernel` for sm_`capability` with rows in `dtype` (fp32, bf16, fp16); `flags`: constexprs that are true."""
+def compiled(
+    kernel: Any, capability: int, dtype: str, tile: Tile, flags: tuple[str, ...], folder: Path, inductor: bool = False
+) -> Compiled:
+    """`kernel` for sm_`capability` with rows in `dtype` (fp32, bf16, fp16); `flags`: constexprs that are true.
+
+    `inductor`: with the arguments as torch.compile passes them, floats in float64 and ones as constants."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes = {}
@@ -61,13 +67,16 @@ def compiled(kernel: Any, capability: int, dtype: str, tile: Tile, flags: tuple[
         if name.isupper():
             signature[name], constants[name] = "constexpr", blocks.get(name, name in flags)
             continue
+        if inductor and name in ONES:
+            signature[name], constants[name] = "constexpr", 1
+            continue
         pointer = "*" + (dtype if name in ROWS else "fp32") if name in POINTERS else None
-        signature[name] = pointer or OTHERS.get(name) or ("fp32" if name in FLOATS else "i32")
+        signature[name] = pointer or OTHERS.get(name) or (("fp64" if inductor else "fp32") if name in FLOATS else "i32")
         if signature[name].startswith("*") or name in ALIGNED:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": tile.warps})
-    cubin = folder / f"{kernel.__name__}-{capability}-{dtype}-{tile}-{flags}.cubin".replace(" ", "")
+    cubin = folder / f"{kernel.__name__}-{capability}-{dtype}-{tile}-{flags}-{inductor}.cubin".replace(" ", "")
     cubin.write_bytes(made.asm["cubin"])
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _tool("cuobjdump", "-res-usage", str(cubin)))
     assert usage is not None

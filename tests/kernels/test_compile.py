@@ -23,12 +23,25 @@ TILED: tuple[tuple[Any, tuple[str, ...]], ...] = (
 )
 """Kernels whose launch has a tile, with the flags that a training step compiles them with."""
 MORE: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (epilogue_kernels.apply_kernel, ()),
     (epilogue_kernels.apply_kernel, ("AFFINE",)),
     (epilogue_kernels.apply_kernel, ("TRAINING",)),
-    (epilogue_kernels.input_grad_kernel, ("AFFINE",)),
+    (epilogue_kernels.apply_kernel, ("TRAINING", "DROPOUT")),
+    (epilogue_kernels.sums_kernel, ()),
+    (epilogue_kernels.sums_kernel, ("DROPOUT",)),
     (epilogue_kernels.input_grad_kernel, ()),
+    (epilogue_kernels.input_grad_kernel, ("DROPOUT",)),
+    (epilogue_kernels.input_grad_kernel, ("AFFINE",)),
+    (epilogue_kernels.input_grad_kernel, ("AFFINE", "DROPOUT")),
 )
-PLAIN = (epilogue_kernels.merge_parts_kernel, epilogue_kernels.update_running_kernel, bce_kernels.bce_kernel)
+"""The other flags that a launch can have: evaluation, no affine parameters, and their gradients among processes."""
+PLAIN = (
+    epilogue_kernels.pack_kernel,
+    epilogue_kernels.unpack_kernel,
+    epilogue_kernels.update_running_kernel,
+    bce_kernels.bce_kernel,
+)
+SMALL = epilogue.Tile(16, 128, 4)
 REGISTERS_PER_SM = 65_536
 WIDE = r"IMAD\.WIDE|IMAD\.HI|UIMAD\.WIDE"
 WARPS_WANTED = 12
@@ -71,7 +84,22 @@ def test_reductions_fit(case: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kernel", PLAIN, ids=lambda k: k.__name__)
 def test_small_kernels_fit(kernel: Any, tmp_path: Path) -> None:
-    check(compiled(kernel, 90, "fp32", epilogue.Tile(16, 128, 4), (), tmp_path), 4)
+    check(compiled(kernel, 90, "fp32", SMALL, (), tmp_path), 4)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "flags", "dtype", "tile"),
+    [(*case, "bf16", epilogue.TILES[1]) for case in TILED]
+    + [(kernel, ("WRONG", "MASK"), "fp32", SMALL) for kernel in PLAIN],
+)
+def test_arguments_of_inductor_change_nothing(
+    kernel: Any, flags: tuple[str, ...], dtype: str, tile: epilogue.Tile, tmp_path: Path
+) -> None:
+    """torch.compile passes Python floats in float64 and ones as constants."""
+    made = compiled(kernel, 90, dtype, tile, flags, tmp_path, inductor=True)
+    check(made, tile.warps)
+    double = kernel in (epilogue_kernels.pack_kernel, epilogue_kernels.unpack_kernel)
+    assert (made.count("D(ADD|MUL|FMA|SETP)") > 0) == double
 
 
 @pytest.mark.slow
@@ -87,4 +115,4 @@ def test_every_configuration(sm: int, tile: epilogue.Tile, dtype: str, tmp_path:
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_small_kernels_on_every_architecture(sm: int, tmp_path: Path) -> None:
     for kernel in PLAIN:
-        check(compiled(kernel, sm, "fp32", epilogue.Tile(16, 128, 4), (), tmp_path), 4)
+        check(compiled(kernel, sm, "fp32", SMALL, (), tmp_path), 4)

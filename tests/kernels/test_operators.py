@@ -19,7 +19,7 @@ from cmgan_dist.kernels.shared_layer import GroupBatchNorm
 
 
 def kernels_in_the_graph(function: Callable[..., object], *tensors: Tensor) -> list[str]:
-    """Triton kernels that torch.compile's backend gets to see."""
+    """Triton kernels and sums over processes that torch.compile's backend gets to see."""
     graphs: list[GraphModule] = []
 
     def keep(graph: GraphModule, args: object) -> object:
@@ -28,9 +28,14 @@ def kernels_in_the_graph(function: Callable[..., object], *tensors: Tensor) -> l
 
     with torch.no_grad():
         aot_function(function, fw_compiler=keep)(*tensors)
-    nodes = [node for graph in graphs for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
     side = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
-    return [side.get_kernel(node.kwargs["kernel_idx"]).fn.__name__ for node in nodes]
+    found = []
+    for node in (node for graph in graphs for node in graph.graph.nodes):
+        if "triton_kernel_wrapper" in str(node.target):
+            found.append(side.get_kernel(node.kwargs["kernel_idx"]).fn.__name__)
+        elif node.target is torch.ops.cmgan.sum_over_processes.default:
+            found.append("sum_over_processes")
+    return found
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -41,16 +46,22 @@ def test_the_compiler_sees_through_the_operators() -> None:
             return torch.empty(*shape, device="cuda")
 
         x, weight, bias, stats = new(96, 128).bfloat16(), new(128), new(128), new(2, 4, 128)
-        constants = (True, 1e-5, 0.2, 0.0)
-        found = kernels_in_the_graph(
-            lambda x, w, b: epilogue.group_norm_act(x, [64, 32], w, b, None, None, None, *constants), x, weight, bias
-        )
-        assert found == ["moments_kernel", "apply_kernel"]
-        found = kernels_in_the_graph(
-            lambda x, w, b, s: epilogue.group_norm_act_backward(x, x, [64, 32], w, b, s, None, *constants),
-            *(x, weight, bias, stats),
-        )
-        assert found == ["sums_kernel", "input_grad_kernel"]
+        forward, backward = ["moments_kernel", "apply_kernel"], ["sums_kernel", "input_grad_kernel"]
+        for synchronised in (False, True):
+            constants = (True, synchronised, 1e-5, 0.2, 0.0)
+            if synchronised:
+                forward[1:1] = ["pack_kernel", "sum_over_processes", "unpack_kernel"]
+                backward[1:1] = ["sum_over_processes"]
+            found = kernels_in_the_graph(
+                lambda x, w, b, c=constants: epilogue.group_norm_act(x, [64, 32], w, b, None, None, None, *c),
+                *(x, weight, bias),
+            )
+            assert found == forward
+            found = kernels_in_the_graph(
+                lambda x, w, b, s, c=constants: epilogue.group_norm_act_backward(x, x, [64, 32], w, b, s, None, *c),
+                *(x, weight, bias, stats),
+            )
+            assert found == backward
         found = kernels_in_the_graph(
             lambda s, m, v: epilogue.update_running(s, m, v, 0.1), stats, new(2, 128), new(2, 128)
         )

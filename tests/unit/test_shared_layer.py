@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmgan_dist.config import ModelConfig
-from cmgan_dist.kernels.shared_layer import Gather, GroupBatchNorm, group_batch_norm, synchronised_statistics
+from cmgan_dist.kernels.shared_layer import GroupBatchNorm, group_batch_norm, synchronised_statistics
 from cmgan_dist.networks import JOINED_ON_CPU, SharedLayers
 
 
@@ -47,9 +48,10 @@ def test_groups_are_not_normalised_together() -> None:
 
 
 @pytest.mark.parametrize("synchronised", [False, True])
-def test_an_empty_group_is_passed_over(synchronised: bool) -> None:
+def test_an_empty_group_is_passed_over(synchronised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     bn = GroupBatchNorm(4, statistics=2)
-    bn.gather = (lambda t: torch.stack([t, t])) if synchronised else None
+    monkeypatch.setattr(dist, "all_reduce", lambda t: t.mul_(2))  # two processes with the same rows
+    bn.synchronised = synchronised
     x = torch.randn(6, 4, requires_grad=True)
     out = bn(x, [6, 0])
     out.square().sum().backward()
@@ -60,10 +62,11 @@ def test_an_empty_group_is_passed_over(synchronised: bool) -> None:
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("gather", [None, lambda t: t[None]])
-def test_one_row_has_no_variance(gather: Gather | None) -> None:
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_one_row_has_no_variance(synchronised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     bn = GroupBatchNorm(4, statistics=2)
-    bn.gather = gather
+    monkeypatch.setattr(dist, "all_reduce", lambda t: None)
+    bn.synchronised = synchronised
     with pytest.raises(ValueError, match=r"more than 1 value|two rows or more"):
         bn(torch.randn(5, 4), [4, 1])
 
@@ -100,25 +103,29 @@ def test_reference_passes_gradcheck_twice_in_float64() -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e4])
-def test_merged_statistics_equal_those_of_all_rows(shift: float) -> None:
+def test_merged_statistics_equal_those_of_all_rows(shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unequal parts, badly conditioned: a sum of squares in fp32 would be off by orders of magnitude at 1e4."""
     torch.manual_seed(1)
     parts = [torch.randn(n, 6) + shift for n in (7, 19, 3)]
-    locals_: list[torch.Tensor] = []
+    sent: list[Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda t: sent.append(t.clone()))
     for part in parts:
-        synchronised_statistics([part], lambda t: (locals_.append(t), t[None])[1])
-    mean, variance, rows = synchronised_statistics([parts[0]], lambda t: torch.stack(locals_))[0]
+        synchronised_statistics([part])
+    monkeypatch.setattr(dist, "all_reduce", lambda t: t.copy_(sum(sent)))
+    mean, variance, rows = synchronised_statistics([parts[0]])[0]
+    assert sent[0].shape == (1, 2 * 6 + 1), "what travels does not depend on the number of processes"
     everything = torch.cat(parts).double()
     assert rows == 29
     torch.testing.assert_close(mean.double(), everything.mean(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(variance.double(), everything.var(0, unbiased=False), rtol=1e-3, atol=0)
 
 
-def test_synchronised_path_of_one_process_equals_the_plain_one() -> None:
+def test_synchronised_path_of_one_process_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(2)
     plain, synced = GroupBatchNorm(5, statistics=2), GroupBatchNorm(5, statistics=2)
     synced.load_state_dict(plain.state_dict())
-    synced.gather = lambda t: t[None]
+    monkeypatch.setattr(dist, "all_reduce", lambda t: None)
+    synced.synchronised = True
     x = torch.randn(12, 5)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     out_a, out_b = plain(a, [4, 8]), synced(b, [4, 8])
@@ -137,9 +144,9 @@ def test_one_gemm_or_two_is_the_same_function(rows: tuple[int, int], monkeypatch
     other = copy.deepcopy(layer)
     image, text = torch.randn(rows[0], 6), torch.randn(rows[1], 6)
     assert layer.joins(image, text) == (max(rows) <= JOINED_ON_CPU)
-    layer.norm[0].gather = lambda t: t[None]
+    layer.norm[0].synchronised = True
     assert layer.joins(image, text), "one collective for both modalities"
-    layer.norm[0].gather = None
+    layer.norm[0].synchronised = False
     monkeypatch.setattr(other, "joins", lambda image, text: not layer.joins(image, text))
     found = []
     for module in (layer, other):
