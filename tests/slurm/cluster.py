@@ -147,7 +147,8 @@ class Cluster:
         self._do("slurmd", "-N", node)
 
     def wait_idle(self) -> None:
-        wait_for("idle nodes", lambda: self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * len(NODES))
+        command = ("sinfo", "-h", "-N", "-p", "main", "-o", "%T")
+        wait_for("idle nodes", lambda: self.run(*command).split() == ["idle"] * len(NODES))
 
     def pid(self, name: str) -> int | None:
         """Of munged, slurmctld or a node's slurmd, if it runs."""
