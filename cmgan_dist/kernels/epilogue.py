@@ -370,9 +370,12 @@ def fused_epilogue(
     """x [R, C] -> [R, C]: normalised by group, activated, dropped.
 
     Arguments as of `shared_layer.group_batch_norm`, but `running`: (mean, variance), float32 [K, C] each.
-    Raises ValueError when a group has one row in all in training."""
+    Raises ValueError when a group has one row in all in training, or x not as many channels as the parameters."""
     sizes = list(groups)
     mean, variance = running if running is not None else (None, None)
+    for known in (weight, mean):
+        if known is not None and known.shape[-1] != x.shape[1]:  # the kernels would read beyond its end
+            raise ValueError(f"BatchNorm of {known.shape[-1]} channels, x has {x.shape[1]}")
     drop = training and dropout > 0
     # Drawn by the device's generator: activation checkpointing and CUDA graphs restore it.
     seed = torch.randint(2**62, (1,), device=x.device) if drop else None

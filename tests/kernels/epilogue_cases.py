@@ -451,6 +451,13 @@ def test_one_row_has_no_variance(monkeypatch: pytest.MonkeyPatch) -> None:
         module(torch.randn(5, 4, device=DEVICE), [4, 1])
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_another_number_of_channels_is_refused(affine: bool) -> None:
+    module = GroupBatchNorm(4, 2, affine=affine, kernels="triton").to(DEVICE)
+    with pytest.raises(ValueError, match="BatchNorm of 4 channels, x has 5"):
+        module(torch.randn(6, 5, device=DEVICE), [3, 3])
+
+
 def test_what_the_kernels_do_not_take_is_refused_in_training_only() -> None:
     module = GroupBatchNorm(4, 2, kernels="triton").to(DEVICE).double()
     x = torch.randn(6, 4, device=DEVICE, dtype=torch.float64)
