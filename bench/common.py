@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -19,28 +21,40 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Worker:
-    """A contestant in a process of its own, which answers each line on its stdin by ``answer JSON``."""
+    """A contestant in a process of its own, which answers each line on its stdin by ``answer JSON``.
+
+    Between an answer and the next line it is stopped, with what it has started: threads that go on looking for work
+    would take time from whoever has the turn."""
 
     def __init__(self, command: Sequence[str], **options: Any) -> None:
         """`options`: of subprocess.Popen."""
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, **options
+        )
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def answer(self) -> Any:
         """The next answer; other lines of output are passed over. Raises BadInput when the process ends without one."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("answer "):
+                self._signal(signal.SIGSTOP)
                 return json.loads(line.removeprefix("answer "))
         raise BadInput("a worker ended without an answer: its traceback is above")
 
     def ask(self, line: object) -> Any:
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
         return self.answer()
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait()
 
