@@ -56,7 +56,10 @@ class ImageBackbone(_Backbone):
     """Features that are stored already, [B, F] -> float32 [B, F]; subclasses take images."""
 
     def forward(self, image: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] or float in 0..1, or features [B, F] -> float32 [B, F]."""
+        """Images or features [B, F] -> float32 [B, F].
+
+        Images: uint8 [B, H, W, 4] as `imaging.decode_image` makes them, or [B, 3, H, W] of uint8 or of floats in 0..1.
+        """
         return image.float()
 
 
@@ -150,8 +153,9 @@ class TimmBackbone(ImageBackbone):
         self.settle()
 
     def forward(self, image: Tensor) -> Tensor:
-        image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-        image = image.contiguous(memory_format=torch.channels_last)  # convolutions on CPU take half the time
+        if image.dtype == torch.uint8:
+            image = (image[..., :3].movedim(-1, 1) if image.shape[-1] == 4 else image) / 255
+        image = image.float().contiguous(memory_format=torch.channels_last)  # convolutions on CPU take half the time
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
             features: Tensor = self.model((image - self.shift) * self.scale)
         return features.float()

@@ -188,7 +188,8 @@ class Batch:
     """Rows of one rank, in the order of the global batch. B rows are trained on."""
 
     image: Tensor
-    """uint8 [R, 3, H, W], or float32 [R, F_i] features. R = B, or 2B when sampling is balanced: wrong rows follow."""
+    """uint8 [R, H, W, 4], red, green, blue and a byte that nothing uses, or float32 [R, F_i] features. R = B, or 2B
+    when sampling is balanced: wrong rows follow."""
     text: Tensor | list[str]
     """R texts, or float32 [R, F_t] features."""
     labels: Tensor | None
@@ -222,10 +223,10 @@ class Decoder:
         return cls(image_size, manifest.image_dim, manifest.text_dim, len(manifest.classes), augment)
 
     def empty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Memory for a batch, to be filled by rows: images uint8 [rows, 3, H, W] or float32 [rows, F_i], and labels,
+        """Memory for a batch, to be filled by rows: images uint8 [rows, H, W, 4] or float32 [rows, F_i], and labels,
         False, bool [rows, C]."""
         if self.image_dim is None:
-            image = np.empty((rows, 3, self.image_size, self.image_size), np.uint8)
+            image = np.empty((rows, self.image_size, self.image_size, 4), np.uint8)
         else:
             image = np.empty((rows, self.image_dim), np.float32)
         return image, np.zeros((rows, self.classes), bool)
@@ -493,7 +494,7 @@ class EvalBatch:
     """Consecutive samples of a split with all their texts."""
 
     image: Tensor
-    """uint8 [n, 3, H, W] or float32 [n, F_i]."""
+    """uint8 [n, H, W, 4] or float32 [n, F_i]."""
     text: Tensor | list[str]
     """All texts of the n samples one after another: m strings, or float32 [m, F_t]."""
     owner: Tensor

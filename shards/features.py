@@ -132,7 +132,7 @@ class Extractor:
 
     @torch.no_grad()
     def images(self, images: list[np.ndarray]) -> np.ndarray:
-        """n times uint8 [3, size, size] -> [n, F_i]."""
+        """n times uint8 [size, size, 4] -> [n, F_i]."""
         assert self.image is not None
         batch = torch.from_numpy(np.stack(images)).to(self.options.device)
         parts = batch.split(len(batch) if batch.is_cuda else CPU_IMAGES)
@@ -160,7 +160,7 @@ class _Loaded:
     key: str
     members: dict[str, bytes]
     image: np.ndarray | None
-    """uint8 [3, size, size] when the image is to be converted."""
+    """uint8 [size, size, 4] when the image is to be converted."""
     texts: list[str] | None
     """When the texts are to be converted."""
 

@@ -51,7 +51,7 @@ def main() -> None:
     if pictures:
         for batch in batches:
             rng = torch.Generator().manual_seed(9)
-            batch.image = torch.randint(256, (size, 3, 32, 32), generator=rng, dtype=torch.uint8)
+            batch.image = torch.randint(256, (size, 32, 32, 4), generator=rng, dtype=torch.uint8)
 
     def scenes(networks, using):  # type: ignore[no-untyped-def]
         own = [part_of(batch, using.rank, using.world) for batch in batches]

@@ -112,9 +112,14 @@ def test_the_packaged_classifier_names_photographs(lite: TimmBackbone, name: str
     assert int((feature @ head["_fc.weight"].T + head["_fc.bias"]).argmax()) == label
 
 
-def test_floats_in_0_to_1_are_the_same_picture(lite: TimmBackbone) -> None:
+def test_floats_in_0_to_1_and_pixels_of_four_bytes_are_the_same_picture(lite: TimmBackbone) -> None:
     x = pictures(2)
-    assert torch.allclose(lite(x), lite(x.float() / 255), atol=1e-5)
+    feature = lite(x)
+    assert torch.allclose(feature, lite(x.float() / 255), atol=1e-5)
+    for unused in (0, 255):
+        pixels = torch.full((2, 64, 64, 4), unused, dtype=torch.uint8)
+        pixels[..., :3] = x.permute(0, 2, 3, 1)
+        assert torch.equal(feature, lite(pixels))
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from cmgan_dist import imaging
 from cmgan_dist.errors import BadSample
-from cmgan_dist.imaging import CROP_AREA, CROP_RATIO, MAX_PIXELS, _centre_box, _eighths, _random_box, decode_image
+from cmgan_dist.imaging import CROP_AREA, CROP_RATIO, MAX_PIXELS, _centre_box, _eighths, _random_box
 
 
 def scene(width: int, height: int) -> Image.Image:
@@ -29,6 +29,13 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     out = io.BytesIO()
     image.save(out, kind, **options)  # type: ignore[arg-type]
     return out.getvalue()
+
+
+def decode(data: bytes, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Planes of what `decode_image` makes, [3, size, size]."""
+    made = imaging.decode_image(data, size, rng)
+    assert made.flags["C_CONTIGUOUS"]
+    return made[..., :3].transpose(2, 0, 1)
 
 
 def naive(image: Image.Image, size: int) -> np.ndarray:
@@ -48,31 +55,30 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (301, 733), (64, 64), (20, 31), (1500, 1100)])
 def test_the_centre_is_that_of_a_plain_resize(kind: str, width: int, height: int) -> None:
     data = encode(scene(width, height), kind, **({} if kind == "PNG" else {"quality": 95}))
-    made = decode_image(data, 64)
+    made = decode(data, 64)
     with Image.open(io.BytesIO(data)) as image:
         expected = naive(image, 64)
     assert made.dtype == np.uint8
     assert made.shape == (3, 64, 64)
-    assert made.flags["C_CONTIGUOUS"]
     assert difference(made, expected) < 1
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 500), (3000, 2), (7, 5)])
 def test_tiny_and_thin_pictures(width: int, height: int) -> None:
     for kind in ("PNG", "JPEG", "WEBP"):
-        assert decode_image(encode(scene(width, height), kind), 24).shape == (3, 24, 24)
-        assert decode_image(encode(scene(width, height), kind), 24, np.random.default_rng(0)).shape == (3, 24, 24)
+        assert decode(encode(scene(width, height), kind), 24).shape == (3, 24, 24)
+        assert decode(encode(scene(width, height), kind), 24, np.random.default_rng(0)).shape == (3, 24, 24)
 
 
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the JPEGs that are decoded in the test."""
     found = []
-    decode = simplejpeg.decode_jpeg
+    original = simplejpeg.decode_jpeg
 
     def spy(*args: object, **options: object) -> np.ndarray:
-        found.append(decode(*args, **options).shape)
-        return decode(*args, **options)
+        found.append(original(*args, **options).shape)
+        return original(*args, **options)
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", spy)
     return found
@@ -83,7 +89,7 @@ def test_both_sides_of_a_crop_reach_the_target(
     shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, box: tuple[int, int, int, int]
 ) -> None:
     monkeypatch.setattr(imaging, "_random_box", lambda *_: box)
-    decode_image(encode(scene(1000, 1000), "JPEG"), 224, np.random.default_rng(0))
+    decode(encode(scene(1000, 1000), "JPEG"), 224, np.random.default_rng(0))
     assert 500 * shapes[0][0] / 1000 >= 224
 
 
@@ -109,11 +115,11 @@ def test_a_plain_jpeg_is_not_opened_by_pillow(monkeypatch: pytest.MonkeyPatch) -
     opened: list[bytes] = []
     open_image = imaging._open
     monkeypatch.setattr(imaging, "_open", lambda data: opened.append(data) or open_image(data))
-    decode_image(encode(scene(90, 70), "JPEG"), 32)
-    decode_image(encode(scene(90, 70).convert("L"), "JPEG", progressive=True), 32)
+    decode(encode(scene(90, 70), "JPEG"), 32)
+    decode(encode(scene(90, 70).convert("L"), "JPEG", progressive=True), 32)
     assert not opened
     for data in (encode(scene(90, 70), "JPEG", exif=exif), encode(scene(90, 70).convert("CMYK"), "JPEG")):
-        decode_image(data, 32)
+        decode(data, 32)
         assert opened.pop() == data
 
 
@@ -122,19 +128,19 @@ def test_a_jpeg_that_says_it_is_huge_is_refused() -> None:
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
     with pytest.raises(BadSample, match=str(MAX_PIXELS)):
-        decode_image(bytes(data), 32)
+        decode(bytes(data), 32)
 
 
 def test_a_jpeg_is_decoded_scaled_but_not_below_the_target(shapes: list[tuple[int, ...]]) -> None:
-    decode_image(encode(scene(2000, 1600), "JPEG"), 224)
+    decode(encode(scene(2000, 1600), "JPEG"), 224)
     assert 224 <= shapes[0][0] <= 448
     exif = Image.Exif()
     exif[0x0112] = 6
-    decode_image(encode(scene(2000, 500), "JPEG", exif=exif), 224)
+    decode(encode(scene(2000, 500), "JPEG", exif=exif), 224)
     assert 224 <= shapes[1][0] <= 448
-    decode_image(encode(scene(100, 90), "JPEG"), 224)
+    decode(encode(scene(100, 90), "JPEG"), 224)
     assert shapes[2][:2] == (90, 100)
-    decode_image(encode(scene(800, 2000), "JPEG"), 224)
+    decode(encode(scene(800, 2000), "JPEG"), 224)
     assert 224 <= shapes[3][1] <= 448
 
 
@@ -146,12 +152,12 @@ def test_exif_orientation_is_undone(kind: str, orientation: int) -> None:
     data = encode(scene(300, 200), kind, exif=exif)
     with Image.open(io.BytesIO(data)) as image:
         upright = ImageOps.exif_transpose(image)
-    assert difference(decode_image(data, 48), naive(upright, 48)) < 1
+    assert difference(decode(data, 48), naive(upright, 48)) < 1
 
 
 def test_a_damaged_exif_block_does_not_matter() -> None:
     data = encode(scene(40, 40), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
-    assert difference(decode_image(data, 40), naive(scene(40, 40), 40)) < 3
+    assert difference(decode(data, 40), naive(scene(40, 40), 40)) < 3
 
 
 def test_transparency_is_on_white() -> None:
@@ -166,29 +172,29 @@ def test_transparency_is_on_white() -> None:
         encode(grey),
         encode(palette, transparency=3),
     ):
-        assert (decode_image(data, 16) == 255).all()
-    assert (np.abs(decode_image(encode(half), 16).astype(int) - 127) <= 1).all()
+        assert (decode(data, 16) == 255).all()
+    assert (np.abs(decode(encode(half), 16).astype(int) - 127) <= 1).all()
 
 
 def test_every_colour_kind() -> None:
     base = scene(60, 50)
     expected = naive(base, 32)
-    assert difference(decode_image(encode(base.convert("CMYK"), "JPEG", quality=95), 32), expected) < 4
-    assert difference(decode_image(encode(base, "JPEG", quality=95, progressive=True), 32), expected) < 2
-    assert difference(decode_image(encode(base.quantize(256)), 32), expected) < 12
+    assert difference(decode(encode(base.convert("CMYK"), "JPEG", quality=95), 32), expected) < 4
+    assert difference(decode(encode(base, "JPEG", quality=95, progressive=True), 32), expected) < 2
+    assert difference(decode(encode(base.quantize(256)), 32), expected) < 12
     grey = naive(base.convert("L"), 32)
-    assert difference(decode_image(encode(base.convert("L"), "JPEG", quality=95), 32), grey) < 2
+    assert difference(decode(encode(base.convert("L"), "JPEG", quality=95), 32), grey) < 2
     sixteen = Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 256 + 99)
-    assert difference(decode_image(encode(sixteen), 32), grey) < 1
+    assert difference(decode(encode(sixteen), 32), grey) < 1
     black_and_white = base.convert("1")
-    assert difference(decode_image(encode(black_and_white), 32), naive(black_and_white, 32)) < 1
+    assert difference(decode(encode(black_and_white), 32), naive(black_and_white, 32)) < 1
 
 
 def test_the_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (40, 40), colour) for colour in ("blue", "red", "red")]
     for kind in ("WEBP", "PNG", "MPO"):
         data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
-        made = decode_image(data, 8).astype(int)
+        made = decode(data, 8).astype(int)
         assert (np.abs(made - np.array([0, 0, 255])[:, None, None]) < 6).all(), kind
 
 
@@ -208,7 +214,7 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("pixels", [MAX_PIXELS + 10_000, 4 * MAX_PIXELS])
 def test_a_decompression_bomb_is_refused_by_its_header(pixels: int) -> None:
     with pytest.raises(BadSample, match=str(MAX_PIXELS)):
-        decode_image(bomb(10_000, pixels // 10_000 + 1), 32)
+        decode(bomb(10_000, pixels // 10_000 + 1), 32)
 
 
 def test_damage_is_a_bad_sample_and_nothing_else() -> None:
@@ -226,7 +232,7 @@ def test_damage_is_a_bad_sample_and_nothing_else() -> None:
                 broken[at] = rng.integers(256)
             cut = bytes(broken[: rng.integers(len(data))]) if rng.random() < 0.5 else bytes(broken)
             try:
-                assert decode_image(cut, 16, rng).shape == (3, 16, 16)
+                assert decode(cut, 16, rng).shape == (3, 16, 16)
             except BadSample:
                 bad += 1
     assert bad > 100
@@ -235,33 +241,33 @@ def test_damage_is_a_bad_sample_and_nothing_else() -> None:
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"GIF89a", b"<svg/>", b"\x89PNG\r\n\x1a\n"])
 def test_what_is_no_picture(data: bytes) -> None:
     with pytest.raises(BadSample, match="does not decode"):
-        decode_image(data, 16)
+        decode(data, 16)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_cut_file_is_bad(kind: str) -> None:
     data = encode(scene(300, 300), kind)
     with pytest.raises(BadSample):
-        decode_image(data[: len(data) // 2], 32)
+        decode(data[: len(data) // 2], 32)
 
 
 def test_bytes_behind_a_jpeg_do_not_matter() -> None:
     data = encode(scene(50, 50), "JPEG")
-    assert np.array_equal(decode_image(data + b"tail" * 50, 32), decode_image(data, 32))
+    assert np.array_equal(decode(data + b"tail" * 50, 32), decode(data, 32))
 
 
 def test_augmentation_is_drawn_from_the_generator() -> None:
     data = encode(scene(200, 150), "JPEG")
 
     def draw(seed: int) -> np.ndarray:
-        return decode_image(data, 32, np.random.default_rng(seed))
+        return decode(data, 32, np.random.default_rng(seed))
 
     assert np.array_equal(draw(1), draw(1))
     # The red channel grows to the right: a flip turns it round, a crop takes a part of its range.
     slopes = [float(d[0, :, -1].mean()) - float(d[0, :, 0].mean()) for d in map(draw, range(60))]
     assert 15 < sum(slope < 0 for slope in slopes) < 45
     assert len({round(abs(slope)) for slope in slopes}) > 20
-    assert np.array_equal(decode_image(data, 32), decode_image(data, 32))
+    assert np.array_equal(decode(data, 32), decode(data, 32))
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
@@ -270,11 +276,11 @@ def test_a_row_of_a_batch_is_filled_in_its_place(kind: str, exif: int, seed: int
     tag = Image.Exif()
     tag[0x0112] = exif
     data = encode(scene(200, 150), kind, exif=tag)
-    batch = np.full((3, 3, 32, 32), 7, np.uint8)
+    batch = np.full((3, 32, 32, 4), 7, np.uint8)
     rngs = [None if seed is None else np.random.default_rng(seed) for _ in range(2)]
-    made = decode_image(data, 32, rngs[0], batch[1])
+    made = imaging.decode_image(data, 32, rngs[0], batch[1])
     assert made.base is batch
-    assert np.array_equal(batch[1], decode_image(data, 32, rngs[1]))
+    assert np.array_equal(batch[1, ..., :3].transpose(2, 0, 1), decode(data, 32, rngs[1]))
     assert (batch[[0, 2]] == 7).all()
 
 
@@ -307,4 +313,4 @@ def test_a_jpeg_that_was_cut_and_ended_is_refused() -> None:
     data = out.getvalue()
     for tail in (b"", b"\xff\xd9"):
         with pytest.raises(BadSample, match="does not decode"):
-            decode_image(data[: len(data) // 2] + tail, 32)
+            decode(data[: len(data) // 2] + tail, 32)
