@@ -330,7 +330,8 @@ def scale(arguments: Arguments) -> dict[str, Any]:
     for world in (1, 2):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
         command = [*launch, "-m", "bench.step", "worker", "1", "communicate", str(arguments.scale)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # accelerate gives a process that is alone all cores
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
         answers = [x.removeprefix("answer ") for x in done.stdout.splitlines() if x.startswith("answer ")]
         if not answers:
             raise RuntimeError(f"{world} processes ended with {done.returncode}: {done.stderr[-2000:]}")

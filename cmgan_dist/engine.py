@@ -37,8 +37,11 @@ class AdamSettings:
 class Engine:
     """One module, one optimiser."""
 
-    def __init__(self, module: nn.Module, wrapped: nn.Module, settings: AdamSettings, device: torch.device) -> None:
-        """`wrapped`: `module` itself or DDP around it."""
+    def __init__(
+        self, module: nn.Module, wrapped: dict[str, nn.Module], settings: AdamSettings, device: torch.device
+    ) -> None:
+        """`wrapped`: what losses call, by the part of `module` that they train ("" is all of it), with DDP around it
+        where there are several processes."""
         self.module, self.wrapped, self.settings = module, wrapped, settings
         self.names = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters = list(self.names.values())
@@ -61,10 +64,10 @@ class Engine:
     @contextlib.contextmanager
     def pass_of(self, last: bool) -> Iterator[None]:
         """Around forward and backward of one micro-batch of an update; gradients are reduced in the `last` one."""
-        if isinstance(self.wrapped, DistributedDataParallel) and not last:
-            with self.wrapped.no_sync():
-                yield
-        else:
+        with contextlib.ExitStack() as stack:
+            for part in self.wrapped.values():
+                if isinstance(part, DistributedDataParallel) and not last:
+                    stack.enter_context(part.no_sync())
             yield
 
     def zero_grad(self) -> None:
@@ -130,4 +133,4 @@ class Engine:
 
     def release(self) -> None:
         """Let go of what the process group knows of: nothing wrapped may outlive it."""
-        self.wrapped = self.module
+        self.wrapped.clear()

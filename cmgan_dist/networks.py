@@ -6,6 +6,7 @@ Shapes: B rows, F_i and F_t feature dimensions, H hidden, E common, C classes. N
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +163,7 @@ class Decoder(nn.Module):
     def forward(self, common: Tensor) -> Reconstruction:
         """[B, E] -> [B, F]."""
         weight, bias = self.out.weight, self.out.bias
-        # as views they have a graph behind them, in which DDP looks for the parameters that a forward has used
+        # as views: DeepSpeed reduces the gradients of parameters that leave a forward by themselves twice
         return Reconstruction(self.norm(self.hidden(common), [len(common)]), weight.view_as(weight), bias.view_as(bias))
 
 
@@ -237,6 +238,23 @@ class Generator(nn.Module):
             logits=self.classifiers[head](common).float() if classify and len(self.classifiers) else None,
             reconstruction=decoder(common) if decode else None,
         )
+
+
+class OneSide(nn.Module):
+    """A generator with the parameters of one modality's way through it and no others: DDP around it sends the gradients
+    that a phase of that side has, not zeros for the other side's."""
+
+    def __init__(self, generator: Generator, side: Literal["image", "text"]) -> None:
+        super().__init__()
+        self._generator = (generator,)  # not as a submodule: that would bring all parameters
+        last = 0 if side == "image" else -1
+        shared = generator.shared
+        self.used = nn.ModuleList([getattr(generator, f"{side}_{part}") for part in ("backbone", "encoder", "decoder")])
+        self.used += [shared.linear[last], shared.norm[last], *list(generator.classifiers)[last:][:1]]
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """As the generator's."""
+        return self._generator[0](*inputs, **options)
 
 
 # ---------------------------------------------------------------------------------------------- assembly

@@ -289,28 +289,31 @@ class Parallel:
             return f"DeepSpeed ZeRO-{self._zero['zero_optimization']['stage']}"
         return "DDP" if self.world > 1 else ""
 
-    def engine(self, module: nn.Module, settings: AdamSettings, *, unused: bool = False) -> Engine:
+    def engine(self, module: nn.Module, settings: AdamSettings, parts: dict[str, nn.Module] | None = None) -> Engine:
         """What trains `module`, moved to the device; BatchNorms are synchronised.
 
-        `unused`: some losses leave a part of the parameters without gradient. Raises BadInput under ZeRO, which would
-        count such gradients as zero."""
+        `parts`: modules that losses call in its place, each of which has the parameters that get a gradient then; a
+        parameter may be in several. Raises BadInput for parts under ZeRO, which would count what has no gradient as
+        zero."""
+        parts = parts or {"": module}
         module.to(self.device)
         if self.world > 1:
             _synchronise_statistics(module)
         if self._zero is not None:
             from cmgan_dist.zero import ZeroEngine  # seconds to import, and only here
 
-            return ZeroEngine(module, settings, self.device, self._zero, unused)
-        wrapped = module
-        if self.world > 1 and any(p.requires_grad for p in module.parameters()):
-            wrapped = DistributedDataParallel(
-                module,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                find_unused_parameters=unused,
-                forward_sync_buffers=False,  # equal everywhere by construction
-                gradient_as_bucket_view=True,
-            )
-        return Engine(module, wrapped, settings, self.device)
+            return ZeroEngine(module, parts, settings, self.device, self._zero)
+        return Engine(module, {name: self._wrap(part) for name, part in parts.items()}, settings, self.device)
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
+            return module
+        return DistributedDataParallel(
+            module,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            forward_sync_buffers=False,  # equal everywhere by construction
+            gradient_as_bucket_view=True,
+        )
 
     def new_group(self) -> dist.ProcessGroup | None:
         """A group of all processes over CPU tensors; None when this process is alone."""

@@ -44,10 +44,10 @@ class Scene:
     """What the losses of one batch see. B rows are trained on; the first B of R rows when sampling is balanced."""
 
     config: Config
-    generator: nn.Module
-    """Called in training: the DDP-wrapped module where there are several processes."""
+    generator: dict[str, nn.Module]
+    """Called in training, by the side that trains ("" for both): under DDP where there are several processes."""
     discriminators: dict[str, nn.Module]
-    """Likewise."""
+    """Likewise, by name."""
     bare: dict[str, nn.Module]
     """The discriminators without a wrapper."""
     gather: Callable[[Tensor], Tensor]
@@ -225,7 +225,7 @@ def generator(sides: tuple[str, ...]) -> Callable[[Scene], Terms]:
     def loss(scene: Scene) -> Terms:
         config = scene.config.loss
         classes = scene.labels is not None
-        image, text = scene.generator(
+        image, text = scene.generator[sides[0] if len(sides) == 1 else ""](
             scene.image if "image" in sides else None,
             scene.text if "text" in sides else None,
             classify=classes and config.classification > 0,

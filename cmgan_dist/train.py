@@ -31,7 +31,7 @@ from cmgan_dist.embed import SPEC_NAME, VOCABULARY_NAME, embed_split
 from cmgan_dist.engine import AdamSettings, Engine
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
 from cmgan_dist.metrics import evaluate
-from cmgan_dist.networks import DataSpec, Generator, Side, build_generator, stored_tensors
+from cmgan_dist.networks import DataSpec, Generator, OneSide, Side, build_generator, stored_tensors
 from cmgan_dist.order import mix, steps_for
 from cmgan_dist.parallel import Parallel, is_lost_process
 from cmgan_dist.phases import Phase, Scene, Wrong, not_finite, phase_table, pick_wrong, run_phase
@@ -193,7 +193,8 @@ def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None
 
     of_generator = settings(optim.generator_lr, optim.generator_beta1, optim.weight_decay)
     of_discriminators = settings(optim.discriminator_lr, optim.discriminator_beta1)
-    engines = {"generator": parallel.engine(generator, of_generator, unused=optim.update == "alternate")}
+    sides: dict[str, nn.Module] = {"image": OneSide(generator, "image"), "text": OneSide(generator, "text")}
+    engines = {"generator": parallel.engine(generator, of_generator, sides if optim.update == "alternate" else None)}
     engines |= {name: parallel.engine(bare[name], of_discriminators) for name in NAMES}
     return Networks(generator, bare, engines, average)
 
@@ -227,7 +228,7 @@ def make_scene(
     return Scene(
         config=config,
         generator=engines["generator"].wrapped,
-        discriminators={name: engines[name].wrapped for name in networks.bare},
+        discriminators={name: engines[name].wrapped[""] for name in networks.bare},
         bare=networks.bare,
         gather=parallel.gather_differentiable,
         first_row=first,

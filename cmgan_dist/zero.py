@@ -40,7 +40,12 @@ class ZeroEngine(Engine):
     """An engine whose optimiser state (stage 1), and gradients (stage 2), are divided among the processes."""
 
     def __init__(
-        self, module: nn.Module, settings: AdamSettings, device: torch.device, config: dict[str, Any], unused: bool
+        self,
+        module: nn.Module,
+        parts: dict[str, nn.Module],
+        settings: AdamSettings,
+        device: torch.device,
+        config: dict[str, Any],
     ) -> None:
         """`config`: DeepSpeed's; batch size, accumulation and clipping are ours and are set here.
 
@@ -50,13 +55,13 @@ class ZeroEngine(Engine):
                 "DeepSpeed's fp16 and bf16 are not used: drop them from its configuration, and set train.precision to "
                 "bf16 (or fp32), which is autocast with fp32 parameters"
             )
-        if unused:
+        if set(parts) != {""}:
             raise BadInput(
                 "optim.update=alternate leaves half of the generator without gradient in each step, which DeepSpeed "
                 "counts as zero gradients: set optim.update=joint, or train without DeepSpeed"
             )
         self.offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-        super().__init__(module, module, settings, device)
+        super().__init__(module, parts, settings, device)
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         own = copy.deepcopy(config) | {
@@ -66,7 +71,7 @@ class ZeroEngine(Engine):
             "zero_allow_untested_optimizer": True,
         }
         self.engine, self.zero, _, _ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=own)
-        self.wrapped = self.engine
+        self.wrapped = {"": self.engine}
 
     def _optimizer(self) -> torch.optim.Optimizer:
         if not self.offload:

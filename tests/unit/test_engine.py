@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def engine_of(module: nn.Module, **fields: object) -> Engine:
     settings = AdamSettings(lr=0.1, beta1=0.5, beta2=0.999, **fields)  # type: ignore[arg-type]
-    return Engine(module, module, settings, CPU)
+    return Engine(module, {"": module}, settings, CPU)
 
 
 def parameters(module: nn.Module) -> list[Tensor]:

@@ -75,6 +75,23 @@ def test_each_phase_changes_its_own_parameters_only(loss: dict[str, object], upd
             assert not {k for k in own if k.startswith("image_")}
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("loss", [{}, {"intra": 0.0}, {"classification": 0.0, "contrastive": 1.0}], ids=str)
+def test_one_side_holds_the_parameters_that_get_a_gradient(loss: dict[str, object], share: bool) -> None:
+    """What DDP is told to send: one too few would stay different among processes, one too many stops the run."""
+    config = small(**loss)
+    config.optim.update, config.model.share_layers, config.model.share_classifier = "alternate", share, share
+    networks, parallel = set_up(config)
+    scene = make_scene(make_batch(), networks, config, parallel, 0, False)
+    for phase in phase_table(config)[-2:]:
+        run_phase(phase, [scene], networks.engines, parallel.autocast)
+        found = {name for name, p in networks.generator.named_parameters() if p.grad is not None}
+        sent = set(scene.generator[{"G_I": "image", "G_T": "text"}[phase.name]].parameters())
+        named = {name for name, p in networks.generator.named_parameters() if p in sent and p.requires_grad}
+        assert found == named, phase.name
+        assert found
+
+
 def test_the_reference_table_is_the_published_order() -> None:
     names = [p.name for p in phase_table(Config())]
     assert names == ["D_T", "D_I", "D_CT", "D_CI"] + ["G_I", "G_T"] * 5
