@@ -22,7 +22,7 @@ Shapes: B rows, F_i and F_t features, H hidden, E common, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,7 +222,10 @@ class ReferenceStep(nn.Module):
 
     def update(self, rows: Rows) -> list[tuple[str, Tensor]]:
         """One batch; (phase, loss) in order."""
-        out = []
+        return list(self.updates(rows))
+
+    def updates(self, rows: Rows) -> Iterator[tuple[str, Tensor]]:
+        """The same, one update after another as they are asked for."""
         for phase, names in self.phases():
             generator = phase.startswith("G")
             for name in DISCRIMINATORS:
@@ -234,8 +237,7 @@ class ReferenceStep(nn.Module):
             loss.backward()
             for name in names:
                 self.steps[name]()
-            out.append((phase, loss.detach()))
-        return out
+            yield phase, loss.detach()
 
     # ------------------------------------------------------------------------------------------ weights
 

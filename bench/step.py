@@ -29,7 +29,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,19 +137,21 @@ class Ours:
         self.networks: Networks = build_networks(self.config, spec, None, self.parallel)
         self.table, self.position = phase_table(self.config), 0
 
-    def update(self, batch: Batch, mark: bool = False) -> list[tuple[str, torch.Tensor]]:
-        """One batch; (phase, loss) in order. `mark`: name the parts in a profile."""
+    def update(self, batch: Batch) -> list[tuple[str, torch.Tensor]]:
+        """One batch; (phase, loss) in order."""
+        return list(self.updates(batch))
+
+    def updates(self, batch: Batch, mark: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same, one update after another as they are asked for. `mark`: name the parts in a profile."""
         part = torch.profiler.record_function if mark else contextlib.nullcontext
         with part("part no-grad forward"):
             scene = make_scene(batch, self.networks, self.config, self.parallel, self.position, False)
-        out = []
         for phase in self.table:
             with part(f"part {phase.name}"):
                 terms = run_phase(phase, [scene], self.networks.engines, self.parallel.autocast)
             losses = [value for name, value in terms.items() if name.startswith("loss/")]
-            out.append((phase.name, torch.stack(losses).sum()))
+            yield phase.name, torch.stack(losses).sum()
         self.position += batch.size
-        return out
 
     def hand_over(self, other: ReferenceStep) -> None:
         """Give weights and optimiser states to the reference step."""
@@ -174,18 +176,18 @@ def make_step(name: str, size: int, precision: str, dims: Dims | None = None) ->
 def agreement(size: int, dims: Dims, batches: int, again: bool) -> dict[str, float]:
     """The largest difference of a loss between ours and the reference, fp32, over all updates of `batches` batches.
 
-    `again`: hand our weights and optimiser states over before every batch. At full width GAN training is chaotic: a
-    last bit, such as another order of a sum makes, grows by orders of magnitude within few batches of Adam at 1e-3, so
-    that free runs of one and the same program part too. Then each batch is compared from a common start."""
+    `again`: hand our weights and optimiser states over before every update. At full width GAN training is chaotic: a
+    last bit, such as another order of a sum makes, grows by orders of magnitude within few updates of Adam at 1e-3, so
+    that free runs of one and the same program part too. Then each update is compared from a common start."""
     ours, reference = Ours(size, dims), ReferenceStep(dims)
     ours.hand_over(reference)
     data = make_batches(size, dims)
     absolute = relative = 0.0
     for i in range(batches):
         batch, rows = data[i % POOL]
-        if again:
-            ours.hand_over(reference)
-        for (phase, mine), (other, theirs) in zip(ours.update(batch), reference.update(rows), strict=True):
+        for (phase, mine), (other, theirs) in zip(ours.updates(batch), reference.updates(rows), strict=True):
+            if again:
+                ours.hand_over(reference)
             assert phase == other, f"{phase} stands where the reference has {other}"
             difference = abs(float(mine) - float(theirs))
             absolute = max(absolute, difference)
@@ -269,7 +271,8 @@ def collectives(ours: Ours, batch: Batch) -> dict[str, dict[str, float]]:
     an all-reduce sums, W - 1 times what a process gives to an all-gather."""
     world = ours.parallel.world
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as trace:
-        ours.update(batch, mark=True)
+        for _ in ours.updates(batch, mark=True):
+            pass
     assert trace.profiler is not None
     events = list(trace.profiler.kineto_results.events())
     parts = [(e.start_ns(), e.end_ns(), e.name().removeprefix("part ")) for e in events if e.name().startswith("part ")]
