@@ -28,8 +28,9 @@ class Worker:
 
     def __init__(self, command: Sequence[str], **options: Any) -> None:
         """`options`: of subprocess.Popen."""
+        # in a group of its own, not a session: when this process is killed, the kernel ends stopped ones with it
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, **options
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0, **options
         )
 
     def _signal(self, number: signal.Signals) -> None:
