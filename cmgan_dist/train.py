@@ -193,8 +193,10 @@ def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None
 
     of_generator = settings(optim.generator_lr, optim.generator_beta1, optim.weight_decay)
     of_discriminators = settings(optim.discriminator_lr, optim.discriminator_beta1)
-    sides: dict[str, nn.Module] = {"image": OneSide(generator, "image"), "text": OneSide(generator, "text")}
-    engines = {"generator": parallel.engine(generator, of_generator, sides if optim.update == "alternate" else None)}
+    sides: dict[str, nn.Module] | None = None
+    if optim.update == "alternate":
+        sides = {"image": OneSide(generator, "image"), "text": OneSide(generator, "text")}
+    engines = {"generator": parallel.engine(generator, of_generator, sides)}
     engines |= {name: parallel.engine(bare[name], of_discriminators) for name in NAMES}
     return Networks(generator, bare, engines, average)
 
