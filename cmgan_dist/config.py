@@ -224,6 +224,8 @@ class TrainConfig:
     """Batches, after the first ten, that torch.profiler records to RUN/trace (open in Perfetto); 0 is off."""
     threads: int = 0
     """CPU threads per process; 0 shares the cores among the local processes."""
+    report: bool = True
+    """Write OUTPUT/report.html at the end."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics go beside metrics.jsonl."""
 

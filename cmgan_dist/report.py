@@ -36,8 +36,6 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 from cmgan_dist.errors import BadInput
 from cmgan_dist.metrics import Embeddings, common_space, pair_ranks, rank_classes, top_k
@@ -633,6 +631,9 @@ def _space_section(shown: Shown | None) -> str:
     owner = (text_owner[kept] // step).numpy()
     points = torch.cat([shown.image[::step], shown.text[kept]]).numpy()
     n = len(points) - len(owner)
+    from sklearn.decomposition import PCA  # seconds to import, and only here: a run that is not evaluated has no map
+    from sklearn.manifold import TSNE
+
     flat = PCA(min(50, *points.shape), random_state=0).fit_transform(points)
     flat = TSNE(2, perplexity=min(30.0, (len(points) - 1) / 3), init="pca", random_state=0).fit_transform(flat)
     image, text = flat[:n], flat[n:]

@@ -313,8 +313,6 @@ class Session:
     """Multi-label classes."""
     on_validation: Callable[[Session, dict[str, float]], None] | None = None
     """Called on every process after a validation and the checkpoint that is due with it; gets "score" and metrics."""
-    report: bool = True
-    """Write RUN/report.html at the end."""
     bad: int = 0
     """Samples replaced on this process since the last log line."""
     skipped: dict[str, Tensor | float] = field(default_factory=dict)
@@ -438,13 +436,16 @@ def run_session(session: Session) -> int:
             if progress.position < total:
                 where = f"sample {progress.position} of {total}"
                 recorder.say(f"saved at {where} after a signal: start again to go on")
-            elif parallel.main and session.report:
-                from cmgan_dist.report import write_report  # it takes seconds to import, and only here
-
+            elif parallel.main:
                 clock.lap("other")
                 clock.take()
                 recorder.say(f"time: {clock.summary()}")
-                recorder.say(f"done: report at {write_report(run)}")
+                done = f"done: {run}"
+                if session.config.train.report:
+                    from cmgan_dist.report import write_report  # it takes seconds to import, and only here
+
+                    done = f"done: report at {write_report(run)}"
+                recorder.say(done)
     session.networks.release()
     parallel.close()
     return EXIT_DONE if progress.position >= total else EXIT_SIGNALLED

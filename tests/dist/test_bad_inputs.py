@@ -22,7 +22,7 @@ def run(args: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def train(data: Path | str, run_folder: Path, *extra: str) -> list[str]:
-    fast = ["stream.global_batch=16", "train.tracker=none", "train.threads=1"]
+    fast = ["stream.global_batch=16", "train.tracker=none", "train.threads=1", "train.report=false"]
     return ["launchers/train.py", "--preset", "smoke", "--data", str(data), "--output", str(run_folder), *fast, *extra]
 
 

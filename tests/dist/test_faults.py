@@ -30,7 +30,7 @@ from tests.toy import npy, write_tar
 LIMIT = 240
 TRAIN = str(ROOT / "launchers" / "train.py")
 PAUSED = pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)
-LONG = ["train.epochs=60", "train.save_every=2", "train.val_every=20", "train.keep=50", "optim.update=joint"]
+LONG = ["train.epochs=30", "train.save_every=2", "train.val_every=20", "train.keep=50", "optim.update=joint"]
 LONG += ["optim.generator_lr=1e-4", "optim.discriminator_lr=1e-4", "optim.generator_steps=1", "train.timeout_s=15"]
 
 

@@ -64,7 +64,8 @@ def read(output: Path) -> dict[str, Any]:
 def train(config: Path, output: Path, *extra: str) -> list[float]:
     """Validation scores of launchers/train.py with a config file."""
     command = [sys.executable, str(ROOT / "launchers" / "train.py"), "--config", str(config), "--output", str(output)]
-    done = subprocess.run([*command, "train.threads=1", *extra], env=environment(), capture_output=True, text=True)
+    command += ["train.threads=1", "train.report=false", *extra]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["score"] for line in lines if line["kind"] == "val"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -222,7 +223,10 @@ def test_files_that_are_no_weights(tmp_path: Path, name: str) -> None:
         (ImageBackboneConfig("test_resnet", LITE), "does not fit the model"),
     ],
 )
-def test_bad_image_settings_are_named(config: ImageBackboneConfig, message: str) -> None:
+def test_bad_image_settings_are_named(
+    config: ImageBackboneConfig, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else its tries take most of a minute
     with pytest.raises(BadInput, match=message) as caught:
         build_image_backbone(config)
     assert "model.image" in str(caught.value)

@@ -56,7 +56,12 @@ def train(data: Path, run: Path, *extra: str) -> list[dict[str, object]]:
     command += ["stream.global_batch=8", "train.epochs=1", "train.log_every=1", "train.tracker=none", *extra]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *command, "train.threads=1"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, *command, "train.threads=1", "train.report=false"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
