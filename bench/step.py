@@ -56,6 +56,8 @@ POOL = 8
 """Different batches that are gone through in turn."""
 TOLERANCE = 1e-5
 """Of a loss, relative to max(1, loss)."""
+ITEM_BYTES = {"float": 4, "int": 4, "unsigned char": 1, "double": 8, "long int": 8, "c10::BFloat16": 2}
+"""Of an element, by the profiler's name of its type."""
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, compiled": {"compiled": True},
@@ -129,10 +131,12 @@ def reference_config(size: int, dims: Dims, precision: str = "fp32") -> Config:
 class Ours:
     """The library's own step."""
 
-    def __init__(self, size: int, dims: Dims, precision: str = "fp32", compiled: bool = False) -> None:
+    def __init__(
+        self, size: int, dims: Dims, precision: str = "fp32", compiled: bool = False, reduced: str = "fp32"
+    ) -> None:
         self.config = reference_config(size, dims, precision)
         self.config.train.compile = compiled
-        self.parallel = Parallel(precision)
+        self.parallel = Parallel(precision, reduce_precision=reduced)
         spec = DataSpec([str(i) for i in range(dims.classes)], "single", dims.image, dims.text)
         self.networks: Networks = build_networks(self.config, spec, None, self.parallel)
         self.table, self.position = phase_table(self.config), 0
@@ -285,7 +289,7 @@ def collectives(ours: Ours, batch: Batch) -> dict[str, dict[str, float]]:
         count = 1
         for extent in event.shapes()[0]:
             count *= extent
-        item = {"float": 4, "int": 4, "unsigned char": 1, "double": 8, "long int": 8}[event.dtypes()[0]]
+        item = ITEM_BYTES[event.dtypes()[0]]
         share = 2 * (world - 1) / world if kind == "all_reduce" else world - 1
         entry = out.setdefault(f"{part} {kind}", {"calls": 0, "bytes": 0})
         entry["calls"] += 1
@@ -305,10 +309,12 @@ def least_gradients(ours: Ours, batch: Batch) -> dict[str, float]:
     return out
 
 
-def communicate(size: int) -> None:
-    """What each of the processes does: collectives of one batch of `size` rows a process, then the time of some."""
+def communicate(size: int, reduced: str) -> None:
+    """What each of the processes does: collectives of one batch of `size` rows a process, then the time of some.
+
+    `reduced`: in what gradients travel."""
     dims = Dims()
-    ours, data = Ours(size, dims), make_batches(size, dims)
+    ours, data = Ours(size, dims, reduced=reduced), make_batches(size, dims)
     for batch, _ in data[:2]:  # DDP orders its buckets anew after the first
         ours.update(batch)
     record: dict[str, Any] = {"world": ours.parallel.world}
@@ -328,35 +334,43 @@ def communicate(size: int) -> None:
 
 
 def scale(arguments: Arguments) -> dict[str, Any]:
-    """One and two processes with as many rows each, one thread each."""
+    """One and two processes with as many rows each, one thread each; two with gradients in bf16, too."""
     out = {}
-    for world in (1, 2):
+    for name, world, reduced in (("1", 1, "fp32"), ("2", 2, "fp32"), ("2, gradients in bf16", 2, "bf16")):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-        command = [*launch, "-m", "bench.step", "worker", "1", "communicate", str(arguments.scale)]
+        command = [*launch, "-m", "bench.step", "worker", "1", "communicate", str(arguments.scale), reduced]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # accelerate gives a process that is alone all cores
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
         answers = [x.removeprefix("answer ") for x in done.stdout.splitlines() if x.startswith("answer ")]
         if not answers:
             raise RuntimeError(f"{world} processes ended with {done.returncode}: {done.stderr[-2000:]}")
-        out[str(world)] = json.loads(answers[0])
+        out[name] = json.loads(answers[0])
     return out
 
 
 def print_scale(found: dict[str, Any]) -> None:
-    table = Table(title="two processes: what one sends in a batch, and the least", title_justify="left")
-    for column in ("", "calls", "MB", "gradient MB", "least gradient MB"):
+    least = found["1"]["gradient_bytes"]
+    for name, row in found.items():
+        if "collectives" in row:
+            print_collectives(f"{name}: what one process sends in a batch", row["collectives"], least)
+    for name, row in found.items():
+        seconds = row["seconds"]
+        print(f"{name}: {seconds['wall']['median']:.2f} s wall, {seconds['cpu']['median']:.2f} s processor a batch")
+
+
+def print_collectives(title: str, calls: dict[str, dict[str, float]], least: dict[str, float]) -> None:
+    """`least`: bytes of fp32 gradients, by part."""
+    table = Table(title=title, title_justify="left")
+    for column in ("", "calls", "MB", "all-reduced MB", "least, fp32 gradients MB"):
         table.add_column(column, justify="left" if not column else "right")
-    least, calls = found["1"]["gradient_bytes"], found["2"]["collectives"]
-    for part in dict.fromkeys(key.rpartition(" ")[0] for key in calls):
-        rows = {k: v for k, v in calls.items() if k.rpartition(" ")[0] == part}
+    for part in [*dict.fromkeys(key.rpartition(" ")[0] for key in calls), ""]:  # "": all
+        rows = {k: v for k, v in calls.items() if part in ("", k.rpartition(" ")[0])}
         reduced = sum(v["bytes"] for k, v in rows.items() if k.endswith("all_reduce"))
         both = [sum(v[what] for v in rows.values()) for what in ("calls", "bytes")]
-        cells = [f"{both[0]:.0f}", f"{both[1] / 1e6:.2f}", f"{reduced / 1e6:.2f}", f"{least.get(part, 0) / 1e6:.2f}"]
-        table.add_row(part, *cells)
+        few = least.get(part, 0) if part else sum(least.values())
+        cells = [f"{both[0]:.0f}", f"{both[1] / 1e6:.2f}", f"{reduced / 1e6:.2f}", f"{few / 1e6:.2f}"]
+        table.add_row(part or "all", *cells)
     Console(width=120).print(table)
-    for world, row in found.items():
-        seconds = row["seconds"]
-        print(f"{world}: {seconds['wall']['median']:.2f} s wall, {seconds['cpu']['median']:.2f} s processor a batch")
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -369,7 +383,7 @@ def work(words: list[str]) -> None:
     if what == "serve":
         serve(rest[0], int(rest[1]), rest[2])
     elif what == "communicate":
-        communicate(int(rest[0]))
+        communicate(int(rest[0]), rest[1])
     else:
         print("answer", json.dumps(agreement(64, Dims(), int(rest[0]), again=True)), flush=True)
 

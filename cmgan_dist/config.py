@@ -206,6 +206,8 @@ class TrainConfig:
     """Of initialisation, order, dropout and draws."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32, or autocast to bf16 or fp16 (losses and statistics stay fp32; fp16 with a loss scaler per optimiser)."""
+    reduce_precision: Literal["fp32", "bf16"] = "fp32"
+    """In what gradients travel between processes; bf16 halves their bytes and rounds them."""
     compile: bool = False
     """torch.compile the networks: pays on GPUs with small batches, costs seconds to minutes at the start."""
     ema: float = 0.0

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -234,8 +235,10 @@ class Parallel:
         tracker: str = "none",
         logging_dir: str | None = None,
         timeout_s: float = 600.0,
+        reduce_precision: str = "fp32",
     ) -> None:
-        """`precision`: fp32, or autocast to bf16 or fp16. `tracker`: tensorboard, wandb or none.
+        """`precision`: fp32, or autocast to bf16 or fp16. `tracker`: tensorboard, wandb or none. `reduce_precision`:
+        fp32 or bf16, in what gradients travel.
 
         `timeout_s`: how long a collective waits for the other processes before it fails."""
         self._zero = _zero_config()
@@ -265,7 +268,7 @@ class Parallel:
         self._timeout = timedelta(seconds=timeout_s)
         if dist.is_initialized():
             dist.set_timeout(self._timeout)
-        self.precision = precision
+        self.precision, self.reduce_precision = precision, reduce_precision
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
@@ -302,18 +305,22 @@ class Parallel:
         if self._zero is not None:
             from cmgan_dist.zero import ZeroEngine  # seconds to import, and only here
 
-            return ZeroEngine(module, parts, settings, self.device, self._zero)
+            config = self._zero | {"communication_data_type": self.reduce_precision}
+            return ZeroEngine(module, parts, settings, self.device, config)
         return Engine(module, {name: self._wrap(part) for name, part in parts.items()}, settings, self.device)
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             forward_sync_buffers=False,  # equal everywhere by construction
             gradient_as_bucket_view=True,
         )
+        if self.reduce_precision == "bf16":
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+        return wrapped
 
     def new_group(self) -> dist.ProcessGroup | None:
         """A group of all processes over CPU tensors; None when this process is alone."""

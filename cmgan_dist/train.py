@@ -352,7 +352,9 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE)
         set_aside(run)
 
     tracker = config.train.tracker if rank == 0 else "none"
-    parallel = Parallel(config.train.precision, tracker, str(run), config.train.timeout_s)
+    parallel = Parallel(
+        config.train.precision, tracker, str(run), config.train.timeout_s, config.train.reduce_precision
+    )
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // parallel.local_world))
     spec = DataSpec.of(stream.manifest)
     vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None

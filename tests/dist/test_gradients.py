@@ -8,7 +8,7 @@ from tests.dist.common import run_workers
 from tests.dist.gradients_worker import CASES
 
 SLOW = pytest.mark.slow
-FAST = ("reference", "wgan-gp", "gathered negatives", "accumulated", "trained backbone")
+FAST = ("reference", "wgan-gp", "gathered negatives", "accumulated", "trained backbone", "reduced in bf16")
 
 
 @pytest.mark.parametrize(

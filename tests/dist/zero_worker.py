@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, object]] = {
         "optim__generator_steps": 2,
         "loss__contrastive": 1.0,
     },
-    "bf16": {"train__precision": "bf16"},
+    "bf16": {"train__precision": "bf16", "train__reduce_precision": "bf16"},
 }
 STAGES: dict[str, dict[str, object]] = {
     "ZeRO-1": {"stage": 1},
@@ -71,7 +71,7 @@ def main() -> None:
     case = sys.argv[1]
     config = small_config(ROWS, optim__update="joint", **CASES[case])
     spec = DataSpec([str(c) for c in range(5)], "single", 6, 5)
-    parallel = Parallel(config.train.precision)
+    parallel = Parallel(config.train.precision, reduce_precision=config.train.reduce_precision)
     plain = build_networks(config, spec, None, parallel)
     expected = train(config, parallel, plain, 0, HALF)
     halfway = {k: v.clone() for k, v in plain.tensors().items()}
