@@ -349,6 +349,25 @@ class Parallel:
         """[B, ...] -> [W * B, ...] in rank order, with the gradient of all processes."""
         return x if self.world == 1 else _GatherRows.apply(x).flatten(0, 1)
 
+    def rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """Rows of the global batch [W * B, ...], of which this process has `x` [B, ...]; no gradient.
+
+        `index`: int64 [B], the rows that this process wants. Only those travel: what a process sends does not grow
+        with W."""
+        x = x.detach()
+        if self.world == 1:
+            return x[index.to(x.device)]
+        size = len(x)
+        wanted = self.gather(index.to(x.device)).view(self.world, size).cpu()  # [process that asks, B]
+        owner = wanted // size
+        sent = (owner == self.rank).nonzero()  # in the order of the processes that ask
+        give = wanted[sent[:, 0], sent[:, 1]] - self.rank * size
+        order = owner[self.rank].argsort(stable=True)  # what comes is in the order of its owners
+        got = torch.empty_like(x)
+        counts = [torch.bincount(of, minlength=self.world).tolist() for of in (owner[self.rank], sent[:, 0])]
+        dist.all_to_all_single(got, x[give.to(x.device)], *counts)
+        return torch.empty_like(x).index_copy_(0, order.to(x.device), got)
+
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """Means over the processes, which must all have the same keys."""
         if self.world == 1 or not values:

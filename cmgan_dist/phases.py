@@ -64,7 +64,7 @@ class Scene:
     labels: Tensor | None
     """bool [B, C]."""
     all_labels: Tensor | None
-    """bool [G, C] of all processes."""
+    """bool [G, C] of all processes; None where no loss reads them."""
     fake_image: Side
     """Image side of the no-grad forward, B rows."""
     fake_text: Side

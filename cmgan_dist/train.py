@@ -225,8 +225,10 @@ def make_scene(
     first, total = parallel.rank * size, parallel.world * size
     all_labels = None
     if labels is not None:
-        all_labels = parallel.gather(labels[:size].to(torch.uint8)).bool()
         labels = labels[:size]
+        drawn = len(image_side.common) > size  # by the stream, with the batch
+        if config.loss.class_contrastive or (config.loss.inter and not drawn):
+            all_labels = parallel.gather(labels.to(torch.uint8)).bool()
     return Scene(
         config=config,
         generator=engines["generator"].wrapped,
@@ -262,14 +264,14 @@ def _wrong(
     """The mismatched rows: drawn by the stream when sampling is balanced, else picked from the global batch."""
     if not config.loss.inter:
         return None
-    if len(image.common) > size:
+    if len(image.common) > size:  # drawn by the stream
         rows = [side.rows(size, 2 * size) for side in (image, text)]
         return Wrong(rows[0].common, rows[1].common, rows[0].feature, rows[1].feature, None)
     index, mask = pick_wrong(labels, all_labels, first, size, total, config.train.seed, position)
     columns = [image.common, text.common]
     if config.loss.mismatch == "reference":
         columns += [image.feature, text.feature]
-    joined = parallel.gather(torch.cat([c.float() for c in columns], 1))[index.to(parallel.device)]
+    joined = parallel.rows(torch.cat([c.float() for c in columns], 1), index)
     image_common, text_common, *features = joined.split([c.shape[1] for c in columns], 1)
     image_feature, text_feature = features or (image.feature, text.feature)
     if mask is not None:

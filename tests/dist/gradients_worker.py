@@ -30,6 +30,17 @@ CASES: dict[str, dict[str, object]] = {
 }
 
 
+def check_rows(parallel: Parallel) -> None:
+    """Rows fetched from the global batch, of any owner: uneven, repeated, all of one process, each from the next."""
+    rng = torch.Generator().manual_seed(1)
+    world, each = parallel.world, 3
+    whole = torch.randn(world * each, 2, 5, generator=rng)
+    draws = torch.randint(world * each, (world * each,), generator=rng)
+    for index in (draws, torch.zeros_like(draws), torch.arange(world * each).roll(each), torch.arange(world * each)):
+        own = slice(parallel.rank * each, (parallel.rank + 1) * each)
+        assert torch.equal(parallel.rows(whole[own].requires_grad_(), index[own]), whole[index[own]]), index
+
+
 def main() -> None:
     case = sys.argv[1]
     config = small_config(ROWS, **CASES[case])
@@ -44,6 +55,7 @@ def main() -> None:
             True,
         )
     parallel = Parallel(reduce_precision=config.train.reduce_precision)
+    check_rows(parallel)
     alone = copy.copy(parallel)
     alone.world, alone.rank = 1, 0
     many, one = build_networks(config, spec, None, parallel), build_networks(config, spec, None, alone)
