@@ -37,7 +37,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cmgan_dist.engine import AdamSettings, Engine
 from cmgan_dist.errors import BadInput, LostProcess
-from cmgan_dist.kernels.collective import sum_over_processes
 from cmgan_dist.kernels.shared_layer import GroupBatchNorm, group_batch_norm
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,10 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return sum_over_processes(grads[0])[dist.get_rank()]
+        grad = grads[0].contiguous()
+        own = torch.empty_like(grad[0])
+        dist.reduce_scatter_single(own, grad.flatten(0, 1))
+        return own
 
 
 def start_all_processes() -> None:
