@@ -366,8 +366,8 @@ class Parallel:
         give = wanted[sent[:, 0], sent[:, 1]] - self.rank * size
         order = owner[self.rank].argsort(stable=True)  # what comes is in the order of its owners
         got = torch.empty_like(x)
-        counts = [torch.bincount(of, minlength=self.world).tolist() for of in (owner[self.rank], sent[:, 0])]
-        dist.all_to_all_single(got, x[give.to(x.device)], *counts)
+        come, go = (torch.bincount(of, minlength=self.world).tolist() for of in (owner[self.rank], sent[:, 0]))
+        dist.all_to_all_single(got, x[give.to(x.device)], come, go)
         return torch.empty_like(x).index_copy_(0, order.to(x.device), got)
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:

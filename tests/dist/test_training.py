@@ -90,6 +90,7 @@ def test_a_finished_run_says_so_and_another_config_is_refused(
 ) -> None:
     data, run = feature_data(), tmp_path / "run"
     run_to_end(data, run)
+    assert not (run / "report.html").exists()
     stamp = (run / "best" / "model.safetensors").stat().st_mtime_ns
     assert "is done" in run_to_end(data, run).stderr
     assert (run / "best" / "model.safetensors").stat().st_mtime_ns == stamp
