@@ -307,7 +307,7 @@ class Parallel:
         if self._zero is not None:
             from cmgan_dist.zero import ZeroEngine  # seconds to import, and only here
 
-            config = self._zero | {"communication_data_type": self.reduce_precision}
+            config = {"communication_data_type": self.reduce_precision} | self._zero
             return ZeroEngine(module, parts, settings, self.device, config)
         return Engine(module, {name: self._wrap(part) for name, part in parts.items()}, settings, self.device)
 
@@ -354,8 +354,8 @@ class Parallel:
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
         """Rows of the global batch [W * B, ...], of which this process has `x` [B, ...]; no gradient.
 
-        `index`: int64 [B], the rows that this process wants. Only those travel: what a process sends does not grow
-        with W."""
+        `index`: int64 [B], the rows that this process wants. Only those travel, and all indices: unlike a gather, what
+        a process sends hardly grows with W."""
         x = x.detach()
         if self.world == 1:
             return x[index.to(x.device)]
