@@ -156,7 +156,7 @@ def base_config(arguments: Arguments) -> Config:
     train = config.train
     train.epochs = arguments.epochs or train.epochs
     train.val_every = arguments.val_every or train.val_every or train.epochs
-    train.save_every, train.keep, train.tracker = train.val_every, 1, "none"
+    train.save_every, train.keep, train.tracker, train.report = train.val_every, 1, "none", False
     train.threads = max(1, int(arguments.cpus) // arguments.processes)
     return validate(config)
 
@@ -441,10 +441,10 @@ def test_scores(runs: list[Path], split: str) -> dict[str, list[float]]:
 
 
 def best_config(config: Config, values: dict[str, Any], preset_config: Config) -> Config:
-    """The setting as a config for launchers/train.py: the preset's checkpoints, trackers and threads again."""
+    """The setting as a config for launchers/train.py: the preset's checkpoints, tracker, report and threads again."""
     best = apply_values(config, {k: v for k, v in values.items() if k != "train.seed"})
     best.train.keep, best.train.tracker = preset_config.train.keep, preset_config.train.tracker
-    best.train.threads = preset_config.train.threads
+    best.train.report, best.train.threads = preset_config.train.report, preset_config.train.threads
     return best
 
 

@@ -94,9 +94,7 @@ def run_rank(job: dict[str, Any], rank: int, pipe: int) -> NoReturn:
             world = str(job["processes"])
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
-        config = from_yaml(job["config"], "the trial's config", preset)
-        config.train.report = False  # the search has one
-        session = prepare(config, "auto", job["may_change"])
+        session = prepare(from_yaml(job["config"], "the trial's config", preset), "auto", job["may_change"])
         if rank == 0:
             session.on_validation = lambda session, _: tell(session, pipe)
             if session.progress.position >= session.total:  # killed between its last checkpoint and its last word
