@@ -200,6 +200,11 @@ class Batch:
     bad: list[str] = field(default_factory=list)
     """Why samples were replaced, one line each."""
 
+    @property
+    def wrong_follow(self) -> bool:
+        """Whether wrong rows follow, R = 2B."""
+        return len(self.image) > self.size
+
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from which it is copied to a GPU while that works; a DataLoader asks so."""
         text = self.text.pin_memory() if isinstance(self.text, Tensor) else self.text

@@ -226,8 +226,7 @@ def make_scene(
     all_labels = None
     if labels is not None:
         labels = labels[:size]
-        drawn = len(image_side.common) > size  # by the stream, with the batch
-        if config.loss.class_contrastive or (config.loss.inter and not drawn):
+        if config.loss.class_contrastive or (config.loss.inter and not batch.wrong_follow):
             all_labels = parallel.gather(labels.to(torch.uint8)).bool()
     return Scene(
         config=config,
@@ -244,17 +243,17 @@ def make_scene(
         all_labels=all_labels,
         fake_image=fake_image,
         fake_text=fake_text,
-        wrong=_wrong(image_side, text_side, labels, all_labels, size, first, total, config, parallel, position),
+        wrong=_wrong(batch, image_side, text_side, labels, all_labels, first, total, config, parallel, position),
         position=position,
     )
 
 
 def _wrong(
+    batch: Batch,
     image: Side,
     text: Side,
     labels: Tensor | None,
     all_labels: Tensor | None,
-    size: int,
     first: int,
     total: int,
     config: Config,
@@ -264,7 +263,8 @@ def _wrong(
     """The mismatched rows: drawn by the stream when sampling is balanced, else picked from the global batch."""
     if not config.loss.inter:
         return None
-    if len(image.common) > size:  # drawn by the stream
+    size = batch.size
+    if batch.wrong_follow:
         rows = [side.rows(size, 2 * size) for side in (image, text)]
         return Wrong(rows[0].common, rows[1].common, rows[0].feature, rows[1].feature, None)
     index, mask = pick_wrong(labels, all_labels, first, size, total, config.train.seed, position)
