@@ -19,10 +19,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
+def torchrun(processes: int) -> list[str]:
+    """The start of a command that runs a script on that many processes of this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
 def run_workers(script: str, processes: int, *words: str, timeout: float = 400) -> str:
     """tests/dist/SCRIPT on that many processes; its stdout. It must end with 0."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*launch, str(ROOT / "tests" / "dist" / script), *words]
+    command = [*torchrun(processes), str(ROOT / "tests" / "dist" / script), *words]
     done = subprocess.run(
         command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
     )

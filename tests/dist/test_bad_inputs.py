@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist.common import ROOT, environment
+from tests.dist.test_training import SMALL
 from tests.toy import index_tar, write_manifest, write_tar
 
 Case = Callable[[Callable[..., Path], Callable[..., Path], Path], list[str]]
@@ -22,8 +23,7 @@ def run(args: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def train(data: Path | str, run_folder: Path, *extra: str) -> list[str]:
-    fast = ["stream.global_batch=16", "train.tracker=none", "train.threads=1", "train.report=false"]
-    return ["launchers/train.py", "--preset", "smoke", "--data", str(data), "--output", str(run_folder), *fast, *extra]
+    return ["launchers/train.py", *SMALL, "--data", str(data), "--output", str(run_folder), *extra]
 
 
 RAW = ["model.text.name=cnn", "model.image.name=resnet18", "model.image.image_size=32", "train.epochs=40"]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from cmgan_dist.checkpoint import latest, read_checkpoint
-from tests.dist.common import ROOT, environment
+from tests.dist.common import ROOT, environment, torchrun
 
 SLOW = pytest.mark.slow
 SMALL = ["--preset", "smoke", "stream.global_batch=16", "train.tracker=none", "train.threads=1", "train.log_every=1"]
@@ -30,7 +30,7 @@ def command(data: Path | str, run: Path, *extra: str, processes: int = 1, accele
         return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *script]
     if processes == 1:
         return [sys.executable, *script]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *script]
+    return [*torchrun(processes), *script]
 
 
 def run_to_end(*args: Any, expect: int = 0, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -121,12 +121,12 @@ def test_a_signal_saves_and_exits_with_85(number: int, feature_data: Callable[..
 
 PARTS = {
     "reference sampling": ["stream.sampling=balanced"],
-    "joint, workers": ["optim.update=joint", "stream.workers=2", "loss.contrastive=1.0"],
     "streamed, all terms": ["loss.contrastive=1.0", "loss.class_contrastive=0.5", "loss.mismatch=conditional"],
+    "joint, workers": ["optim.update=joint", "stream.workers=2", "loss.contrastive=1.0"],
 }
 
 
-@pytest.mark.parametrize("part", [*list(PARTS)[:2], pytest.param("streamed, all terms", marks=SLOW)])
+@pytest.mark.parametrize("part", [pytest.param(p, marks=SLOW if p == "streamed, all terms" else ()) for p in PARTS])
 def test_two_processes_equal_one(part: str, feature_data: Callable[..., Path], tmp_path: Path) -> None:
     """The same global batches, gradients and statistics; fp32 sums in another order."""
     data = feature_data(label_kind="single")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from cmgan_dist.config import to_yaml
 from cmgan_dist.presets import preset
+from tests.dist.common import torchrun
 from tests.slurm.cluster import Cluster, wait_for
 from tests.toy import make_raw
 
@@ -144,9 +145,8 @@ def undisturbed(cluster: Cluster, data: Path, processes: int, epochs: int) -> Ru
     whole = Run(cluster, folder, data)
     if first:
         whole.set_epochs(epochs)
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         done = subprocess.run(
-            [sys.executable, *launch, str(ROOT / "launchers" / "train.py"), "--config", str(whole.config)],
+            [*torchrun(processes), str(ROOT / "launchers" / "train.py"), "--config", str(whole.config)],
             env={**whole.environment(), "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
