@@ -361,14 +361,13 @@ def print_scale(found: dict[str, Any]) -> None:
 def print_collectives(title: str, calls: dict[str, dict[str, float]], least: dict[str, float]) -> None:
     """`least`: bytes of fp32 gradients, by part."""
     table = Table(title=title, title_justify="left")
-    for column in ("", "calls", "MB", "all-reduced MB", "least, fp32 gradients MB"):
+    for column in ("", "calls", "MB", "least, fp32 gradients MB"):
         table.add_column(column, justify="left" if not column else "right")
     for part in [*dict.fromkeys(key.rpartition(" ")[0] for key in calls), ""]:  # "": all
         rows = {k: v for k, v in calls.items() if part in ("", k.rpartition(" ")[0])}
-        reduced = sum(v["bytes"] for k, v in rows.items() if k.endswith("all_reduce"))
         both = [sum(v[what] for v in rows.values()) for what in ("calls", "bytes")]
         few = least.get(part, 0) if part else sum(least.values())
-        cells = [f"{both[0]:.0f}", f"{both[1] / 1e6:.2f}", f"{reduced / 1e6:.2f}", f"{few / 1e6:.2f}"]
+        cells = [f"{both[0]:.0f}", f"{both[1] / 1e6:.2f}", f"{few / 1e6:.2f}"]
         table.add_row(part or "all", *cells)
     Console(width=120).print(table)
 
