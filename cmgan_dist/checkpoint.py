@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.schema import sha256_of, write_atomic
+from cmgan_dist.files import sha256_of, write_atomic
 
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: meant so

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cmgan_dist.schema import write_atomic
+from cmgan_dist.files import write_atomic
 
 METRICS_NAME = "metrics.jsonl"
 

@@ -38,9 +38,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import write_atomic
 from cmgan_dist.metrics import Embeddings, common_space, pair_ranks, rank_classes, top_k
 from cmgan_dist.record import read_metrics
-from cmgan_dist.schema import write_atomic
 
 MODEL = "CM-GAN"
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}

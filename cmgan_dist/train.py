@@ -30,6 +30,7 @@ from cmgan_dist.discriminators import NAMES, build_discriminators
 from cmgan_dist.embed import SPEC_NAME, VOCABULARY_NAME, embed_split
 from cmgan_dist.engine import AdamSettings, Engine
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
+from cmgan_dist.files import write_atomic
 from cmgan_dist.metrics import evaluate
 from cmgan_dist.networks import DataSpec, Generator, OneSide, Side, build_generator, stored_tensors
 from cmgan_dist.order import mix, steps_for
@@ -37,7 +38,6 @@ from cmgan_dist.parallel import Parallel, is_lost_process
 from cmgan_dist.phases import Phase, Scene, Wrong, not_finite, phase_table, pick_wrong, run_phase
 from cmgan_dist.presets import load_config
 from cmgan_dist.record import Clock, Recorder, tracing
-from cmgan_dist.schema import write_atomic
 from cmgan_dist.stream import Batch, ShardReader, Stream
 from cmgan_dist.vocabulary import Vocabulary
 

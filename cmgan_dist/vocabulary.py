@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.schema import write_atomic
+from cmgan_dist.files import write_atomic
 
 PAD = 0
 """Id behind the end of a text."""

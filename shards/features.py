@@ -30,6 +30,7 @@ from torch import nn
 from cmgan_dist.backbones import ImageBackbone, TextBackbone, build_image_backbone, build_text_backbone
 from cmgan_dist.config import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.files import sha256_of, write_atomic
 from cmgan_dist.imaging import decode_image
 from cmgan_dist.schema import (
     IMAGE_EXTENSIONS,
@@ -40,8 +41,6 @@ from cmgan_dist.schema import (
     iter_samples,
     load_manifest,
     parse_sample,
-    sha256_of,
-    write_atomic,
 )
 from shards.parallel import parallel_map, usable_cores
 from shards.scan import scan_shard

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.files import write_atomic
 from cmgan_dist.schema import (
     MANIFEST_NAME,
     LabelKind,
@@ -36,7 +37,6 @@ from cmgan_dist.schema import (
     index_name,
     load_manifest,
     natural_splits,
-    write_atomic,
 )
 from shards.parallel import parallel_map
 from shards.scan import check_image, scan_shard

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cmgan_dist.schema import Layout, Manifest, ShardIndex, ShardInfo, index_name, iter_groups, parse_labels, sha256_of
+from cmgan_dist.files import sha256_of
+from cmgan_dist.schema import Layout, Manifest, ShardIndex, ShardInfo, index_name, iter_groups, parse_labels
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -22,7 +22,8 @@ import webdataset
 from PIL import Image
 
 from cmgan_dist.errors import BadInput, run_main
-from cmgan_dist.schema import Manifest, ShardIndex, index_name, iter_samples, load_manifest, parse_sample, write_atomic
+from cmgan_dist.files import write_atomic
+from cmgan_dist.schema import Manifest, ShardIndex, index_name, iter_samples, load_manifest, parse_sample
 from cmgan_dist.stream import ShardReader
 from shards.__main__ import COMMANDS, SOURCES, main
 from shards.scan import scan_shard
