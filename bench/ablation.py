@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.common import write_results
-from cmgan_dist.cli import parse
+from cmgan_dist.config.cli import parse
 from cmgan_dist.errors import BadInput, run_main
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -40,8 +40,8 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.common import RESULTS, write_results
-from cmgan_dist.cli import parse
-from cmgan_dist.config import ModelConfig
+from cmgan_dist.config.cli import parse
+from cmgan_dist.config.fields import ModelConfig
 from cmgan_dist.discriminators import InterDiscriminator
 from cmgan_dist.errors import BadInput, run_main
 from cmgan_dist.kernels.pair_linear import pair_linear

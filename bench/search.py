@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.common import write_results
-from cmgan_dist.cli import parse
+from cmgan_dist.config.cli import parse
 from cmgan_dist.errors import EXIT_DONE, BadInput, run_main
 from tune.search import test_scores
 

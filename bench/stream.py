@@ -49,8 +49,8 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.common import Worker, spread, write_results
-from cmgan_dist.cli import parse
-from cmgan_dist.config import StreamConfig
+from cmgan_dist.config.cli import parse
+from cmgan_dist.config.fields import StreamConfig
 from cmgan_dist.errors import BadInput, run_main
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cmgan_dist.config import ImageBackboneConfig, TextBackboneConfig
+from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.errors import BadInput
 from cmgan_dist.vocabulary import BOUND, PAD, Vocabulary, load_word_vectors
 

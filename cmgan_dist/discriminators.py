@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 from cmgan_dist import losses
-from cmgan_dist.config import ModelConfig
+from cmgan_dist.config.fields import ModelConfig
 from cmgan_dist.kernels.choice import use_triton
 from cmgan_dist.kernels.pair_linear import pair_linear
 from cmgan_dist.kernels.shared_layer import GroupBatchNorm

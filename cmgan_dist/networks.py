@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmgan_dist.backbones import ImageBackbone, TextBackbone, TextInput, build_image_backbone, build_text_backbone
-from cmgan_dist.config import ModelConfig
+from cmgan_dist.config.fields import ModelConfig
 from cmgan_dist.errors import BadInput
 from cmgan_dist.kernels.shared_layer import GroupBatchNorm
 from cmgan_dist.schema import Manifest

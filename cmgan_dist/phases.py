@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cmgan_dist import losses
 from cmgan_dist.backbones import TextInput
-from cmgan_dist.config import Config
+from cmgan_dist.config.fields import Config
 from cmgan_dist.discriminators import InterDiscriminator, discriminator_loss
 from cmgan_dist.engine import Engine
 from cmgan_dist.networks import Side

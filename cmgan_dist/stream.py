@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from cmgan_dist.config import StreamConfig, resolved_streams
+from cmgan_dist.config.fields import StreamConfig, resolved_streams
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.imaging import decode_image
 from cmgan_dist.order import BalancedPlan, MixturePlan, Plan, Row, generator_for, streams_of_rank

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from cmgan_dist.backbones import TextInput
 from cmgan_dist.checkpoint import Checkpointer, Progress, check_shapes, latest, read_checkpoint, save_best
-from cmgan_dist.config import CONFIG_NAME, Config, OptimConfig, micro_batch, to_yaml, validate
+from cmgan_dist.config.fields import CONFIG_NAME, Config, OptimConfig, micro_batch
+from cmgan_dist.config.load import load_config, to_yaml, validate
 from cmgan_dist.discriminators import NAMES, build_discriminators
 from cmgan_dist.embed import SPEC_NAME, VOCABULARY_NAME, embed_split
 from cmgan_dist.engine import AdamSettings, Engine
@@ -36,7 +37,6 @@ from cmgan_dist.networks import DataSpec, Generator, OneSide, Side, build_genera
 from cmgan_dist.order import mix, steps_for
 from cmgan_dist.parallel import Parallel, is_lost_process
 from cmgan_dist.phases import Phase, Scene, Wrong, not_finite, phase_table, pick_wrong, run_phase
-from cmgan_dist.presets import load_config
 from cmgan_dist.record import Clock, Recorder, tracing
 from cmgan_dist.stream import Batch, ShardReader, Stream
 from cmgan_dist.vocabulary import Vocabulary

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from cmgan_dist.cli import log_to_stderr, parse
+from cmgan_dist.config.cli import log_to_stderr, parse
 from cmgan_dist.errors import BadInput, run_main
 
 

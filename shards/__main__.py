@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from cmgan_dist.cli import parse
+from cmgan_dist.config.cli import parse
 from cmgan_dist.errors import BadInput, run_main
 
 Table = dict[str, tuple[str, str, str]]

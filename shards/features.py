@@ -28,7 +28,7 @@ import tyro
 from torch import nn
 
 from cmgan_dist.backbones import ImageBackbone, TextBackbone, build_image_backbone, build_text_backbone
-from cmgan_dist.config import ImageBackboneConfig, TextBackboneConfig
+from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import sha256_of, write_atomic
 from cmgan_dist.imaging import decode_image

@@ -30,10 +30,15 @@ if sys.path[0] == str(ROOT / "tune"):  # started as a script: the root instead o
 from rich.console import Console  # noqa: E402
 from rich.logging import RichHandler  # noqa: E402
 
-from cmgan_dist.cli import parse  # noqa: E402
-from cmgan_dist.config import Config, to_yaml, validate  # noqa: E402
+from cmgan_dist.config.cli import parse  # noqa: E402
+from cmgan_dist.config.fields import Config  # noqa: E402
+from cmgan_dist.config.load import (  # noqa: E402
+    load_config,
+    to_yaml,
+    validate,
+)
+from cmgan_dist.config.presets import preset  # noqa: E402
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main  # noqa: E402
-from cmgan_dist.presets import load_config, preset  # noqa: E402
 from tune.report import search_report  # noqa: E402
 from tune.results import (  # noqa: E402
     ENDED,

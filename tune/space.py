@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from cmgan_dist.config import Config, validate
+from cmgan_dist.config.fields import Config
+from cmgan_dist.config.load import validate
 from cmgan_dist.errors import BadInput
 
 Space = dict[str, Any]

@@ -15,8 +15,8 @@ from typing import Any
 import ray
 from ray.tune import Trainable
 
-from cmgan_dist.config import from_yaml, to_yaml
-from cmgan_dist.presets import preset
+from cmgan_dist.config.load import from_yaml, to_yaml
+from cmgan_dist.config.presets import preset
 from tune.space import apply_values
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,9 +22,9 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cmgan_dist.config import from_yaml
+from cmgan_dist.config.load import from_yaml
+from cmgan_dist.config.presets import preset
 from cmgan_dist.errors import EXIT_BAD_INPUT, BadInput
-from cmgan_dist.presets import preset
 from cmgan_dist.record import read_metrics
 from cmgan_dist.train import Session, prepare, run_session
 

@@ -1,1 +1,1 @@
-"""One op, one file."""
+"""Fused operations of the shared layers, one operation a file."""

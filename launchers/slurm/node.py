@@ -29,9 +29,10 @@ from typing import IO
 
 import yaml
 
-from cmgan_dist.config import Config, micro_batch
+from cmgan_dist.config.cli import parse_arguments
+from cmgan_dist.config.fields import Config, micro_batch
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
-from launchers.train import check_places, parse_arguments
+from launchers.train import check_places
 
 FLAG = "--processes-per-node"
 STOP = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from cmgan_dist.config import Config
+from cmgan_dist.config.fields import Config
 from cmgan_dist.stream import Batch
 
 ROOT = Path(__file__).resolve().parents[2]

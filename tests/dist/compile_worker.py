@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
-from cmgan_dist.config import ModelConfig
+from cmgan_dist.config.fields import ModelConfig
 from cmgan_dist.engine import AdamSettings
 from cmgan_dist.networks import SharedLayers
 from cmgan_dist.parallel import Parallel

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from cmgan_dist.config import Config
+from cmgan_dist.config.fields import Config
 from cmgan_dist.networks import DataSpec
 from cmgan_dist.parallel import Parallel
 from cmgan_dist.phases import phase_table, run_phase

@@ -17,8 +17,8 @@ import torch
 GOLDEN = Path(__file__).resolve().parent
 sys.path.insert(0, str(GOLDEN.parents[1]))
 
-from cmgan_dist.config import Config  # noqa: E402
-from cmgan_dist.presets import PRESETS, preset  # noqa: E402
+from cmgan_dist.config.fields import Config  # noqa: E402
+from cmgan_dist.config.presets import PRESETS, preset  # noqa: E402
 from cmgan_dist.record import read_metrics  # noqa: E402
 from cmgan_dist.train import train  # noqa: E402
 from tests.toy import make_features, make_raw  # noqa: E402

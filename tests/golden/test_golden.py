@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from cmgan_dist.presets import PRESETS
+from cmgan_dist.config.presets import PRESETS
 from tests.golden.record import GOLDEN, curve
 
 

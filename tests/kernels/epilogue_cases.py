@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cmgan_dist import losses
-from cmgan_dist.config import ModelConfig
+from cmgan_dist.config.fields import ModelConfig
 from cmgan_dist.discriminators import InterDiscriminator
 from cmgan_dist.errors import BadInput
 from cmgan_dist.kernels import epilogue

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmgan_dist.config import ModelConfig
+from cmgan_dist.config.fields import ModelConfig
 from cmgan_dist.discriminators import InterDiscriminator
 from cmgan_dist.kernels.pair_linear import pair_linear
 

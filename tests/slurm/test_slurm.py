@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmgan_dist.config import to_yaml
-from cmgan_dist.presets import preset
+from cmgan_dist.config.load import to_yaml
+from cmgan_dist.config.presets import preset
 from tests.dist.common import torchrun
 from tests.slurm.cluster import Cluster, wait_for
 from tests.toy import make_raw

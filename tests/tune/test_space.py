@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cmgan_dist.config import Config
+from cmgan_dist.config.fields import Config
+from cmgan_dist.config.presets import PRESETS, preset
 from cmgan_dist.errors import BadInput
-from cmgan_dist.presets import PRESETS, preset
 from tune.results import Record, best_so_far, front, importance, position, ranked
 from tune.space import SPACE, apply_values, check_space, clip, domains, get_value, load_space, mutable, outside_of
 

@@ -26,7 +26,7 @@ from cmgan_dist.backbones import (
     build_image_backbone,
     build_text_backbone,
 )
-from cmgan_dist.config import ImageBackboneConfig, TextBackboneConfig
+from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.errors import BadInput
 from cmgan_dist.imaging import decode_image
 from cmgan_dist.vocabulary import Vocabulary

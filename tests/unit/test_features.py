@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 
 from cmgan_dist.backbones import _in_package, build_image_backbone
-from cmgan_dist.config import ImageBackboneConfig
+from cmgan_dist.config.fields import ImageBackboneConfig
 from cmgan_dist.errors import BadInput
 from cmgan_dist.imaging import decode_image
 from cmgan_dist.schema import (

@@ -23,7 +23,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from cmgan_dist.config import StreamConfig
+from cmgan_dist.config.fields import StreamConfig
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.schema import (
     INDEX_VERSION,

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from cmgan_dist.config import Config, ModelConfig
+from cmgan_dist.config.fields import Config, ModelConfig
 from cmgan_dist.networks import DataSpec, build_generator
 from cmgan_dist.parallel import Parallel
 from cmgan_dist.phases import phase_table, pick_wrong, run_phase

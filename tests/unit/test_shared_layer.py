@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmgan_dist.config import ModelConfig
+from cmgan_dist.config.fields import ModelConfig
 from cmgan_dist.kernels.shared_layer import GroupBatchNorm, group_batch_norm, synchronised_statistics
 from cmgan_dist.networks import JOINED_ON_CPU, SharedLayers
 

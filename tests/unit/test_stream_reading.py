@@ -21,7 +21,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmgan_dist.config import Config, StreamConfig, validate
+from cmgan_dist.config.fields import Config, StreamConfig
+from cmgan_dist.config.load import validate
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.order import MixturePlan, Plan
 from cmgan_dist.schema import Sample, ShardIndex, index_name
@@ -681,7 +682,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 MEASURE = """
 import gc, json, random, sys, time
 import numpy as np
-from cmgan_dist.config import StreamConfig
+from cmgan_dist.config.fields import StreamConfig
 from cmgan_dist.order import Plan
 from cmgan_dist.stream import Stream
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
 import re
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
+from cmgan_dist.config.fields import Config
+from cmgan_dist.config.load import load_config, validate
+from cmgan_dist.config.presets import preset
 from cmgan_dist.errors import BadInput
 
 T = TypeVar("T")
@@ -66,3 +71,37 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
         flags = re.findall(r"--[\w.-]+", close)
         hint = f"did you mean {' or '.join(flags[:3])}? " if flags else ""
         raise BadInput(f"{wrong}: {hint}see '{prog} --help'") from None
+
+
+@dataclass
+class Arguments(Config):
+    """Train a cross-modal GAN on a folder of shards. Values start from --preset or --config; overrides go on top."""
+
+    config: str = ""
+    """YAML file to start from instead of a preset alone."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest checkpoint in --output; never starts again and moves an earlier run aside."""
+    dry_run: bool = False
+    """Print the full config and stop."""
+
+
+def value_of(args: Sequence[str], flag: str) -> str | None:
+    """The value of ``--flag VALUE`` or ``--flag=VALUE`` in args."""
+    for at, arg in enumerate(args):
+        if arg.startswith(f"{flag}="):
+            return arg.partition("=")[2]
+        if arg == flag and at + 1 < len(args):
+            return args[at + 1]
+    return None
+
+
+def parse_arguments(args: Sequence[str]) -> tuple[Config, Arguments]:
+    """(config, all arguments). Raises BadInput naming the flag, field or file."""
+    file, name = value_of(args, "--config"), value_of(args, "--preset")
+    if file and name:
+        raise BadInput("--preset and --config are both given: name the preset inside the config file")
+    base = load_config(file) if file else preset(name or "reference")
+    fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
+    chosen = parse(Arguments, args, prog="launchers/train.py", default=Arguments(**fields))
+    config = Config(**{name: getattr(chosen, name) for name in fields})
+    return validate(config), chosen

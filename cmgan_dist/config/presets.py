@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from pathlib import Path
 
-from cmgan_dist.config import Config, from_yaml
+from cmgan_dist.config.fields import Config
 from cmgan_dist.errors import BadInput
 
 
@@ -143,13 +142,3 @@ def preset(name: str) -> Config:
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise BadInput(f"unknown preset '{name}': {hint}presets are {', '.join(PRESETS)}")
     return PRESETS[name]()
-
-
-def load_config(path: str | Path) -> Config:
-    """Read a config file; fields that it leaves out come from the preset that it names.
-
-    Raises BadInput naming the file and the field."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"config file {path} does not exist")
-    return from_yaml(path.read_text(encoding="utf-8"), str(path), preset)

@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 
-from cmgan_dist.config import Config, to_yaml, validate
+from cmgan_dist.config.cli import parse_arguments
+from cmgan_dist.config.fields import Config
+from cmgan_dist.config.load import load_config, to_yaml, validate
+from cmgan_dist.config.presets import PRESETS, preset
 from cmgan_dist.errors import BadInput
-from cmgan_dist.presets import PRESETS, load_config, preset
-from launchers.train import parse_arguments
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -26,7 +27,7 @@ def test_every_field_has_a_docstring() -> None:
     import ast
     import inspect
 
-    import cmgan_dist.config as module
+    from cmgan_dist.config import fields as module
 
     for cls in ast.parse(inspect.getsource(module)).body:
         if isinstance(cls, ast.ClassDef) and cls.name != "Config":
