@@ -44,11 +44,11 @@ from bench.reference_step import Dims, ReferenceStep, Rows
 from cmgan_dist.config.cli import parse
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.presets import preset
+from cmgan_dist.data.batch import Batch
+from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput, run_main
-from cmgan_dist.networks import DataSpec
 from cmgan_dist.parallel import Parallel, keep_freed_memory
 from cmgan_dist.phases import phase_table, run_phase
-from cmgan_dist.stream import Batch
 from cmgan_dist.train import Networks, build_networks, make_scene
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ the median over the rounds. On a machine that others use too the processor time 
 are made here: `512` is each picture enlarged, `512 detail` cut from nine side by side, so that it has the detail of a
 photograph reduced to 512 px. Contestants:
 
-    ours                 cmgan_dist.stream.Stream: always shuffled, texts parsed
+    ours                 cmgan_dist.data.stream.Stream: always shuffled, texts parsed
     webdataset + PIL     decode("pil"); + torchvision: torchvision.io.decode_jpeg
     mosaicml + ...       StreamingDataset and StreamingDataLoader on MDS; the bytes decoded in the same two ways
     ImageFolder + ...    the PIL loader, or torchvision.io.decode_image; DataLoader
@@ -117,7 +117,7 @@ SOURCES: dict[str, Callable[[list[bytes], int], bytes]] = {
 
 def build(arguments: Arguments) -> None:
     """work/SOURCE/{shards,folder,mds}, unless they are there."""
-    from cmgan_dist.stream import ShardReader
+    from cmgan_dist.data.reader import ShardReader
 
     samples = list(itertools.islice(ShardReader(str(arguments.data), "train"), arguments.images))
     pictures = [s.image for s in samples if isinstance(s.image, bytes)]
@@ -172,7 +172,7 @@ def build_features(place: Path) -> None:
 
 def write_mds(place: Path) -> None:
     """The shards' samples in mosaicml-streaming's own format."""
-    from cmgan_dist.stream import ShardReader
+    from cmgan_dist.data.reader import ShardReader
 
     streaming: Any = import_module("streaming")
     columns = {"key": "str", "image": "bytes", "texts": "json"}
@@ -214,7 +214,7 @@ def decoder(how: str, train: bool) -> Callable[[bytes], Tensor]:
 
 class Ours:
     def __init__(self, place: Path, how: str, train: bool) -> None:
-        from cmgan_dist.stream import Stream
+        from cmgan_dist.data.stream import Stream
 
         self.stream = Stream(str(place / "shards"), StreamConfig(global_batch=BATCH, augment=train), seed=0)
 
@@ -225,7 +225,7 @@ class Ours:
 
     @staticmethod
     def resume(place: Path) -> Callable[[], object]:
-        from cmgan_dist.stream import Stream
+        from cmgan_dist.data.stream import Stream
 
         def first() -> object:
             stream = Stream(str(place / "shards"), StreamConfig(global_batch=BATCH), seed=0)
@@ -340,7 +340,7 @@ CONTESTANTS: dict[str, tuple[Any, str]] = {
 
 class OurFeatures:
     def __init__(self, place: Path, how: str, train: bool) -> None:
-        from cmgan_dist.stream import Stream
+        from cmgan_dist.data.stream import Stream
 
         self.stream = Stream(str(place / "shards"), StreamConfig(global_batch=FEATURE_BATCH), seed=0)
 
@@ -423,8 +423,10 @@ def time_resume(name: str, place: Path) -> dict[str, float]:
 def stages(place: Path, mode: str) -> dict[str, float]:
     """Processor microseconds a sample: where our time goes."""
     simplejpeg: Any = import_module("simplejpeg")
-    from cmgan_dist import imaging
-    from cmgan_dist.stream import ShardReader, Stream, generator_for
+    from cmgan_dist.data.image import decode_image
+    from cmgan_dist.data.order import generator_for
+    from cmgan_dist.data.reader import ShardReader
+    from cmgan_dist.data.stream import Stream
 
     reader = ShardReader(str(place / "shards"), "train")
     samples = list(reader)
@@ -443,7 +445,7 @@ def stages(place: Path, mode: str) -> dict[str, float]:
     decode, simplejpeg.decode_jpeg = simplejpeg.decode_jpeg, note
     fresh()
     for data, draw in zip(files, draws, strict=True):
-        imaging.decode_image(data, SIZE, draw)
+        decode_image(data, SIZE, draw)
     simplejpeg.decode_jpeg = decode
 
     def read() -> int:
@@ -461,7 +463,7 @@ def stages(place: Path, mode: str) -> dict[str, float]:
 
     def picture() -> int:
         for data, draw in zip(files, draws, strict=True):
-            imaging.decode_image(data, SIZE, draw)
+            decode_image(data, SIZE, draw)
         return len(files)
 
     stream = Stream(str(place / "shards"), StreamConfig(global_batch=BATCH, augment=mode == "train"), seed=0)
@@ -501,7 +503,7 @@ def raw(place: Path, rounds: int) -> dict[str, dict[str, float]]:
 
     Ours and webdataset give the key and each member's bytes of every sample, nothing parsed. Warm are RAW_PASSES passes
     over the shards, since what it takes to open them is no small part of one."""
-    from cmgan_dist.stream import ShardReader
+    from cmgan_dist.data.reader import ShardReader
 
     wds: Any = import_module("webdataset")
     tars = sorted((place / "shards").glob("*.tar"))

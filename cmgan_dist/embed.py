@@ -12,12 +12,13 @@ import torch
 from cmgan_dist.checkpoint import check_shapes, load_best
 from cmgan_dist.config.fields import CONFIG_NAME, Config
 from cmgan_dist.config.load import load_config
+from cmgan_dist.data.batch import eval_batches
+from cmgan_dist.data.manifest import MANIFEST_NAME, DataSpec
+from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput
 from cmgan_dist.metrics import Embeddings
-from cmgan_dist.networks import DataSpec, Generator, build_generator, stored_tensors
+from cmgan_dist.networks import Generator, build_generator, stored_tensors
 from cmgan_dist.parallel import Parallel
-from cmgan_dist.schema import MANIFEST_NAME
-from cmgan_dist.stream import ShardReader, eval_batches
 from cmgan_dist.vocabulary import Vocabulary
 
 if TYPE_CHECKING:  # at run time only where a gallery is made: it takes seconds to import

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from cmgan_dist.backbones import ImageBackbone, TextBackbone, TextInput, build_image_backbone, build_text_backbone
 from cmgan_dist.config.fields import ModelConfig
+from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput
 from cmgan_dist.kernels.shared_layer import GroupBatchNorm
-from cmgan_dist.schema import Manifest
 from cmgan_dist.vocabulary import Vocabulary
 
 SLOPE = 0.2
 """Of every LeakyReLU."""
-
-
 JOINED_ON_CPU = 512
 """Rows of a modality up to which both go through one GEMM on a CPU: measured x1.5 at 16 and x1.2 at 64, but nothing or
 a loss at 1024 (docs/kernels.md)."""
@@ -258,23 +256,6 @@ class OneSide(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- assembly
-
-
-@dataclass
-class DataSpec:
-    """What a model must know of its data; stored beside its weights."""
-
-    classes: list[str]
-    """Class names in label order; empty without labels."""
-    label_kind: str
-    """single, multi or none."""
-    image_dim: int | None
-    """F_i of precomputed image features; None for encoded images."""
-    text_dim: int | None
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> DataSpec:
-        return cls(manifest.classes, manifest.label_kind, manifest.image_dim, manifest.text_dim)
 
 
 def build_generator(config: ModelConfig, spec: DataSpec, vocabulary: Vocabulary | None) -> Generator:

@@ -40,8 +40,6 @@ from cmgan_dist.errors import BadInput, LostProcess
 from cmgan_dist.kernels.shared_layer import GroupBatchNorm, group_batch_norm
 
 log = logging.getLogger(__name__)
-
-
 JOIN_S = 300.0
 """Least time to wait for the others at the start: nodes do not load their packages equally fast."""
 _STORE_KEY = "cmgan_dist/store"

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from cmgan_dist import losses
 from cmgan_dist.backbones import TextInput
 from cmgan_dist.config.fields import Config
+from cmgan_dist.data.order import generator_for
 from cmgan_dist.discriminators import InterDiscriminator, discriminator_loss
 from cmgan_dist.engine import Engine
 from cmgan_dist.networks import Side
-from cmgan_dist.order import generator_for
 
 Terms = dict[str, Tensor]
 """Weighted loss terms by name; their sum is minimised."""

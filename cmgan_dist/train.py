@@ -27,18 +27,21 @@ from cmgan_dist.backbones import TextInput
 from cmgan_dist.checkpoint import Checkpointer, Progress, check_shapes, latest, read_checkpoint, save_best
 from cmgan_dist.config.fields import CONFIG_NAME, Config, OptimConfig, micro_batch
 from cmgan_dist.config.load import load_config, to_yaml, validate
+from cmgan_dist.data.batch import Batch
+from cmgan_dist.data.manifest import DataSpec
+from cmgan_dist.data.order import mix, steps_for
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.stream import Stream
 from cmgan_dist.discriminators import NAMES, build_discriminators
 from cmgan_dist.embed import SPEC_NAME, VOCABULARY_NAME, embed_split
 from cmgan_dist.engine import AdamSettings, Engine
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
 from cmgan_dist.files import write_atomic
 from cmgan_dist.metrics import evaluate
-from cmgan_dist.networks import DataSpec, Generator, OneSide, Side, build_generator, stored_tensors
-from cmgan_dist.order import mix, steps_for
+from cmgan_dist.networks import Generator, OneSide, Side, build_generator, stored_tensors
 from cmgan_dist.parallel import Parallel, is_lost_process
 from cmgan_dist.phases import Phase, Scene, Wrong, not_finite, phase_table, pick_wrong, run_phase
 from cmgan_dist.record import Clock, Recorder, tracing
-from cmgan_dist.stream import Batch, ShardReader, Stream
 from cmgan_dist.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)

@@ -48,12 +48,12 @@ def main() -> None:
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/evaluate.py")
     from cmgan_dist.baselines import baseline_table
     from cmgan_dist.checkpoint import MODEL, load_best
+    from cmgan_dist.data.reader import ShardReader
     from cmgan_dist.embed import Embedded, embed_split, gallery_items, load_model
     from cmgan_dist.files import sha256_of, write_atomic
     from cmgan_dist.metrics import evaluate
     from cmgan_dist.parallel import Parallel
     from cmgan_dist.report import write_report
-    from cmgan_dist.stream import ShardReader
 
     run = arguments.run
     generator, config, spec = load_model(run)

@@ -29,19 +29,13 @@ from torch import nn
 
 from cmgan_dist.backbones import ImageBackbone, TextBackbone, build_image_backbone, build_text_backbone
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
+from cmgan_dist.data.image import decode_image
+from cmgan_dist.data.index import index_name
+from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
+from cmgan_dist.data.sample import IMAGE_EXTENSIONS, parse_sample
+from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import sha256_of, write_atomic
-from cmgan_dist.imaging import decode_image
-from cmgan_dist.schema import (
-    IMAGE_EXTENSIONS,
-    MANIFEST_NAME,
-    Manifest,
-    ShardInfo,
-    index_name,
-    iter_samples,
-    load_manifest,
-    parse_sample,
-)
 from shards.parallel import parallel_map, usable_cores
 from shards.scan import scan_shard
 from shards.writer import add_member, print_sizes

@@ -8,9 +8,10 @@ from typing import Literal
 
 import tyro
 
+from cmgan_dist.data.index import index_name
+from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, load_manifest, natural_splits
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import write_atomic
-from cmgan_dist.schema import MANIFEST_NAME, LabelKind, Manifest, index_name, load_manifest, natural_splits
 from shards.parallel import parallel_map
 from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, scan_shard
 from shards.writer import print_sizes

@@ -15,8 +15,11 @@ from typing import BinaryIO, cast
 import numpy as np
 from PIL import Image
 
+from cmgan_dist.data.index import Layout, ShardIndex
+from cmgan_dist.data.manifest import ShardInfo
+from cmgan_dist.data.sample import Sample, parse_sample
+from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.schema import Layout, Sample, ShardIndex, ShardInfo, iter_groups, parse_sample
 
 IMAGE_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Pillow's name of a format -> member extension. An MPO is a JPEG with more pictures behind the first."""

@@ -18,8 +18,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.manifest import Manifest, load_manifest
+from cmgan_dist.data.sample import Sample, parse_sample
+from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.schema import Manifest, Sample, ShardIndex, index_name, iter_samples, load_manifest, parse_sample
 from shards.parallel import parallel_map
 from shards.scan import SampleFacts, scan_shard
 from shards.writer import print_sizes

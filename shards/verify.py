@@ -11,8 +11,9 @@ from pathlib import Path
 
 import tyro
 
+from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.manifest import Manifest, ShardInfo, load_manifest
 from cmgan_dist.errors import BadInput
-from cmgan_dist.schema import Manifest, ShardIndex, ShardInfo, index_name, load_manifest
 from shards.parallel import parallel_map
 from shards.scan import SampleFacts, ShardScan, scan_shard
 from shards.writer import PACKING_NAME

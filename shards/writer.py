@@ -26,18 +26,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo, load_manifest, natural_splits
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
-from cmgan_dist.schema import (
-    MANIFEST_NAME,
-    LabelKind,
-    Manifest,
-    ShardIndex,
-    ShardInfo,
-    index_name,
-    load_manifest,
-    natural_splits,
-)
 from shards.parallel import parallel_map
 from shards.scan import check_image, scan_shard
 

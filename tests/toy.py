@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cmgan_dist.data.index import Layout, ShardIndex, index_name
+from cmgan_dist.data.manifest import Manifest, ShardInfo
+from cmgan_dist.data.sample import parse_labels
+from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.files import sha256_of
-from cmgan_dist.schema import Layout, Manifest, ShardIndex, ShardInfo, index_name, iter_groups, parse_labels
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -168,8 +168,9 @@ def base_config(arguments: Arguments) -> Config:
 
 def check_data(config: Config, test_split: str) -> int:
     """Validations of a whole trial. Raises BadInput for what all trials would stumble over."""
-    from cmgan_dist.order import steps_for
-    from cmgan_dist.stream import ShardReader, Stream
+    from cmgan_dist.data.order import steps_for
+    from cmgan_dist.data.reader import ShardReader
+    from cmgan_dist.data.stream import Stream
 
     stream = Stream(config.data, config.stream, seed=0, image_size=config.model.image.image_size, rank=0, world=1)
     for split in filter(None, (config.stream.val_split, test_split)):
@@ -427,10 +428,10 @@ def confirm(
 
 def test_scores(runs: list[Path], split: str) -> dict[str, list[float]]:
     """{metric: [mean, standard deviation]} of the runs' best generators on `split`."""
+    from cmgan_dist.data.reader import ShardReader
     from cmgan_dist.embed import embed_split, load_model
     from cmgan_dist.metrics import evaluate
     from cmgan_dist.parallel import Parallel
-    from cmgan_dist.stream import ShardReader
 
     found: dict[str, list[float]] = {}
     for run in runs:

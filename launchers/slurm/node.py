@@ -148,7 +148,8 @@ def check(job: Job) -> int:
     except OSError as error:
         raise BadInput(f"--output {job.output} cannot be written to ({error.strerror}): name another folder") from None
     # after the cheap checks: torch and its friends take seconds to import
-    from cmgan_dist.stream import ShardReader, Stream
+    from cmgan_dist.data.reader import ShardReader
+    from cmgan_dist.data.stream import Stream
 
     config = job.config
     size = config.model.image.image_size

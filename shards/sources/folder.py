@@ -13,8 +13,8 @@ from pathlib import Path
 
 import tyro
 
+from cmgan_dist.data.sample import IMAGE_EXTENSIONS
 from cmgan_dist.errors import BadInput
-from cmgan_dist.schema import IMAGE_EXTENSIONS
 from shards.scan import SPLIT_ALIASES
 from shards.writer import BuildCommand, FileBytes, RawPairs, Record, check_shares, hash_split, make_key
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import tyro
 
+from cmgan_dist.data.manifest import LabelKind, natural_splits
 from cmgan_dist.errors import BadInput
-from cmgan_dist.schema import LabelKind, natural_splits
 from shards.scan import SPLIT_ALIASES
 from shards.writer import BuildCommand, FileBytes, RawPairs, Record, check_shares, hash_split, make_key
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cmgan_dist.config.fields import Config
-from cmgan_dist.stream import Batch
+from cmgan_dist.data.batch import Batch
 
 ROOT = Path(__file__).resolve().parents[2]
 

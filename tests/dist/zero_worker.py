@@ -10,7 +10,7 @@ import sys
 import torch
 
 from cmgan_dist.config.fields import Config
-from cmgan_dist.networks import DataSpec
+from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.parallel import Parallel
 from cmgan_dist.phases import phase_table, run_phase
 from cmgan_dist.train import Networks, build_networks, make_scene

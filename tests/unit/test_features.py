@@ -24,15 +24,12 @@ from sentence_transformers import SentenceTransformer
 
 from cmgan_dist.backbones import _in_package, build_image_backbone
 from cmgan_dist.config.fields import ImageBackboneConfig
+from cmgan_dist.data.image import decode_image
+from cmgan_dist.data.index import index_name
+from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.sample import Sample, parse_sample
+from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput
-from cmgan_dist.imaging import decode_image
-from cmgan_dist.schema import (
-    Sample,
-    index_name,
-    iter_samples,
-    load_manifest,
-    parse_sample,
-)
 from shards.__main__ import main
 from shards.features import FeaturesCommand, write_features
 from shards.scan import scan_shard

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from cmgan_dist.config.fields import Config, ModelConfig
-from cmgan_dist.networks import DataSpec, build_generator
+from cmgan_dist.data.batch import Batch
+from cmgan_dist.data.manifest import DataSpec
+from cmgan_dist.networks import build_generator
 from cmgan_dist.parallel import Parallel
 from cmgan_dist.phases import phase_table, pick_wrong, run_phase
-from cmgan_dist.stream import Batch
 from cmgan_dist.train import build_networks, make_scene
 
 

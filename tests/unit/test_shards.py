@@ -21,10 +21,13 @@ import pytest
 import webdataset
 from PIL import Image
 
+from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.manifest import Manifest, load_manifest
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.sample import parse_sample
+from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, run_main
 from cmgan_dist.files import write_atomic
-from cmgan_dist.schema import Manifest, ShardIndex, index_name, iter_samples, load_manifest, parse_sample
-from cmgan_dist.stream import ShardReader
 from shards.__main__ import COMMANDS, SOURCES, main
 from shards.scan import scan_shard
 from shards.stats import fonts_for

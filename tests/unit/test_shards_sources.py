@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat
 
+from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.sample import Sample, parse_sample
+from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput
-from cmgan_dist.schema import Sample, iter_samples, load_manifest, parse_sample
 from shards.__main__ import main
 from shards.sources.openmoji import base_form, base_name, group_roots, split_of
 from shards.verify import verify

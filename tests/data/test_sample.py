@@ -13,20 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmgan_dist.data.index import INDEX_VERSION, Layout, ShardIndex
+from cmgan_dist.data.manifest import Manifest, load_manifest
+from cmgan_dist.data.sample import parse_array, parse_sample
+from cmgan_dist.data.tar import _byte_sum, iter_groups, iter_samples, split_member_name
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.schema import (
-    INDEX_VERSION,
-    Layout,
-    Manifest,
-    ShardIndex,
-    _byte_sum,
-    iter_groups,
-    iter_samples,
-    load_manifest,
-    parse_array,
-    parse_sample,
-    split_member_name,
-)
 from tests.toy import npy
 
 

@@ -16,8 +16,6 @@ import numpy as np
 from cmgan_dist.errors import BadInput
 
 _MASK = (1 << 64) - 1
-
-
 _START = 0x9E3779B97F4A7C15
 
 

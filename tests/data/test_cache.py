@@ -18,10 +18,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from cmgan_dist import remote
+from cmgan_dist.data import cache as cache_module
+from cmgan_dist.data.cache import CachedStore, open_store
+from cmgan_dist.data.manifest import ShardInfo
+from cmgan_dist.data.store import LocalStore, ShardStore
 from cmgan_dist.errors import BadInput
-from cmgan_dist.remote import CachedStore, LocalStore, ShardStore, open_store
-from cmgan_dist.schema import ShardInfo
 from tests.faulty_server import FaultyServer
 
 SIZE = 200_000
@@ -91,7 +92,7 @@ def cache(tmp_path: Path) -> Path:
 @pytest.fixture
 def make(server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CachedStore]:
     """make(**options of open_store): a store of the server with short waits."""
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.02)
+    monkeypatch.setattr(cache_module, "BACKOFF_S", 0.02)
 
     def make(path: str = "/data", **options: Any) -> CachedStore:
         defaults: dict[str, Any] = {"cache": str(cache), "timeout_s": 5.0, "retries": 3}
@@ -275,7 +276,7 @@ def test_the_waits_between_tries_are_kept(
 ) -> None:
     waits: list[float] = []
     store = make(retries=4)
-    monkeypatch.setattr(remote, "BACKOFF_S", 10.0)
+    monkeypatch.setattr(cache_module, "BACKOFF_S", 10.0)
     monkeypatch.setattr(time, "sleep", waits.append)
     server.faults["/data/manifest.json"] = ["503", "always"]
     with pytest.raises(BadInput, match="in 5 tries"):
@@ -375,7 +376,7 @@ def test_a_child_does_not_keep_the_lock_of_a_killed_parent(
 
     def parent() -> None:
         threading.Thread(target=store.open, args=[shard], daemon=True).start()
-        wait_for(lambda: bool(remote._held))
+        wait_for(lambda: bool(cache_module._held))
         time.sleep(0.1)
         pid = os.fork()
         if not pid:
@@ -564,10 +565,10 @@ def test_close_forgets_what_was_to_be_prefetched(server: FaultyServer, make: Cal
         server.faults[f"/data/s-{i}.tar"] = ["slow"]
     store = make()
     store.prefetch([shard_of(i) for i in range(6)])
-    wait_for(lambda: len(server.requests) == remote.PREFETCH_THREADS)
+    wait_for(lambda: len(server.requests) == cache_module.PREFETCH_THREADS)
     store.close()
     wait_for(lambda: not store._process().pending)
-    assert len(server.requests) == remote.PREFETCH_THREADS
+    assert len(server.requests) == cache_module.PREFETCH_THREADS
     assert content(store, shard_of(5)) == body_of(5)  # still of use
 
 
@@ -599,7 +600,7 @@ def test_garbage_of_the_parent_does_not_delay_a_child(make: Callable[..., Cached
         def child(_: int) -> int:
             gc.collect()
             store.read("manifest.json")
-            return len(remote._inherited)
+            return len(cache_module._inherited)
 
         # Kept alive in the child, so that nothing waits for the parent's loop; without it the collection took 2 s.
         assert run_together(1, child)[0] >= 20  # and those of other tests
@@ -615,7 +616,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """s3(endpoint) sends all S3 requests to an endpoint."""
 
     def point(endpoint: str) -> None:
-        monkeypatch.setattr(remote, "BACKOFF_S", 0.02)
+        monkeypatch.setattr(cache_module, "BACKOFF_S", 0.02)
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
@@ -632,7 +633,7 @@ def test_s3_of_moto(s3: Callable[[str], None], cache: Path, monkeypatch: pytest.
     try:
         host, port = server.get_host_and_port()
         s3(f"http://{host}:{port}")
-        monkeypatch.setattr(remote, "BLOCK", 64_000)  # several ranges a shard
+        monkeypatch.setattr(cache_module, "BLOCK", 64_000)  # several ranges a shard
         client = boto3.client("s3")
         client.create_bucket(Bucket="bucket")
         for i in range(3):
@@ -705,7 +706,7 @@ def test_s3_without_credentials_is_told_at_once(
 def test_gs_faults_are_retried_once_a_try(monkeypatch: pytest.MonkeyPatch, server: FaultyServer, cache: Path) -> None:
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     pytest.importorskip("gcsfs")
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.02)
+    monkeypatch.setattr(cache_module, "BACKOFF_S", 0.02)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
     monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
     one, two = (f"/download/storage/v1/b/bucket/o/data%2Fs-{i}.tar" for i in (1, 2))

@@ -23,10 +23,13 @@ from hypothesis import strategies as st
 
 from cmgan_dist.config.fields import Config, StreamConfig
 from cmgan_dist.config.load import validate
+from cmgan_dist.data.batch import Batch, join
+from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.order import MixturePlan, Plan
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.sample import Sample
+from cmgan_dist.data.stream import Stream
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.order import MixturePlan, Plan
-from cmgan_dist.schema import Sample, ShardIndex, index_name
-from cmgan_dist.stream import Batch, ShardReader, Stream, join
 from tests.toy import index_tar, jpeg, make_features, npy, write_manifest, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -683,8 +686,8 @@ MEASURE = """
 import gc, json, random, sys, time
 import numpy as np
 from cmgan_dist.config.fields import StreamConfig
-from cmgan_dist.order import Plan
-from cmgan_dist.stream import Stream
+from cmgan_dist.data.order import Plan
+from cmgan_dist.data.stream import Stream
 
 def memory(which):  # MiB; VmHWM is this program's own peak, getrusage's begins at that of the process that forked it
     with open("/proc/self/status") as file:

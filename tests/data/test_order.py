@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmgan_dist.data.order import BalancedPlan, MixturePlan, Plan, mix, streams_of_rank
 from cmgan_dist.errors import BadInput
-from cmgan_dist.order import BalancedPlan, MixturePlan, Plan, mix, streams_of_rank
 
 plans = st.builds(
     lambda counts, streams, chunk, window, seed: Plan(

@@ -31,7 +31,6 @@ import tempfile
 import threading
 import time
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,60 +39,28 @@ from urllib.parse import unquote
 
 import fsspec
 
+from cmgan_dist.data.manifest import ShardInfo
+from cmgan_dist.data.source import (
+    BACKOFF_MAX_S,
+    BACKOFF_S,
+    BLOCK,
+    FAILURES,
+    PACKAGES,
+    TRANSIENT,
+    _BadBody,
+    _http_state,
+    _told,
+)
+from cmgan_dist.data.store import LocalStore, ShardStore
 from cmgan_dist.errors import BadInput
-from cmgan_dist.schema import MANIFEST_NAME, ShardInfo
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CACHE_BYTES = 32 << 30
-BACKOFF_S = 0.5
-"""Longest wait after the first failed try; it doubles with every further one, up to BACKOFF_MAX_S."""
-BACKOFF_MAX_S = 30.0
-BLOCK = 8 << 20
-"""Bytes asked for in one read."""
 PREFETCH_THREADS = 2
 FAILED = b"\0failed: "
 """Starts the note that a failed download leaves to those who wait: no tar begins with a zero byte."""
-PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
-FAILURES = {
-    "aiohttp": ["aiohttp.ClientError"],
-    "s3fs": ["aiohttp.ClientError", "botocore.exceptions.BotoCoreError", "http.client.HTTPException"],
-    "gcsfs": ["aiohttp.ClientError", "gcsfs.retry.HttpError", "google.auth.exceptions.GoogleAuthError"],
-}
-"""What a backend raises besides OSError (which holds connection errors and timeouts)."""
-TRANSIENT = (408, 425, 429)
-"""HTTP states below 500 that another try can cure."""
-
-
-class _BadBody(Exception):
-    """What arrived is not the shard: too short, too long, or other bytes."""
-
-
-class ShardStore(ABC):
-    """Where the files of a data set are. One object may be used by several threads and by forked processes."""
-
-    @abstractmethod
-    def where(self, name: str) -> str:
-        """The file's path or URL, for messages."""
-
-    @abstractmethod
-    def read(self, name: str) -> bytes:
-        """A small file (manifest, sidecar). Raises BadInput when it does not exist or cannot be read."""
-
-    @abstractmethod
-    def check(self, shards: Sequence[ShardInfo]) -> None:
-        """Raises BadInput when a local shard is absent. A remote source is not asked: `open` says it."""
-
-    @abstractmethod
-    def open(self, shard: ShardInfo) -> int:
-        """A descriptor for reading the whole shard; the caller closes it. Raises BadInput when there is none."""
-
-    def prefetch(self, shards: Sequence[ShardInfo]) -> None:  # noqa: B027 - nothing to do for a local folder
-        """Start fetching shards that are needed soon, in this order, in the background. Never raises, never waits."""
-
-    def close(self) -> None:  # noqa: B027
-        """Forget what was to be prefetched, and end connections."""
 
 
 def open_store(
@@ -123,38 +90,6 @@ def open_store(
 
 
 # ---------------------------------------------------------------------------------------------- local
-
-
-class LocalStore(ShardStore):
-    """A folder: its files are opened where they lie, neither copied nor checked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def where(self, name: str) -> str:
-        return str(self.folder / name)
-
-    def read(self, name: str) -> bytes:
-        if not self.folder.is_dir():
-            raise BadInput(f"data folder {self.folder} does not exist: pack one with 'python -m shards build'")
-        path = self.folder / name
-        if path.is_file():
-            return path.read_bytes()
-        if name == MANIFEST_NAME:
-            raise BadInput(f"{self.folder} has no {name}: write it with 'python -m shards index {self.folder}'")
-        raise BadInput(f"shard index {path} does not exist: run 'python -m shards index {self.folder}'")
-
-    def check(self, shards: Sequence[ShardInfo]) -> None:
-        for shard in shards:
-            if not (self.folder / shard.name).is_file():
-                raise BadInput(f"shard {self.folder / shard.name} is in the manifest but not in the folder: restore it")
-
-    def open(self, shard: ShardInfo) -> int:
-        try:
-            return os.open(self.folder / shard.name, os.O_RDONLY)
-        except FileNotFoundError:
-            self.check([shard])
-            raise
 
 
 # ---------------------------------------------------------------------------------------------- forks and locks
@@ -524,22 +459,3 @@ def _sha256(file: int) -> str:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     os.lseek(file, 0, os.SEEK_SET)
     return digest
-
-
-def _http_state(error: Exception) -> int | None:
-    """The HTTP status that a backend's error stands for: aiohttp `status`, gcsfs `code`, botocore a dictionary."""
-    response = getattr(error.__cause__, "response", None)
-    if isinstance(response, dict):
-        state = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    else:
-        state = getattr(error, "status", None) or getattr(error, "code", None)
-    return int(state) if str(state).isdigit() else None
-
-
-def _told(error: Exception, state: int | None) -> str:
-    """What happened, in words; without the request's URL, which may be signed."""
-    if state is not None:
-        return f"HTTP {state}"
-    if isinstance(error, TimeoutError):
-        return "nothing came within stream.timeout_s"
-    return " ".join(f"{type(error).__name__} {error}".split())

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from cmgan_dist import imaging
+from cmgan_dist.data import image as image_module
+from cmgan_dist.data.image import CROP_AREA, CROP_RATIO, MAX_PIXELS, _centre_box, _eighths, _random_box, decode_image
 from cmgan_dist.errors import BadSample
-from cmgan_dist.imaging import CROP_AREA, CROP_RATIO, MAX_PIXELS, _centre_box, _eighths, _random_box
 
 
 def scene(width: int, height: int) -> Image.Image:
@@ -33,7 +33,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 def decode(data: bytes, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """Planes of what `decode_image` makes, [3, size, size]."""
-    made = imaging.decode_image(data, size, rng)
+    made = decode_image(data, size, rng)
     assert made.flags["C_CONTIGUOUS"]
     return made[..., :3].transpose(2, 0, 1)
 
@@ -88,7 +88,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def test_both_sides_of_a_crop_reach_the_target(
     shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, box: tuple[int, int, int, int]
 ) -> None:
-    monkeypatch.setattr(imaging, "_random_box", lambda *_: box)
+    monkeypatch.setattr(image_module, "_random_box", lambda *_: box)
     decode(encode(scene(1000, 1000), "JPEG"), 224, np.random.default_rng(0))
     assert 500 * shapes[0][0] / 1000 >= 224
 
@@ -113,8 +113,8 @@ def test_a_plain_jpeg_is_not_opened_by_pillow(monkeypatch: pytest.MonkeyPatch) -
     exif = Image.Exif()
     exif[0x0112] = 3
     opened: list[bytes] = []
-    open_image = imaging._open
-    monkeypatch.setattr(imaging, "_open", lambda data: opened.append(data) or open_image(data))
+    open_image = image_module._open
+    monkeypatch.setattr(image_module, "_open", lambda data: opened.append(data) or open_image(data))
     decode(encode(scene(90, 70), "JPEG"), 32)
     decode(encode(scene(90, 70).convert("L"), "JPEG", progressive=True), 32)
     assert not opened
@@ -278,7 +278,7 @@ def test_a_row_of_a_batch_is_filled_in_its_place(kind: str, exif: int, seed: int
     data = encode(scene(200, 150), kind, exif=tag)
     batch = np.full((3, 32, 32, 4), 7, np.uint8)
     rngs = [None if seed is None else np.random.default_rng(seed) for _ in range(2)]
-    made = imaging.decode_image(data, 32, rngs[0], batch[1])
+    made = decode_image(data, 32, rngs[0], batch[1])
     assert made.base is batch
     assert np.array_equal(batch[1, ..., :3].transpose(2, 0, 1), decode(data, 32, rngs[1]))
     assert (batch[[0, 2]] == 7).all()

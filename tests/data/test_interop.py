@@ -24,18 +24,13 @@ import webdataset
 from PIL import Image
 
 from cmgan_dist.config.fields import StreamConfig
+from cmgan_dist.data.index import INDEX_VERSION, ShardIndex, index_name
+from cmgan_dist.data.manifest import ShardInfo, load_manifest
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.sample import parse_array, parse_sample
+from cmgan_dist.data.stream import Stream
+from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.schema import (
-    INDEX_VERSION,
-    ShardIndex,
-    ShardInfo,
-    index_name,
-    iter_samples,
-    load_manifest,
-    parse_array,
-    parse_sample,
-)
-from cmgan_dist.stream import ShardReader, Stream
 from shards.__main__ import main
 from shards.verify import verify
 from tests.toy import index_tar, jpeg, make_features, make_raw, npy, write_manifest, write_tar

@@ -1,0 +1,1 @@
+"""Bytes -> batches: shards, where they lie, in what order they are read."""

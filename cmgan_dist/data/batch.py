@@ -1,0 +1,196 @@
+"""Samples -> batches: what training and evaluation take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmgan_dist.data.image import decode_image
+from cmgan_dist.data.manifest import Manifest
+from cmgan_dist.data.order import generator_for
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.sample import Sample
+from cmgan_dist.errors import BadInput, BadSample
+
+
+@dataclass
+class Batch:
+    """Rows of one rank, in the order of the global batch. B rows are trained on."""
+
+    image: Tensor
+    """uint8 [R, H, W, 4], red, green, blue and a byte that nothing uses, or float32 [R, F_i] features. R = B, or 2B
+    when sampling is balanced: wrong rows follow."""
+    text: Tensor | list[str]
+    """R texts, or float32 [R, F_t] features."""
+    labels: Tensor | None
+    """bool [R, C], or None without labels."""
+    keys: list[str]
+    size: int
+    """B."""
+    bad: list[str] = field(default_factory=list)
+    """Why samples were replaced, one line each."""
+
+    @property
+    def wrong_follow(self) -> bool:
+        """Whether wrong rows follow, R = 2B."""
+        return len(self.image) > self.size
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which it is copied to a GPU while that works; a DataLoader asks so."""
+        text = self.text.pin_memory() if isinstance(self.text, Tensor) else self.text
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return replace(self, image=self.image.pin_memory(), text=text, labels=labels)
+
+
+@dataclass
+class Decoder:
+    """A stored Sample as arrays: decodes and augments the image, draws one text."""
+
+    image_size: int
+    image_dim: int | None
+    """Expected F_i of image features; None for encoded images."""
+    text_dim: int | None
+    classes: int
+    augment: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest, image_size: int, augment: bool) -> Decoder:
+        return cls(image_size, manifest.image_dim, manifest.text_dim, len(manifest.classes), augment)
+
+    def empty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Memory for a batch, to be filled by rows: images uint8 [rows, H, W, 4] or float32 [rows, F_i], and labels,
+        False, bool [rows, C]."""
+        if self.image_dim is None:
+            image = np.empty((rows, self.image_size, self.image_size, 4), np.uint8)
+        else:
+            image = np.empty((rows, self.image_dim), np.float32)
+        return image, np.zeros((rows, self.classes), bool)
+
+    def __call__(
+        self, sample: Sample, shard: str, draw: int | None, image: np.ndarray, labels: np.ndarray
+    ) -> list[str] | np.ndarray:
+        """Fill a row of `image` and of `labels`; return the texts, or float32 [captions, F_t].
+
+        `draw` seeds the augmentation; None does none. Raises BadSample naming shard and key."""
+        try:
+            texts = self.texts(sample)
+            self.image(sample, draw, image)
+        except BadSample as error:
+            raise BadSample(f"{shard} sample {sample.key}: {error}") from None
+        for label in sample.labels:
+            labels[label] = True
+        return texts
+
+    def image(self, sample: Sample, draw: int | None, out: np.ndarray) -> None:
+        if isinstance(sample.image, bytes):
+            if self.image_dim is not None:
+                raise BadSample("has an encoded image, expected image features")
+            rng = generator_for(draw, 6) if self.augment and draw is not None else None
+            decode_image(sample.image, self.image_size, rng, out)
+        elif self.image_dim == len(sample.image):
+            out[:] = sample.image
+        else:
+            expected = self.image_dim or "an encoded image"
+            raise BadSample(f"has {len(sample.image)} image features, expected {expected}")
+
+    def texts(self, sample: Sample) -> list[str] | np.ndarray:
+        if isinstance(sample.texts, list):
+            if self.text_dim is not None:
+                raise BadSample("has a text, expected text features")
+        elif self.text_dim != sample.texts.shape[1]:
+            raise BadSample(f"has {sample.texts.shape[1]} text features, expected {self.text_dim or 'a text'}")
+        return sample.texts
+
+
+def _stack_texts(texts: list[str | np.ndarray]) -> Tensor | list[str]:
+    if isinstance(texts[0], str):
+        return cast(list[str], texts)
+    return torch.from_numpy(np.concatenate(texts).reshape(len(texts), -1))
+
+
+def join(parts: list[Batch], pinned: bool = False) -> Batch:
+    """Batches of consecutive logical streams as one: all right rows, then all wrong rows. `pinned`: in page-locked
+    memory, unless it is one batch."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def rows(pick: Callable[[Batch], Tensor]) -> Tensor:
+        pieces = [pick(p)[: p.size] for p in parts] + [pick(p)[p.size :] for p in parts]
+        shape = (sum(map(len, pieces)), *pieces[0].shape[1:])
+        return torch.cat(pieces, out=torch.empty(shape, dtype=pieces[0].dtype, pin_memory=pinned))
+
+    def flat(pick: Callable[[Batch], list[str]]) -> list[str]:
+        return [x for p in parts for x in pick(p)[: p.size]] + [x for p in parts for x in pick(p)[p.size :]]
+
+    texts: Tensor | list[str]
+    if isinstance(parts[0].text, list):
+        texts = flat(lambda p: cast(list[str], p.text))
+    else:
+        texts = rows(lambda p: cast(Tensor, p.text))
+    return Batch(
+        image=rows(lambda p: p.image),
+        text=texts,
+        labels=rows(lambda p: cast(Tensor, p.labels)) if parts[0].labels is not None else None,
+        keys=flat(lambda p: p.keys),
+        size=sum(p.size for p in parts),
+        bad=[line for p in parts for line in p.bad],
+    )
+
+
+@dataclass
+class EvalBatch:
+    """Consecutive samples of a split with all their texts."""
+
+    image: Tensor
+    """uint8 [n, H, W, 4] or float32 [n, F_i]."""
+    text: Tensor | list[str]
+    """All texts of the n samples one after another: m strings, or float32 [m, F_t]."""
+    owner: Tensor
+    """int64 [m]: row of the sample that each text belongs to."""
+    labels: Tensor | None
+    """bool [n, C] or None."""
+    keys: list[str]
+    samples: list[Sample]
+
+
+def eval_batches(
+    reader: ShardReader, *, image_size: int, batch: int, first: int = 0, stop: int | None = None, threads: int = 2
+) -> Iterator[EvalBatch]:
+    """Samples first..stop of a split in canonical order, not augmented.
+
+    A bad sample ends an evaluation: a figure over other samples than the split's would not be comparable.
+    Raises BadInput naming it."""
+    decoder = Decoder.of(reader.manifest, image_size, augment=False)
+    starts = np.concatenate([[0], np.cumsum(reader.counts)])
+    stop = int(starts[-1]) if stop is None else stop
+
+    def load(i: int, image: np.ndarray, labels: np.ndarray) -> tuple[Sample, list[str] | np.ndarray]:
+        shard = int(np.searchsorted(starts, i, side="right")) - 1
+        try:
+            sample = reader.read(shard, i - int(starts[shard]))
+            return sample, decoder(sample, reader.shards[shard].name, None, image, labels)
+        except BadSample as error:
+            raise BadInput(
+                f"split '{reader.split}' of {reader.data} cannot be evaluated: {error}: "
+                f"run 'python -m shards verify {reader.data}'"
+            ) from None
+
+    with ThreadPoolExecutor(threads) as pool:
+        for at in range(first, stop, batch):
+            numbers = range(at, min(at + batch, stop))
+            image, labels = decoder.empty(len(numbers))
+            rows = list(pool.map(load, numbers, image, labels))
+            yield EvalBatch(
+                image=torch.from_numpy(image),
+                text=_stack_texts([t for _, texts in rows for t in texts]),
+                owner=torch.tensor([i for i, (_, texts) in enumerate(rows) for _ in texts]),
+                labels=torch.from_numpy(labels) if decoder.classes else None,
+                keys=[sample.key for sample, _ in rows],
+                samples=[sample for sample, _ in rows],
+            )

@@ -1,0 +1,115 @@
+"""``manifest.json``: what a data set holds, and what a model must know of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cmgan_dist.errors import BadInput
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+LabelKind = Literal["single", "multi", "none"]
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    name: str
+    """File name relative to the manifest."""
+    samples: int
+    bytes: int
+    sha256: str
+    """Of the whole tar."""
+
+
+@dataclass
+class Manifest:
+    """``manifest.json``: what a data set holds. Class i is ``classes[i]``; empty for pairs without labels."""
+
+    name: str
+    label_kind: LabelKind
+    classes: list[str]
+    splits: dict[str, list[ShardInfo]]
+    """Split name -> shards in their canonical order."""
+    image: str = "encoded"
+    """``encoded`` or ``features``."""
+    image_dim: int | None = None
+    """F_i when `image` is ``features``."""
+    text: str = "utf8"
+    """``utf8`` or ``features``."""
+    text_dim: int | None = None
+    attribution: str = ""
+    """Source and licence of the data, one paragraph."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """How it was made: source, options, backbones. Informative."""
+
+    def shards(self, split: str) -> list[ShardInfo]:
+        """Raises BadInput when the split is missing or has no samples."""
+        if split not in self.splits:
+            raise BadInput(f"{self.name} has no split '{split}': its manifest has {', '.join(self.splits) or 'none'}")
+        shards = self.splits[split]
+        if not sum(s.samples for s in shards):
+            raise BadInput(f"split '{split}' of {self.name} has no samples: pack some or name another split")
+        return shards
+
+    def samples(self, split: str) -> int:
+        return sum(s.samples for s in self.splits.get(split, []))
+
+    def to_json(self) -> str:
+        record = {"version": MANIFEST_VERSION, **asdict(self)}
+        return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Raises BadInput when the text is not a manifest of this version; `where` is its file for the message."""
+        try:
+            record = json.loads(text)
+            version = record.pop("version")
+            splits = {k: [ShardInfo(**s) for s in v] for k, v in record.pop("splits").items()}
+            manifest = cls(splits=splits, **record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{where} is not a manifest ({error}); write it with 'python -m shards index'") from None
+        if version != MANIFEST_VERSION:
+            raise BadInput(f"{where} has version {version}, this program reads {MANIFEST_VERSION}: pack the data again")
+        if manifest.label_kind not in ("single", "multi", "none"):
+            raise BadInput(f"{where}: label_kind is {manifest.label_kind!r}, expected single, multi or none")
+        return manifest
+
+
+def load_manifest(data: str | os.PathLike[str]) -> Manifest:
+    """Read DIR/manifest.json. Raises BadInput when the folder or the manifest is missing or wrong."""
+    folder = Path(data)
+    if not folder.is_dir():
+        raise BadInput(f"data folder {folder} does not exist: pack one with 'python -m shards build'")
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise BadInput(f"{folder} has no {MANIFEST_NAME}: write it with 'python -m shards index {folder}'")
+    return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def natural_splits(names: Iterable[str]) -> list[str]:
+    """Split names in the order a reader expects: train, val, test, then the rest by name."""
+    first = ["train", "val", "test"]
+    found = set(names)
+    return [n for n in first if n in found] + sorted(found - set(first))
+
+
+@dataclass
+class DataSpec:
+    """What a model must know of its data; stored beside its weights."""
+
+    classes: list[str]
+    """Class names in label order; empty without labels."""
+    label_kind: str
+    """single, multi or none."""
+    image_dim: int | None
+    """F_i of precomputed image features; None for encoded images."""
+    text_dim: int | None
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> DataSpec:
+        return cls(manifest.classes, manifest.label_kind, manifest.image_dim, manifest.text_dim)

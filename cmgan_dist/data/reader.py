@@ -1,0 +1,161 @@
+"""Samples of one split by (shard, index), read by their offsets."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from cmgan_dist.config.fields import StreamConfig
+from cmgan_dist.data.cache import open_store
+from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest
+from cmgan_dist.data.sample import Sample, parse_sample
+from cmgan_dist.data.tar import iter_samples
+from cmgan_dist.errors import BadInput, BadSample
+
+PIECE = 1 << 18
+"""Bytes that are read at a time where samples follow each other; much more is slower: fresh memory each time."""
+
+
+class ShardReader:
+    """Samples of one split by (shard, index), read by their offsets."""
+
+    def __init__(
+        self, data: str, split: str, config: StreamConfig | None = None, *, open_files: int = 64, indexes: int = 1024
+    ) -> None:
+        """`data`: folder or URL; `config` says where remote shards are kept. Raises BadInput."""
+        remote = config or StreamConfig()
+        self.store = open_store(
+            data,
+            cache=remote.cache or None,
+            cache_bytes=int(remote.cache_gib * 2**30),
+            retries=remote.retries,
+            timeout_s=remote.timeout_s,
+        )
+        self.data, self.split = data, split
+        manifest = self.store.read(MANIFEST_NAME).decode("utf-8", "replace")
+        self.manifest = Manifest.from_json(manifest, self.store.where(MANIFEST_NAME))
+        self.shards = self.manifest.shards(split)
+        for shard in self.shards:
+            if shard.samples == 0:
+                where = self.store.where(shard.name)
+                raise BadInput(f"shard {where} is empty: remove it and run 'python -m shards index'")
+        self.store.check(self.shards)
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._open_files = open_files
+        self._lock = threading.Lock()
+        self.index = lru_cache(maxsize=indexes)(self._read_index)
+
+    @property
+    def counts(self) -> np.ndarray:
+        return np.asarray([s.samples for s in self.shards], dtype=np.int64)
+
+    def _read_index(self, shard: int) -> ShardIndex:
+        name = index_name(self.shards[shard].name)
+        index = ShardIndex.from_bytes(self.store.read(name), self.store.where(name))
+        if len(index) != self.shards[shard].samples:
+            raise BadInput(
+                f"{self.store.where(name)} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "
+                f"run 'python -m shards index {self.data}'"
+            )
+        if index.offsets[-1] > self.shards[shard].bytes:
+            raise BadInput(f"{self.store.where(name)} is damaged: run 'python -m shards index {self.data}'")
+        return index
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        if len(self._files) >= self._open_files:
+            os.close(self._files.popitem(last=False)[1])
+        self._files[shard] = self.store.open(self.shards[shard])
+        return self._files[shard]
+
+    def _bytes(self, shard: int, start: int, stop: int) -> bytes:
+        with self._lock:  # another thread could close the descriptor before it is read
+            return os.pread(self._descriptor(shard), stop - start, start)
+
+    def raw(self, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
+        """(key, members by extension), nothing parsed. Raises BadSample, naming shard and reason."""
+        where, name = self.index(shard), self.shards[shard].name
+        start, stop = where.offsets[index : index + 2].tolist()
+        data = self._bytes(shard, start, stop)
+        if len(data) < stop - start:
+            raise BadSample(f"{name} sample {index}: the shard is truncated at byte {start + len(data)}")
+        row = where.layouts[index].tolist()
+        if found := where.cut(row, data, data):
+            return found
+        for key, _, members in iter_samples(io.BytesIO(data), name):  # the first one; or it says where damage is
+            if row[0]:
+                raise BadSample(f"{name} sample {index}: byte {start} has other headers than those that were indexed")
+            return key, members
+        raise BadSample(f"{name} sample {index}: nothing at byte {start}")
+
+    def read(self, shard: int, index: int) -> Sample:
+        """Raises BadSample, naming shard and reason, when the sample cannot be used."""
+        return self._parse(shard, *self.raw(shard, index))
+
+    def _parse(self, shard: int, key: str, members: dict[str, bytes]) -> Sample:
+        name = self.shards[shard].name
+        try:
+            sample = parse_sample(key, members)
+        except BadSample as error:
+            raise BadSample(f"{name} sample {key}: {error}") from None
+        classes = len(self.manifest.classes)
+        if classes and any(not 0 <= label < classes for label in sample.labels):
+            raise BadSample(f"{name} sample {key}: label {sample.labels} is out of range, there are {classes} classes")
+        if self.manifest.label_kind != "none" and not sample.labels:
+            raise BadSample(f"{name} sample {key}: has no label")
+        return sample
+
+    def raw_samples(self) -> Iterator[tuple[int, str, dict[str, memoryview]]]:
+        """(shard, key, members by extension) of every whole sample in canonical order, read in large pieces.
+
+        The members are views: one that is kept keeps its piece, PIECE bytes or the whole sample."""
+        for shard in range(len(self.shards)):
+            where, first = self.index(shard), 0
+            while first < len(where):
+                start = int(where.offsets[first])
+                stop = max(first + 1, int(np.searchsorted(where.offsets, start + PIECE, side="right")) - 1)
+                data = self._bytes(shard, start, int(where.offsets[stop]))
+                whole, view = len(data), memoryview(data)
+                places = (where.offsets[first : stop + 1] - start).tolist()
+                for i, row in enumerate(where.layouts[first:stop].tolist()):
+                    found = where.cut(row, data, view, places[i]) if places[i + 1] <= whole else None
+                    if found:
+                        yield shard, *found
+                        continue
+                    with contextlib.suppress(BadSample):
+                        key, members = self.raw(shard, first + i)
+                        yield shard, key, {extension: memoryview(member) for extension, member in members.items()}
+                first = stop
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Every usable sample in canonical order; bad ones are passed over: training and evaluation name them."""
+        for shard, key, members in self.raw_samples():
+            with contextlib.suppress(BadSample):
+                yield self._parse(shard, key, {extension: bytes(member) for extension, member in members.items()})
+
+    def samples_by_class(self) -> list[np.ndarray]:
+        """Per class int64 [n, 2]: (shard, index) of its samples, from the sidecars."""
+        shard_of, index_of, label_of = [], [], []
+        for shard in range(len(self.shards)):
+            index = self.index(shard)
+            per_sample = np.diff(index.label_starts)
+            label_of.append(index.label_values)
+            index_of.append(np.repeat(np.arange(len(index)), per_sample))
+            shard_of.append(np.full(len(index.label_values), shard))
+        rows = np.stack([np.concatenate(shard_of), np.concatenate(index_of)], 1).astype(np.int64)
+        labels = np.concatenate(label_of)
+        return [rows[labels == c] for c in range(len(self.manifest.classes))]
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])

@@ -1,0 +1,220 @@
+"""The stream: manifest -> order -> windows -> decode -> Batch. The position is one integer, samples seen.
+
+A sample's journey: a plan (order.py) says by arithmetic which (shard, index) every row of global batch t is, whatever
+the number of ranks and workers; `ShardReader` reads it by its offset, `Decoder` turns it into arrays, and `Stream`
+joins rows to the rank's Batch. A bad sample is replaced by the next good one of its window, counted and named.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from cmgan_dist.config.fields import StreamConfig, resolved_streams
+from cmgan_dist.data.batch import Batch, Decoder, _stack_texts, join
+from cmgan_dist.data.order import BalancedPlan, MixturePlan, Plan, Row, streams_of_rank
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.errors import BadInput, BadSample
+
+log = logging.getLogger(__name__)
+
+MIN_READS_FOR_BAD_SHARE = 200
+"""Samples read before the share of bad ones can stop a run."""
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+
+
+class _Chunks(IterableDataset["Batch | BadInput"]):
+    """What one worker yields: for every step the rows of its logical streams. BadInput is handed over as an item:
+    raised in a worker it would arrive with a traceback in its message."""
+
+    def __init__(self, stream: Stream, first_step: int) -> None:
+        self.stream, self.first_step = stream, first_step
+
+    def __iter__(self) -> Iterator[Batch | BadInput]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        mine = self.stream.held
+        each = len(mine) // workers
+        part = mine[worker * each : (worker + 1) * each]
+        for step in itertools.count(self.first_step):
+            try:
+                yield self.stream.read_step(step, part)
+            except BadInput as error:
+                yield error
+                return
+
+
+class Stream:
+    """Training batches of one rank, from any position, without end."""
+
+    def __init__(
+        self, data: str, config: StreamConfig, *, seed: int, image_size: int = 224, rank: int = 0, world: int = 1
+    ) -> None:
+        """`data`: a folder or URL, or several with commas between, mixed by config.weights.
+
+        Raises BadInput when data and config do not fit together."""
+        self.readers = [ShardReader(part, config.train_split, config) for part in data.split(",")]
+        self.config = config
+        self.manifest = self.readers[0].manifest
+        self.held = streams_of_rank(resolved_streams(config), rank, world)
+        self.plan = self._make_plan(config, seed)
+        self.decoder = Decoder.of(self.manifest, image_size, config.augment)
+        self.workers = max(w for w in range(config.workers + 1) if w == 0 or len(self.held) % w == 0)
+        if self.workers != config.workers:
+            log.info("%d workers: the %d logical streams of a rank are shared evenly", self.workers, len(self.held))
+        self._reads = self._bad = 0
+        self._window: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def _make_plan(self, config: StreamConfig, seed: int) -> Plan | MixturePlan:
+        batch, streams = config.global_batch, resolved_streams(config)
+        samples = sum(int(r.counts.sum()) for r in self.readers)
+        if samples < batch:
+            raise BadInput(
+                f"split '{config.train_split}' has {samples} samples, fewer than one global batch: "
+                f"set stream.global_batch to {samples} or less"
+            )
+
+        def plan_of(reader: ShardReader, global_batch: int) -> Plan:
+            return Plan(reader.counts, global_batch=global_batch, streams=streams, window=config.window, seed=seed)
+
+        if len(self.readers) > 1:
+            self._check_mixture(config, streams)
+            plans = [plan_of(reader, streams) for reader in self.readers]
+            weights = list(config.weights) or [float(p.samples) for p in plans]
+            return MixturePlan(plans, weights, global_batch=batch, seed=seed)
+        plan = plan_of(self.readers[0], batch)
+        if config.sampling == "epoch":
+            return plan
+        members = [m for m in self.readers[0].samples_by_class() if len(m)]
+        if len(members) < 2:
+            raise BadInput("stream.sampling=balanced needs samples of two classes or more: use epoch")
+        return BalancedPlan(plan, members)
+
+    def _check_mixture(self, config: StreamConfig, streams: int) -> None:
+        """Raises BadInput when the data sets of a mixture do not go together."""
+        first = self.readers[0]
+        if config.sampling != "epoch":
+            raise BadInput("stream.sampling=balanced takes one data set, --data names several: use epoch")
+        if config.weights and (len(config.weights) != len(self.readers) or min(config.weights) <= 0):
+            raise BadInput(
+                f"stream.weights is {list(config.weights)}: give a number above 0 for each of the "
+                f"{len(self.readers)} data sets"
+            )
+        for reader in self.readers:
+            for name in ("classes", "label_kind", "image", "image_dim", "text", "text_dim"):
+                mine, theirs = getattr(first.manifest, name), getattr(reader.manifest, name)
+                if mine != theirs:
+                    raise BadInput(
+                        f"{reader.data} and {first.data} cannot be mixed: their {name} are {theirs!r} and {mine!r}"
+                    )
+            if reader.counts.sum() < streams:
+                raise BadInput(
+                    f"split '{reader.split}' of {reader.data} has {int(reader.counts.sum())} samples, fewer than the "
+                    f"{streams} logical streams: lower stream.logical_streams"
+                )
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples in an epoch: N less the remainder N mod G; N counts all data sets of a mixture."""
+        return self.plan.epoch_samples
+
+    def read_row(self, row: Row, image: np.ndarray, labels: np.ndarray, bad: list[str]) -> tuple[str, str | np.ndarray]:
+        """Fill a row of a batch with the row's sample, or with the next good one of its window; (key, text).
+
+        Raises BadInput when none is good."""
+        reader, shard, index = self.readers[row.source], row.shard, row.index
+        for k in range(row.spares + 1):
+            self._reads += 1
+            try:
+                sample = reader.read(shard, index)
+                texts = self.decoder(sample, reader.shards[shard].name, row.draw, image, labels)
+                return sample.key, texts[row.draw % len(texts)]
+            except BadSample as error:
+                self._bad += 1
+                bad.append(str(error))
+                self._check_share(reader, str(error))
+            if k < row.spares:
+                shard, index = row.spare(k)
+        raise BadInput(
+            f"no usable sample left in a window of {row.spares + 1} of split '{reader.split}' in {reader.data}; "
+            f"the last one: {bad[-1]}: run 'python -m shards verify {reader.data}'"
+        )
+
+    def _check_share(self, reader: ShardReader, last: str) -> None:
+        if self._reads >= MIN_READS_FOR_BAD_SHARE and self._bad > self.config.max_bad_share * self._reads:
+            raise BadInput(
+                f"{self._bad} of {self._reads} samples read from {reader.data} are unusable, more than "
+                f"stream.max_bad_share {self.config.max_bad_share:g}; the last one: {last}: "
+                f"run 'python -m shards verify {reader.data}'"
+            )
+
+    def read_step(self, step: int, streams: range) -> Batch:
+        """The rows that the given logical streams have in a global batch."""
+        bad: list[str] = []
+        for stream in streams:
+            for place in self.plan.place(step, stream):
+                now = (place.epoch, place.window)
+                if self._window.get((place.source, stream)) != now:
+                    self._window[place.source, stream] = now
+                    reader = self.readers[place.source]
+                    reader.store.prefetch([reader.shards[shard] for shard in place.following])
+        parts = [self.plan.chunk_rows(step, s) for s in streams]
+        half = self.plan.chunk
+        rows = [r for part in parts for r in part[:half]] + [r for part in parts for r in part[half:]]
+        image, labels = self.decoder.empty(len(rows))
+        read = [self.read_row(row, image[i], labels[i], bad) for i, row in enumerate(rows)]
+        return Batch(
+            image=torch.from_numpy(image),
+            text=_stack_texts([text for _, text in read]),
+            labels=torch.from_numpy(labels) if self.decoder.classes else None,
+            keys=[key for key, _ in read],
+            size=half * len(streams),
+            bad=bad,
+        )
+
+    def batches(self, position: int) -> Generator[Batch, None, None]:
+        """Batches from `position` samples on (a multiple of the global batch), without end."""
+        step, rest = divmod(position, self.config.global_batch)
+        if rest:
+            raise BadInput(
+                f"position {position} is not a multiple of stream.global_batch {self.config.global_batch}: "
+                "resume with the batch size that the checkpoint was made with"
+            )
+        chunks = _Chunks(self, step)
+        if not self.workers:
+            yield from map(_good, chunks)
+            return
+        pinned = torch.cuda.is_available()
+        loader = iter(
+            DataLoader(
+                chunks,
+                batch_size=None,
+                num_workers=self.workers,
+                pin_memory=pinned and self.workers == 1,  # `join` makes new memory of the parts of several
+                multiprocessing_context="fork",  # a worker shares the plan and the open indexes
+            )
+        )
+        try:
+            while True:
+                yield join([_good(next(loader)) for _ in range(self.workers)], pinned)
+        finally:
+            del loader  # ends the workers now: a traceback would keep them until it is collected
+
+
+def _good(item: Batch | BadInput) -> Batch:
+    if isinstance(item, BadInput):
+        raise item
+    return item
+
+
+# ---------------------------------------------------------------------------------------------- a whole split, in order

@@ -1,0 +1,174 @@
+"""Tars, read forward only: members, and the groups of members that are samples."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from cmgan_dist.errors import BadSample
+
+BLOCK = 512
+PIECE = 1 << 24
+"""Most bytes read at a time: what a header claims is not allocated before it is there."""
+
+
+def split_member_name(name: str) -> tuple[str, str]:
+    """``dir/a.image.npy`` -> (``dir/a``, ``image.npy``): the key ends at the base name's first dot."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _octal(field_bytes: bytes) -> int:
+    """A tar header's number: octal text, or base-256 when the top bit is set (GNU). Raises ValueError."""
+    if field_bytes[0] & 0x80:
+        if field_bytes[0] & 0x40:
+            raise ValueError("negative number")
+        return int.from_bytes(field_bytes, "big") & ((1 << (8 * len(field_bytes) - 1)) - 1)
+    text = field_bytes.rstrip(b"\0 ").lstrip()
+    if text and not text.isdigit():  # int() would take a sign, a prefix and underscores
+        raise ValueError("not a number")
+    return int(text, 8) if text else 0
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    """`size` bytes, or fewer where the file ends."""
+    if size <= PIECE:
+        return file.read(size)
+    pieces = []
+    while size and (piece := file.read(min(size, PIECE))):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    records, at = {}, 0
+    while at < len(data):
+        space = data.index(b" ", at)
+        length = int(data[at:space])
+        if not space - at + 1 < length <= len(data) - at:
+            raise ValueError("a record of a length that it cannot have")
+        name, _, value = data[space + 1 : at + length - 1].partition(b"=")
+        records[name.decode()] = value.decode("utf-8", "surrogateescape")
+        at += length
+    return records
+
+
+_PLAIN = struct.Struct("100s24x11sc12x6s2sc188xB166x")
+"""A ustar header: name, size, its last byte, checksum, its last bytes, kind, first byte of the name's prefix."""
+
+
+def _byte_sum(header: bytes) -> int:
+    """The checksum of a tar header: its bytes, those of the checksum itself counted as spaces.
+
+    The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521: more than those of 256 bytes come to."""
+    halves = (zlib.adler32(header[:256]) & 0xFFFF) + (zlib.adler32(header[256:]) & 0xFFFF) - 2
+    return halves + 8 * 32 - sum(header[148:156])
+
+
+def _plain(header: bytes) -> tuple[str, int] | None:
+    """(name, size) of a regular file whose header is as most tools write it and whole; None: look closer."""
+    name, size, after, checksum, end, kind, prefix = _PLAIN.unpack(header)
+    if prefix or kind not in b"0\0" or not size.isdigit() or after not in b"\0 " or end != b"\0 ":
+        return None
+    try:
+        if not checksum.isdigit() or int(checksum, 8) != _byte_sum(header):
+            return None
+        return name.rstrip(b"\0").decode("utf-8", "surrogateescape"), int(size, 8)
+    except ValueError:
+        return None
+
+
+@dataclass
+class Member:
+    key: str
+    extension: str
+    start: int
+    """Offset of the member's first header block, extension headers included."""
+    header: bytes
+    """The header block, where it is plain and says all; else b''."""
+    data: bytes
+
+
+def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
+    """The regular files of an uncompressed tar (ustar, GNU and pax names), in order, reading forward only.
+
+    Raises BadSample at the first damaged or cut place; `name` is the shard's, for the message."""
+    offset = start = 0
+    longname: str | None = None
+    pax: dict[str, str] = {}
+    while True:
+        header = file.read(BLOCK)
+        if not header or header == b"\0" * BLOCK:
+            return
+        if len(header) < BLOCK:
+            raise BadSample(f"{name} is truncated at byte {offset + len(header)}")
+        kind = header[156:157]
+        plain = None if pax else _plain(header)
+        size = plain[1] if plain else _size(header, kind, pax, f"{name} has a damaged tar header at byte {offset}")
+        data = _read(file, size)
+        padding = file.read(-size % BLOCK)
+        if len(data) < size or len(padding) < -size % BLOCK:
+            raise BadSample(f"{name} is truncated at byte {offset + BLOCK + len(data) + len(padding)}")
+        offset += BLOCK + size + len(padding)
+        try:
+            if kind == b"L":
+                longname = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+                continue
+            if kind == b"x":
+                pax = _pax_records(data)
+                continue
+            if kind in (b"0", b"\0"):
+                key, extension = split_member_name(pax.get("path", longname or (plain[0] if plain else _name(header))))
+                yield Member(key, extension, start, header if plain and longname is None else b"", data)
+        except (ValueError, struct.error):
+            raise BadSample(f"{name} has a damaged extended header before byte {offset}") from None
+        longname, pax, start = None, {}, offset
+
+
+def _size(header: bytes, kind: bytes, pax: dict[str, str], damage: str) -> int:
+    """Bytes of data behind a header. Raises BadSample(damage) when the header is not whole."""
+    try:
+        checksum = _octal(header[148:156])
+        size = _octal(header[124:136])
+        if "size" in pax and kind not in (b"x", b"g"):
+            size = int(pax["size"])
+        if size < 0 or checksum != _byte_sum(header):
+            raise ValueError
+    except ValueError:
+        raise BadSample(damage) from None
+    links = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders: no data, whatever the size says
+    return 0 if kind in links else size
+
+
+def _name(header: bytes) -> str:
+    base = header[:100].rstrip(b"\0").decode("utf-8", "surrogateescape")
+    if header[257:262] == b"ustar" and header[345] and header[257:265] != b"ustar  \0":
+        return header[345:500].rstrip(b"\0").decode("utf-8", "surrogateescape") + "/" + base
+    return base
+
+
+def iter_groups(file: BinaryIO, name: str) -> Iterator[list[Member]]:
+    """The members of each sample: consecutive ones with the same key. Raises BadSample as `iter_members` does.
+
+    Members without an extension belong to no sample."""
+    group: list[Member] = []
+    for member in iter_members(file, name):
+        if not member.extension:
+            continue
+        if group and member.key != group[0].key:
+            yield group
+            group = []
+        group.append(member)
+    if group:
+        yield group
+
+
+def iter_samples(file: BinaryIO, name: str) -> Iterator[tuple[str, int, dict[str, bytes]]]:
+    """(key, offset of its first header, members by extension) of each sample. Raises as `iter_members` does."""
+    for group in iter_groups(file, name):
+        yield group[0].key, group[0].start, {member.extension: member.data for member in group}
