@@ -42,11 +42,11 @@ from torch import Tensor
 from bench.common import RESULTS, write_results
 from cmgan_dist.config.cli import parse
 from cmgan_dist.config.fields import ModelConfig
-from cmgan_dist.discriminators import InterDiscriminator
 from cmgan_dist.errors import BadInput, run_main
+from cmgan_dist.kernels.norm_torch import group_batch_norm
 from cmgan_dist.kernels.pair_linear import pair_linear
-from cmgan_dist.kernels.shared_layer import group_batch_norm
-from cmgan_dist.networks import SharedLayers
+from cmgan_dist.models.discriminators import InterDiscriminator
+from cmgan_dist.models.generator import SharedLayers
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOPE, EPS = 0.2, 1e-5
@@ -121,7 +121,7 @@ def apex_style(x: Tensor, groups: Sequence[int], weight: Tensor, bias: Tensor, d
 
 
 def ours(x: Tensor, groups: Sequence[int], weight: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    from cmgan_dist.kernels.epilogue import fused_epilogue
+    from cmgan_dist.kernels.norm_triton import fused_epilogue
 
     return fused_epilogue(
         x, groups, weight, bias, None, training=True, momentum=0.1, eps=EPS, slope=SLOPE, dropout=dropout,
@@ -199,7 +199,7 @@ def _forced(tile: Any, rows: int, channels: int) -> Any:
 
 def gpu(console: Console) -> dict[str, Any]:
     """Correctness, then times of every contestant, then of every tile."""
-    from cmgan_dist.kernels import epilogue
+    from cmgan_dist.kernels import norm_triton
 
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "tests/gpu"]
     tests = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -233,15 +233,15 @@ def gpu(console: Console) -> dict[str, Any]:
                     for name, found in row["ms"].items()
                 }
                 console.print(row["dtype"], batch, dropout, medians)
-    chosen, record["tiles"] = epilogue.choose_tile, []
+    chosen, record["tiles"] = norm_triton.choose_tile, []
     for batch in BATCHES:
         x = torch.randn(2 * batch, WIDTH, device="cuda", dtype=torch.bfloat16)
-        for tile in epilogue.TILES:
-            epilogue.choose_tile = functools.partial(_forced, tile)
+        for tile in norm_triton.TILES:
+            norm_triton.choose_tile = functools.partial(_forced, tile)
             try:
                 found = _event_ms(_step(ours, x, [batch, batch], 0.0))
             finally:
-                epilogue.choose_tile = chosen
+                norm_triton.choose_tile = chosen
             record["tiles"].append(
                 {"batch": batch, "tile": str(tile), "chosen": chosen(batch, WIDTH) == tile, "ms": found}
             )

@@ -46,8 +46,8 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.config.presets import preset
 from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.manifest import DataSpec
+from cmgan_dist.distributed.processes import Parallel, keep_freed_memory
 from cmgan_dist.errors import BadInput, run_main
-from cmgan_dist.parallel import Parallel, keep_freed_memory
 from cmgan_dist.phases import phase_table, run_phase
 from cmgan_dist.train import Networks, build_networks, make_scene
 

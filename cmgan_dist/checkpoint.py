@@ -26,8 +26,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -38,7 +36,7 @@ from cmgan_dist.files import sha256_of, write_atomic
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: meant so
 
-MODEL, STATE = "model.safetensors", "state.json"
+STATE = "state.json"
 
 
 @dataclass
@@ -219,37 +217,3 @@ def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
 
 
 # ---------------------------------------------------------------------------------------------- the best
-
-
-def save_best(run: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
-    """Replace RUN/best/model.safetensors in one step."""
-    metadata = {k: str(v) for k, v in asdict(progress).items()}
-    packed = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata=metadata)
-    write_atomic(run / "best" / MODEL, packed)
-
-
-def load_best(run: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(generator tensors, metadata) of RUN/best. Raises BadInput when there is none or it is damaged."""
-    path = run / "best" / MODEL
-    if not path.is_file():
-        raise BadInput(f"{run} has no best/{MODEL}: train it first, or name another run")
-    try:
-        with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} cannot be read ({error}): restore it or train again") from None
-
-
-def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
-    """Raises BadInput, naming the first difference, when `found` is the checkpoint of another model."""
-    for name, tensor in expected.items():
-        if name not in found:
-            raise BadInput(f"{where} is the checkpoint of another model: it has no {name}; use the config it came with")
-        if found[name].shape != tensor.shape:
-            raise BadInput(
-                f"{where} is the checkpoint of another model: {name} is {list(found[name].shape)}, "
-                f"expected {list(tensor.shape)}; use the config it came with"
-            )
-    for name in found:
-        if name not in expected:
-            raise BadInput(f"{where} is the checkpoint of another model: it has {name}; use the config it came with")

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from cmgan_dist.checkpoint import check_shapes, load_best
-from cmgan_dist.config.fields import CONFIG_NAME, Config
-from cmgan_dist.config.load import load_config
+from cmgan_dist.config.fields import Config
 from cmgan_dist.data.batch import eval_batches
-from cmgan_dist.data.manifest import MANIFEST_NAME, DataSpec
+from cmgan_dist.data.manifest import MANIFEST_NAME
 from cmgan_dist.data.reader import ShardReader
-from cmgan_dist.errors import BadInput
+from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.metrics import Embeddings
-from cmgan_dist.networks import Generator, build_generator, stored_tensors
-from cmgan_dist.parallel import Parallel
-from cmgan_dist.vocabulary import Vocabulary
+from cmgan_dist.models.generator import Generator
 
 if TYPE_CHECKING:  # at run time only where a gallery is made: it takes seconds to import
     from cmgan_dist.report import GalleryItem
-
-SPEC_NAME = "data.json"
-VOCABULARY_NAME = "vocabulary.json"
 
 
 @dataclass
@@ -70,27 +62,6 @@ def embed_split(generator: Generator, reader: ShardReader, config: Config, paral
         features=Embeddings(image, text, owner, known),
         keys=[key for _, part in gathered for key in part],
     )
-
-
-def load_model(run: Path) -> tuple[Generator, Config, DataSpec]:
-    """The best generator of a run. Raises BadInput when something is missing or does not fit together."""
-    if not run.is_dir():
-        raise BadInput(f"run folder {run} does not exist: train it first, or name another")
-    best = run / "best"
-    tensors, _ = load_best(run)
-    config = load_config(best / CONFIG_NAME)
-    path = best / SPEC_NAME
-    if not path.is_file():
-        raise BadInput(f"{path} does not exist: restore the best/ folder or train again")
-    spec = DataSpec(**json.loads(path.read_text(encoding="utf-8")))
-    vocabulary = None
-    if config.model.text.name == "cnn":
-        vocabulary = Vocabulary.load(best / VOCABULARY_NAME)
-        config.model.text.weights = ""  # the checkpoint holds the word vectors, the file may be gone
-    generator = build_generator(config.model, spec, vocabulary)
-    check_shapes(stored_tensors(generator), tensors, str(best))
-    generator.load_state_dict(tensors, strict=False)
-    return generator, config, spec
 
 
 def gallery_items(reader: ShardReader, pictures: str = "") -> list[GalleryItem]:

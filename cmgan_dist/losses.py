@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmgan_dist.kernels.dispatch import use_triton
+
 
 def discriminator_loss(kind: str, real: Tensor, fakes: Sequence[tuple[Tensor, float, Tensor | None]]) -> Tensor:
     """Real -> 1, every fake -> 0 with its weight.
@@ -29,6 +31,21 @@ def discriminator_loss(kind: str, real: Tensor, fakes: Sequence[tuple[Tensor, fl
             term = term * mask
         total = total + weight * term.mean()
     return total
+
+
+def fused_discriminator_loss(
+    kind: str, real: Tensor, fakes: Sequence[tuple[Tensor, float, Tensor | None]], kernels: str
+) -> Tensor:
+    """`discriminator_loss`; bce in one launch, gradient included, where `kernels` (model.kernels) allows it."""
+    fits = kind == "bce" and len(fakes) in (1, 2) and fakes[0][2] is None and all(len(f[0]) == len(real) for f in fakes)
+    if not (fits and use_triton("discriminator loss", kernels, real)):
+        return discriminator_loss(kind, real, fakes)
+    from cmgan_dist.kernels.bce import discriminator_bce  # here: it imports Triton
+
+    fake, weight, _ = fakes[0]
+    wrong, wrong_weight, mask = fakes[1] if len(fakes) > 1 else (None, 0.0, None)
+    loss: Tensor = discriminator_bce(real, fake, wrong, mask, weight, wrong_weight)[0]
+    return loss
 
 
 def generator_loss(kind: str, fake: Tensor) -> Tensor:

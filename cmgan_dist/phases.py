@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from cmgan_dist import losses
-from cmgan_dist.backbones import TextInput
 from cmgan_dist.config.fields import Config
 from cmgan_dist.data.order import generator_for
-from cmgan_dist.discriminators import InterDiscriminator, discriminator_loss
-from cmgan_dist.engine import Engine
-from cmgan_dist.networks import Side
+from cmgan_dist.distributed.engine import Engine
+from cmgan_dist.models.backbones import TextInput
+from cmgan_dist.models.discriminators import InterDiscriminator
+from cmgan_dist.models.generator import Side
 
 Terms = dict[str, Tensor]
 """Weighted loss terms by name; their sum is minimised."""
@@ -134,7 +134,7 @@ def _penalties(scene: Scene, name: str, real: list[Tensor], fake: list[Callable[
 
 
 def _discriminator_loss(scene: Scene, real: Tensor, fakes: list[tuple[Tensor, float, Tensor | None]]) -> Tensor:
-    return discriminator_loss(scene.config.loss.adversarial, real, fakes, scene.config.model.kernels)
+    return losses.fused_discriminator_loss(scene.config.loss.adversarial, real, fakes, scene.config.model.kernels)
 
 
 def intra(name: str, side: Callable[[Scene], Side]) -> Callable[[Scene], Terms]:

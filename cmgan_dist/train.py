@@ -23,8 +23,7 @@ from typing import NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from cmgan_dist.backbones import TextInput
-from cmgan_dist.checkpoint import Checkpointer, Progress, check_shapes, latest, read_checkpoint, save_best
+from cmgan_dist.checkpoint import Checkpointer, Progress, latest, read_checkpoint
 from cmgan_dist.config.fields import CONFIG_NAME, Config, OptimConfig, micro_batch
 from cmgan_dist.config.load import load_config, to_yaml, validate
 from cmgan_dist.data.batch import Batch
@@ -32,17 +31,20 @@ from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.order import mix, steps_for
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.stream import Stream
-from cmgan_dist.discriminators import NAMES, build_discriminators
-from cmgan_dist.embed import SPEC_NAME, VOCABULARY_NAME, embed_split
-from cmgan_dist.engine import AdamSettings, Engine
+from cmgan_dist.distributed.engine import AdamSettings, Engine
+from cmgan_dist.distributed.join import is_lost_process
+from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.embed import embed_split
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
 from cmgan_dist.files import write_atomic
 from cmgan_dist.metrics import evaluate
-from cmgan_dist.networks import Generator, OneSide, Side, build_generator, stored_tensors
-from cmgan_dist.parallel import Parallel, is_lost_process
+from cmgan_dist.models.backbones import TextInput
+from cmgan_dist.models.discriminators import NAMES, build_discriminators
+from cmgan_dist.models.generator import Generator, OneSide, Side, build_generator
+from cmgan_dist.models.saved import SPEC_NAME, VOCABULARY_NAME, check_shapes, save_best, stored_tensors
+from cmgan_dist.models.vocabulary import Vocabulary
 from cmgan_dist.phases import Phase, Scene, Wrong, not_finite, phase_table, pick_wrong, run_phase
 from cmgan_dist.record import Clock, Recorder, tracing
-from cmgan_dist.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -573,7 +575,7 @@ def validate_now(session: Session) -> dict[str, float]:
     if progress.best is None or score > progress.best:
         progress.best, progress.best_position = score, progress.position
         if session.parallel.main:
-            save_best(session.run, stored_tensors(session.networks.judged), progress)
+            save_best(session.run, stored_tensors(session.networks.judged), dataclasses.asdict(progress))
     values = {"score": score} | {k: v for k, v in metrics.items() if isinstance(v, float)}
     recorder.line("val", progress.position, values, progress.epoch_samples)
     epoch = progress.position / progress.epoch_samples

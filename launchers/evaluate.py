@@ -47,12 +47,12 @@ def main() -> None:
     log_to_stderr()
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/evaluate.py")
     from cmgan_dist.baselines import baseline_table
-    from cmgan_dist.checkpoint import MODEL, load_best
     from cmgan_dist.data.reader import ShardReader
-    from cmgan_dist.embed import Embedded, embed_split, gallery_items, load_model
+    from cmgan_dist.distributed.processes import Parallel
+    from cmgan_dist.embed import Embedded, embed_split, gallery_items
     from cmgan_dist.files import sha256_of, write_atomic
     from cmgan_dist.metrics import evaluate
-    from cmgan_dist.parallel import Parallel
+    from cmgan_dist.models.saved import MODEL, load_best, load_model
     from cmgan_dist.report import write_report
 
     run = arguments.run

@@ -33,7 +33,7 @@ def main() -> int:
             return 0
         check_places(config)
         # after the cheap checks: torch and its friends take seconds to import
-        from cmgan_dist.parallel import start_all_processes
+        from cmgan_dist.distributed.join import start_all_processes
         from cmgan_dist.train import prepare, run_session
 
         start_all_processes()

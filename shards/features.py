@@ -27,7 +27,6 @@ import torch
 import tyro
 from torch import nn
 
-from cmgan_dist.backbones import ImageBackbone, TextBackbone, build_image_backbone, build_text_backbone
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.index import index_name
@@ -36,6 +35,7 @@ from cmgan_dist.data.sample import IMAGE_EXTENSIONS, parse_sample
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import sha256_of, write_atomic
+from cmgan_dist.models.backbones import ImageBackbone, TextBackbone, build_image_backbone, build_text_backbone
 from shards.parallel import parallel_map, usable_cores
 from shards.scan import scan_shard
 from shards.writer import add_member, print_sizes

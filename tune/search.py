@@ -429,9 +429,10 @@ def confirm(
 def test_scores(runs: list[Path], split: str) -> dict[str, list[float]]:
     """{metric: [mean, standard deviation]} of the runs' best generators on `split`."""
     from cmgan_dist.data.reader import ShardReader
-    from cmgan_dist.embed import embed_split, load_model
+    from cmgan_dist.distributed.processes import Parallel
+    from cmgan_dist.embed import embed_split
     from cmgan_dist.metrics import evaluate
-    from cmgan_dist.parallel import Parallel
+    from cmgan_dist.models.saved import load_model
 
     found: dict[str, list[float]] = {}
     for run in runs:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from cmgan_dist.kernels.bce_kernels import bce_kernel
+from cmgan_dist.kernels.bce_device import bce_kernel
 
 BLOCK, WARPS = 1024, 8
 

@@ -25,8 +25,8 @@ def torchrun(processes: int) -> list[str]:
 
 
 def run_workers(script: str, processes: int, *words: str, timeout: float = 400) -> str:
-    """tests/dist/SCRIPT on that many processes; its stdout. It must end with 0."""
-    command = [*torchrun(processes), str(ROOT / "tests" / "dist" / script), *words]
+    """tests/distributed/SCRIPT on that many processes; its stdout. It must end with 0."""
+    command = [*torchrun(processes), str(ROOT / "tests" / "distributed" / script), *words]
     done = subprocess.run(
         command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cmgan_dist.kernels.epilogue import Tile
+from cmgan_dist.kernels.norm_triton import Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ROWS = {"x", "y", "dy", "dx", "real", "fake", "wrong"}

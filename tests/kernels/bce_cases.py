@@ -1,4 +1,4 @@
-"""The fused cross-entropy against torch's in float64; run by the interpreter and on a GPU, as epilogue_cases.py."""
+"""The fused cross-entropy against torch's in float64; run by the interpreter and on a GPU, as norm_cases.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmgan_dist.discriminators import discriminator_loss
 from cmgan_dist.kernels.bce import discriminator_bce
-from tests.kernels.epilogue_cases import CHECKS, DEVICE, close
+from cmgan_dist.losses import fused_discriminator_loss
+from tests.kernels.norm_cases import CHECKS, DEVICE, close
 
 
 @pytest.mark.parametrize("rows", [1, 3, 127, 1500])
@@ -21,7 +21,7 @@ def test_value_and_gradient(rows: int, kind: str, scale: float) -> None:
     mask = torch.rand(rows, device=DEVICE) > 0.3 if kind == "masked" else None
     real, fake, wrong = logits.chunk(3)
     fakes = [(fake, 0.5, None)] + ([] if kind == "fake only" else [(wrong, 0.5, mask)])
-    ours = discriminator_loss("bce", real, fakes, "triton")
+    ours = fused_discriminator_loss("bce", real, fakes, "triton")
     twin = logits.detach().double().requires_grad_()
     weight = torch.ones(3 * rows, dtype=torch.float64, device=DEVICE)
     weight[rows:] = 0.5
@@ -50,6 +50,6 @@ def test_opcheck() -> None:
 
 def test_second_derivative_is_refused() -> None:
     real = torch.randn(4, device=DEVICE, requires_grad=True)
-    loss = discriminator_loss("bce", real, [(real.detach(), 1.0, None)], "triton")
+    loss = fused_discriminator_loss("bce", real, [(real.detach(), 1.0, None)], "triton")
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, real, create_graph=True)

@@ -7,41 +7,41 @@ from typing import Any
 
 import pytest
 
-from cmgan_dist.kernels import bce_kernels, epilogue, epilogue_kernels
+from cmgan_dist.kernels import bce_device, norm_device, norm_triton
 from tests.kernels.ahead import Compiled, compiled
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TRAINING = ("TRAINING", "AFFINE")
 TILED: tuple[tuple[Any, tuple[str, ...]], ...] = (
-    (epilogue_kernels.moments_kernel, ()),
-    (epilogue_kernels.apply_kernel, TRAINING),
-    (epilogue_kernels.apply_kernel, (*TRAINING, "DROPOUT")),
-    (epilogue_kernels.sums_kernel, ("AFFINE",)),
-    (epilogue_kernels.sums_kernel, ("AFFINE", "DROPOUT")),
-    (epilogue_kernels.input_grad_kernel, ("AFFINE", "PARAMETERS")),
-    (epilogue_kernels.input_grad_kernel, ("AFFINE", "PARAMETERS", "DROPOUT")),
+    (norm_device.moments_kernel, ()),
+    (norm_device.apply_kernel, TRAINING),
+    (norm_device.apply_kernel, (*TRAINING, "DROPOUT")),
+    (norm_device.sums_kernel, ("AFFINE",)),
+    (norm_device.sums_kernel, ("AFFINE", "DROPOUT")),
+    (norm_device.input_grad_kernel, ("AFFINE", "PARAMETERS")),
+    (norm_device.input_grad_kernel, ("AFFINE", "PARAMETERS", "DROPOUT")),
 )
 """Kernels whose launch has a tile, with the flags that a training step compiles them with."""
 MORE: tuple[tuple[Any, tuple[str, ...]], ...] = (
-    (epilogue_kernels.apply_kernel, ()),
-    (epilogue_kernels.apply_kernel, ("AFFINE",)),
-    (epilogue_kernels.apply_kernel, ("TRAINING",)),
-    (epilogue_kernels.apply_kernel, ("TRAINING", "DROPOUT")),
-    (epilogue_kernels.sums_kernel, ()),
-    (epilogue_kernels.sums_kernel, ("DROPOUT",)),
-    (epilogue_kernels.input_grad_kernel, ()),
-    (epilogue_kernels.input_grad_kernel, ("DROPOUT",)),
-    (epilogue_kernels.input_grad_kernel, ("AFFINE",)),
-    (epilogue_kernels.input_grad_kernel, ("AFFINE", "DROPOUT")),
+    (norm_device.apply_kernel, ()),
+    (norm_device.apply_kernel, ("AFFINE",)),
+    (norm_device.apply_kernel, ("TRAINING",)),
+    (norm_device.apply_kernel, ("TRAINING", "DROPOUT")),
+    (norm_device.sums_kernel, ()),
+    (norm_device.sums_kernel, ("DROPOUT",)),
+    (norm_device.input_grad_kernel, ()),
+    (norm_device.input_grad_kernel, ("DROPOUT",)),
+    (norm_device.input_grad_kernel, ("AFFINE",)),
+    (norm_device.input_grad_kernel, ("AFFINE", "DROPOUT")),
 )
 """The other flags that a launch can have: evaluation, no affine parameters, and their gradients among processes."""
 PLAIN = (
-    epilogue_kernels.pack_kernel,
-    epilogue_kernels.unpack_kernel,
-    epilogue_kernels.update_running_kernel,
-    bce_kernels.bce_kernel,
+    norm_device.pack_kernel,
+    norm_device.unpack_kernel,
+    norm_device.update_running_kernel,
+    bce_device.bce_kernel,
 )
-SMALL = epilogue.Tile(16, 128, 4)
+SMALL = norm_triton.Tile(16, 128, 4)
 REGISTERS_PER_SM = 65_536
 WIDE = r"IMAD\.WIDE|IMAD\.HI|UIMAD\.WIDE"
 WARPS_WANTED = 12
@@ -55,7 +55,7 @@ def check(made: Compiled, warps: int) -> None:
     assert REGISTERS_PER_SM // per_block * warps >= WARPS_WANTED, f"{made.registers} registers leave too few warps"
 
 
-def check_tiled(kernel: Any, flags: tuple[str, ...], dtype: str, tile: epilogue.Tile, sm: int, folder: Path) -> None:
+def check_tiled(kernel: Any, flags: tuple[str, ...], dtype: str, tile: norm_triton.Tile, sm: int, folder: Path) -> None:
     made = compiled(kernel, sm, dtype, tile, flags, folder)
     check(made, tile.warps)
     per_thread = tile.rows * tile.columns // (tile.warps * 32)
@@ -74,12 +74,12 @@ def check_tiled(kernel: Any, flags: tuple[str, ...], dtype: str, tile: epilogue.
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize("case", [2, 6], ids=["apply", "input_grad"])
 def test_kernels_fit_every_architecture(sm: int, case: int, tmp_path: Path) -> None:
-    check_tiled(*TILED[case], "bf16", epilogue.TILES[1], sm, tmp_path)
+    check_tiled(*TILED[case], "bf16", norm_triton.TILES[1], sm, tmp_path)
 
 
 @pytest.mark.parametrize("case", [0, 4])
 def test_reductions_fit(case: int, tmp_path: Path) -> None:
-    check_tiled(*TILED[case], "bf16", epilogue.TILES[1], 90, tmp_path)
+    check_tiled(*TILED[case], "bf16", norm_triton.TILES[1], 90, tmp_path)
 
 
 @pytest.mark.parametrize("kernel", PLAIN, ids=lambda k: k.__name__)
@@ -89,24 +89,24 @@ def test_small_kernels_fit(kernel: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kernel", "flags", "dtype", "tile"),
-    [(*case, "bf16", epilogue.TILES[1]) for case in TILED]
+    [(*case, "bf16", norm_triton.TILES[1]) for case in TILED]
     + [(kernel, ("WRONG", "MASK"), "fp32", SMALL) for kernel in PLAIN],
 )
 def test_arguments_of_inductor_change_nothing(
-    kernel: Any, flags: tuple[str, ...], dtype: str, tile: epilogue.Tile, tmp_path: Path
+    kernel: Any, flags: tuple[str, ...], dtype: str, tile: norm_triton.Tile, tmp_path: Path
 ) -> None:
     """torch.compile passes Python floats in float64 and ones as constants."""
     made = compiled(kernel, 90, dtype, tile, flags, tmp_path, inductor=True)
     check(made, tile.warps)
-    double = kernel in (epilogue_kernels.pack_kernel, epilogue_kernels.unpack_kernel)
+    double = kernel in (norm_device.pack_kernel, norm_device.unpack_kernel)
     assert (made.count("D(ADD|MUL|FMA|SETP)") > 0) == double
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize("tile", epilogue.TILES, ids=lambda t: f"{t.rows}x{t.columns}")
+@pytest.mark.parametrize("tile", norm_triton.TILES, ids=lambda t: f"{t.rows}x{t.columns}")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_every_configuration(sm: int, tile: epilogue.Tile, dtype: str, tmp_path: Path) -> None:
+def test_every_configuration(sm: int, tile: norm_triton.Tile, dtype: str, tmp_path: Path) -> None:
     for kernel, flags in TILED + MORE:
         check_tiled(kernel, flags, dtype, tile, sm, tmp_path)
 

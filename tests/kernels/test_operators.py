@@ -13,9 +13,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.kernels import choice, epilogue
+from cmgan_dist.kernels import dispatch, norm_triton
 from cmgan_dist.kernels.bce import discriminator_bce
-from cmgan_dist.kernels.shared_layer import GroupBatchNorm
+from cmgan_dist.kernels.norm import GroupBatchNorm
 
 
 def kernels_in_the_graph(function: Callable[..., object], *tensors: Tensor) -> list[str]:
@@ -53,17 +53,17 @@ def test_the_compiler_sees_through_the_operators() -> None:
                 forward[1:1] = ["pack_kernel", "sum_over_processes", "unpack_kernel"]
                 backward[1:1] = ["sum_over_processes"]
             found = kernels_in_the_graph(
-                lambda x, w, b, c=constants: epilogue.group_norm_act(x, [64, 32], w, b, None, None, None, *c),
+                lambda x, w, b, c=constants: norm_triton.group_norm_act(x, [64, 32], w, b, None, None, None, *c),
                 *(x, weight, bias),
             )
             assert found == forward
             found = kernels_in_the_graph(
-                lambda x, w, b, s, c=constants: epilogue.group_norm_act_backward(x, x, [64, 32], w, b, s, None, *c),
+                lambda x, w, b, s, c=constants: norm_triton.group_norm_act_backward(x, x, [64, 32], w, b, s, None, *c),
                 *(x, weight, bias, stats),
             )
             assert found == backward
         found = kernels_in_the_graph(
-            lambda s, m, v: epilogue.update_running(s, m, v, 0.1), stats, new(2, 128), new(2, 128)
+            lambda s, m, v: norm_triton.update_running(s, m, v, 0.1), stats, new(2, 128), new(2, 128)
         )
         assert found == ["update_running_kernel"]
         found = kernels_in_the_graph(
@@ -82,7 +82,7 @@ def test_a_compiled_graph_of_the_torch_path_equals_eager() -> None:
 
 
 def test_the_path_is_said_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
-    choice._say.cache_clear()
+    dispatch._say.cache_clear()
     x = torch.randn(4, 8)
     with caplog.at_level(logging.INFO):
         for _ in range(3):
@@ -103,6 +103,6 @@ def test_triton_without_a_gpu_is_refused_in_training_and_only_there() -> None:
 
 
 def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "TRITON", False)
+    monkeypatch.setattr(dispatch, "TRITON", False)
     with pytest.raises(BadInput, match="Triton is not installed"):
         GroupBatchNorm(8, kernels="triton")(torch.randn(4, 8), [4])

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmgan_dist.config.fields import ModelConfig
-from cmgan_dist.discriminators import InterDiscriminator
 from cmgan_dist.kernels.pair_linear import pair_linear
+from cmgan_dist.models.discriminators import InterDiscriminator
 
 GROUPS = [4, 4, 3]
 

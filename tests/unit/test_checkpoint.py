@@ -11,17 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmgan_dist.checkpoint import (
-    Checkpointer,
-    Progress,
-    check_shapes,
-    latest,
-    load_best,
-    read_checkpoint,
-    save_best,
-    share_of,
-)
+from cmgan_dist.checkpoint import Checkpointer, Progress, latest, read_checkpoint, share_of
 from cmgan_dist.errors import BadInput
+from cmgan_dist.models.saved import check_shapes, load_best, save_best
 
 
 def tensors(position: int) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 
-from cmgan_dist.backbones import _in_package, build_image_backbone
 from cmgan_dist.config.fields import ImageBackboneConfig
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.index import index_name
@@ -30,6 +29,8 @@ from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.data.sample import Sample, parse_sample
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput
+from cmgan_dist.models.backbones import build_image_backbone
+from cmgan_dist.models.weights import _in_package
 from shards.__main__ import main
 from shards.features import FeaturesCommand, write_features
 from shards.scan import scan_shard

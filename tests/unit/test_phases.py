@@ -10,8 +10,8 @@ import torch
 from cmgan_dist.config.fields import Config, ModelConfig
 from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.manifest import DataSpec
-from cmgan_dist.networks import build_generator
-from cmgan_dist.parallel import Parallel
+from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.models.generator import build_generator
 from cmgan_dist.phases import phase_table, pick_wrong, run_phase
 from cmgan_dist.train import build_networks, make_scene
 

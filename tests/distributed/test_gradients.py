@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.dist.common import run_workers
-from tests.dist.gradients_worker import CASES
+from tests.distributed.gradients_worker import CASES
 
 SLOW = pytest.mark.slow
 FAST = ("reference", "wgan-gp", "gathered negatives", "accumulated", "trained backbone", "reduced in bf16")

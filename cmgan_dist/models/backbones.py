@@ -9,13 +9,9 @@ Shapes: B rows, L words or tokens of the longest text of a batch, F feature dime
 from __future__ import annotations
 
 import difflib
-import importlib.util
-import pickle
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +21,16 @@ from torch import Tensor, nn
 
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.errors import BadInput
-from cmgan_dist.vocabulary import BOUND, PAD, Vocabulary, load_word_vectors
+from cmgan_dist.models.vocabulary import BOUND, PAD, Vocabulary, load_word_vectors
+from cmgan_dist.models.weights import (
+    _LITE_MEAN,
+    _LITE_STD,
+    _first_line,
+    _in_package,
+    _is_lite,
+    _load_strictly,
+    _read_weights,
+)
 
 TextInput = Tensor | Mapping[str, Tensor]
 """Features [B, F], or tokens: tensors whose first dimension is B."""
@@ -89,24 +94,6 @@ def _raw(texts: list[str] | Tensor) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------- packages and files
-
-
-def _in_package(weights: str, suffixes: tuple[str, ...], field: str) -> Path:
-    """The only file with one of the names or suffixes that the package in ``package:NAME`` carries.
-
-    Raises BadInput. The package's own code is not run."""
-    name = weights.removeprefix("package:")
-    spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
-    if spec is None or not spec.submodule_search_locations:
-        raise BadInput(f"{field}: there is no package '{name}': install it with pip, or name other weights")
-    folders = [Path(location) for location in spec.submodule_search_locations]
-    found = [path for folder in folders for path in sorted(folder.rglob("*")) if path.name.endswith(suffixes)]
-    if len(found) != 1:
-        raise BadInput(
-            f"{field}: package '{name}' carries {len(found)} files named {' or '.join(suffixes)}, expected one: "
-            "give the path of the file that you mean"
-        )
-    return found[0]
 
 
 # ---------------------------------------------------------------------------------------------- image: timm
@@ -180,10 +167,6 @@ def _checkpoint_activations(model: nn.Module, name: str) -> None:
             part.register_forward_pre_hook(partial(momentum_once, momentum=part.momentum))
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 @torch.no_grad()
 def _output_dim(model: nn.Module, config: ImageBackboneConfig) -> int:
     """F, from one picture. Raises BadInput when the model does not make one vector of it."""
@@ -197,118 +180,6 @@ def _output_dim(model: nn.Module, config: ImageBackboneConfig) -> int:
     if not isinstance(made, Tensor) or made.ndim != 2:
         raise BadInput(f"model.image.name is '{config.name}', which does not make one vector of an image")
     return made.shape[1]
-
-
-def _read_weights(weights: str) -> dict[str, Tensor]:
-    """The state of a model from a .pth or .safetensors file. Raises BadInput; code in the file is not run."""
-    from timm.models import load_state_dict
-
-    if weights.startswith("package:"):
-        path = _in_package(weights, (".pth", ".pt", ".safetensors"), "model.image.weights")
-    else:
-        path = Path(weights)
-    if not path.is_file():
-        raise BadInput(
-            f"model.image.weights: file {path} does not exist: "
-            "give a .pth or .safetensors file, 'hub' or 'package:NAME'"
-        )
-    try:
-        state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
-        if not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("it holds more than tensors")
-    except _UNREADABLE_WEIGHTS as error:
-        raise BadInput(f"model.image.weights: {path} is not a file of weights ({_first_line(error)})") from None
-    return state
-
-
-_UNREADABLE_WEIGHTS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-    AttributeError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
-
-
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], weights: str) -> None:
-    """Load a state in which every key has its place and every place its key; a classifier's keys are left out.
-
-    Raises BadInput naming the first keys that do not fit."""
-    if _is_lite(state):
-        state = _from_lite(model, state)
-    elif "classifier.6.weight" in state and hasattr(model, "pre_logits"):
-        state = _from_torchvision_vgg(state)
-    heads = model.default_cfg["classifier"]  # type: ignore[index]
-    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-    state = {key: value for key, value in state.items() if not key.startswith(heads)}
-    own = model.state_dict()
-    wrong = [f"{key} is missing" for key in own if key not in state]
-    wrong += [f"{key} has no place" for key in state if key not in own]
-    wrong += [
-        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise BadInput(
-            f"model.image.weights: '{weights}' does not fit the model ({'; '.join(wrong[:3])}{more}): "
-            "name the model that these weights are of"
-        )
-    model.load_state_dict(state)
-
-
-_LITE_MEAN, _LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
-"""EfficientNet-lite is trained on (pixel - 127) / 128 (tensorflow/tpu, efficientnet/lite)."""
-_LITE_PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_LITE_EXPANDING = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-_LITE_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-"""Module names of EfficientNet-PyTorch -> timm's, in a block without and with expansion, and outside of blocks."""
-
-
-def _is_lite(state: dict[str, Tensor]) -> bool:
-    """Keys of EfficientNet-PyTorch, and no squeeze-and-excitation: the lite variant."""
-    return "_conv_stem.weight" in state and not any("._se_" in key for key in state)
-
-
-def _from_lite(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """EfficientNet-lite weights with the keys of EfficientNet-PyTorch, whose blocks are numbered through, as timm's."""
-    stages: Any = getattr(model, "blocks", [])
-    places = [f"blocks.{s}.{b}" for s, stage in enumerate(stages) for b in range(len(stage))]
-    expanding = {key.split(".")[1] for key in state if "._expand_conv." in key}
-    mapped = {}
-    for key, value in state.items():
-        parts = key.split(".")
-        if parts[0] == "_blocks" and int(parts[1]) < len(places):
-            names = _LITE_EXPANDING if parts[1] in expanding else _LITE_PLAIN
-            key = ".".join([places[int(parts[1])], names.get(parts[2], parts[2]), *parts[3:]])
-        else:
-            key = ".".join([_LITE_OUTER.get(parts[0], parts[0]), *parts[1:]])
-        mapped[key] = value
-    return mapped
-
-
-def _from_torchvision_vgg(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """VGG weights of torchvision as timm's, in which fc6 and fc7 are convolutions."""
-    names = {"classifier.0": "pre_logits.fc1", "classifier.3": "pre_logits.fc2", "classifier.6": "head.fc"}
-    sides = {"classifier.0.weight": 7, "classifier.3.weight": 1}
-    mapped = {}
-    for key, value in state.items():
-        module, _, leaf = key.rpartition(".")
-        if key in sides:
-            value = value.view(len(value), -1, sides[key], sides[key])
-        mapped[f"{names.get(module, module)}.{leaf}"] = value
-    return mapped
 
 
 def build_image_backbone(config: ImageBackboneConfig, feature_dim: int | None = None) -> ImageBackbone:

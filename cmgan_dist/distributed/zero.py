@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cmgan_dist.engine import MOMENTS, AdamSettings, Engine
+from cmgan_dist.distributed.engine import MOMENTS, AdamSettings, Engine
 from cmgan_dist.errors import BadInput
 
 if not torch.cuda.is_available():

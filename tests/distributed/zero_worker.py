@@ -11,7 +11,7 @@ import torch
 
 from cmgan_dist.config.fields import Config
 from cmgan_dist.data.manifest import DataSpec
-from cmgan_dist.parallel import Parallel
+from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.phases import phase_table, run_phase
 from cmgan_dist.train import Networks, build_networks, make_scene
 from tests.dist.common import global_batch, part_of, small_config

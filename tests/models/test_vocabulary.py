@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmgan_dist import vocabulary
 from cmgan_dist.errors import BadInput
-from cmgan_dist.vocabulary import BOUND, UNKNOWN, Vocabulary, load_word_vectors, split_words
+from cmgan_dist.models import vocabulary
+from cmgan_dist.models.vocabulary import BOUND, UNKNOWN, Vocabulary, load_word_vectors, split_words
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from tests.dist.common import ROOT, environment, run_workers
 from tests.dist.test_training import SMALL, final_state, lines
-from tests.dist.zero_worker import CASES, STAGES
+from tests.distributed.zero_worker import CASES, STAGES
 
 SLOW = pytest.mark.slow
 

@@ -12,12 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmgan_dist.backbones import ImageBackbone, TextBackbone, TextInput, build_image_backbone, build_text_backbone
 from cmgan_dist.config.fields import ModelConfig
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput
-from cmgan_dist.kernels.shared_layer import GroupBatchNorm
-from cmgan_dist.vocabulary import Vocabulary
+from cmgan_dist.kernels.norm import GroupBatchNorm
+from cmgan_dist.models.backbones import (
+    ImageBackbone,
+    TextBackbone,
+    TextInput,
+    build_image_backbone,
+    build_text_backbone,
+)
+from cmgan_dist.models.vocabulary import Vocabulary
 
 SLOPE = 0.2
 """Of every LeakyReLU."""
@@ -278,13 +284,3 @@ def build_generator(config: ModelConfig, spec: DataSpec, vocabulary: Vocabulary 
         build_text_backbone(config.text, spec.text_dim, vocabulary),
         len(spec.classes),
     )
-
-
-def stored_tensors(generator: Generator) -> dict[str, Tensor]:
-    """The state that a checkpoint holds: all but frozen backbones, which their config brings back."""
-    frozen = tuple(
-        f"{name}."
-        for name, backbone in (("image_backbone", generator.image_backbone), ("text_backbone", generator.text_backbone))
-        if not backbone.trainable
-    )
-    return {k: v for k, v in generator.state_dict().items() if not k.startswith(frozen or ("\0",))}

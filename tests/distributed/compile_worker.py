@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from cmgan_dist.config.fields import ModelConfig
-from cmgan_dist.engine import AdamSettings
-from cmgan_dist.networks import SharedLayers
-from cmgan_dist.parallel import Parallel
+from cmgan_dist.distributed.engine import AdamSettings
+from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.models.generator import SharedLayers
 
 
 def main() -> None:
@@ -29,7 +29,8 @@ def main() -> None:
     torch.manual_seed(parallel.rank)
     inputs = [torch.randn(rows, 6, requires_grad=True) for rows in (5 + parallel.rank, 4)]
     found: list[list[Tensor]] = []
-    # The interpreter runs on memory: nothing below dynamo may trace its kernels (test_operators.py does, on fake tensors).
+    # The interpreter runs on memory: nothing below dynamo may trace its kernels
+    # (test_operators.py does, on fake tensors).
     backend = "aot_eager" if path == "torch" else "eager"
     for run in (eager, torch.compile(compiled, fullgraph=True, backend=backend)):
         outputs = run(*inputs)

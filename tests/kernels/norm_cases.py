@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from cmgan_dist import losses
 from cmgan_dist.config.fields import ModelConfig
-from cmgan_dist.discriminators import InterDiscriminator
 from cmgan_dist.errors import BadInput
-from cmgan_dist.kernels import epilogue
-from cmgan_dist.kernels.shared_layer import GroupBatchNorm
+from cmgan_dist.kernels import dispatch, norm_triton
+from cmgan_dist.kernels.norm import GroupBatchNorm
+from cmgan_dist.models.discriminators import InterDiscriminator
 
-DEVICE = "cuda" if torch.cuda.is_available() and not epilogue.INTERPRETED else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not dispatch.interpreted() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """Relative to the largest value. The interpreter truncates on its way to bfloat16: one ulp, not half of one."""
 SLOPE = 0.2
@@ -179,19 +179,19 @@ def test_no_rows_at_all() -> None:
 @pytest.mark.parametrize("capacity", [1, 3, 9])
 def test_any_split_of_the_rows(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many programs share the reduction, also more than there are rows for."""
-    plan = epilogue._Plan.of
+    plan = norm_triton._Plan.of
 
-    def forced(groups: Sequence[int], channels: int) -> epilogue._Plan:
+    def forced(groups: Sequence[int], channels: int) -> norm_triton._Plan:
         made = plan(groups, channels)
-        return epilogue._Plan(made.tile, made.column_blocks, -(-made.row_blocks // 3), capacity, 3, made.sizes)
+        return norm_triton._Plan(made.tile, made.column_blocks, -(-made.row_blocks // 3), capacity, 3, made.sizes)
 
-    monkeypatch.setattr(epilogue._Plan, "of", staticmethod(forced))
+    monkeypatch.setattr(norm_triton._Plan, "of", staticmethod(forced))
     compare([100, 9], 20, torch.float32)
 
 
-@pytest.mark.parametrize("tile", epilogue.TILES, ids=lambda t: f"{t.rows}x{t.columns}")
-def test_every_tile(tile: epilogue.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(epilogue, "choose_tile", lambda rows, channels: tile)
+@pytest.mark.parametrize("tile", norm_triton.TILES, ids=lambda t: f"{t.rows}x{t.columns}")
+def test_every_tile(tile: norm_triton.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_triton, "choose_tile", lambda rows, channels: tile)
     compare([70, 33], 130, torch.float32)
     dropout_is_philox(rows=33, channels=130)
 
@@ -228,7 +228,7 @@ def dropout_is_philox(rows: int, channels: int, p: float = 0.3) -> None:
     weight = torch.rand(channels, device=DEVICE).add(0.5).requires_grad_()
     bias = torch.randn(channels, device=DEVICE).requires_grad_()
     seed = torch.tensor([key], device=DEVICE)
-    out, _ = epilogue.group_norm_act(x, [rows], weight, bias, None, None, seed, True, False, 1e-5, SLOPE, p)
+    out, _ = norm_triton.group_norm_act(x, [rows], weight, bias, None, None, seed, True, False, 1e-5, SLOPE, p)
     leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     plain = F.leaky_relu(F.batch_norm(leaves[0], None, None, leaves[1], leaves[2], True), SLOPE)
     expected = plain * kept(rows, channels, key, p)
@@ -412,16 +412,16 @@ CHECKS = ["test_schema", "test_autograd_registration", "test_faketensor"]
 @pytest.mark.parametrize("affine", [True, False])
 def test_opcheck(training: bool | str, seed: bool, affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter runs on memory, and fake tensors, which the fourth check traces with, have none.
-    checks = CHECKS if epilogue.INTERPRETED else [*CHECKS, "test_aot_dispatch_dynamic"]
+    checks = CHECKS if dispatch.interpreted() else [*CHECKS, "test_aot_dispatch_dynamic"]
     monkeypatch.setattr(dist, "all_reduce", lambda t: None)
     args = arguments(bool(training), seed, affine, training == "synchronised")
-    torch.library.opcheck(epilogue.group_norm_act, args, test_utils=checks)
-    stats = epilogue.group_norm_act(*args)[1].detach()
+    torch.library.opcheck(norm_triton.group_norm_act, args, test_utils=checks)
+    stats = norm_triton.group_norm_act(*args)[1].detach()
     x, groups, weight, bias, _, _, key, *constants = args
     back = (torch.randn(11, 6, device=DEVICE), x, groups, weight, bias, stats, key, *constants)
-    torch.library.opcheck(epilogue.group_norm_act_backward, back, test_utils=checks)
+    torch.library.opcheck(norm_triton.group_norm_act_backward, back, test_utils=checks)
     running = (torch.zeros(2, 6, device=DEVICE), torch.ones(2, 6, device=DEVICE))
-    torch.library.opcheck(epilogue.update_running, (stats, *running, 0.1), test_utils=checks)
+    torch.library.opcheck(norm_triton.update_running, (stats, *running, 0.1), test_utils=checks)
 
 
 def test_autocast_keeps_the_dtype_of_the_linear_layer() -> None:

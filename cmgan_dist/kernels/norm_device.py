@@ -1,4 +1,4 @@
-"""Device code of `epilogue`, which says what the tensors are and launches it.
+"""Device code of `norm_triton`, which says what the tensors are and launches it.
 
 Triton compiles what stands here, so arguments have no Python types: pointers first, then strides, sizes and constants.
 """

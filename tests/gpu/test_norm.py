@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmgan_dist.kernels.shared_layer import GroupBatchNorm
-from tests.kernels.epilogue_cases import *  # noqa: F403
-from tests.kernels.epilogue_cases import SLOPE, close, compare
+from cmgan_dist.kernels.norm import GroupBatchNorm
+from tests.kernels.norm_cases import *  # noqa: F403
+from tests.kernels.norm_cases import SLOPE, close, compare
 
 pytestmark = [
     pytest.mark.gpu,

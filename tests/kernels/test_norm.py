@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmgan_dist.config.fields import ModelConfig
-from cmgan_dist.kernels.shared_layer import GroupBatchNorm, group_batch_norm, synchronised_statistics
-from cmgan_dist.networks import JOINED_ON_CPU, SharedLayers
+from cmgan_dist.kernels.norm import GroupBatchNorm
+from cmgan_dist.kernels.norm_torch import group_batch_norm, synchronised_statistics
+from cmgan_dist.models.generator import JOINED_ON_CPU, SharedLayers
 
 
 @pytest.mark.parametrize("groups", [[5, 9], [2, 41], [16]])

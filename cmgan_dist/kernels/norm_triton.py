@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from cmgan_dist.kernels.collective import sum_over_processes
-from cmgan_dist.kernels.epilogue_kernels import (
+from cmgan_dist.kernels.dispatch import MAX_GROUPS
+from cmgan_dist.kernels.norm_device import (
     apply_kernel,
     input_grad_kernel,
     moments_kernel,
@@ -43,13 +44,8 @@ from cmgan_dist.kernels.epilogue_kernels import (
     unpack_kernel,
     update_running_kernel,
 )
-from cmgan_dist.kernels.shared_layer import group_batch_norm
+from cmgan_dist.kernels.norm_torch import group_batch_norm
 
-MAX_GROUPS = 4
-"""Row counts of the groups are kernel arguments, so that nothing is copied to the device."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""TRITON_INTERPRET=1 was set before this module was imported: the kernels run on the CPU, for tests."""
 PROGRAMS = 264
 """Reductions split the rows until so many programs run: two on each of the 132 SMs of an H100."""
 MAX_SPLITS = 32
@@ -369,7 +365,7 @@ def fused_epilogue(
 ) -> Tensor:
     """x [R, C] -> [R, C]: normalised by group, activated, dropped.
 
-    Arguments as of `shared_layer.group_batch_norm`, but `running`: (mean, variance), float32 [K, C] each.
+    Arguments as of `norm_torch.group_batch_norm`, but `running`: (mean, variance), float32 [K, C] each.
     Raises ValueError when a group has one row in all in training, or x not as many channels as the parameters."""
     sizes = list(groups)
     mean, variance = running if running is not None else (None, None)
@@ -389,14 +385,3 @@ def fused_epilogue(
     if training and mean is not None and variance is not None:
         update_running(stats.detach(), mean, variance, momentum)
     return y
-
-
-def unsupported(x: Tensor, groups: Sequence[int]) -> str:
-    """Why this input cannot take the kernels; "" when it can."""
-    if x.dtype not in DTYPES:
-        return f"the kernels take float32, bfloat16 and float16, not {x.dtype}"
-    if len(groups) > MAX_GROUPS:
-        return f"the kernels take {MAX_GROUPS} groups, not {len(groups)}"
-    if x.device.type != "cuda" and not INTERPRETED:
-        return f"the tensors are on {x.device.type}"
-    return ""

@@ -16,6 +16,17 @@ log = logging.getLogger(__name__)
 
 TRITON = importlib.util.find_spec("triton") is not None
 """Triton comes with torch for CUDA on Linux only."""
+MAX_GROUPS = 4
+"""Row counts of the groups are kernel arguments, so that nothing is copied to the device."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of the tensors that the kernels take."""
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels on the CPU, for tests: TRITON_INTERPRET=1 was set."""
+    import triton  # type: ignore[import-untyped]  # here: it takes a while, and it may be absent
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 @functools.cache
@@ -33,9 +44,13 @@ def _obstacle(x: Tensor, groups: Sequence[int]) -> str:
         major, minor = torch.cuda.get_device_capability(x.device)
         if major < 8:
             return f"the kernels want compute capability 8.0 or more, this GPU has {major}.{minor}"
-    from cmgan_dist.kernels import epilogue  # here: importing Triton takes a while, and it may be absent
-
-    return epilogue.unsupported(x, groups)
+    if x.dtype not in DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {x.dtype}"
+    if len(groups) > MAX_GROUPS:
+        return f"the kernels take {MAX_GROUPS} groups, not {len(groups)}"
+    if x.device.type != "cuda" and not interpreted():
+        return f"the tensors are on {x.device.type}"
+    return ""
 
 
 def use_triton(operation: str, kernels: str, x: Tensor, groups: Sequence[int] = (), training: bool = True) -> bool:

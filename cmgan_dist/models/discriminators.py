@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
-from cmgan_dist import losses
 from cmgan_dist.config.fields import ModelConfig
-from cmgan_dist.kernels.choice import use_triton
+from cmgan_dist.kernels.norm import GroupBatchNorm
 from cmgan_dist.kernels.pair_linear import pair_linear
-from cmgan_dist.kernels.shared_layer import GroupBatchNorm
-from cmgan_dist.networks import SLOPE, Reconstruction
+from cmgan_dist.models.generator import SLOPE, Reconstruction
 
 NAMES = ("d_image", "d_text", "d_image_inter", "d_text_inter")
 """D_I, D_T, D_CI (conditions on the image feature), D_CT (on the text feature)."""
@@ -81,21 +79,6 @@ class InterDiscriminator(nn.Module):
         else:
             x = F.linear(common, self.hidden.weight[:, : common.shape[1]]) + condition
         return self.out(self.norm(x, groups)).squeeze(1).float()
-
-
-def discriminator_loss(
-    kind: str, real: Tensor, fakes: Sequence[tuple[Tensor, float, Tensor | None]], kernels: str
-) -> Tensor:
-    """`losses.discriminator_loss`; bce in one launch, gradient included, where `kernels` (model.kernels) allows it."""
-    fits = kind == "bce" and len(fakes) in (1, 2) and fakes[0][2] is None and all(len(f[0]) == len(real) for f in fakes)
-    if not (fits and use_triton("discriminator loss", kernels, real)):
-        return losses.discriminator_loss(kind, real, fakes)
-    from cmgan_dist.kernels.bce import discriminator_bce  # here: it imports Triton
-
-    fake, weight, _ = fakes[0]
-    wrong, wrong_weight, mask = fakes[1] if len(fakes) > 1 else (None, 0.0, None)
-    loss: Tensor = discriminator_bce(real, fake, wrong, mask, weight, wrong_weight)[0]
-    return loss
 
 
 def build_discriminators(config: ModelConfig, image_dim: int, text_dim: int) -> nn.ModuleDict:

@@ -1,0 +1,1 @@
+"""Many processes: how they join, synchronise and share the work of training."""

@@ -1,0 +1,139 @@
+"""How the processes of a run are started and find each other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from cmgan_dist.distributed.processes import log
+from cmgan_dist.errors import BadInput
+
+JOIN_S = 300.0
+"""Least time to wait for the others at the start: nodes do not load their packages equally fast."""
+_STORE_KEY = "cmgan_dist/store"
+
+
+def start_all_processes() -> None:
+    """Where `accelerate launch --num_processes N` has started one process only, become a launcher of all N.
+
+    accelerate 1.15 does so without a GPU (and with --cpu), and leaves a MASTER_PORT without a RANK. What it was asked
+    for stands on its command line. Returns where there is nothing to do, else replaces this process."""
+    if "MASTER_PORT" not in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ or "RANK" in os.environ:
+        return
+    if any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")):
+        return
+    parent = psutil.Process().parent()
+    words = parent.cmdline() if parent is not None else []
+    asked = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for name, default in (("num_processes", 1), ("num_machines", 1), ("machine_rank", 0)):
+        asked.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=int, default=default)
+    launch, _ = asked.parse_known_args(words)
+    if launch.num_processes <= 1:
+        return
+    log.info("accelerate started one process: starting %d by torch.distributed.run", launch.num_processes)
+    per_machine = launch.num_processes // launch.num_machines
+    where = ["--nnodes", str(launch.num_machines), "--node_rank", str(launch.machine_rank)]
+    where += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
+    if launch.num_machines == 1:
+        where = ["--standalone"]  # a free port: two runs on one machine do not meet
+    command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc_per_node", str(per_machine)]
+    os.environ.pop("MASTER_PORT")
+    os.execv(sys.executable, [*command, *sys.argv])
+
+
+def _own_address() -> str | None:
+    """This host's IPv4 address on the way to the first node; None where that has no such address."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((os.environ.get("MASTER_ADDR", ""), 9))  # sends nothing: it only chooses the way
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None  # joining will say what is wrong
+
+
+def _name_interface() -> None:
+    """Tell gloo the network interface that leads to the first node: left alone it may announce 127.0.0.1."""
+    if "GLOO_SOCKET_IFNAME" in os.environ or not os.environ.get("MASTER_ADDR"):
+        return
+    own = _own_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _join_elastic(timeout_s: float) -> None:
+    """Join the processes that torchrun has started, through a store of this start alone.
+
+    torchrun 2.14 keeps one store over all restarts, in which the addresses of processes that are gone still stand: a
+    process that reads its partner's before the partner has written it anew is refused. So the first rank opens a store
+    of its own and leaves its address in torchrun's; the others read that until somebody answers there."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    agents = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=timeout_s)
+    )
+    if rank == 0:
+        host = _own_address() or os.environ["MASTER_ADDR"]
+        store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+        agents.set(_STORE_KEY, f"{host} {store.port}")
+    else:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            host, port = agents.get(_STORE_KEY).decode().split()
+            try:
+                with socket.create_connection((host, int(port)), timeout=5):
+                    break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        store = dist.TCPStore(host, int(port), wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
+
+
+def _zero_config() -> dict[str, Any] | None:
+    """The DeepSpeed configuration that `accelerate launch` was given, or None without DeepSpeed.
+
+    Raises BadInput naming the file."""
+    if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") != "true":  # taken out: accelerate's own integration
+        return None  # expects one engine for all that trains
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path != "none":
+        try:
+            config = json.loads(Path(path).read_text(encoding="utf-8"))
+            stage = int(config["zero_optimization"]["stage"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(
+                f"deepspeed_config_file {path} cannot be used ({type(error).__name__}: {error}): give a JSON file with "
+                "zero_optimization.stage, as in launchers/configs/"
+            ) from None
+    else:
+        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+        config = {"zero_optimization": {"stage": stage}}
+        device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
+        if device != "none":
+            config["zero_optimization"]["offload_optimizer"] = {"device": device}
+    if stage not in (1, 2):
+        raise BadInput(
+            f"DeepSpeed ZeRO stage {stage} is not supported: the generator's losses go through modules of other "
+            "engines, whose parameters stage 3 takes apart; use stage 1 or 2, or DDP without DeepSpeed"
+        )
+    return config
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone, stuck or out of reach."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

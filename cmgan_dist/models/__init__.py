@@ -1,0 +1,1 @@
+"""Tensors -> tensors: backbones, generator, discriminators, and how a trained model is kept."""
