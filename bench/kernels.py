@@ -391,7 +391,7 @@ def _modality_runs(batch: int, dtype: torch.dtype) -> dict[str, Run]:
 
 def _loss_share(batch: int) -> dict[str, Run]:
     """A discriminator's loss alone, as it is and with value and gradient in one node, beside its whole step."""
-    from cmgan_dist import losses
+    from cmgan_dist.training import losses
 
     logits = torch.randn(3 * batch, requires_grad=True)
     config = ModelConfig(common_dim=WIDTH, kernels="torch")

@@ -6,7 +6,7 @@ and mismatched rows pass a discriminator one after the other; six Adam optimiser
 handicapped: no needless gradient is computed (discriminators are frozen in generator phases, fakes are made without
 gradient), and there is no log, no clip and no copy. Nothing of cmgan_dist is used, so that its tests can lean on it.
 
-It computes what preset `reference` computes, and the losses agree (tests/unit/test_reference_step.py). That took four
+It computes what preset `reference` computes, and the losses agree (tests/bench/test_reference_step.py). That took four
 choices where a port may choose:
 
 - One optimiser owns each unique parameter: the shared layers belong to the image side's. Both generator optimisers step

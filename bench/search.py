@@ -26,7 +26,7 @@ from rich.table import Table
 from bench.common import write_results
 from cmgan_dist.config.cli import parse
 from cmgan_dist.errors import EXIT_DONE, BadInput, run_main
-from tune.search import test_scores
+from tune.confirm import test_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("name", "values", "scores", "mean", "std")

@@ -48,8 +48,9 @@ from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.distributed.processes import Parallel, keep_freed_memory
 from cmgan_dist.errors import BadInput, run_main
-from cmgan_dist.phases import phase_table, run_phase
-from cmgan_dist.train import Networks, build_networks, make_scene
+from cmgan_dist.training.phases import phase_table, run_phase
+from cmgan_dist.training.state import Networks, build_networks
+from cmgan_dist.training.step import make_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 POOL = 8

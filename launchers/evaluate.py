@@ -46,14 +46,15 @@ class Arguments:
 def main() -> None:
     log_to_stderr()
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/evaluate.py")
-    from cmgan_dist.baselines import baseline_table
     from cmgan_dist.data.reader import ShardReader
     from cmgan_dist.distributed.processes import Parallel
-    from cmgan_dist.embed import Embedded, embed_split, gallery_items
     from cmgan_dist.files import sha256_of, write_atomic
-    from cmgan_dist.metrics import evaluate
     from cmgan_dist.models.saved import MODEL, load_best, load_model
-    from cmgan_dist.report import write_report
+    from cmgan_dist.report.run import write_report
+    from cmgan_dist.retrieval.baselines import baseline_table
+    from cmgan_dist.retrieval.embed import Embedded, embed_split
+    from cmgan_dist.retrieval.gallery import gallery_items
+    from cmgan_dist.retrieval.metrics import evaluate
 
     run = arguments.run
     generator, config, spec = load_model(run)
@@ -109,7 +110,7 @@ def main() -> None:
 
 def show(record: dict[str, Any], report: Path, as_json: bool) -> None:
     """JSON on stdout, or the table and where the report is."""
-    from cmgan_dist.report import results_table
+    from cmgan_dist.report.table import results_table
 
     if as_json:
         print(json.dumps(record, ensure_ascii=False))

@@ -34,7 +34,8 @@ def main() -> int:
         check_places(config)
         # after the cheap checks: torch and its friends take seconds to import
         from cmgan_dist.distributed.join import start_all_processes
-        from cmgan_dist.train import prepare, run_session
+        from cmgan_dist.training.loop import run_session
+        from cmgan_dist.training.run import prepare
 
         start_all_processes()
         session = prepare(config, arguments.resume)

@@ -35,10 +35,11 @@ from cmgan_dist.data.sample import IMAGE_EXTENSIONS, parse_sample
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import sha256_of, write_atomic
+from cmgan_dist.jobs.local import parallel_map, usable_cores
 from cmgan_dist.models.backbones import ImageBackbone, TextBackbone, build_image_backbone, build_text_backbone
-from shards.parallel import parallel_map, usable_cores
+from shards.pack import print_sizes
 from shards.scan import scan_shard
-from shards.writer import add_member, print_sizes
+from shards.shard_file import add_member
 
 IMAGE_MEMBERS = ("image.npy", *IMAGE_EXTENSIONS)
 TEXT_MEMBERS = ("text.npy", "txt")

@@ -12,9 +12,9 @@ from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, load_manifest, natural_splits
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import write_atomic
-from shards.parallel import parallel_map
+from cmgan_dist.jobs.local import parallel_map
+from shards.pack import print_sizes
 from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, scan_shard
-from shards.writer import print_sizes
 
 
 def split_of_shard(name: str) -> str:

@@ -23,9 +23,9 @@ from cmgan_dist.data.manifest import Manifest, load_manifest
 from cmgan_dist.data.sample import Sample, parse_sample
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
-from shards.parallel import parallel_map
+from cmgan_dist.jobs.local import parallel_map
+from shards.pack import print_sizes
 from shards.scan import SampleFacts, scan_shard
-from shards.writer import print_sizes
 
 
 @dataclass

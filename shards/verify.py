@@ -14,9 +14,9 @@ import tyro
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.manifest import Manifest, ShardInfo, load_manifest
 from cmgan_dist.errors import BadInput
-from shards.parallel import parallel_map
+from cmgan_dist.jobs.local import parallel_map
+from shards.pack import PACKING_NAME
 from shards.scan import SampleFacts, ShardScan, scan_shard
-from shards.writer import PACKING_NAME
 
 FOUND_PROBLEMS = 1
 """Exit code when there are problems; 0 when there are none."""

@@ -1,20 +1,30 @@
-"""Small data sets made on the spot: features in which a class lies together, and small pictures with captions."""
+"""What tests share: small data sets made on the spot, small configs and batches, and runs in real processes."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from cmgan_dist.config.fields import Config
+from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.index import Layout, ShardIndex, index_name
-from cmgan_dist.data.manifest import Manifest, ShardInfo
+from cmgan_dist.data.manifest import DataSpec, Manifest, ShardInfo
 from cmgan_dist.data.sample import parse_labels
 from cmgan_dist.data.tar import iter_groups
+from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.files import sha256_of
+from cmgan_dist.training.checkpoint import latest, read_checkpoint
+from cmgan_dist.training.state import build_networks
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -137,3 +147,116 @@ def make_raw(
         infos[split] = [index_tar(path)]
     write_manifest(folder, infos, label_kind="single", classes=[f"class {c}" for c in range(classes)])
     return folder
+
+
+# ---------------------------------------------------------------------------------------------- runs in real processes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+def torchrun(processes: int) -> list[str]:
+    """The start of a command that runs a script on that many processes of this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
+def run_workers(script: str, processes: int, *words: str, timeout: float = 400) -> str:
+    """tests/distributed/SCRIPT on that many processes; its stdout. It must end with 0."""
+    command = [*torchrun(processes), str(ROOT / "tests" / "distributed" / script), *words]
+    done = subprocess.run(
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+SMALL = ["--preset", "smoke", "stream.global_batch=16", "train.tracker=none", "train.threads=1", "train.log_every=1"]
+SMALL += ["train.report=false"]  # half of the time of a run as small as these
+
+
+def command(data: Path | str, run: Path, *extra: str, processes: int = 1, accelerate: bool = False) -> list[str]:
+    """launchers/train.py by torchrun, which is up in half the time, or by `accelerate launch`."""
+    script = [str(ROOT / "launchers" / "train.py"), *SMALL, "--data", str(data), "--output", str(run), *extra]
+    if accelerate:
+        return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *script]
+    if processes == 1:
+        return [sys.executable, *script]
+    return [*torchrun(processes), *script]
+
+
+def run_to_end(*args: Any, expect: int = 0, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """`command` with its exit code checked."""
+    done = subprocess.run(command(*args, **kwargs), env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, done.stderr[-3000:]
+    processes = kwargs.get("processes", 1)
+    if not expect and "is done" not in done.stderr:
+        assert f"{processes} process{'es' * (processes > 1)} on cpu" in done.stderr, "other processes than asked for"
+    return done
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = ("samples_per_s", "memory_gib", "time/")
+    kept = [line for line in found if line["kind"] == kind]
+    return [{k: v for k, v in line.items() if not k.startswith(measured)} for line in kept]
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint: networks and optimisers."""
+    found = latest(run)
+    assert found is not None
+    return read_checkpoint(found)[1]
+
+
+# ---------------------------------------------------------------------------------------------- batches, networks
+
+
+def small_config(global_batch: int, **fields: object) -> Config:
+    """Small networks; `fields` by dotted name with __ for the dot."""
+    config = Config()
+    config.model.hidden_dim, config.model.common_dim, config.model.discriminator_dim = 16, 8, 12
+    config.stream.global_batch = global_batch
+    config.optim.generator_steps = 1
+    for name, value in fields.items():
+        section, _, field = name.partition("__")
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+def global_batch(rows: int, seed: int, classes: int = 5, dims: tuple[int, int] = (6, 5)) -> Batch:
+    """Features of a whole global batch; half of the rows are of the first class, which lie together."""
+    rng = torch.Generator().manual_seed(seed)
+    label = torch.randint(classes, (rows,), generator=rng)
+    label[: rows // 2] = 0
+    labels = torch.nn.functional.one_hot(label, classes).bool()
+    image, text = torch.randn(rows, dims[0], generator=rng), torch.randn(rows, dims[1], generator=rng)
+    return Batch(image, text, labels, [f"{seed}-{i}" for i in range(rows)], size=rows)
+
+
+def part_of(batch: Batch, rank: int, world: int) -> Batch:
+    """The rows of one process."""
+    each = batch.size // world
+    rows = slice(rank * each, (rank + 1) * each)
+    assert batch.labels is not None
+    return Batch(batch.image[rows], batch.text[rows], batch.labels[rows], batch.keys[rows], size=each)
+
+
+def small(**loss: object) -> Config:
+    """A config of the reference's shape with small networks; `loss`: fields of config.loss."""
+    return small_config(10, optim__generator_steps=5, **{f"loss__{name}": value for name, value in loss.items()})
+
+
+def make_batch(rows: int = 10, classes: int = 3, seed: int = 0) -> Batch:
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.eye(max(classes, 1)).bool()[torch.arange(rows) % max(classes, 1)] if classes else None
+    image, text = torch.randn(rows, 6, generator=rng), torch.randn(rows, 5, generator=rng)
+    return Batch(image, text, labels, [str(i) for i in range(rows)], size=rows)
+
+
+def set_up(config: Config, classes: int = 3):  # type: ignore[no-untyped-def]
+    spec = DataSpec([str(c) for c in range(classes)], "single" if classes else "none", 6, 5)
+    parallel = Parallel()
+    return build_networks(config, spec, None, parallel), parallel

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.colors import LinearSegmentedColormap
 
-from cmgan_dist.report import COLOURS, CSS, INK, STYLE, grid, section, svg
+from cmgan_dist.report.page import COLOURS, CSS, INK, STYLE, grid, section, svg
 from tune.results import FAILED, STOPPED, Confirmed, Importance, Record, front, position, ranked, show_value
 from tune.space import Space
 

@@ -25,8 +25,9 @@ from typing import Any, NoReturn
 from cmgan_dist.config.load import from_yaml
 from cmgan_dist.config.presets import preset
 from cmgan_dist.errors import EXIT_BAD_INPUT, BadInput
-from cmgan_dist.record import read_metrics
-from cmgan_dist.train import Session, prepare, run_session
+from cmgan_dist.training.loop import run_session
+from cmgan_dist.training.recorder import read_metrics
+from cmgan_dist.training.run import Session, prepare
 
 PR_SET_PDEATHSIG = 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import socket
 import sys
@@ -16,8 +17,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from cmgan_dist.distributed.processes import log
 from cmgan_dist.errors import BadInput
+
+log = logging.getLogger(__name__)
 
 JOIN_S = 300.0
 """Least time to wait for the others at the start: nodes do not load their packages equally fast."""

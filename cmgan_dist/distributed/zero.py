@@ -1,6 +1,6 @@
 """Engines under DeepSpeed ZeRO-1 and ZeRO-2: the one place that names deepspeed.
 
-One DeepSpeed engine a module. The traps, each with a test in tests/dist/test_zero.py:
+One DeepSpeed engine a module. The traps, each with a test in tests/distributed/test_zero.py:
 
 - Losses of the generator go through the discriminators' bare modules with frozen parameters (phases.py): else they
   leave gradients in the discriminators' engines, and some stages then train silently wrong.

@@ -156,7 +156,7 @@ def check(job: Job) -> int:
     micro = dataclasses.replace(config.stream, global_batch=micro_batch(config))
     stream = Stream(config.data, micro, seed=config.train.seed, image_size=size, rank=0, world=job.world)
     ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
-    from cmgan_dist.train import check_same_run, set_aside
+    from cmgan_dist.training.run import check_same_run, set_aside
 
     if job.resume == "auto":
         check_same_run(job.output, config)
@@ -259,7 +259,8 @@ def tail(path: Path, count: int = 15) -> str:
 
 def rank(job: Job) -> int:
     """Train as one process of the job; a signal that came during the start is acted upon after the first batch."""
-    from cmgan_dist.train import prepare, run_session
+    from cmgan_dist.training.loop import run_session
+    from cmgan_dist.training.run import prepare
 
     session = prepare(job.config, "auto")  # see `check`
     session.parallel.watch_signals()

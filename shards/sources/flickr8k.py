@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmgan_dist.errors import BadInput
-from shards.writer import BuildCommand, FileSlice, RawPairs, Record, make_key
+from shards.pack import BuildCommand
+from shards.pairs import FileSlice, RawPairs, Record, make_key
 
 ATTRIBUTION = (
     "Flickr8k: M. Hodosh, P. Young, J. Hockenmaier, Framing Image Description as a Ranking Task, JAIR 47 (2013). "

@@ -15,8 +15,9 @@ import tyro
 
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS
 from cmgan_dist.errors import BadInput
+from shards.pack import BuildCommand
+from shards.pairs import FileBytes, RawPairs, Record, check_shares, hash_split, make_key
 from shards.scan import SPLIT_ALIASES
-from shards.writer import BuildCommand, FileBytes, RawPairs, Record, check_shares, hash_split, make_key
 
 
 @dataclass(kw_only=True)

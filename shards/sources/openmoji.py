@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image
 
 from cmgan_dist.errors import BadInput, BadSample
-from shards.writer import BuildCommand, RawPairs, Record, hash_number
+from shards.pack import BuildCommand
+from shards.pairs import RawPairs, Record, hash_number
 
 ATTRIBUTION = (
     "Pictures: OpenMoji (https://openmoji.org), the open-source emoji and icon project, licence CC BY-SA 4.0 "

@@ -17,8 +17,9 @@ import tyro
 
 from cmgan_dist.data.manifest import LabelKind, natural_splits
 from cmgan_dist.errors import BadInput
+from shards.pack import BuildCommand
+from shards.pairs import FileBytes, RawPairs, Record, check_shares, hash_split, make_key
 from shards.scan import SPLIT_ALIASES
-from shards.writer import BuildCommand, FileBytes, RawPairs, Record, check_shares, hash_split, make_key
 
 COMMON_NAMES = {
     "image": (

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from cmgan_dist.errors import BadInput
+from shards.pack import BuildCommand
+from shards.pairs import RawPairs, Record, hash_split, make_key
 from shards.sources.flickr8k import read_lines
-from shards.writer import BuildCommand, RawPairs, Record, hash_split, make_key
 
 ATTRIBUTION = (
     "Wikipedia features: N. Rasiwasia et al., A New Approach to Cross-Modal Multimedia Retrieval, ACM MM 2010. "

@@ -23,7 +23,7 @@ from cmgan_dist.data.cache import CachedStore, open_store
 from cmgan_dist.data.manifest import ShardInfo
 from cmgan_dist.data.store import LocalStore, ShardStore
 from cmgan_dist.errors import BadInput
-from tests.faulty_server import FaultyServer
+from tests.services.faulty_server import FaultyServer
 
 SIZE = 200_000
 fork = multiprocessing.get_context("fork")  # as DataLoader workers are

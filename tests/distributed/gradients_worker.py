@@ -12,9 +12,10 @@ import torch
 
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.distributed.processes import Parallel
-from cmgan_dist.phases import phase_table, run_phase
-from cmgan_dist.train import build_networks, make_scene
-from tests.dist.common import global_batch, part_of, small_config
+from cmgan_dist.training.phases import phase_table, run_phase
+from cmgan_dist.training.state import build_networks
+from cmgan_dist.training.step import make_scene
+from tests.toy import global_batch, part_of, small_config
 
 ROWS = 24
 CASES: dict[str, dict[str, object]] = {

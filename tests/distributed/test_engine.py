@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cmgan_dist.distributed.engine import FIRST_SCALE, AdamSettings, Engine
-from cmgan_dist.phases import phase_table, run_phase
-from cmgan_dist.train import make_scene
-from tests.unit.test_phases import make_batch, set_up, small
+from cmgan_dist.training.phases import phase_table, run_phase
+from cmgan_dist.training.step import make_scene
+from tests.toy import make_batch, set_up, small
 
 CPU = torch.device("cpu")
 

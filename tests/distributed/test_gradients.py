@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.dist.common import run_workers
 from tests.distributed.gradients_worker import CASES
+from tests.toy import run_workers
 
 SLOW = pytest.mark.slow
 FAST = ("reference", "wgan-gp", "gathered negatives", "accumulated", "trained backbone", "reduced in bf16")

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.common import ROOT, environment, run_workers
-from tests.dist.test_training import SMALL, final_state, lines
 from tests.distributed.zero_worker import CASES, STAGES
+from tests.toy import ROOT, SMALL, environment, final_state, lines, run_workers
 
 SLOW = pytest.mark.slow
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(GOLDEN.parents[1]))
 
 from cmgan_dist.config.fields import Config  # noqa: E402
 from cmgan_dist.config.presets import PRESETS, preset  # noqa: E402
-from cmgan_dist.record import read_metrics  # noqa: E402
-from cmgan_dist.train import train  # noqa: E402
+from cmgan_dist.training.loop import train  # noqa: E402
+from cmgan_dist.training.recorder import read_metrics  # noqa: E402
 from tests.toy import make_features, make_raw  # noqa: E402
 
 STEPS = 50

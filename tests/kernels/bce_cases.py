@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cmgan_dist.kernels.bce import discriminator_bce
-from cmgan_dist.losses import fused_discriminator_loss
+from cmgan_dist.training.losses import fused_discriminator_loss
 from tests.kernels.norm_cases import CHECKS, DEVICE, close
 
 

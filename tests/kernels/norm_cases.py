@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cmgan_dist import losses
 from cmgan_dist.config.fields import ModelConfig
 from cmgan_dist.errors import BadInput
 from cmgan_dist.kernels import dispatch, norm_triton
 from cmgan_dist.kernels.norm import GroupBatchNorm
 from cmgan_dist.models.discriminators import InterDiscriminator
+from cmgan_dist.training import losses
 
 DEVICE = "cuda" if torch.cuda.is_available() and not dispatch.interpreted() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}

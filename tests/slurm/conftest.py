@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, running_cluster, wait_for
+from tests.services.slurm import Cluster, running_cluster, wait_for
 from tests.toy import make_features
 
 

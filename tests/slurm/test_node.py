@@ -15,7 +15,7 @@ import pytest
 
 from cmgan_dist.errors import BadInput
 from launchers.slurm.node import combined, read_job, zero_environment
-from tests.slurm.cluster import free_port, wait_for
+from tests.services.slurm import free_port, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["--preset", "smoke", "--data", "d", "--output", "o"]

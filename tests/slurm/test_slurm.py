@@ -21,9 +21,8 @@ from safetensors.torch import load_file
 
 from cmgan_dist.config.load import to_yaml
 from cmgan_dist.config.presets import preset
-from tests.dist.common import torchrun
-from tests.slurm.cluster import Cluster, wait_for
-from tests.toy import make_raw
+from tests.services.slurm import Cluster, wait_for
+from tests.toy import make_raw, torchrun
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("nodes_are_back")]
 

@@ -21,7 +21,8 @@ from ray.cluster_utils import Cluster
 
 from cmgan_dist.errors import BadInput
 from tests.toy import make_features
-from tune.search import Arguments, search
+from tune.options import Arguments
+from tune.search import search
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECT_STORE = 80 * 2**20

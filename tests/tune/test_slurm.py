@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import PROGRAMS, Cluster, running_cluster, wait_for
+from tests.services.slurm import PROGRAMS, Cluster, running_cluster, wait_for
 from tests.toy import make_features
 
 pytestmark = pytest.mark.slurm

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from tests.dist.test_training import final_state, run_to_end
-from tests.faulty_server import FaultyServer
+from tests.services.faulty_server import FaultyServer
+from tests.toy import final_state, run_to_end
 
 
 def test_training_from_a_url_equals_training_from_the_folder(feature_data: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,11 +16,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from cmgan_dist import report
-from cmgan_dist.baselines import chance
 from cmgan_dist.errors import BadInput
-from cmgan_dist.metrics import Embeddings, common_space, evaluate
-from cmgan_dist.report import GalleryItem, results_table, write_report
+from cmgan_dist.report.found import QUERY_QUANTILES, SHOWN
+from cmgan_dist.report.page import INK
+from cmgan_dist.report.run import write_report
+from cmgan_dist.report.table import Column, results_table
+from cmgan_dist.retrieval.baselines import chance
+from cmgan_dist.retrieval.gallery import GalleryItem
+from cmgan_dist.retrieval.metrics import Embeddings, common_space, evaluate
 
 VOID = {"meta", "img", "br"}
 
@@ -141,7 +144,7 @@ def test_whole_report(tmp_path: Path) -> None:
     assert all(p.get("alt") or p.get("aria-label") for p in parsed.pictures)
     assert "prefers-color-scheme:dark" in text
     assert "name: <b>" in parsed.words
-    assert report.INK not in text
+    assert INK not in text
     assert f"{evaluation['metrics']['map/mean']:.3f}".removeprefix("0") in parsed.words
     assert "best mean 0.500 after 2,000 samples" in text
     jpeg = next(r for r in parsed.references if r.startswith("data:image/jpeg"))
@@ -164,12 +167,12 @@ def test_examples_mark_right_and_wrong(tmp_path: Path, labels: bool) -> None:
     image, words = common_space(data)
     similarity = (image @ words.T).numpy()
     rows = re.findall(r'<div class=row>.*?<ol class="found text">.*?</ol></div>', text)
-    assert len(rows) == len(report.QUERY_QUANTILES)
+    assert len(rows) == len(QUERY_QUANTILES)
     asked = []
     for row in rows:
         query = int(re.findall(r'alt="words (\d+)\.0"', row)[0])
         found = [tuple(map(int, f)) for f in re.findall(r"<div>words (\d+)\.(\d)</div>", row)]
-        expected = np.argsort(-similarity[query], kind="stable")[: report.SHOWN]
+        expected = np.argsort(-similarity[query], kind="stable")[:SHOWN]
         assert found == [(j // 2, j % 2) for j in expected]
         marks = re.findall(r"<span class=mark>(.*?)</span>", row)
         for (owner, _), mark in zip(found, marks, strict=True):
@@ -220,7 +223,7 @@ def test_parts_that_are_missing_are_left_out(tmp_path: Path) -> None:
 
 
 def test_many_classes_and_many_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "TSNE_POINTS", 100)
+    monkeypatch.setattr("cmgan_dist.report.found.TSNE_POINTS", 100)
     save_test(tmp_path, embeddings(n=180, classes=60), [f"class number {c}" for c in range(60)])
     text, parsed = page(tmp_path)
     assert "The 20 best and worst of 60 classes" in text
@@ -262,6 +265,6 @@ def test_results_table_prints_the_headline_rows(tmp_path: Path, labels: bool) ->
 
 
 def test_values_of_one_and_of_nothing_are_readable() -> None:
-    column, share = report.Column("MAP", "mean", "map/mean"), report.Column("R", "@1", "r", percent=True)
+    column, share = Column("MAP", "mean", "map/mean"), Column("R", "@1", "r", percent=True)
     assert [column.show(v) for v in (1.0, 0.5, 0.0, 0.0304, None)] == ["1.000", ".500", ".000", ".030", "–"]
     assert [share.show(v) for v in (1.0, 0.123, None)] == ["100.0", "12.3", "–"]

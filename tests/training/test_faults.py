@@ -22,10 +22,8 @@ import psutil
 import pytest
 import torch
 
-from tests.dist import netns
-from tests.dist.common import ROOT, environment
-from tests.dist.test_training import SMALL, final_state, lines, run_to_end
-from tests.toy import npy, write_tar
+from tests.services import netns
+from tests.toy import ROOT, SMALL, environment, final_state, lines, npy, run_to_end, write_tar
 
 LIMIT = 240
 TRAIN = str(ROOT / "launchers" / "train.py")

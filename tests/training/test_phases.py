@@ -8,35 +8,11 @@ import pytest
 import torch
 
 from cmgan_dist.config.fields import Config, ModelConfig
-from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.manifest import DataSpec
-from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.models.generator import build_generator
-from cmgan_dist.phases import phase_table, pick_wrong, run_phase
-from cmgan_dist.train import build_networks, make_scene
-
-
-def small(**loss: object) -> Config:
-    config = Config()
-    config.model.hidden_dim, config.model.common_dim, config.model.discriminator_dim = 16, 8, 12
-    config.stream.global_batch = 10
-    for name, value in loss.items():
-        setattr(config.loss, name, value)
-    return config
-
-
-def make_batch(rows: int = 10, classes: int = 3, seed: int = 0) -> Batch:
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.eye(max(classes, 1)).bool()[torch.arange(rows) % max(classes, 1)] if classes else None
-    image, text = torch.randn(rows, 6, generator=rng), torch.randn(rows, 5, generator=rng)
-    return Batch(image, text, labels, [str(i) for i in range(rows)], size=rows)
-
-
-def set_up(config: Config, classes: int = 3):  # type: ignore[no-untyped-def]
-    spec = DataSpec([str(c) for c in range(classes)], "single" if classes else "none", 6, 5)
-    parallel = Parallel()
-    return build_networks(config, spec, None, parallel), parallel
-
+from cmgan_dist.training.phases import phase_table, run_phase
+from cmgan_dist.training.step import make_scene, pick_wrong
+from tests.toy import make_batch, set_up, small
 
 CASES = [
     {},

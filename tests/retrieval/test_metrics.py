@@ -12,9 +12,9 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from cmgan_dist import metrics
 from cmgan_dist.errors import BadInput
-from cmgan_dist.metrics import Embeddings, common_space, evaluate, pair_ranks, rank_classes, top_k, zscore
+from cmgan_dist.retrieval import metrics
+from cmgan_dist.retrieval.metrics import Embeddings, common_space, evaluate, pair_ranks, rank_classes, top_k, zscore
 
 
 def made(

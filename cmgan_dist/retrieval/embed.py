@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from cmgan_dist.config.fields import Config
 from cmgan_dist.data.batch import eval_batches
-from cmgan_dist.data.manifest import MANIFEST_NAME
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.distributed.processes import Parallel
-from cmgan_dist.metrics import Embeddings
 from cmgan_dist.models.generator import Generator
+from cmgan_dist.retrieval.metrics import Embeddings
 
 if TYPE_CHECKING:  # at run time only where a gallery is made: it takes seconds to import
-    from cmgan_dist.report import GalleryItem
+    pass
 
 
 @dataclass
@@ -62,23 +60,3 @@ def embed_split(generator: Generator, reader: ShardReader, config: Config, paral
         features=Embeddings(image, text, owner, known),
         keys=[key for _, part in gathered for key in part],
     )
-
-
-def gallery_items(reader: ShardReader, pictures: str = "") -> list[GalleryItem]:
-    """What a report shows of each sample of the reader's split: its picture and texts, where there are some.
-
-    Feature shards have none: they come by key from the raw shards in `pictures`, or from those that the features were
-    written from when these are still there. Raises BadInput when `pictures` is given and is no data set."""
-    from cmgan_dist.report import GalleryItem
-
-    source = pictures or str(reader.manifest.details.get("source", ""))
-    raw = {}
-    if pictures or (reader.manifest.image == "features" and (Path(source) / MANIFEST_NAME).is_file()):
-        raw = {sample.key: sample for sample in ShardReader(source, reader.split)}
-    items = []
-    for sample in reader:
-        sample = raw.get(sample.key, sample)
-        image = sample.image if isinstance(sample.image, bytes) else None
-        texts = sample.texts if isinstance(sample.texts, list) else []
-        items.append(GalleryItem(sample.key, image, texts))
-    return items

@@ -9,52 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmgan_dist.checkpoint import latest, read_checkpoint
-from tests.dist.common import ROOT, environment, torchrun
+from tests.toy import ROOT, command, environment, final_state, lines, run_to_end
 
 SLOW = pytest.mark.slow
-SMALL = ["--preset", "smoke", "stream.global_batch=16", "train.tracker=none", "train.threads=1", "train.log_every=1"]
-SMALL += ["train.report=false"]  # half of the time of a run as small as these
-
-
-def command(data: Path | str, run: Path, *extra: str, processes: int = 1, accelerate: bool = False) -> list[str]:
-    """launchers/train.py by torchrun, which is up in half the time, or by `accelerate launch`."""
-    script = [str(ROOT / "launchers" / "train.py"), *SMALL, "--data", str(data), "--output", str(run), *extra]
-    if accelerate:
-        return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *script]
-    if processes == 1:
-        return [sys.executable, *script]
-    return [*torchrun(processes), *script]
-
-
-def run_to_end(*args: Any, expect: int = 0, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """`command` with its exit code checked."""
-    done = subprocess.run(command(*args, **kwargs), env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == expect, done.stderr[-3000:]
-    processes = kwargs.get("processes", 1)
-    if not expect and "is done" not in done.stderr:
-        assert f"{processes} process{'es' * (processes > 1)} on cpu" in done.stderr, "other processes than asked for"
-    return done
-
-
-def lines(run: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    measured = ("samples_per_s", "memory_gib", "time/")
-    kept = [line for line in found if line["kind"] == kind]
-    return [{k: v for k, v in line.items() if not k.startswith(measured)} for line in kept]
-
-
-def final_state(run: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint: networks and optimisers."""
-    found = latest(run)
-    assert found is not None
-    return read_checkpoint(found)[1]
 
 
 def test_kill_9_and_resume_ends_bitwise_like_an_undisturbed_run(

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from cmgan_dist import losses
+from cmgan_dist.training import losses
 
 
 def test_bce_is_binary_cross_entropy_with_half_weights() -> None:

@@ -11,9 +11,9 @@ Nothing of size N x N is allocated: similarities exist for one chunk of queries 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -240,3 +240,10 @@ def evaluate(
             result[f"precision/{name}"] = ranking.precision.tolist()
     add_means(result, map_ks)
     return result
+
+
+def score_of(metrics: Mapping[str, object]) -> float:
+    """What validation maximises: MAP, mean of both directions; for pairs without labels the mean of R@1, 5 and 10."""
+    keys = [k for k in metrics if k == "map/mean"] or [k for k in metrics if k.startswith("recall/")]
+    values = [cast(float, metrics[k]) for k in keys]
+    return sum(values) / len(values)

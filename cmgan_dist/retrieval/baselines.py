@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.metrics import CHUNK_ELEMENTS, Embeddings, add_map, add_means, directions, evaluate, mean
+from cmgan_dist.retrieval.metrics import CHUNK_ELEMENTS, Embeddings, add_map, add_means, directions, evaluate, mean
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Tried on validation; in units of the mean feature variance."""

@@ -29,10 +29,10 @@ from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, run_main
 from cmgan_dist.files import write_atomic
 from shards.__main__ import COMMANDS, SOURCES, main
+from shards.pairs import make_key
 from shards.scan import scan_shard
 from shards.stats import fonts_for
 from shards.verify import verify
-from shards.writer import make_key
 
 REPOSITORY = Path(__file__).parents[2]
 TEXTS = ["ein Käfer", "红色的花", "قطة صغيرة", "жёлтый дом", "tail 🐕 wag"]

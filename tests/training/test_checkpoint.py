@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmgan_dist.checkpoint import Checkpointer, Progress, latest, read_checkpoint, share_of
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.saved import check_shapes, load_best, save_best
+from cmgan_dist.training.checkpoint import Checkpointer, Progress, latest, read_checkpoint, share_of
 
 
 def tensors(position: int) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ def test_a_full_disk_is_said_and_leaves_the_one_before(
 
     where = {
         "tensors": "torch.distributed.checkpoint.filesystem._write_item",
-        "state": "cmgan_dist.checkpoint.write_atomic",
+        "state": "cmgan_dist.training.checkpoint.write_atomic",
         "rename": "os.rename",
     }
     with monkeypatch.context() as patch:

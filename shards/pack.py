@@ -9,29 +9,26 @@ JSON keys are sorted, and the plan is made before the work is shared out to proc
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import re
 import sys
-import tarfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from cmgan_dist.data.index import ShardIndex, index_name
-from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo, load_manifest, natural_splits
+from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest, natural_splits
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
-from shards.parallel import parallel_map
-from shards.scan import check_image, scan_shard
+from cmgan_dist.jobs.local import parallel_map
+from shards.pairs import RawPairs, Record
+from shards.shard_file import PlannedShard, _try_sample, write_shard
 
 PACKING_NAME = ".packing"
 """Marks an output that is not complete; holds the fingerprint of what is being packed."""
@@ -42,189 +39,10 @@ OUTPUT_PATTERN = re.compile(r".+-\d{6,}\.(tar|index\.npz)|\..+\.tmp|\.packing")
 # ---------------------------------------------------------------------------------------------- records
 
 
-class Readable(Protocol):
-    """Bytes that a worker process reads or makes."""
-
-    def size(self) -> int:
-        """Bytes, for the plan of shards. Raises BadSample when there is nothing to read."""
-
-    def read(self) -> bytes:
-        """Raises BadSample when it cannot."""
-
-
-@dataclass(frozen=True)
-class FileBytes:
-    path: Path
-
-    def size(self) -> int:
-        try:
-            return self.path.stat().st_size
-        except OSError as error:
-            raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
-
-    def read(self) -> bytes:
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
-
-
-@dataclass(frozen=True)
-class FileSlice:
-    """A member of an uncompressed archive."""
-
-    path: Path
-    start: int
-    length: int
-
-    def size(self) -> int:
-        return self.length
-
-    def read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.length)
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """One image with its texts, not yet read."""
-
-    key: str
-    """See `make_key`."""
-    split: str
-    image: Readable | np.ndarray
-    """Encoded image, or features [F_i]."""
-    texts: tuple[str, ...] | Readable | np.ndarray
-    """Texts, a UTF-8 file with one text a line, or features [F_t] or [captions, F_t]."""
-    labels: tuple[int, ...]
-    where: str
-    """What a message calls this pair: its file, or a row of its table."""
-
-
-@dataclass
-class RawPairs:
-    """What a source found."""
-
-    name: str
-    label_kind: LabelKind
-    classes: list[str]
-    records: Iterable[Record]
-    attribution: str
-    details: dict[str, Any]
-    """The source and its options, for the manifest; no paths, so that equal data gives an equal manifest."""
-    expected_splits: tuple[str, ...] = ("train",)
-    notes: list[str] = field(default_factory=list)
-    """What was left out, said once after packing."""
-
-
-def make_key(name: str) -> str:
-    """A sample's key from a relative path without its extension: slashes stay, dots in the base name become ``_``
-    because a WebDataset key ends at the base name's first dot. Raises BadInput when nothing is left of the name."""
-    path = PurePosixPath(name)
-    parts = [part for part in path.parts if part not in ("/", "..", ".")]
-    if not parts:
-        raise BadInput(f"'{name}' is not the name of an image")
-    return "/".join([*parts[:-1], parts[-1].replace(".", "_")])
-
-
-def hash_number(text: str) -> int:
-    """32 bits that only the text decides: the first 8 hexadecimal digits of its sha256."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
-
-
-def hash_split(key: str, val: float, test: float) -> str:
-    """Split of a key by its hash: `test` and `val` are shares of all pairs."""
-    share = hash_number(key) / 2**32
-    return "test" if share < test else "val" if share < test + val else "train"
-
-
-def check_shares(val: float, test: float) -> None:
-    """Raises BadInput unless the shares leave some pairs for train."""
-    if not (val >= 0 and test >= 0 and val + test < 1):
-        raise BadInput(f"--val {val} and --test {test} must be shares that leave some pairs for train")
-
-
 # ---------------------------------------------------------------------------------------------- members of a sample
 
 
-def _npy(array: np.ndarray) -> bytes:
-    array = np.ascontiguousarray(array, dtype=np.float32)
-    if not np.isfinite(array).all():
-        raise BadSample("the features hold NaN or Inf")
-    out = io.BytesIO()
-    np.save(out, array, allow_pickle=False)
-    return out.getvalue()
-
-
-def _read_texts(texts: tuple[str, ...] | Readable) -> tuple[str, ...]:
-    if isinstance(texts, tuple):
-        lines: Iterable[str] = texts
-    else:
-        try:
-            lines = texts.read().decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise BadSample(f"the text is not UTF-8 ({error.reason} at byte {error.start})") from None
-    found = tuple(line.strip() for line in lines if line.strip())
-    if not found:
-        raise BadSample("the text is empty")
-    return found
-
-
-def read_members(record: Record, label_kind: LabelKind, classes: int) -> dict[str, bytes]:
-    """Extension -> bytes of a sample's members, in their order in the tar. Raises BadSample."""
-    if any(not 0 <= label < classes for label in record.labels):
-        raise BadSample(f"label {list(record.labels)} is out of range: there are {classes} classes")
-    if label_kind == "single" and len(record.labels) != 1:
-        raise BadSample(f"has {len(record.labels)} labels, expected one")
-    members: dict[str, bytes] = {}
-    if isinstance(record.image, np.ndarray):
-        members["image.npy"] = _npy(record.image)
-    else:
-        data = record.image.read()
-        extension, _, _ = check_image(data)
-        members[extension] = data
-    record_json: dict[str, Any] = {}
-    if isinstance(record.texts, np.ndarray):
-        members["text.npy"] = _npy(record.texts)
-    else:
-        texts = _read_texts(record.texts)
-        if len(texts) == 1:
-            members["txt"] = texts[0].encode()
-        else:
-            record_json["texts"] = texts
-    if label_kind == "single":
-        record_json["label"] = record.labels[0]
-    elif label_kind == "multi":
-        record_json["labels"] = record.labels
-    if record_json:
-        members["json"] = json.dumps(record_json, sort_keys=True, ensure_ascii=False).encode()
-    return members
-
-
 # ---------------------------------------------------------------------------------------------- plan
-
-
-@dataclass(frozen=True)
-class PlannedShard:
-    name: str
-    split: str
-    records: list[Record]
-
-
-T = TypeVar("T")
-
-
-def _try_sample(record: Record, skip_bad: bool, left_out: list[str], read: Callable[[], T]) -> T | None:
-    """``read()``; a BadSample of it becomes a BadInput that names the pair, or with `skip_bad` a note and None."""
-    try:
-        return read()
-    except BadSample as error:
-        message = f"{record.where}: {error}"
-        if not skip_bad:
-            raise BadInput(f"{message}; mend or remove it, or pass --skip-bad to leave such pairs out") from None
-        left_out.append(message)
-        return None
 
 
 def _size(record: Record) -> int:
@@ -281,48 +99,6 @@ def plan_shards(
 
 
 # ---------------------------------------------------------------------------------------------- one shard
-
-
-def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # mtime, uid, gid are 0 and the owner's names empty unless set
-    member.size, member.mode = len(data), 0o644
-    tar.addfile(member, io.BytesIO(data))
-
-
-def write_shard(
-    output: Path, shard: PlannedShard, label_kind: LabelKind, classes: int, skip_bad: bool
-) -> tuple[ShardInfo | None, list[str]]:
-    """Write the tar aside, fsync, rename; then its sidecar. A whole shard that an interrupted run left behind is kept.
-
-    Returns what was written (None: no good record) and what was left out. Raises BadInput on a bad record."""
-    final = output / shard.name
-    if final.exists():
-        scan = scan_shard(final, shard.name)
-        if not scan.damage and len(scan.samples) == len(shard.records):
-            write_atomic(output / index_name(shard.name), scan.index.to_bytes())
-            return scan.info, []
-    left_out: list[str] = []
-    aside = output / f".{shard.name}.{os.getpid()}.tmp"
-    try:
-        with open(aside, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
-                for record in shard.records:
-                    read = partial(read_members, record, label_kind, classes)
-                    members = _try_sample(record, skip_bad, left_out, read)
-                    for extension, data in (members or {}).items():
-                        add_member(tar, f"{record.key}.{extension}", data)
-            file.flush()
-            os.fsync(file.fileno())
-        if len(left_out) == len(shard.records):
-            return None, left_out
-        scan = scan_shard(aside, shard.name)
-        os.replace(aside, final)
-        write_atomic(output / index_name(shard.name), scan.index.to_bytes())
-    except OSError as error:
-        raise BadInput(f"cannot write {final}: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
-    return scan.info, left_out
 
 
 # ---------------------------------------------------------------------------------------------- the whole output

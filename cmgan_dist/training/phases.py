@@ -10,93 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cmgan_dist import losses
 from cmgan_dist.config.fields import Config
 from cmgan_dist.data.order import generator_for
 from cmgan_dist.distributed.engine import Engine
-from cmgan_dist.models.backbones import TextInput
 from cmgan_dist.models.discriminators import InterDiscriminator
 from cmgan_dist.models.generator import Side
+from cmgan_dist.training import losses
+from cmgan_dist.training.step import Scene
 
 Terms = dict[str, Tensor]
 """Weighted loss terms by name; their sum is minimised."""
-
-
-@dataclass
-class Wrong:
-    """A mismatched sample per row: of another class, or any other pair where there are no classes."""
-
-    image_common: Tensor
-    text_common: Tensor
-    image_feature: Tensor
-    text_feature: Tensor
-    mask: Tensor | None
-    """bool [B]: rows that have one; None when all have."""
-
-
-@dataclass
-class Scene:
-    """What the losses of one batch see. B rows are trained on; the first B of R rows when sampling is balanced."""
-
-    config: Config
-    generator: dict[str, nn.Module]
-    """Called in training, by the side that trains ("" for both): under DDP where there are several processes."""
-    discriminators: dict[str, nn.Module]
-    """Likewise, by name."""
-    bare: dict[str, nn.Module]
-    """The discriminators without a wrapper."""
-    gather: Callable[[Tensor], Tensor]
-    """Differentiable gather of rows over the processes."""
-    first_row: int
-    """Row of the global batch that this process's batch starts at."""
-    total: int
-    """Rows of the global batch."""
-    multi: bool
-    """Multi-label classes."""
-    image: Tensor
-    """[B, ...] what the generator takes: features, or raw images when the backbone is trained."""
-    text: TextInput
-    labels: Tensor | None
-    """bool [B, C]."""
-    all_labels: Tensor | None
-    """bool [G, C] of all processes; None where no loss reads them."""
-    fake_image: Side
-    """Image side of the no-grad forward, B rows."""
-    fake_text: Side
-    wrong: Wrong | None
-    """None when no loss needs it."""
-    position: int
-    """Samples seen before this batch."""
-    stats: dict[str, Tensor] = field(default_factory=dict)
-    """Filled by the losses: accuracies and margins, for the log."""
-    conditions: dict[str, Tensor | None] = field(default_factory=dict)
-    """Filled by the generator's first step: the features' part of each inter-modality discriminator's hidden layer."""
-
-
-def pick_wrong(
-    labels: Tensor | None, all_labels: Tensor | None, first: int, rows: int, total: int, seed: int, position: int
-) -> tuple[Tensor, Tensor | None]:
-    """For each of this process's rows a row of the global batch that shares no class with it, uniformly.
-
-    labels bool [B, C], all_labels bool [G, C]; without labels any other row. Returns (indices [B] into the global
-    batch, mask [B] of rows that have a candidate, or None when all have). The draw belongs to (seed, position, row):
-    it does not depend on the number of processes."""
-    draws = generator_for(seed, position, 7).random(total)[first : first + rows]
-    u = torch.from_numpy(draws)
-    if labels is None or all_labels is None:
-        own = torch.arange(first, first + rows)
-        return (own + 1 + (u * (total - 1)).long()) % total, None
-    allowed = (labels.float() @ all_labels.float().T < 0.5).cpu()  # [B, G]
-    count = allowed.sum(1)
-    nth = (u * count).long().clamp(max=total)
-    index = (allowed.long().cumsum(1) <= nth[:, None]).sum(1).clamp(max=total - 1)
-    mask = count > 0
-    return index, None if bool(mask.all()) else mask
 
 
 # ---------------------------------------------------------------------------------------------- losses of the phases

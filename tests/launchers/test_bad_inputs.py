@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.common import ROOT, environment
-from tests.dist.test_training import SMALL
-from tests.toy import index_tar, write_manifest, write_tar
+from tests.toy import ROOT, SMALL, environment, index_tar, write_manifest, write_tar
 
 Case = Callable[[Callable[..., Path], Callable[..., Path], Path], list[str]]
 

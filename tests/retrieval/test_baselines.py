@@ -11,10 +11,10 @@ import torch
 from sklearn.cross_decomposition import CCA
 from sklearn.linear_model import Ridge
 
-from cmgan_dist import baselines
-from cmgan_dist.baselines import baseline_table, cca, chance, chance_ap, ridge_image_to_text, ridge_onehot
 from cmgan_dist.errors import BadInput
-from cmgan_dist.metrics import Embeddings, evaluate, rank_classes
+from cmgan_dist.retrieval import baselines
+from cmgan_dist.retrieval.baselines import baseline_table, cca, chance, chance_ap, ridge_image_to_text, ridge_onehot
+from cmgan_dist.retrieval.metrics import Embeddings, evaluate, rank_classes
 
 WIKIPEDIA = Path(__file__).parents[2] / "../shared/data/wikipedia_features"
 

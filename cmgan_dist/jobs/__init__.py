@@ -1,0 +1,1 @@
+"""One function over many shards: who does what, and what is done."""

@@ -1,0 +1,1 @@
+"""How a model is trained: losses, phases, the loop, checkpoints."""

@@ -1,0 +1,183 @@
+"""A run made ready: its folder, data, networks and the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cmgan_dist.config.fields import CONFIG_NAME, Config, micro_batch
+from cmgan_dist.config.load import load_config, to_yaml, validate
+from cmgan_dist.data.manifest import DataSpec
+from cmgan_dist.data.order import steps_for
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.stream import Stream
+from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.errors import BadInput
+from cmgan_dist.files import write_atomic
+from cmgan_dist.models.saved import SPEC_NAME, VOCABULARY_NAME
+from cmgan_dist.models.vocabulary import Vocabulary
+from cmgan_dist.training.checkpoint import Checkpointer, Progress, latest, read_checkpoint
+from cmgan_dist.training.recorder import Recorder
+from cmgan_dist.training.state import Networks, build_networks
+
+log = logging.getLogger(__name__)
+
+MAY_CHANGE = (
+    *("train", "eval", "data", "output", "preset", "stream.workers", "stream.max_bad_share"),
+    *("stream.cache", "stream.cache_gib", "stream.retries", "stream.timeout_s"),
+    *("optim.generator_lr", "optim.discriminator_lr", "optim.clip", "model.kernels"),
+)
+"""What a resumed run may change; train.seed may not. Lower rates are what a run that diverged goes on with."""
+VOCABULARY_SAMPLES = 200_000
+"""Samples of the training split whose words make the vocabulary of the text CNN."""
+
+
+def check_same_run(run: Path, config: Config, may_change: Sequence[str] = MAY_CHANGE) -> None:
+    """Raises BadInput when `config` would go on with another model, data or order than the run has.
+
+    `may_change`: dotted fields, or whole sections, that may differ."""
+    path = run / CONFIG_NAME
+    if not path.is_file():
+        return
+    before, now = dataclasses.asdict(load_config(path)), dataclasses.asdict(config)
+
+    def compare(a: object, b: object, name: str) -> None:
+        if name in may_change:
+            return
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in a:
+                compare(a[key], b[key], f"{name}.{key}".lstrip("."))
+        elif a != b:
+            raise BadInput(
+                f"{run} was trained with {name} {a!r}, not {b!r}: use that value, another --output, or --resume never"
+            )
+
+    compare(before, now, "")
+    compare(before["train"]["seed"], now["train"]["seed"], "seed")
+
+
+def set_aside(run: Path) -> None:
+    """Move an earlier run in this folder to RUN/earlier-N: nothing is lost."""
+    inside = [p for p in run.iterdir() if not p.name.startswith("earlier-")] if run.is_dir() else []
+    if not inside:
+        return
+    target = run / f"earlier-{sum(1 for _ in run.glob('earlier-*')) + 1}"
+    target.mkdir()
+    for path in inside:
+        shutil.move(path, target / path.name)
+    log.warning("an earlier run was moved to %s", target)
+
+
+def make_vocabulary(readers: list[ShardReader], config: Config) -> Vocabulary:
+    """Words of the training split."""
+    samples = itertools.islice(itertools.chain.from_iterable(readers), VOCABULARY_SAMPLES)
+    texts = [text for sample in samples if isinstance(sample.texts, list) for text in sample.texts]
+    return Vocabulary.build(texts, config.model.text.min_count, config.model.text.vocabulary_size)
+
+
+@dataclass
+class Session:
+    """A run that is ready to go on from `progress`."""
+
+    config: Config
+    run: Path
+    stream: Stream
+    val_reader: ShardReader
+    parallel: Parallel
+    networks: Networks
+    recorder: Recorder
+    checkpointer: Checkpointer
+    progress: Progress
+    multi: bool
+    """Multi-label classes."""
+    on_validation: Callable[[Session, dict[str, float]], None] | None = None
+    """Called on every process after a validation and the checkpoint that is due with it; gets "score" and metrics."""
+    bad: int = 0
+    """Samples replaced on this process since the last log line."""
+    skipped: dict[str, Tensor | float] = field(default_factory=dict)
+    """fp16: steps left out since the start of this process, per phase."""
+
+    @property
+    def total(self) -> int:
+        """Samples of the whole run."""
+        return self.samples(self.config.train.epochs)
+
+    def samples(self, epochs: float) -> int:
+        """Epochs in samples, whole global batches."""
+        batch = self.config.stream.global_batch
+        return steps_for(epochs, self.stream.epoch_samples, batch) * batch
+
+    def due(self, every: int, ahead: bool = False) -> bool:
+        """Whether the batch that has just ended (`ahead`: that is under way) crosses a multiple of `every` samples."""
+        batch = self.config.stream.global_batch
+        position = self.progress.position + batch * ahead
+        return position // every > (position - batch) // every
+
+
+def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE) -> Session:
+    """Everything up to the first batch. Raises BadInput for whatever config, data or an earlier run make impossible.
+
+    `may_change`: fields that may differ from the run that is resumed."""
+    validate(config)
+    run = Path(config.output)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    size = config.model.image.image_size
+    micro = dataclasses.replace(config.stream, global_batch=micro_batch(config))
+    stream = Stream(config.data, micro, seed=config.train.seed, image_size=size, rank=rank, world=world)
+    val_reader = ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
+    if resume == "auto":
+        check_same_run(run, config, may_change)
+    elif rank == 0:
+        set_aside(run)
+
+    tracker = config.train.tracker if rank == 0 else "none"
+    parallel = Parallel(
+        config.train.precision, tracker, str(run), config.train.timeout_s, config.train.reduce_precision
+    )
+    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // parallel.local_world))
+    spec = DataSpec.of(stream.manifest)
+    vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
+    networks = build_networks(config, spec, vocabulary, parallel)
+    progress = Progress(epoch_samples=stream.epoch_samples)
+    found: Path | None = None
+    if resume == "auto":  # the first process looks, so that all take the same
+        found = parallel.gather_objects(latest(run) if parallel.main else None)[0]
+    if found is not None:
+        progress, tensors = read_checkpoint(found)
+        if progress.epoch_samples != stream.epoch_samples:
+            raise BadInput(
+                f"{run} was trained on epochs of {progress.epoch_samples} samples, {config.data} has "
+                f"{stream.epoch_samples}: use the same data, another --output, or --resume never"
+            )
+        networks.load(tensors, str(found))
+    if parallel.main:
+        write_atomic(run / CONFIG_NAME, to_yaml(config))
+        write_atomic(run / "best" / CONFIG_NAME, to_yaml(config))
+        write_atomic(run / "best" / SPEC_NAME, json.dumps(dataclasses.asdict(spec), ensure_ascii=False) + "\n")
+        if vocabulary is not None:
+            vocabulary.save(run / "best" / VOCABULARY_NAME)
+    parallel.start_trackers("tensorboard", {"preset": config.preset, "data": config.data})
+    return Session(
+        config=config,
+        run=run,
+        stream=stream,
+        val_reader=val_reader,
+        parallel=parallel,
+        networks=networks,
+        recorder=Recorder(run, main=parallel.main, track=parallel.track),
+        checkpointer=Checkpointer(
+            run, config.train.keep, rank=parallel.rank, world=parallel.world, group=parallel.new_group()
+        ),
+        progress=progress,
+        multi=spec.label_kind == "multi",
+    )

@@ -1,0 +1,120 @@
+"""The modules of a run, what trains them, and their state."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cmgan_dist.config.fields import Config
+from cmgan_dist.data.manifest import DataSpec
+from cmgan_dist.distributed.engine import AdamSettings, Engine
+from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.errors import BadInput
+from cmgan_dist.models.discriminators import NAMES, build_discriminators
+from cmgan_dist.models.generator import Generator, OneSide, build_generator
+from cmgan_dist.models.saved import check_shapes, stored_tensors
+from cmgan_dist.models.vocabulary import Vocabulary
+
+
+@dataclass
+class Networks:
+    """Modules of a run and what trains them."""
+
+    generator: Generator
+    bare: dict[str, nn.Module]
+    """The discriminators by name, without a wrapper."""
+    engines: dict[str, Engine]
+    """Of the generator and of each discriminator."""
+    average: Generator | None
+    """EMA of the generator."""
+
+    @property
+    def judged(self) -> Generator:
+        """The generator that is validated and kept: the average where there is one."""
+        return self.average or self.generator
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds, by prefix."""
+        parts: dict[str, nn.Module] = {"generator": self.generator, **self.bare}
+        return parts if self.average is None else {**parts, "ema": self.average}
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        for name, module in self.parts().items():
+            state = stored_tensors(module) if isinstance(module, Generator) else module.state_dict()
+            out |= {f"{name}/{k}": v for k, v in state.items()}
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, optimisers too. Every process calls it: under ZeRO it gathers."""
+        out = self.model_tensors()
+        for name, engine in self.engines.items():
+            out |= {f"optimizer/{name}/{k}": v for k, v in engine.state().items()}
+        return out
+
+    def set_rates(self, factor: float) -> None:
+        """Learning rates times `factor`."""
+        for engine in self.engines.values():
+            engine.set_rate(factor)
+
+    def release(self) -> None:
+        """Let go of wrapped modules: none may outlive the process group."""
+        for engine in self.engines.values():
+            engine.release()
+
+    def load(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Raises BadInput when it is the checkpoint of another model."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        check_shapes(self.model_tensors(), {k: v for k, v in tensors.items() if not k.startswith("optimizer/")}, where)
+        for name, module in self.parts().items():
+            module.load_state_dict(under(f"{name}/"), strict=not isinstance(module, Generator))
+        for name, engine in self.engines.items():
+            engine.load(under(f"optimizer/{name}/"))
+
+
+def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None, parallel: Parallel) -> Networks:
+    torch.manual_seed(config.train.seed)  # the same initial weights on every process
+    generator = build_generator(config.model, spec, vocabulary)
+    bare = dict(build_discriminators(config.model, generator.image_backbone.dim, generator.text_backbone.dim).items())
+    if not config.loss.intra:  # parts that no loss reaches have no optimiser state either
+        generator.image_decoder.requires_grad_(False)
+        generator.text_decoder.requires_grad_(False)
+    if not config.loss.classification:
+        generator.classifiers.requires_grad_(False)
+    average = copy.deepcopy(generator).requires_grad_(False).to(parallel.device) if config.train.ema else None
+    if config.train.compile:
+        for module in (generator, *bare.values()):
+            module.compile()
+    optim = config.optim
+    if parallel.zero and (config.loss.r1 or config.loss.adversarial == "wgan-gp"):
+        raise BadInput(
+            "loss.r1 and loss.adversarial=wgan-gp take gradients of gradients, which DeepSpeed's engines get wrong: "
+            "set loss.r1=0 and bce or hinge, or train without DeepSpeed"
+        )
+
+    def settings(lr: float, beta1: float, decay: float = 0.0) -> AdamSettings:
+        return AdamSettings(lr, beta1, optim.beta2, decay, optim.clip, fp16=config.train.precision == "fp16")
+
+    of_generator = settings(optim.generator_lr, optim.generator_beta1, optim.weight_decay)
+    of_discriminators = settings(optim.discriminator_lr, optim.discriminator_beta1)
+    sides: dict[str, nn.Module] | None = None
+    if optim.update == "alternate":
+        sides = {"image": OneSide(generator, "image"), "text": OneSide(generator, "text")}
+    engines = {"generator": parallel.engine(generator, of_generator, sides)}
+    engines |= {name: parallel.engine(bare[name], of_discriminators) for name in NAMES}
+    return Networks(generator, bare, engines, average)
+
+
+def update_average(average: Generator, generator: Generator, decay: float) -> None:
+    """EMA of parameters and running statistics."""
+    with torch.no_grad():
+        now = stored_tensors(generator)
+        for name, value in stored_tensors(average).items():
+            if value.is_floating_point():
+                value.lerp_(now[name], 1 - decay)

@@ -1,0 +1,117 @@
+"""Pairs as a source finds them, before anything is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+
+from cmgan_dist.data.manifest import LabelKind
+from cmgan_dist.errors import BadInput, BadSample
+
+
+class Readable(Protocol):
+    """Bytes that a worker process reads or makes."""
+
+    def size(self) -> int:
+        """Bytes, for the plan of shards. Raises BadSample when there is nothing to read."""
+
+    def read(self) -> bytes:
+        """Raises BadSample when it cannot."""
+
+
+@dataclass(frozen=True)
+class FileBytes:
+    path: Path
+
+    def size(self) -> int:
+        try:
+            return self.path.stat().st_size
+        except OSError as error:
+            raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
+
+    def read(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """A member of an uncompressed archive."""
+
+    path: Path
+    start: int
+    length: int
+
+    def size(self) -> int:
+        return self.length
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One image with its texts, not yet read."""
+
+    key: str
+    """See `make_key`."""
+    split: str
+    image: Readable | np.ndarray
+    """Encoded image, or features [F_i]."""
+    texts: tuple[str, ...] | Readable | np.ndarray
+    """Texts, a UTF-8 file with one text a line, or features [F_t] or [captions, F_t]."""
+    labels: tuple[int, ...]
+    where: str
+    """What a message calls this pair: its file, or a row of its table."""
+
+
+@dataclass
+class RawPairs:
+    """What a source found."""
+
+    name: str
+    label_kind: LabelKind
+    classes: list[str]
+    records: Iterable[Record]
+    attribution: str
+    details: dict[str, Any]
+    """The source and its options, for the manifest; no paths, so that equal data gives an equal manifest."""
+    expected_splits: tuple[str, ...] = ("train",)
+    notes: list[str] = field(default_factory=list)
+    """What was left out, said once after packing."""
+
+
+def make_key(name: str) -> str:
+    """A sample's key from a relative path without its extension: slashes stay, dots in the base name become ``_``
+    because a WebDataset key ends at the base name's first dot. Raises BadInput when nothing is left of the name."""
+    path = PurePosixPath(name)
+    parts = [part for part in path.parts if part not in ("/", "..", ".")]
+    if not parts:
+        raise BadInput(f"'{name}' is not the name of an image")
+    return "/".join([*parts[:-1], parts[-1].replace(".", "_")])
+
+
+def hash_number(text: str) -> int:
+    """32 bits that only the text decides: the first 8 hexadecimal digits of its sha256."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+
+def hash_split(key: str, val: float, test: float) -> str:
+    """Split of a key by its hash: `test` and `val` are shares of all pairs."""
+    share = hash_number(key) / 2**32
+    return "test" if share < test else "val" if share < test + val else "train"
+
+
+def check_shares(val: float, test: float) -> None:
+    """Raises BadInput unless the shares leave some pairs for train."""
+    if not (val >= 0 and test >= 0 and val + test < 1):
+        raise BadInput(f"--val {val} and --test {test} must be shares that leave some pairs for train")

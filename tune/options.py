@@ -1,0 +1,140 @@
+"""What a search is asked for, and the config that its trials share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cmgan_dist.config.fields import Config
+from cmgan_dist.config.load import (
+    load_config,
+    validate,
+)
+from cmgan_dist.config.presets import preset
+from cmgan_dist.errors import BadInput
+from tune.storage import Output
+
+SAME = ("preset", "config", "data", "trials", "algorithm", "epochs", "val_every", "grace", "reduction", "seed")
+"""What --resume must find as it was."""
+
+
+@dataclass
+class Arguments:
+    """Search for better loss weights and learning rates than those of a preset."""
+
+    preset: str = ""
+    """Preset to start from; its own values are the first trial."""
+    config: str = ""
+    """YAML file to start from instead of a preset."""
+    data: str = ""
+    """Folder or URL of shards; on a cluster every node must reach it."""
+    output: str = ""
+    """Folder or URL (fsspec) of the search; on a cluster every node must reach it."""
+    trials: int = 40
+    """Settings to try."""
+    algorithm: Literal["asha", "random", "optuna", "optuna-both", "hyperband", "pbt"] = "asha"
+    """asha: random settings, the worse ones stopped early. random: none is stopped. optuna: TPE with asha's stopping.
+    optuna-both: TPE on the MAP of both directions (a Pareto front). hyperband: synchronous. pbt: weights and rates are
+    mutated during training, the worse trials go on from the checkpoints of the better."""
+    space: str = ""
+    """YAML file that replaces the search space, see tune/space.py."""
+    epochs: float = 0.0
+    """Length of a whole trial; 0 is the preset's."""
+    val_every: float = 0.0
+    """Epochs between the validations, at which trials are judged; 0 is the preset's."""
+    grace: int = 1
+    """Validations before the first trial is stopped; for pbt: between mutations."""
+    reduction: int = 3
+    """One in this many goes on at each rung."""
+    processes: int = 1
+    """Processes of a trial (DDP), all on one node."""
+    cpus: float = 1.0
+    """CPUs of a trial; fractions share one."""
+    gpus: float = 0.0
+    """GPUs of a trial; fractions share one, several processes need one each."""
+    concurrent: int = 0
+    """Most trials at a time; 0 is as many as fit."""
+    checkpoint_every: int = 1
+    """Validations between the checkpoints from which a trial goes on after a crash."""
+    confirm: int = 0
+    """Train the best settings, and the preset, again from this many new seeds; their mean decides."""
+    confirm_top: int = 3
+    """How many settings are confirmed."""
+    test: bool = True
+    """At the end, read the test split for the best setting."""
+    test_split: str = "test"
+    """Its name."""
+    time_budget_s: float = 0.0
+    """Stop the search after so many seconds; 0 is no limit."""
+    resume: bool = False
+    """Go on with the search in --output."""
+    address: str = ""
+    """Ray cluster: auto, or its address; "" starts Ray on this machine."""
+    nodes: int = 1
+    """Wait until so many nodes have joined the cluster."""
+    seed: int = 0
+    """Of the settings that are drawn."""
+
+
+def base_config(arguments: Arguments) -> Config:
+    """The config that all trials share. Raises BadInput naming the flag."""
+    if bool(arguments.preset) == bool(arguments.config):
+        raise BadInput("name either --preset or --config: see tune/search.py --help")
+    for flag, low in (("trials", 1), ("grace", 1), ("reduction", 2), ("processes", 1), ("checkpoint_every", 1)):
+        if getattr(arguments, flag) < low:
+            raise BadInput(f"--{flag.replace('_', '-')} is {getattr(arguments, flag)}, expected {low} or more")
+    if arguments.cpus <= 0 or arguments.gpus < 0 or arguments.confirm < 0 or arguments.confirm_top < 1:
+        raise BadInput("--cpus must be above 0, --gpus and --confirm 0 or more, --confirm-top 1 or more")
+    if arguments.gpus and arguments.processes > 1 and arguments.gpus < arguments.processes:
+        raise BadInput(f"--gpus {arguments.gpus:g} is too few for --processes {arguments.processes}: give one each")
+    config = load_base(arguments)
+    config.data = arguments.data or config.data
+    if "://" not in config.data and config.data:
+        config.data = ",".join(str(Path(part).resolve()) for part in config.data.split(","))
+    for flag, value in (("--data", config.data), ("--output", arguments.output)):
+        if not value:
+            raise BadInput(f"{flag} is missing: name a folder, see tune/search.py --help")
+    config.output = ""
+    train = config.train
+    train.epochs = arguments.epochs or train.epochs
+    train.val_every = arguments.val_every or train.val_every or train.epochs
+    train.save_every, train.keep, train.tracker, train.report = train.val_every, 1, "none", False
+    train.threads = max(1, int(arguments.cpus) // arguments.processes)
+    return validate(config)
+
+
+def check_data(config: Config, test_split: str) -> int:
+    """Validations of a whole trial. Raises BadInput for what all trials would stumble over."""
+    from cmgan_dist.data.order import steps_for
+    from cmgan_dist.data.reader import ShardReader
+    from cmgan_dist.data.stream import Stream
+
+    stream = Stream(config.data, config.stream, seed=0, image_size=config.model.image.image_size, rank=0, world=1)
+    for split in filter(None, (config.stream.val_split, test_split)):
+        ShardReader(stream.readers[0].data, split, config.stream)
+    batch = config.stream.global_batch
+    total, every = (steps_for(e, stream.epoch_samples, batch) for e in (config.train.epochs, config.train.val_every))
+    return -(-total // every)
+
+
+def load_base(arguments: Arguments) -> Config:
+    return load_config(arguments.config) if arguments.config else preset(arguments.preset)
+
+
+def check_resume(output: Output, identity: dict[str, Any], arguments: Arguments) -> bool:
+    """Whether --output holds a search. Raises BadInput when --resume is not given then, or it is another search."""
+    text = output.read("search.json")
+    if text is None:
+        return False
+    before, now = json.loads(text), json.loads(json.dumps(identity))
+    if not arguments.resume:
+        raise BadInput(f"--output {output.url} holds a search: add --resume to go on with it, or name another place")
+    for name, value in before.items():
+        if now[name] != value:
+            raise BadInput(
+                f"--resume: the search in {output.url} has {name} {value!r}, not {now[name]!r}: use that value, or "
+                "another --output"
+            )
+    return True

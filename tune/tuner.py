@@ -1,0 +1,227 @@
+"""One experiment of Ray Tune: trainable, algorithm, run, records."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from cmgan_dist.config.fields import Config
+from cmgan_dist.config.load import (
+    to_yaml,
+)
+from cmgan_dist.errors import BadInput
+from cmgan_dist.jobs.ray import resources
+from tune.options import Arguments
+from tune.results import (
+    ENDED,
+    FAILED,
+    STOPPED,
+    UNFINISHED,
+    Record,
+)
+from tune.space import (
+    Space,
+    clip,
+    domains,
+    mutable,
+)
+from tune.storage import Output
+
+MOST_FAILURES = 3
+"""Times that a trial whose process died is started again from its last checkpoint."""
+KEPT_FOR_CLONES = 4
+"""Checkpoints of a trial under PBT: one may be cloned while the next are written."""
+
+
+def prepare_tune() -> None:
+    """Settings of Ray Tune that it reads from the environment, before Ray starts."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # see Interrupt
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # trials that have not begun
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a killed driver forgets
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")  # it is a few kB
+
+
+def slots(arguments: Arguments) -> int:
+    """Trials that run at a time. Raises BadInput when none fits."""
+    cpus, gpus = resources()
+    fit = int(cpus / arguments.cpus + 1e-6)
+    if arguments.gpus:
+        fit = min(fit, int(gpus / arguments.gpus + 1e-6))
+    if not fit:
+        raise BadInput(
+            f"a trial with --cpus {arguments.cpus:g} --gpus {arguments.gpus:g} does not fit: there are {cpus:g} CPUs "
+            f"and {gpus:g} GPUs"
+        )
+    return min(fit, arguments.concurrent or fit)
+
+
+def make_trainable(config: Config, arguments: Arguments, space: Space) -> Any:
+    from ray.tune import with_parameters, withresources
+
+    from cmgan_dist.training.run import MAY_CHANGE
+    from tune.trial import Trial
+
+    may_change = (*MAY_CHANGE, *(p for p in space if mutable(p))) if arguments.algorithm == "pbt" else MAY_CHANGE
+    trainable = with_parameters(
+        Trial,
+        base=to_yaml(config),
+        processes=arguments.processes,
+        threads=config.train.threads,
+        may_change=tuple(may_change),
+    )
+    return withresources(trainable, {"cpu": arguments.cpus, "gpu": arguments.gpus})
+
+
+def make_algorithm(space: Space, arguments: Arguments, validations: int, start: dict[str, Any]) -> tuple[Any, Any]:
+    """(search algorithm, scheduler) of --algorithm. `start`: the first setting."""
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining
+    from ray.tune.search import BasicVariantGenerator
+
+    points = [start]
+    name = arguments.algorithm
+    if name.startswith("optuna"):
+        from ray.tune.search.optuna import OptunaSearch
+
+        both = name == "optuna-both"
+        search: Any = OptunaSearch(
+            space=OptunaSearch.convert_search_space(domains(space)),
+            metric=["image_to_text", "text_to_image"] if both else "best",
+            mode=["max", "max"] if both else "max",
+            points_to_evaluate=points,
+            seed=arguments.seed,
+        )
+    else:
+        search = BasicVariantGenerator(points_to_evaluate=points, random_state=arguments.seed)
+    when: dict[str, Any] = {"time_attr": "training_iteration"}
+    scheduler: Any
+    if name == "random":
+        scheduler = FIFOScheduler()
+    elif name == "hyperband":
+        scheduler = HyperBandScheduler(**when, max_t=validations, reduction_factor=arguments.reduction)
+    elif name == "pbt":
+        changing = {p: d for p, d in domains(space).items() if mutable(p)}
+        if not changing:
+            raise BadInput("--algorithm pbt mutates loss weights, rates and dropout: the search space has none of them")
+        scheduler = PopulationBasedTraining(
+            **when,
+            perturbation_interval=arguments.grace,
+            hyperparam_mutations=changing,
+            custom_explore_fn=lambda values: clip(space, values),
+        )
+    else:
+        scheduler = AsyncHyperBandScheduler(
+            **when,
+            max_t=validations,
+            grace_period=min(arguments.grace, validations),
+            reduction_factor=arguments.reduction,
+        )
+    return search, scheduler
+
+
+def run_tuner(
+    name: str,
+    output: Output,
+    trainable: Any,
+    settings: dict[str, Any],
+    param_space: dict[str, Any],
+    total: int,
+    checkpoint_every: int,
+    keep: int = 1,
+) -> list[tuple[Any, Any]]:
+    """Run, or go on with, the experiment OUTPUT/name; (Tune's trial, its result) in the order of their making."""
+    from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+
+    from tune.progress import Teller
+
+    storage = output.for_ray()
+    filesystem = {k: v for k, v in storage.items() if k == "storage_filesystem"}
+    where = output.at(name)
+    if Tuner.can_restore(where, **filesystem):
+        tuner = Tuner.restore(where, trainable, param_space=param_space, **filesystem)
+    else:
+        tuner = Tuner(
+            trainable,
+            param_space=param_space,
+            tune_config=TuneConfig(
+                metric="best", mode="max", reuse_actors=True, trial_dirname_creator=lambda t: t.trial_id, **settings
+            ),
+            run_config=RunConfig(
+                name=name,
+                **storage,
+                verbose=0,
+                callbacks=[Teller(name, total)],
+                failure_config=FailureConfig(max_failures=MOST_FAILURES),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=keep, checkpoint_frequency=checkpoint_every, checkpoint_at_end=True
+                ),
+            ),
+        )
+    with INTERRUPT.watching():
+        grid = tuner.fit()
+    # A result does not say if it is final: its trial does. A restored run has them in another order.
+    pairs = list(zip(grid._experiment_analysis.trials, [grid[i] for i in range(len(grid))], strict=True))
+    return sorted(pairs, key=lambda pair: int(pair[0].experiment_tag.partition("_")[0]))
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM: Tune ends its run cleanly on SIGUSR1, but does not tell that it did."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.seen = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """While Tune runs. Elsewhere both signals raise KeyboardInterrupt."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        if self.seen:
+            raise KeyboardInterrupt
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in numbers}
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until Tune handles it
+        for number in numbers[:2]:
+            signal.signal(number, self._handle)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+INTERRUPT = Interrupt()
+
+
+def record_of(name: str, trial: Any, result: Any, validations: int) -> Record:
+    """What is kept of a trial."""
+    values = dict(trial.config.get("values", trial.config))
+    last = trial.last_result or {}
+    rows = result.metrics_dataframe
+    record = Record(name, values, UNFINISHED, node=str(last.get("node", ""))[:8])
+    if rows is not None and len(rows):
+        record.seconds, record.step_seconds = float(rows["time_this_iter_s"].sum()), float(rows["step_s"].sum())
+        rows = rows.drop_duplicates("training_iteration", keep="last")  # what was lost in a crash and done again
+        if not last.get("failed"):
+            record.curve = [(float(e), float(v)) for e, v in zip(rows["epoch"], rows["score"], strict=True)]
+    if trial.status == "ERROR":
+        record.status = FAILED
+        record.failed = str(result.error).strip().splitlines()[-1] if result.error else "its process died too often"
+    elif last.get("failed"):
+        record.status, record.failed = FAILED, last["failed"]
+    elif last.get("done"):  # of trials that an interruption cut, Tune says TERMINATED too
+        record.status = ENDED if last.get("training_iteration", 0) >= validations else STOPPED
+    for key in ("best", "image_to_text", "text_to_image"):
+        setattr(record, key, float(last.get(key, 0.0)))
+    record.epochs = float(last.get("epoch", 0.0))
+    return record
