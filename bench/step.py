@@ -6,7 +6,7 @@ Preset `reference` on features (image 4096, text 300, H = E = 1024): one no-grad
 each, then five times the generator's image side and text side. Same initial weights, batches and mismatched rows for
 all. Contestants, each in a process of its own, which take turns in every round:
 
-    ours                    make_scene and run_phase, as the training loop calls them
+    ours                    build_step_inputs and run_phase, as the training loop calls them
     ours, compiled          the same with train.compile
     reference               bench/reference_step.py: the algorithm written straight, torch's default Adam
     reference, fused Adam   the same with Adam(fused=True): what that switch alone brings
@@ -50,7 +50,7 @@ from cmgan_dist.distributed.processes import Parallel, keep_freed_memory
 from cmgan_dist.errors import BadInput, run_main
 from cmgan_dist.training.phases import phase_table, run_phase
 from cmgan_dist.training.state import Networks, build_networks
-from cmgan_dist.training.step import make_scene
+from cmgan_dist.training.step import build_step_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 POOL = 8
@@ -150,17 +150,17 @@ class Ours:
         """The same, one update after another as they are asked for. `mark`: name the parts in a profile."""
         part = torch.profiler.record_function if mark else contextlib.nullcontext
         with part("part no-grad forward"):
-            scene = make_scene(batch, self.networks, self.config, self.parallel, self.position, False)
+            inputs = build_step_inputs(batch, self.networks, self.config, self.parallel, self.position, False)
         for phase in self.table:
             with part(f"part {phase.name}"):
-                terms = run_phase(phase, [scene], self.networks.engines, self.parallel.autocast)
+                terms = run_phase(phase, [inputs], self.networks.engines, self.parallel.autocast)
             losses = [value for name, value in terms.items() if name.startswith("loss/")]
             yield phase.name, torch.stack(losses).sum()
         self.position += batch.size
 
     def hand_over(self, other: ReferenceStep) -> None:
         """Give weights and optimiser states to the reference step."""
-        modules = {"generator": self.networks.generator, **self.networks.bare}
+        modules = {"generator": self.networks.generator, **self.networks.unwrapped}
         other.copy_from(modules, {name: engine.optimizer for name, engine in self.networks.engines.items()})
 
 
@@ -300,11 +300,11 @@ def collectives(ours: Ours, batch: Batch) -> dict[str, dict[str, float]]:
 
 def least_gradients(ours: Ours, batch: Batch) -> dict[str, float]:
     """Bytes that the gradient of each phase's loss has, by phase, summed over its turns; fp32, one process."""
-    scene = make_scene(batch, ours.networks, ours.config, ours.parallel, 0, False)
-    modules = {"generator": ours.networks.generator, **ours.networks.bare}
+    inputs = build_step_inputs(batch, ours.networks, ours.config, ours.parallel, 0, False)
+    modules = {"generator": ours.networks.generator, **ours.networks.unwrapped}
     out: dict[str, float] = {}
     for phase in ours.table:
-        run_phase(phase, [scene], ours.networks.engines, ours.parallel.autocast)
+        run_phase(phase, [inputs], ours.networks.engines, ours.parallel.autocast)
         count = sum(p.grad.numel() for p in modules[phase.module].parameters() if p.grad is not None)
         out[phase.name] = out.get(phase.name, 0) + 4 * count
     return out

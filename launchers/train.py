@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from cmgan_dist.config.cli import log_to_stderr, parse_arguments
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import to_yaml
-from cmgan_dist.errors import EXIT_BAD_INPUT, BadInput, run_main
+from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput, run_main
+
+if TYPE_CHECKING:  # torch takes seconds to import: first come the cheap checks
+    from cmgan_dist.training.run import Run
 
 
 def check_places(config: Config) -> None:
@@ -22,6 +26,21 @@ def check_places(config: Config) -> None:
     for flag, value in (("--data", config.data), ("--output", config.output)):
         if not value:
             raise BadInput(f"{flag} is missing: name a folder, see launchers/train.py --help")
+
+
+def train_and_report(run: Run) -> int:
+    """Train to the end or to a signal and write the report of a run that has ended; returns the exit code."""
+    from cmgan_dist.training.loop import run_training
+
+    before = run.progress.position
+    code = run_training(run)
+    page = run.folder / "report.html"
+    missing = before < run.total or not page.exists()
+    if missing and code == EXIT_DONE and run.config.train.report and run.parallel.main:
+        from cmgan_dist.report.run import write_report  # seconds to import, and only here
+
+        print(f"report: {write_report(run.folder)}", file=sys.stderr)
+    return code
 
 
 def main() -> int:
@@ -34,16 +53,15 @@ def main() -> int:
         check_places(config)
         # after the cheap checks: torch and its friends take seconds to import
         from cmgan_dist.distributed.join import start_all_processes
-        from cmgan_dist.training.loop import run_session
         from cmgan_dist.training.run import prepare
 
         start_all_processes()
-        session = prepare(config, arguments.resume)
+        run = prepare(config, arguments.resume)
     except BadInput:
         if os.environ.get("RANK", "0") != "0":
             return EXIT_BAD_INPUT  # every process finds the same: the first one says it
         raise
-    return run_session(session)
+    return train_and_report(run)
 
 
 if __name__ == "__main__":

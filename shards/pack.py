@@ -1,6 +1,6 @@
 """Pack pairs into deterministic WebDataset shards.
 
-The way of a pair: source -> Record (nothing read yet) -> splits, each in hash order -> plan of shards
+The way of a pair: source -> RawPair (nothing read yet) -> splits, each in hash order -> plan of shards
 -> a process reads, checks and writes a whole shard -> its index sidecar -> manifest.json, last.
 
 The same records give the same bytes: the order is the sha256 of the keys, tar headers carry no time and no owner,
@@ -27,7 +27,7 @@ from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_ma
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
-from shards.pairs import RawPairs, Record
+from shards.pairs import RawPair, RawPairs
 from shards.shard_file import PlannedShard, _try_sample, write_shard
 
 PACKING_NAME = ".packing"
@@ -45,7 +45,7 @@ OUTPUT_PATTERN = re.compile(r".+-\d{6,}\.(tar|index\.npz)|\..+\.tmp|\.packing")
 # ---------------------------------------------------------------------------------------------- plan
 
 
-def _size(record: Record) -> int:
+def _size(record: RawPair) -> int:
     image = record.image.nbytes if isinstance(record.image, np.ndarray) else record.image.size()
     if isinstance(record.texts, tuple):
         if not any(text.strip() for text in record.texts):
@@ -55,14 +55,14 @@ def _size(record: Record) -> int:
 
 
 def plan_shards(
-    records: Iterable[Record], shard_samples: int, shard_bytes: float, skip_bad: bool, left_out: list[str]
+    records: Iterable[RawPair], shard_samples: int, shard_bytes: float, skip_bad: bool, left_out: list[str]
 ) -> tuple[list[PlannedShard], str]:
     """The shards of every split, and a fingerprint of the records: keys, splits, texts, labels and sizes.
 
     A shard holds at most `shard_samples` records and closes before `shard_bytes` of images and texts; within a split
     the records come in the order of their keys' hashes, so a shard is a random sample of its split.
     Raises BadInput on two records with one key, and on a split that cannot be part of a file name."""
-    sized: dict[str, tuple[Record, int]] = {}
+    sized: dict[str, tuple[RawPair, int]] = {}
     for record in records:
         if record.key in sized:
             first = sized[record.key][0].where
@@ -87,7 +87,7 @@ def plan_shards(
         chosen = [item for item in order if item[0].split == split]
         count = -(-len(chosen) // shard_samples)
         limit = -(-len(chosen) // count)  # equal shards, not full ones and a small rest
-        number, filled, size_sum = 0, list[Record](), 0
+        number, filled, size_sum = 0, list[RawPair](), 0
         for record, size in chosen:
             if filled and (len(filled) == limit or size_sum + size > shard_bytes):
                 shards.append(PlannedShard(f"{split}-{number:06d}.tar", split, filled))
@@ -140,7 +140,7 @@ def _prepare(output: Path, fingerprint: str, overwrite: bool) -> None:
     write_atomic(packing, fingerprint)
 
 
-def _feature_dims(records: list[Record]) -> tuple[int | None, int | None]:
+def _feature_dims(records: list[RawPair]) -> tuple[int | None, int | None]:
     """(F_i, F_t) of the records; None for encoded images and for texts. Raises BadInput when they differ."""
     image_dims = {r.image.shape[-1] if isinstance(r.image, np.ndarray) else None for r in records}
     text_dims = {r.texts.shape[-1] if isinstance(r.texts, np.ndarray) else None for r in records}

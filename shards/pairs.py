@@ -59,7 +59,7 @@ class FileSlice:
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
+class RawPair:
     """One image with its texts, not yet read."""
 
     key: str
@@ -81,7 +81,7 @@ class RawPairs:
     name: str
     label_kind: LabelKind
     classes: list[str]
-    records: Iterable[Record]
+    records: Iterable[RawPair]
     attribution: str
     details: dict[str, Any]
     """The source and its options, for the manifest; no paths, so that equal data gives an equal manifest."""

@@ -18,7 +18,7 @@ from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import LabelKind, ShardInfo
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
-from shards.pairs import Readable, Record
+from shards.pairs import RawPair, Readable
 from shards.scan import check_image, scan_shard
 
 
@@ -45,7 +45,7 @@ def _read_texts(texts: tuple[str, ...] | Readable) -> tuple[str, ...]:
     return found
 
 
-def read_members(record: Record, label_kind: LabelKind, classes: int) -> dict[str, bytes]:
+def read_members(record: RawPair, label_kind: LabelKind, classes: int) -> dict[str, bytes]:
     """Extension -> bytes of a sample's members, in their order in the tar. Raises BadSample."""
     if any(not 0 <= label < classes for label in record.labels):
         raise BadSample(f"label {list(record.labels)} is out of range: there are {classes} classes")
@@ -80,13 +80,13 @@ def read_members(record: Record, label_kind: LabelKind, classes: int) -> dict[st
 class PlannedShard:
     name: str
     split: str
-    records: list[Record]
+    records: list[RawPair]
 
 
 T = TypeVar("T")
 
 
-def _try_sample(record: Record, skip_bad: bool, left_out: list[str], read: Callable[[], T]) -> T | None:
+def _try_sample(record: RawPair, skip_bad: bool, left_out: list[str], read: Callable[[], T]) -> T | None:
     """``read()``; a BadSample of it becomes a BadInput that names the pair, or with `skip_bad` a note and None."""
     try:
         return read()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
-class Teller(Callback):
+class ProgressCallback(Callback):
     """On stderr. Holds numbers only: Tune pickles it with the search."""
 
     def __init__(self, title: str, total: int) -> None:

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.colors import LinearSegmentedColormap
 
 from cmgan_dist.report.page import COLOURS, CSS, INK, STYLE, grid, section, svg
-from tune.results import FAILED, STOPPED, Confirmed, Importance, Record, front, position, ranked, show_value
+from tune.results import FAILED, STOPPED, Confirmed, Importance, TrialResult, front, position, ranked, show_value
 from tune.space import Space
 
 SHOWN = 15
@@ -20,7 +20,7 @@ RAMP = LinearSegmentedColormap.from_list("ramp", ["#9aa4b0", COLOURS[0], COLOURS
 def search_report(
     title: str,
     facts: dict[str, Any],
-    records: list[Record],
+    records: list[TrialResult],
     space: Space,
     confirmed: list[Confirmed],
     found: Importance | None,
@@ -55,7 +55,7 @@ def _table(head: list[str], rows: list[list[str]], marked: int | None = None) ->
     return f"<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _trial_table(records: list[Record], space: Space) -> str:
+def _trial_table(records: list[TrialResult], space: Space) -> str:
     best = ranked(records)
     if not best:
         return ""
@@ -119,7 +119,7 @@ def _importance_section(found: Importance | None) -> str:
     return section("Importance", read, svg(figure, "Importance of each value, most important first."))
 
 
-def _parallel_section(records: list[Record], space: Space) -> str:
+def _parallel_section(records: list[TrialResult], space: Space) -> str:
     best = ranked(records)
     if len(best) < 2:
         return ""
@@ -159,7 +159,7 @@ def _parallel_section(records: list[Record], space: Space) -> str:
     return section("All trials", read, svg(figure, "Values of all trials as lines over parallel axes."))
 
 
-def _curve_section(records: list[Record]) -> str:
+def _curve_section(records: list[TrialResult]) -> str:
     best = ranked(records)
     if not best:
         return ""
@@ -180,6 +180,6 @@ def _curve_section(records: list[Record]) -> str:
     return section("Learning curves", read, svg(figure, "Validation score over epochs, one line per trial."))
 
 
-def _failed_section(records: list[Record]) -> str:
+def _failed_section(records: list[TrialResult]) -> str:
     failed = [[r.name, r.failed] for r in records if r.status == FAILED]
     return section("Failed trials", "Recorded, not fatal.", _table(["trial", "why"], failed)) if failed else ""

@@ -19,7 +19,7 @@ ENDED, STOPPED, FAILED, UNFINISHED = "ended", "stopped early", "failed", "unfini
 
 
 @dataclass
-class Record:
+class TrialResult:
     """One trial."""
 
     name: str
@@ -46,12 +46,12 @@ class Record:
         return dataclasses.asdict(self)
 
 
-def ranked(records: list[Record]) -> list[Record]:
+def ranked(records: list[TrialResult]) -> list[TrialResult]:
     """Best first, without those that failed."""
     return sorted((r for r in records if r.status != FAILED and r.curve), key=lambda r: -r.best)
 
 
-def front(records: list[Record]) -> set[str]:
+def front(records: list[TrialResult]) -> set[str]:
     """Names of the trials that no other beats in both directions at once: the Pareto front."""
     usable = ranked(records)
     return {
@@ -103,7 +103,7 @@ class Importance:
     """The trials are compared at this epoch, which all of them reached."""
 
 
-def importance(records: list[Record], space: Space) -> Importance | None:
+def importance(records: list[TrialResult], space: Space) -> Importance | None:
     """By a random forest over the places of the values in their ranges, on folds that it was not fitted on (Breiman,
     2001). None with fewer than 10 trials."""
     from sklearn.ensemble import RandomForestRegressor
@@ -163,7 +163,7 @@ def show_value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def show_table(records: list[Record], confirmed: list[Confirmed], console: Console, most: int = 10) -> None:
+def show_table(records: list[TrialResult], confirmed: list[Confirmed], console: Console, most: int = 10) -> None:
     """The best trials and how they were confirmed; the values of the first three."""
     best = ranked(records)[:most]
     table = Table(title=f"The best of {len(records)} trials", title_justify="left", title_style="bold")
@@ -185,7 +185,7 @@ def show_table(records: list[Record], confirmed: list[Confirmed], console: Conso
 
 
 def trials_json(
-    records: list[Record], confirmed: list[Confirmed], found: Importance | None, extra: dict[str, Any]
+    records: list[TrialResult], confirmed: list[Confirmed], found: Importance | None, extra: dict[str, Any]
 ) -> str:
     """Everything that the report shows, for other tools."""
     record = {

@@ -22,7 +22,7 @@ from tune.results import (
     FAILED,
     STOPPED,
     UNFINISHED,
-    Record,
+    TrialResult,
 )
 from tune.space import (
     Space,
@@ -137,7 +137,7 @@ def run_tuner(
     """Run, or go on with, the experiment OUTPUT/name; (Tune's trial, its result) in the order of their making."""
     from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 
-    from tune.progress import Teller
+    from tune.progress import ProgressCallback
 
     storage = output.for_ray()
     filesystem = {k: v for k, v in storage.items() if k == "storage_filesystem"}
@@ -155,7 +155,7 @@ def run_tuner(
                 name=name,
                 **storage,
                 verbose=0,
-                callbacks=[Teller(name, total)],
+                callbacks=[ProgressCallback(name, total)],
                 failure_config=FailureConfig(max_failures=MOST_FAILURES),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=keep, checkpoint_frequency=checkpoint_every, checkpoint_at_end=True
@@ -170,7 +170,7 @@ def run_tuner(
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM: Tune ends its run cleanly on SIGUSR1, but does not tell that it did."""
+    """Ctrl-C and SIGTERM: Tune ends its run cleanly on SIGUSR1, but does not report that it did."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -203,12 +203,12 @@ class Interrupt:
 INTERRUPT = Interrupt()
 
 
-def record_of(name: str, trial: Any, result: Any, validations: int) -> Record:
+def record_of(name: str, trial: Any, result: Any, validations: int) -> TrialResult:
     """What is kept of a trial."""
     values = dict(trial.config.get("values", trial.config))
     last = trial.last_result or {}
     rows = result.metrics_dataframe
-    record = Record(name, values, UNFINISHED, node=str(last.get("node", ""))[:8])
+    record = TrialResult(name, values, UNFINISHED, node=str(last.get("node", ""))[:8])
     if rows is not None and len(rows):
         record.seconds, record.step_seconds = float(rows["time_this_iter_s"].sum()), float(rows["step_s"].sum())
         rows = rows.drop_duplicates("training_iteration", keep="last")  # what was lost in a crash and done again

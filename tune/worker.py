@@ -2,7 +2,7 @@
 
 stdin    a line of JSON for a trial: {"config": YAML, "may_change": [...], "processes": N, "port": P, "log": FILE};
          then a line for each validation that was told of: "go" or "stop"
-stdout   lines of JSON: what `tell` says after each validation; {"failed": SENTENCE} for bad input, such as a run that
+stdout   lines of JSON: what `report` says after each validation; {"failed": SENTENCE} for bad input, such as a run that
          diverged; {"ended": EXIT CODE} when the trial's processes are gone
 
 A trial waits for its answer, so its folder holds still while it is copied. Every process dies with its parent, so that
@@ -25,9 +25,9 @@ from typing import Any, NoReturn
 from cmgan_dist.config.load import from_yaml
 from cmgan_dist.config.presets import preset
 from cmgan_dist.errors import EXIT_BAD_INPUT, BadInput
-from cmgan_dist.training.loop import run_session
+from cmgan_dist.training.loop import run_training
 from cmgan_dist.training.recorder import read_metrics
-from cmgan_dist.training.run import Session, prepare
+from cmgan_dist.training.run import Run, prepare
 
 PR_SET_PDEATHSIG = 1
 
@@ -62,9 +62,9 @@ def both_directions(values: dict[str, float]) -> dict[str, float]:
     return out
 
 
-def tell(session: Session, pipe: int) -> None:
+def report(run: Run, pipe: int) -> None:
     """Tell of the last validation and wait for the answer."""
-    lines = [line for line in read_metrics(session.run) if line["kind"] == "val"]
+    lines = [line for line in read_metrics(run.folder) if line["kind"] == "val"]
     best = max(lines, key=lambda line: line["score"])
     values = {k: v for k, v in best.items() if isinstance(v, float)}
     write_line(
@@ -73,9 +73,9 @@ def tell(session: Session, pipe: int) -> None:
             "score": lines[-1]["score"],
             "best": best["score"],
             **both_directions(values),
-            "samples": session.progress.position,
-            "epoch": session.progress.position / session.progress.epoch_samples,
-            "last": session.progress.position >= session.total,
+            "samples": run.progress.position,
+            "epoch": run.progress.position / run.progress.epoch_samples,
+            "last": run.progress.position >= run.total,
         },
     )
     if read_line() != "go":
@@ -95,12 +95,12 @@ def run_rank(job: dict[str, Any], rank: int, pipe: int) -> NoReturn:
             world = str(job["processes"])
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
-        session = prepare(from_yaml(job["config"], "the trial's config", preset), "auto", job["may_change"])
+        run = prepare(from_yaml(job["config"], "the trial's config", preset), "auto", job["may_change"])
         if rank == 0:
-            session.on_validation = lambda session, _: tell(session, pipe)
-            if session.progress.position >= session.total:  # killed between its last checkpoint and its last word
-                tell(session, pipe)
-        code = run_session(session)
+            run.on_validation = lambda run, _: report(run, pipe)
+            if run.progress.position >= run.total:  # killed between its last checkpoint and its last word
+                report(run, pipe)
+        code = run_training(run)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         write_line(pipe, {"failed": str(error)})

@@ -73,7 +73,7 @@ def wikipedia() -> Config:
 
 
 def openmoji_tuned() -> Config:
-    """`openmoji` as a search found it best on validation (docs/search.md)."""
+    """`openmoji` as a search found it best on validation (docs/tuning.md)."""
     config = openmoji()
     config.preset = "openmoji_tuned"
     config.model.input_dropout, config.model.dropout = 0.6, 0.0
@@ -86,7 +86,7 @@ def openmoji_tuned() -> Config:
 
 
 def wikipedia_tuned() -> Config:
-    """`wikipedia` as a search found it best on validation (docs/search.md)."""
+    """`wikipedia` as a search found it best on validation (docs/tuning.md)."""
     config = wikipedia()
     config.preset = "wikipedia_tuned"
     config.model.input_dropout, config.model.dropout = 0.201, 0.324

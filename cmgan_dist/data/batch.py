@@ -37,7 +37,7 @@ class Batch:
     """Why samples were replaced, one line each."""
 
     @property
-    def wrong_follow(self) -> bool:
+    def has_mismatched(self) -> bool:
         """Whether wrong rows follow, R = 2B."""
         return len(self.image) > self.size
 
@@ -49,7 +49,7 @@ class Batch:
 
 
 @dataclass
-class Decoder:
+class SampleDecoder:
     """A stored Sample as arrays: decodes and augments the image, draws one text."""
 
     image_size: int
@@ -60,7 +60,7 @@ class Decoder:
     augment: bool
 
     @classmethod
-    def of(cls, manifest: Manifest, image_size: int, augment: bool) -> Decoder:
+    def of(cls, manifest: Manifest, image_size: int, augment: bool) -> SampleDecoder:
         return cls(image_size, manifest.image_dim, manifest.text_dim, len(manifest.classes), augment)
 
     def empty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +166,7 @@ def eval_batches(
 
     A bad sample ends an evaluation: a figure over other samples than the split's would not be comparable.
     Raises BadInput naming it."""
-    decoder = Decoder.of(reader.manifest, image_size, augment=False)
+    decoder = SampleDecoder.of(reader.manifest, image_size, augment=False)
     starts = np.concatenate([[0], np.cumsum(reader.counts)])
     stop = int(starts[-1]) if stop is None else stop
 

@@ -47,9 +47,9 @@ from cmgan_dist.data.source import (
     FAILURES,
     PACKAGES,
     TRANSIENT,
-    _BadBody,
-    _http_state,
-    _told,
+    BadBody,
+    describe,
+    http_status,
 )
 from cmgan_dist.data.store import LocalStore, ShardStore
 from cmgan_dist.errors import BadInput
@@ -180,7 +180,7 @@ class CachedStore(ShardStore):
             failures = [getattr(importlib.import_module(module), name) for module, _, name in names]
         except ImportError as error:
             raise BadInput(f"{data} needs a package ({error}): run 'pip install {self.package}'") from None
-        self.failures: tuple[type[Exception], ...] = (OSError, _BadBody, *failures)
+        self.failures: tuple[type[Exception], ...] = (OSError, BadBody, *failures)
         _make_cache_folder(folder)
         self.base, mark, query = data.partition("?") if self.package == "aiohttp" else (data, "", "")
         self.base = self.base.rstrip("/")
@@ -196,17 +196,17 @@ class CachedStore(ShardStore):
         connect and `timeout_s` for the first byte, and the waits between tries."""
         return self.tries * 2 * self.timeout_s + sum(self._longest_wait(n) for n in range(1, self.tries))
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return f"{self.base}/{name}"
 
     def check(self, shards: Sequence[ShardInfo]) -> None:
         pass
 
     def read(self, name: str) -> bytes:
-        return self._trying(name, lambda: self._files().cat_file(self.where(name) + self.query))
+        return self._trying(name, lambda: self._files().cat_file(self.location(name) + self.query))
 
     def open(self, shard: ShardInfo) -> int:
-        url = self.where(shard.name)
+        url = self.location(shard.name)
         if shard.bytes < 1 or not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # it becomes a file name
             raise BadInput(
                 f"{url} has no bytes or sha256 in its manifest: run 'python -m shards index' on the data set"
@@ -307,19 +307,19 @@ class CachedStore(ShardStore):
 
     def _trying(self, name: str, once: Callable[[], T]) -> T:
         """Call `once` until it works. Raises BadInput, naming the URL, when the source refuses or stays bad."""
-        url, began, reason = self.where(name), time.monotonic(), ""
+        url, began, reason = self.location(name), time.monotonic(), ""
         for n in range(1, self.tries + 1):
             try:
                 return once()
             except self.failures as error:
-                state = _http_state(error)
+                state = http_status(error)
                 if isinstance(error, FileNotFoundError) or state in (404, 410):
                     raise BadInput(f"{url} does not exist: check the URL, or run 'python -m shards index'") from None
                 if isinstance(error, PermissionError) or "Forbidden" in str(error) or state in (401, 403):
-                    raise BadInput(f"{url} may not be read ({_told(error, state)}): check the credentials") from None
+                    raise BadInput(f"{url} may not be read ({describe(error, state)}): check the credentials") from None
                 if "Credentials" in type(error).__name__:
                     raise BadInput(f"{url} needs credentials ({error}): set them as {self.package} says") from None
-                reason = _told(error, state)
+                reason = describe(error, state)
                 if state is not None and state < 500 and state not in TRANSIENT:
                     raise BadInput(f"{url} cannot be read: {reason}: check the URL") from None
             log.info("try %d of %d to read %s: %s", n, self.tries, url, reason)
@@ -332,7 +332,7 @@ class CachedStore(ShardStore):
 
     def _blocks(self, shard: ShardInfo) -> Generator[bytes]:
         """The shard's bytes as they come: one request by HTTP, one for each block from an object store."""
-        files, url = self._files(), self.where(shard.name) + self.query
+        files, url = self._files(), self.location(shard.name) + self.query
         if self.package == "aiohttp":  # many HTTP servers do not know ranges
             with files.open(url, "rb", block_size=0, size=shard.bytes) as body:
                 while block := body.read(BLOCK):
@@ -342,21 +342,21 @@ class CachedStore(ShardStore):
             yield files.cat_file(url, start=start, end=min(start + BLOCK, shard.bytes))
 
     def _fetch(self, shard: ShardInfo, part: int) -> None:
-        """One try. Raises _BadBody when what came is not the shard."""
+        """One try. Raises BadBody when what came is not the shard."""
         digest, at = hashlib.sha256(), 0
         with contextlib.closing(self._blocks(shard)) as blocks:
             for block in blocks:
                 if at + len(block) > shard.bytes:
-                    raise _BadBody(f"the body is longer than the manifest's {shard.bytes} bytes")
+                    raise BadBody(f"the body is longer than the manifest's {shard.bytes} bytes")
                 digest.update(block)
                 view = memoryview(block)
                 while view:
                     done = self._with_space(shard, partial(os.pwrite, part, view, at))
                     view, at = view[done:], at + done
         if at < shard.bytes:
-            raise _BadBody(f"the body ended after {at} of {shard.bytes} bytes")
+            raise BadBody(f"the body ended after {at} of {shard.bytes} bytes")
         if digest.hexdigest() != shard.sha256:
-            raise _BadBody(f"the body's sha256 is {digest.hexdigest()[:12]}…, the manifest's {shard.sha256[:12]}…")
+            raise BadBody(f"the body's sha256 is {digest.hexdigest()[:12]}…, the manifest's {shard.sha256[:12]}…")
 
     # ------------------------------------------------------------------------------------------ cache
 
@@ -378,7 +378,7 @@ class CachedStore(ShardStore):
             self._verified.add(known)
             os.utime(file)  # the least recently used goes first
             return file
-        log.warning("%s is damaged, fetching %s again", path, self.where(shard.name))
+        log.warning("%s is damaged, fetching %s again", path, self.location(shard.name))
         if _is_at(file, path):
             path.unlink(missing_ok=True)
         os.close(file)
@@ -449,7 +449,7 @@ class CachedStore(ShardStore):
                 if error.errno in (errno.ENOSPC, errno.EDQUOT) and self._evict():
                     continue
                 raise BadInput(
-                    f"cache folder {self.folder} cannot take the {shard.bytes} bytes of {self.where(shard.name)} "
+                    f"cache folder {self.folder} cannot take the {shard.bytes} bytes of {self.location(shard.name)} "
                     f"({error.strerror}): free space, or set stream.cache to a folder on another disk"
                 ) from None
 

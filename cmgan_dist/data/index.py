@@ -106,7 +106,9 @@ class ShardIndex:
     def labels(self, i: int) -> tuple[int, ...]:
         return tuple(int(v) for v in self.label_values[self.label_starts[i] : self.label_starts[i + 1]])
 
-    def cut(self, row: list[int], data: bytes, bodies: Data, at: int = 0) -> tuple[str, dict[str, Data]] | None:
+    def slice_members(
+        self, row: list[int], data: bytes, bodies: Data, at: int = 0
+    ) -> tuple[str, dict[str, Data]] | None:
         """(key, members by extension) of the sample with the row `row` in `layouts`, whose first header is data[at].
 
         `bodies`: `data`, or a view of it of which the members shall be views. None: only a walk finds the members, or

@@ -36,7 +36,7 @@ def generator_for(*values: int) -> np.random.Generator:
 
 
 @dataclass(slots=True)
-class Row:
+class SampleRef:
     """One row of a global batch: where its sample lies and how to draw from it."""
 
     source: int
@@ -47,16 +47,16 @@ class Row:
     """64-bit number of this position, for the caption and the augmentation."""
     place: int
     """Where it stands in its window or class."""
-    spares: int
+    replacements: int
     """How many samples can be taken instead when this one is bad."""
     spare_of: Callable[[int, int], tuple[int, int]]
     """(place, k) -> the k-th of them; one function for all rows of a window or class."""
 
-    def spare(self, k: int) -> tuple[int, int]:
+    def replacement(self, k: int) -> tuple[int, int]:
         return self.spare_of(self.place, k)
 
 
-class Place(NamedTuple):
+class StreamPosition(NamedTuple):
     """Where a logical stream is in a data set, and which shards it needs next."""
 
     source: int
@@ -123,18 +123,18 @@ class Plan:
         )
         return rows[generator_for(self.seed, epoch, 2, stream, window).permutation(len(rows))]
 
-    def rows(self, epoch: int, stream: int, first: int, count: int) -> list[Row]:
+    def rows(self, epoch: int, stream: int, first: int, count: int) -> list[SampleRef]:
         """The samples at places first..first + count of a logical stream in an epoch."""
         starts = self._windows(epoch, stream)[1]
         window = int(np.searchsorted(starts, first, side="right")) - 1
         state = mix(self.seed, epoch, 3, stream)
-        rows: list[Row] = []
+        rows: list[SampleRef] = []
         while len(rows) < count:
-            spares = self._spares(epoch, stream, window)
+            replacements = self._spares(epoch, stream, window)
             at, stop = first + len(rows) - int(starts[window]), first + count - int(starts[window])
             spare_of, before = partial(self._spare, epoch, stream, window), int(starts[window])
             for shard, index in self._shuffled(epoch, stream, window)[at:stop].tolist():
-                rows.append(Row(0, shard, index, _mix_in(state, before + at), at, spares, spare_of))
+                rows.append(SampleRef(0, shard, index, _mix_in(state, before + at), at, replacements, spare_of))
                 at += 1
             window += 1
         return rows
@@ -160,22 +160,22 @@ class Plan:
         shard, index = order[(at + 1 + k) % len(order)]
         return int(shard), int(index)
 
-    def place(self, step: int, stream: int) -> list[Place]:
+    def place(self, step: int, stream: int) -> list[StreamPosition]:
         """Where a logical stream is at a global batch of the run."""
         epoch, within = divmod(step, self.steps)
         windows, starts = self._windows(epoch, stream)
         window = int(np.searchsorted(starts, within * self.chunk, side="right")) - 1
         last = window + 1 == len(windows)
         following = self._windows(epoch + 1, stream)[0][0] if last else windows[window + 1]
-        return [Place(0, epoch, window, [shard for shard, _, _ in following])]
+        return [StreamPosition(0, epoch, window, [shard for shard, _, _ in following])]
 
-    def chunk_rows(self, step: int, stream: int) -> list[Row]:
+    def chunk_rows(self, step: int, stream: int) -> list[SampleRef]:
         """The G / S rows that logical stream `stream` gives to global batch `step` (counted from the run's start)."""
         epoch, within = divmod(step, self.steps)
         return self.rows(epoch, stream, within * self.chunk, self.chunk)
 
 
-def _spare_of_class(members: np.ndarray, place: int, k: int) -> tuple[int, int]:
+def _replacement_of_class(members: np.ndarray, place: int, k: int) -> tuple[int, int]:
     shard, index = members[(place + 1 + k) % len(members)]
     return int(shard), int(index)
 
@@ -192,7 +192,7 @@ class BalancedPlan(Plan):
         )
         self.members = members
 
-    def chunk_rows(self, step: int, stream: int) -> list[Row]:
+    def chunk_rows(self, step: int, stream: int) -> list[SampleRef]:
         rng = generator_for(self.seed, 4, step, stream)
         n = len(self.members)
         right = rng.integers(n, size=self.chunk)
@@ -205,11 +205,13 @@ class BalancedPlan(Plan):
                 shard, index = members[at]
                 draw = mix(self.seed, 5, step, stream, 2 * j + which)
                 rows.append(
-                    Row(0, int(shard), int(index), draw, at, len(members) - 1, partial(_spare_of_class, members))
+                    SampleRef(
+                        0, int(shard), int(index), draw, at, len(members) - 1, partial(_replacement_of_class, members)
+                    )
                 )
         return rows
 
-    def place(self, step: int, stream: int) -> list[Place]:
+    def place(self, step: int, stream: int) -> list[StreamPosition]:
         return []  # any shard can be next
 
 
@@ -254,7 +256,7 @@ class MixturePlan:
             before[sources == k] = np.arange(self.quota[k])
         return sources, before
 
-    def chunk_rows(self, step: int, stream: int) -> list[Row]:
+    def chunk_rows(self, step: int, stream: int) -> list[SampleRef]:
         """As `Plan.chunk_rows`."""
         rows = []
         for n in range(step * self.chunk, (step + 1) * self.chunk):
@@ -268,7 +270,7 @@ class MixturePlan:
             rows.append(row)
         return rows
 
-    def place(self, step: int, stream: int) -> list[Place]:
+    def place(self, step: int, stream: int) -> list[StreamPosition]:
         """As `Plan.place`, for each data set: where its next row lies."""
         period, at = divmod(step * self.chunk, self.PERIOD)
         taken = period * self.quota + np.bincount(self._period(stream, period)[0][:at], minlength=len(self.plans))

@@ -41,11 +41,11 @@ class ShardReader:
         )
         self.data, self.split = data, split
         manifest = self.store.read(MANIFEST_NAME).decode("utf-8", "replace")
-        self.manifest = Manifest.from_json(manifest, self.store.where(MANIFEST_NAME))
+        self.manifest = Manifest.from_json(manifest, self.store.location(MANIFEST_NAME))
         self.shards = self.manifest.shards(split)
         for shard in self.shards:
             if shard.samples == 0:
-                where = self.store.where(shard.name)
+                where = self.store.location(shard.name)
                 raise BadInput(f"shard {where} is empty: remove it and run 'python -m shards index'")
         self.store.check(self.shards)
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -59,14 +59,14 @@ class ShardReader:
 
     def _read_index(self, shard: int) -> ShardIndex:
         name = index_name(self.shards[shard].name)
-        index = ShardIndex.from_bytes(self.store.read(name), self.store.where(name))
+        index = ShardIndex.from_bytes(self.store.read(name), self.store.location(name))
         if len(index) != self.shards[shard].samples:
             raise BadInput(
-                f"{self.store.where(name)} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "
+                f"{self.store.location(name)} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "
                 f"run 'python -m shards index {self.data}'"
             )
         if index.offsets[-1] > self.shards[shard].bytes:
-            raise BadInput(f"{self.store.where(name)} is damaged: run 'python -m shards index {self.data}'")
+            raise BadInput(f"{self.store.location(name)} is damaged: run 'python -m shards index {self.data}'")
         return index
 
     def _descriptor(self, shard: int) -> int:
@@ -90,7 +90,7 @@ class ShardReader:
         if len(data) < stop - start:
             raise BadSample(f"{name} sample {index}: the shard is truncated at byte {start + len(data)}")
         row = where.layouts[index].tolist()
-        if found := where.cut(row, data, data):
+        if found := where.slice_members(row, data, data):
             return found
         for key, _, members in iter_samples(io.BytesIO(data), name):  # the first one; or it says where damage is
             if row[0]:
@@ -128,7 +128,7 @@ class ShardReader:
                 whole, view = len(data), memoryview(data)
                 places = (where.offsets[first : stop + 1] - start).tolist()
                 for i, row in enumerate(where.layouts[first:stop].tolist()):
-                    found = where.cut(row, data, view, places[i]) if places[i + 1] <= whole else None
+                    found = where.slice_members(row, data, view, places[i]) if places[i + 1] <= whole else None
                     if found:
                         yield shard, *found
                         continue

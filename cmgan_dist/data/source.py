@@ -18,11 +18,11 @@ TRANSIENT = (408, 425, 429)
 """HTTP states below 500 that another try can cure."""
 
 
-class _BadBody(Exception):
+class BadBody(Exception):
     """What arrived is not the shard: too short, too long, or other bytes."""
 
 
-def _http_state(error: Exception) -> int | None:
+def http_status(error: Exception) -> int | None:
     """The HTTP status that a backend's error stands for: aiohttp `status`, gcsfs `code`, botocore a dictionary."""
     response = getattr(error.__cause__, "response", None)
     if isinstance(response, dict):
@@ -32,7 +32,7 @@ def _http_state(error: Exception) -> int | None:
     return int(state) if str(state).isdigit() else None
 
 
-def _told(error: Exception, state: int | None) -> str:
+def describe(error: Exception, state: int | None) -> str:
     """What happened, in words; without the request's URL, which may be signed."""
     if state is not None:
         return f"HTTP {state}"

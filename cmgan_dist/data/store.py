@@ -15,7 +15,7 @@ class ShardStore(ABC):
     """Where the files of a data set are. One object may be used by several threads and by forked processes."""
 
     @abstractmethod
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         """The file's path or URL, for messages."""
 
     @abstractmethod
@@ -43,7 +43,7 @@ class LocalStore(ShardStore):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return str(self.folder / name)
 
     def read(self, name: str) -> bytes:

@@ -1,8 +1,8 @@
 """The stream: manifest -> order -> windows -> decode -> Batch. The position is one integer, samples seen.
 
 A sample's journey: a plan (order.py) says by arithmetic which (shard, index) every row of global batch t is, whatever
-the number of ranks and workers; `ShardReader` reads it by its offset, `Decoder` turns it into arrays, and `Stream`
-joins rows to the rank's Batch. A bad sample is replaced by the next good one of its window, counted and named.
+the number of ranks and workers; `ShardReader` reads it by its offset, `SampleDecoder` turns it into arrays, and
+`Stream` joins rows to the rank's Batch. A bad sample is replaced by the next good one of its window, counted and named.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cmgan_dist.config.fields import StreamConfig, resolved_streams
-from cmgan_dist.data.batch import Batch, Decoder, _stack_texts, join
-from cmgan_dist.data.order import BalancedPlan, MixturePlan, Plan, Row, streams_of_rank
+from cmgan_dist.data.batch import Batch, SampleDecoder, _stack_texts, join
+from cmgan_dist.data.order import BalancedPlan, MixturePlan, Plan, SampleRef, streams_of_rank
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput, BadSample
 
@@ -68,7 +68,7 @@ class Stream:
         self.manifest = self.readers[0].manifest
         self.held = streams_of_rank(resolved_streams(config), rank, world)
         self.plan = self._make_plan(config, seed)
-        self.decoder = Decoder.of(self.manifest, image_size, config.augment)
+        self.decoder = SampleDecoder.of(self.manifest, image_size, config.augment)
         self.workers = max(w for w in range(config.workers + 1) if w == 0 or len(self.held) % w == 0)
         if self.workers != config.workers:
             log.info("%d workers: the %d logical streams of a rank are shared evenly", self.workers, len(self.held))
@@ -128,12 +128,14 @@ class Stream:
         """Samples in an epoch: N less the remainder N mod G; N counts all data sets of a mixture."""
         return self.plan.epoch_samples
 
-    def read_row(self, row: Row, image: np.ndarray, labels: np.ndarray, bad: list[str]) -> tuple[str, str | np.ndarray]:
+    def read_row(
+        self, row: SampleRef, image: np.ndarray, labels: np.ndarray, bad: list[str]
+    ) -> tuple[str, str | np.ndarray]:
         """Fill a row of a batch with the row's sample, or with the next good one of its window; (key, text).
 
         Raises BadInput when none is good."""
         reader, shard, index = self.readers[row.source], row.shard, row.index
-        for k in range(row.spares + 1):
+        for k in range(row.replacements + 1):
             self._reads += 1
             try:
                 sample = reader.read(shard, index)
@@ -143,10 +145,10 @@ class Stream:
                 self._bad += 1
                 bad.append(str(error))
                 self._check_share(reader, str(error))
-            if k < row.spares:
-                shard, index = row.spare(k)
+            if k < row.replacements:
+                shard, index = row.replacement(k)
         raise BadInput(
-            f"no usable sample left in a window of {row.spares + 1} of split '{reader.split}' in {reader.data}; "
+            f"no usable sample left in a window of {row.replacements + 1} of split '{reader.split}' in {reader.data}; "
             f"the last one: {bad[-1]}: run 'python -m shards verify {reader.data}'"
         )
 

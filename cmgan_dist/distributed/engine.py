@@ -43,9 +43,9 @@ class Engine:
         """`wrapped`: what losses call, by the part of `module` that they train ("" is all of it), with DDP around it
         where there are several processes."""
         self.module, self.wrapped, self.settings = module, wrapped, settings
-        self.names = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.parameters = list(self.names.values())
-        self.small = [p for p in self.parameters if p.ndim == 1]
+        self.named_parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named_parameters.values())
+        self.vectors = [p for p in self.parameters if p.ndim == 1]
         self.scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE) if settings.fp16 else None
         self.optimizer = self._optimizer()
 
@@ -62,7 +62,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------ one update
 
     @contextlib.contextmanager
-    def pass_of(self, last: bool) -> Iterator[None]:
+    def accumulate(self, last: bool) -> Iterator[None]:
         """Around forward and backward of one micro-batch of an update; gradients are reduced in the `last` one."""
         with contextlib.ExitStack() as stack:
             for part in self.wrapped.values():
@@ -99,7 +99,7 @@ class Engine:
         else:
             # Every way back from a loss leads through a bias or a BatchNorm's affine parameters, so their gradients
             # tell of another process's NaN; the fused optimiser reads the flag where it is.
-            grads = [p.grad for p in self.small if p.grad is not None]
+            grads = [p.grad for p in self.vectors if p.grad is not None]
             signs = [loss.detach().float(), *(g.sum() for g in grads)]
             bad = ~torch.isfinite(torch.stack(signs)).all()
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
@@ -111,7 +111,7 @@ class Engine:
     def state(self) -> dict[str, Tensor]:
         """NAME/exp_avg, NAME/exp_avg_sq and NAME/step of every parameter that was updated, scaler/*."""
         out = {}
-        for name, parameter in self.names.items():
+        for name, parameter in self.named_parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 out[f"{name}/{key}"] = value
         if self.scaler is not None and self.scaler._scale is not None:
@@ -121,7 +121,7 @@ class Engine:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` of any engine of this module gave."""
-        for name, parameter in self.names.items():
+        for name, parameter in self.named_parameters.items():
             if f"{name}/step" in state:
                 made = {k: state[f"{name}/{k}"].to(parameter.device).clone() for k in MOMENTS}
                 step = state[f"{name}/step"].to(parameter.device, torch.float32).clone()

@@ -76,7 +76,7 @@ class ZeroEngine(Engine):
         self.wrapped = {"": self.engine}
 
     @contextlib.contextmanager
-    def pass_of(self, last: bool) -> Iterator[None]:
+    def accumulate(self, last: bool) -> Iterator[None]:
         self.engine.set_gradient_accumulation_boundary(last)
         yield
 
@@ -97,7 +97,7 @@ class ZeroEngine(Engine):
             return {}
         step = torch.as_tensor(float(states[0]["step"]))
         out = {}
-        for name, parameter in self.names.items():
+        for name, parameter in self.named_parameters.items():
             for key in MOMENTS:
                 out[f"{name}/{key}"] = safe_get_full_optimizer_state(parameter, key).cpu()
             out[f"{name}/step"] = step
@@ -105,10 +105,10 @@ class ZeroEngine(Engine):
 
     def load(self, state: dict[str, Tensor]) -> None:
         self.zero.refresh_fp32_params()
-        steps = {float(state[f"{name}/step"]) for name in self.names if f"{name}/step" in state}
+        steps = {float(state[f"{name}/step"]) for name in self.named_parameters if f"{name}/step" in state}
         if not steps:
             return
-        if len(steps) > 1 or any(f"{name}/step" not in state for name in self.names):
+        if len(steps) > 1 or any(f"{name}/step" not in state for name in self.named_parameters):
             raise BadInput(
                 "this checkpoint was trained with optim.update=alternate or other loss terms: its Adam step counts "
                 "differ among parameters and DeepSpeed has one for all; go on without DeepSpeed"
@@ -119,7 +119,7 @@ class ZeroEngine(Engine):
                 count = torch.tensor(step, device=flat.device)
                 self.optimizer.state[flat] = {"step": count, **{key: torch.zeros_like(flat) for key in MOMENTS}}
         self.zero._lazy_init_hp_params_optimizer_state()  # what the first step would do
-        for name, parameter in self.names.items():
+        for name, parameter in self.named_parameters.items():
             for key in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[f"{name}/{key}"].to(parameter.device), key)
 

@@ -60,7 +60,7 @@ class Reconstruction:
 
 
 @dataclass
-class Side:
+class ModalityOutput:
     """What the generator makes of one modality."""
 
     feature: Tensor
@@ -72,10 +72,10 @@ class Side:
     reconstruction: Reconstruction | None
     """Decoder output; None when not asked for."""
 
-    def rows(self, first: int, stop: int) -> Side:
+    def rows(self, first: int, stop: int) -> ModalityOutput:
         """Rows first..stop of feature, common and reconstruction."""
         made = None if self.reconstruction is None else self.reconstruction.rows(first, stop)
-        return Side(self.feature[first:stop], self.common[first:stop], None, made)
+        return ModalityOutput(self.feature[first:stop], self.common[first:stop], None, made)
 
 
 class SharedLayers(nn.Module):
@@ -213,7 +213,7 @@ class Generator(nn.Module):
 
     def forward(
         self, image: Tensor | None, text: TextInput | None, *, classify: bool = True, decode: bool = True
-    ) -> tuple[Side | None, Side | None]:
+    ) -> tuple[ModalityOutput | None, ModalityOutput | None]:
         """Both sides, or one when the other input is None. Inputs are those of `extract`."""
         f_image, f_text = self._features(image, text)
         common_image, common_text = self.shared(
@@ -233,10 +233,10 @@ class Generator(nn.Module):
         decoder: nn.Module,
         classify: bool,
         decode: bool,
-    ) -> Side | None:
+    ) -> ModalityOutput | None:
         if feature is None or common is None:
             return None
-        return Side(
+        return ModalityOutput(
             feature=feature.detach(),
             common=common,
             logits=self.classifiers[head](common).float() if classify and len(self.classifiers) else None,
@@ -244,7 +244,7 @@ class Generator(nn.Module):
         )
 
 
-class OneSide(nn.Module):
+class SingleModalityGenerator(nn.Module):
     """A generator with the parameters of one modality's way through it and no others: DDP around it sends the gradients
     that a phase of that side has, not zeros for the other side's."""
 

@@ -28,9 +28,9 @@ from cmgan_dist.retrieval.embed import embed_split
 from cmgan_dist.retrieval.metrics import evaluate, score_of
 from cmgan_dist.training.phases import Phase, not_finite, phase_table, run_phase
 from cmgan_dist.training.recorder import Clock, tracing
-from cmgan_dist.training.run import Session, prepare
+from cmgan_dist.training.run import Run, prepare
 from cmgan_dist.training.state import update_average
-from cmgan_dist.training.step import make_scene
+from cmgan_dist.training.step import StepInputs, build_step_inputs
 
 log = logging.getLogger(__name__)
 
@@ -60,40 +60,40 @@ def train(config: Config, resume: str = "auto") -> int:
 
     Raises BadInput before the first update for whatever the config, the data or an earlier run make impossible, and
     later when too many samples are bad or a loss is not finite."""
-    return run_session(prepare(config, resume))
+    return run_training(prepare(config, resume))
 
 
-def run_session(session: Session) -> int:
+def run_training(run: Run) -> int:
     """Go on to the end or to a signal; returns the exit code.
 
     Raises BadInput, which may be this process's alone, and LostProcess when another one is gone or does not answer."""
-    run, progress, total = session.run, session.progress, session.total
-    parallel, recorder = session.parallel, session.recorder
+    progress, total = run.progress, run.total
+    parallel, recorder = run.parallel, run.recorder
     clock = Clock(parallel.device)
     with recorder.started(progress.position, total):
         if progress.position >= total:
-            recorder.say(f"{run} is done: {total} samples, best validation score {progress.best:.4f}")
+            recorder.say(f"{run.folder} is done: {total} samples, best validation score {progress.best:.4f}")
         else:
             if progress.position:
-                recorder.say(f"resuming {run} at sample {progress.position} of {total}")
+                recorder.say(f"resuming {run.folder} at sample {progress.position} of {total}")
             processes = f"{parallel.world} process{'es' * (parallel.world > 1)}"
-            each = micro_batch(session.config) // parallel.world
-            parts = session.config.optim.accumulate
-            how = f"{session.config.train.precision}{f', {parallel.kind}' * bool(parallel.kind)}"
+            each = micro_batch(run.config) // parallel.world
+            parts = run.config.optim.accumulate
+            how = f"{run.config.train.precision}{f', {parallel.kind}' * bool(parallel.kind)}"
             recorder.say(
                 f"{processes} on {parallel.device.type} ({how}), {each * parts} samples a batch each"
                 f"{f' in {parts} parts' * (parts > 1)}"
             )
             parallel.watch_signals()
             try:
-                loop(session, clock)
-                session.checkpointer.wait()
+                loop(run, clock)
+                run.checkpointer.wait()
             except RuntimeError as error:
                 if parallel.world == 1 or not is_lost_process(error):
                     raise
                 raise LostProcess(
                     f"process {parallel.rank} lost another process at sample {progress.position} "
-                    f"({str(error).splitlines()[0]}): start again to go on from the last checkpoint in {run}"
+                    f"({str(error).splitlines()[0]}): start again to go on from the last checkpoint in {run.folder}"
                 ) from error
             if progress.position < total:
                 where = f"sample {progress.position} of {total}"
@@ -102,135 +102,141 @@ def run_session(session: Session) -> int:
                 clock.lap("other")
                 clock.take()
                 recorder.say(f"time: {clock.summary()}")
-                done = f"done: {run}"
-                if session.config.train.report:
-                    from cmgan_dist.report.run import write_report  # it takes seconds to import, and only here
-
-                    done = f"done: report at {write_report(run)}"
-                recorder.say(done)
-    session.networks.release()
+                recorder.say(f"done: {run.folder}")
+    run.networks.release()
     parallel.close()
     return EXIT_DONE if progress.position >= total else EXIT_SIGNALLED
 
 
-def loop(session: Session, clock: Clock) -> None:
+def loop(run: Run, clock: Clock) -> None:
     """Batches up to the end of the run or a signal."""
-    config = session.config
+    config = run.config
     table, parts = phase_table(config), config.optim.accumulate
     with (
-        contextlib.closing(session.stream.batches(session.progress.position)) as source,
-        tracing(session.run, session.parallel.rank, config.train.trace) as trace,
+        contextlib.closing(run.stream.batches(run.progress.position)) as source,
+        tracing(run.folder, run.parallel.rank, config.train.trace) as trace,
     ):
         while True:
             batches = list(itertools.islice(source, parts))
             clock.lap("data")
-            if one_batch(session, batches, table, clock):
+            if one_batch(run, batches, table, clock):
                 return
             trace()
 
 
-def one_batch(session: Session, batches: list[Batch], table: list[Phase], clock: Clock) -> bool:
+def one_batch(run: Run, batches: list[Batch], table: list[Phase], clock: Clock) -> bool:
     """One pass over the phase table, then what is due: log, validation, checkpoint. True when the run is to end."""
-    config, parallel, networks = session.config, session.parallel, session.networks
-    progress, recorder = session.progress, session.recorder
-    batch_size, epoch_samples = config.stream.global_batch, progress.epoch_samples
-
-    # --- reseed from the position, set the rates, run the table
-    position, epoch = progress.position, progress.position / epoch_samples
-    torch.manual_seed(mix(config.train.seed, position, parallel.rank, 8) >> 1)
-    factor = rate(config.optim, epoch, config.train.epochs)
-    networks.set_rates(factor)
-    size = micro_batch(config)
-    scenes = [
-        make_scene(batch, networks, config, parallel, position + i * size, session.multi)
-        for i, batch in enumerate(batches)
-    ]
-    clock.lap("no-grad forward")
-    last = position + batch_size >= session.total
-    log_now = last or session.due(config.train.log_every * batch_size, ahead=True)
-    terms: dict[str, Tensor] = {}
-    for phase in table:
-        terms |= run_phase(phase, scenes, networks.engines, parallel.autocast, measure=log_now)
-        clock.lap(phase.name)
-    for key in {k for k in terms if k.startswith("skipped/")}:
-        session.skipped[key] = session.skipped.get(key, 0) + terms.pop(key)
-    if networks.average is not None:
-        update_average(networks.average, networks.generator, config.train.ema)
+    config, progress = run.config, run.progress
+    last = progress.position + config.stream.global_batch >= run.total
+    log_now = last or run.due(config.train.log_every * config.stream.global_batch, ahead=True)
+    all_inputs, terms = run_phases(run, batches, table, clock, measure=log_now)
     for line in (line for batch in batches for line in batch.bad):
         log.warning("bad sample replaced: %s", line)
-        session.bad += 1
+        run.bad += 1
 
     # --- agree on what happened
     losses = {name: value for name, value in terms.items() if name.startswith("loss/")}
     wrong = not_finite(losses.values())
-    stopped, diverged = parallel.any_process(wrong)
+    stopped, diverged = run.parallel.any_process(wrong)
     if any(diverged):
-        give_up(session, [name for name, flag in zip(losses, diverged, strict=True) if flag], wrong, batches)
-    progress.position += batch_size
+        give_up(run, [name for name, flag in zip(losses, diverged, strict=True) if flag], wrong, batches)
+    progress.position += config.stream.global_batch
 
     # --- what is due now
-    val_now = last or (config.train.val_every > 0 and session.due(session.samples(config.train.val_every)))
-    save_now = last or stopped or session.due(session.samples(config.train.save_every))
+    val_now = last or (config.train.val_every > 0 and run.due(run.samples(config.train.val_every)))
+    save_now = last or stopped or run.due(run.samples(config.train.save_every))
     clock.lap("other")
     if log_now or save_now:
-        stats = {k: sum(float(s.stats[k]) for s in scenes) / len(scenes) for k in scenes[0].stats}
-        values = {"bad": float(session.bad), **{k: float(v) for k, v in terms.items()}, **stats}
-        values = parallel.mean(values)
-        progress.bad_samples += round(values.pop("bad") * parallel.world)
-        session.bad = 0
-    if log_now:
-        values |= {"lr": config.optim.generator_lr * factor, "bad_samples": progress.bad_samples}
-        values |= {k: float(v) for k, v in session.skipped.items()}
-        values |= {"samples_per_s": recorder.rate(progress.position), **clock.take(), "memory_gib": parallel.memory()}
-        recorder.line("train", progress.position, values, epoch_samples)
-    recorder.show(progress.position, f"epoch {epoch:.0f} best {progress.best or 0:.4f}")
-    scores = validate_now(session) if val_now else None
+        record_batch(run, all_inputs, terms, clock if log_now else None)
+    run.recorder.show(progress.position, f"epoch {run.epoch:.0f} best {progress.best or 0:.4f}")
+    scores = validate_now(run) if val_now else None
     clock.lap("validation")
     if save_now:
-        session.checkpointer.save(progress, networks.tensors())
+        run.checkpointer.save(progress, run.networks.tensors())
         clock.lap("checkpoint")
-    if scores is not None and session.on_validation is not None:
-        session.checkpointer.wait()
-        session.on_validation(session, scores)
+    if scores is not None and run.on_validation is not None:
+        run.checkpointer.wait()
+        run.on_validation(run, scores)
     return last or stopped
 
 
-def give_up(session: Session, losses: list[str], wrong: Tensor, batches: list[Batch]) -> NoReturn:
+def run_phases(
+    run: Run, batches: list[Batch], table: list[Phase], clock: Clock, measure: bool
+) -> tuple[list[StepInputs], dict[str, Tensor]]:
+    """Reseed from the position, set the rates, run the table: (inputs of each micro-batch, what was measured)."""
+    config, parallel, networks, position = run.config, run.parallel, run.networks, run.progress.position
+    torch.manual_seed(mix(config.train.seed, position, parallel.rank, 8) >> 1)
+    networks.set_rates(rate(config.optim, run.epoch, config.train.epochs))
+    size = micro_batch(config)
+    all_inputs = [
+        build_step_inputs(batch, networks, config, parallel, position + i * size, run.multi)
+        for i, batch in enumerate(batches)
+    ]
+    clock.lap("no-grad forward")
+    terms: dict[str, Tensor] = {}
+    for phase in table:
+        terms |= run_phase(phase, all_inputs, networks.engines, parallel.autocast, measure)
+        clock.lap(phase.name)
+    for key in {k for k in terms if k.startswith("skipped/")}:
+        run.skipped[key] = run.skipped.get(key, 0) + terms.pop(key)
+    if networks.average is not None:
+        update_average(networks.average, networks.generator, config.train.ema)
+    return all_inputs, terms
+
+
+def record_batch(run: Run, all_inputs: list[StepInputs], terms: dict[str, Tensor], clock: Clock | None) -> None:
+    """Take the means over the processes of what the batch that has just ended measured, count its bad samples, and
+    with a `clock` write a line of metrics.jsonl."""
+    progress, parallel = run.progress, run.parallel
+    stats = {k: sum(float(s.stats[k]) for s in all_inputs) / len(all_inputs) for k in all_inputs[0].stats}
+    values = parallel.mean({"bad": float(run.bad), **{k: float(v) for k, v in terms.items()}, **stats})
+    progress.bad_samples += round(values.pop("bad") * parallel.world)
+    run.bad = 0
+    if clock is None:
+        return
+    began = (progress.position - run.config.stream.global_batch) / progress.epoch_samples
+    factor = rate(run.config.optim, began, run.config.train.epochs)
+    values |= {"lr": run.config.optim.generator_lr * factor, "bad_samples": progress.bad_samples}
+    values |= {k: float(v) for k, v in run.skipped.items()}
+    values |= {"samples_per_s": run.recorder.rate(progress.position), **clock.take(), "memory_gib": parallel.memory()}
+    run.recorder.line("train", progress.position, values, progress.epoch_samples)
+
+
+def give_up(run: Run, losses: list[str], wrong: Tensor, batches: list[Batch]) -> NoReturn:
     """Save the state, in which no update by a loss that is not finite has been made, and raise BadInput, the same on
     every process, naming phase, position and the samples of the processes that it came from."""
-    parallel, progress = session.parallel, session.progress
+    parallel, progress = run.parallel, run.progress
     mine = [key for batch in batches for key in batch.keys[: batch.size]] if bool(wrong.any()) else []
     keys = [key for part in parallel.gather_objects(mine) for key in part]
-    saved = session.checkpointer.path(progress.position)
-    session.checkpointer.wait()
+    saved = run.checkpointer.path(progress.position)
+    run.checkpointer.wait()
     if not saved.exists():
-        session.checkpointer.save(progress, session.networks.tensors())
-        session.checkpointer.wait()
+        run.checkpointer.save(progress, run.networks.tensors())
+        run.checkpointer.wait()
     if parallel.main:
         record = {"losses": losses, "samples": progress.position, "keys": keys}
-        write_atomic(session.run / "failure.json", json.dumps(record, indent=1) + "\n")
-    step = progress.position // session.config.stream.global_batch
+        write_atomic(run.folder / "failure.json", json.dumps(record, indent=1) + "\n")
+    step = progress.position // run.config.stream.global_batch
     raise BadInput(
         f"{losses[0]} is not finite in phase {losses[0].split('/')[1]} of step {step}, sample {progress.position} "
-        f"(keys {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}, all in {session.run / 'failure.json'}): the state "
+        f"(keys {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}, all in {run.folder / 'failure.json'}): the state "
         f"before it is in {saved}; go on with a lower optim.generator_lr or optim.discriminator_lr",
         everywhere=True,
     )
 
 
-def validate_now(session: Session) -> dict[str, float]:
+def validate_now(run: Run) -> dict[str, float]:
     """Embed and score the validation split; keep the generator when it is the best so far. Returns "score" and the
     metrics, equal on every process."""
-    config, progress, recorder = session.config, session.progress, session.recorder
-    embedded = embed_split(session.networks.judged, session.val_reader, config, session.parallel)
+    config, progress, recorder = run.config, run.progress, run.recorder
+    embedded = embed_split(run.networks.eval_generator, run.val_reader, config, run.parallel)
     metrics = evaluate(embedded.common, zscore=config.eval.zscore, all_modal=False)
     score = score_of(metrics)
     if progress.best is None or score > progress.best:
         progress.best, progress.best_position = score, progress.position
-        if session.parallel.main:
-            save_best(session.run, stored_tensors(session.networks.judged), dataclasses.asdict(progress))
+        if run.parallel.main:
+            save_best(run.folder, stored_tensors(run.networks.eval_generator), dataclasses.asdict(progress))
     values = {"score": score} | {k: v for k, v in metrics.items() if isinstance(v, float)}
     recorder.line("val", progress.position, values, progress.epoch_samples)
-    epoch = progress.position / progress.epoch_samples
-    recorder.say(f"epoch {epoch:6.1f}  validation {score:.4f}  best {progress.best:.4f}")
+    recorder.say(f"epoch {run.epoch:6.1f}  validation {score:.4f}  best {progress.best:.4f}")
     return values

@@ -19,9 +19,9 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.data.order import generator_for
 from cmgan_dist.distributed.engine import Engine
 from cmgan_dist.models.discriminators import InterDiscriminator
-from cmgan_dist.models.generator import Side
+from cmgan_dist.models.generator import ModalityOutput
 from cmgan_dist.training import losses
-from cmgan_dist.training.step import Scene
+from cmgan_dist.training.step import StepInputs
 
 Terms = dict[str, Tensor]
 """Weighted loss terms by name; their sum is minimised."""
@@ -30,30 +30,30 @@ Terms = dict[str, Tensor]
 # ---------------------------------------------------------------------------------------------- losses of the phases
 
 
-def _record(scene: Scene, name: str, groups: dict[str, Tensor]) -> None:
+def _record(inputs: StepInputs, name: str, groups: dict[str, Tensor]) -> None:
     """Accuracy of each group of logits (real wants > 0, others < 0) and the margin real - fake."""
     with torch.no_grad():
         for group, logits in groups.items():
             right = logits > 0 if group == "real" else logits < 0
-            scene.stats[f"accuracy/{name}/{group}"] = right.float().mean()
-        scene.stats[f"margin/{name}"] = groups["real"].mean() - groups["fake"].mean()
+            inputs.stats[f"accuracy/{name}/{group}"] = right.float().mean()
+        inputs.stats[f"margin/{name}"] = groups["real"].mean() - groups["fake"].mean()
 
 
-def _penalties(scene: Scene, name: str, real: list[Tensor], fake: list[Callable[[], Tensor]]) -> Terms:
+def _penalties(inputs: StepInputs, name: str, real: list[Tensor], fake: list[Callable[[], Tensor]]) -> Terms:
     """R1 on real input, lazily, and WGAN-GP's penalty between real and fake, which only that builds."""
-    config, module, terms = scene.config.loss, scene.discriminators[name], Terms()
+    config, module, terms = inputs.config.loss, inputs.discriminators[name], Terms()
 
     def call(inputs: list[Tensor]) -> Tensor:
         return module(*inputs, [len(inputs[0])]) if len(inputs) == 2 else module(*inputs)
 
-    batch = scene.position // scene.config.stream.global_batch
+    batch = inputs.position // inputs.config.stream.global_batch
     with torch.autocast(real[0].device.type, enabled=False):  # gradients of the input would underflow in fp16
         if config.r1 and batch % config.r1_every == 0:
             at = [x.detach().float().requires_grad_() for x in real]
             terms["r1"] = config.r1 * config.r1_every / 2 * losses.squared_gradient_norm(call(at), at)
         if config.adversarial == "wgan-gp":
-            rows = slice(scene.first_row, scene.first_row + len(real[0]))  # the same whatever the number of processes
-            draws = generator_for(scene.config.train.seed, scene.position, 9).random(scene.total)[rows]
+            rows = slice(inputs.first_row, inputs.first_row + len(real[0]))  # the same whatever the number of processes
+            draws = generator_for(inputs.config.train.seed, inputs.position, 9).random(inputs.total)[rows]
             share = torch.from_numpy(draws).float()[:, None].to(real[0].device)
             ends = [(f().detach().float(), r.detach().float()) for r, f in zip(real, fake, strict=True)]
             at = [torch.lerp(f, r, share).requires_grad_() for f, r in ends]
@@ -61,114 +61,114 @@ def _penalties(scene: Scene, name: str, real: list[Tensor], fake: list[Callable[
     return terms
 
 
-def _discriminator_loss(scene: Scene, real: Tensor, fakes: list[tuple[Tensor, float, Tensor | None]]) -> Tensor:
-    return losses.fused_discriminator_loss(scene.config.loss.adversarial, real, fakes, scene.config.model.kernels)
+def _discriminator_loss(inputs: StepInputs, real: Tensor, fakes: list[tuple[Tensor, float, Tensor | None]]) -> Tensor:
+    return losses.fused_discriminator_loss(inputs.config.loss.adversarial, real, fakes, inputs.config.model.kernels)
 
 
-def intra(name: str, side: Callable[[Scene], Side]) -> Callable[[Scene], Terms]:
+def intra(name: str, side: Callable[[StepInputs], ModalityOutput]) -> Callable[[StepInputs], Terms]:
     """D_I, D_T: original feature -> 1, reconstruction -> 0."""
 
-    def loss(scene: Scene) -> Terms:
-        made = side(scene)
+    def loss(inputs: StepInputs) -> Terms:
+        made = side(inputs)
         assert made.reconstruction is not None
-        real, fake = scene.discriminators[name](made.feature, made.reconstruction).chunk(2)
-        _record(scene, name, {"real": real, "fake": fake})
-        adversarial = _discriminator_loss(scene, real, [(fake, 1.0, None)])
-        return {"adversarial": adversarial, **_penalties(scene, name, [made.feature], [made.reconstruction.dense])}
+        real, fake = inputs.discriminators[name](made.feature, made.reconstruction).chunk(2)
+        _record(inputs, name, {"real": real, "fake": fake})
+        adversarial = _discriminator_loss(inputs, real, [(fake, 1.0, None)])
+        return {"adversarial": adversarial, **_penalties(inputs, name, [made.feature], [made.reconstruction.dense])}
 
     return loss
 
 
 def inter(
-    name: str, own: Callable[[Scene], Side], other: Callable[[Scene], Side], modality: str
-) -> Callable[[Scene], Terms]:
+    name: str, own: Callable[[StepInputs], ModalityOutput], other: Callable[[StepInputs], ModalityOutput], modality: str
+) -> Callable[[StepInputs], Terms]:
     """D_CI, D_CT: (own common, feature) -> 1; (other's common, feature) -> 0 and mismatched -> 0, half weight each."""
 
-    def loss(scene: Scene) -> Terms:
-        mine, theirs, wrong = own(scene), other(scene), scene.wrong
+    def loss(inputs: StepInputs) -> Terms:
+        mine, theirs, wrong = own(inputs), other(inputs), inputs.wrong
         assert wrong is not None
         feature = mine.feature
         wrong_common: Tensor = getattr(wrong, f"{modality}_common")
-        conditional = scene.config.loss.mismatch == "conditional"
+        conditional = inputs.config.loss.mismatch == "conditional"
         wrong_feature: Tensor = feature if conditional else getattr(wrong, f"{modality}_feature")
         commons = torch.cat([mine.common, theirs.common, wrong_common.to(mine.common.dtype)])
         rows = [len(feature)] * 3
-        logits = scene.discriminators[name](commons, [feature, feature, wrong_feature], rows)
+        logits = inputs.discriminators[name](commons, [feature, feature, wrong_feature], rows)
         real, fake, mismatched = logits.chunk(3)
-        _record(scene, name, {"real": real, "fake": fake, "wrong": mismatched})
-        adversarial = _discriminator_loss(scene, real, [(fake, 0.5, None), (mismatched, 0.5, wrong.mask)])
+        _record(inputs, name, {"real": real, "fake": fake, "wrong": mismatched})
+        adversarial = _discriminator_loss(inputs, real, [(fake, 0.5, None), (mismatched, 0.5, wrong.mask)])
         between = ([mine.common.float(), feature], [lambda: theirs.common, lambda: feature])
-        return {"adversarial": adversarial, **_penalties(scene, name, *between)}
+        return {"adversarial": adversarial, **_penalties(inputs, name, *between)}
 
     return loss
 
 
 def _generator_terms(
-    scene: Scene, made: Side, classes: bool, intra_name: str, inter_name: str, condition: Tensor
+    inputs: StepInputs, made: ModalityOutput, classes: bool, intra_name: str, inter_name: str, condition: Tensor
 ) -> Terms:
     """One side's generator terms: fool the other modality's inter discriminator and its own intra one, classify."""
-    config, terms = scene.config.loss, Terms()
+    config, terms = inputs.config.loss, Terms()
     if config.inter:
-        judge = scene.bare[inter_name]
+        judge = inputs.unwrapped[inter_name]
         assert isinstance(judge, InterDiscriminator)
-        if inter_name not in scene.conditions:  # neither weights nor features change over the generator's steps
-            scene.conditions[inter_name] = judge.condition(condition)
-        logits = judge(made.common, condition, [len(condition)], scene.conditions[inter_name])
+        if inter_name not in inputs.conditions:  # neither weights nor features change over the generator's steps
+            inputs.conditions[inter_name] = judge.condition(condition)
+        logits = judge(made.common, condition, [len(condition)], inputs.conditions[inter_name])
         terms["inter"] = config.inter * losses.generator_loss(config.adversarial, logits)
     if config.intra:
         assert made.reconstruction is not None
-        logits = scene.bare[intra_name](made.reconstruction)
+        logits = inputs.unwrapped[intra_name](made.reconstruction)
         terms["intra"] = config.intra * losses.generator_loss(config.adversarial, logits)
     if classes and config.classification:
         assert made.logits is not None
-        assert scene.labels is not None
-        term = losses.classification(made.logits, scene.labels, scene.multi, config.label_smoothing)
+        assert inputs.labels is not None
+        term = losses.classification(made.logits, inputs.labels, inputs.multi, config.label_smoothing)
         terms["classification"] = config.classification * term
         with torch.no_grad():
             best = made.logits.argmax(1, keepdim=True)
-            scene.stats[f"accuracy/class/{intra_name[2:]}"] = scene.labels.gather(1, best).float().mean()
+            inputs.stats[f"accuracy/class/{intra_name[2:]}"] = inputs.labels.gather(1, best).float().mean()
     return terms
 
 
-def _contrastive_terms(scene: Scene, image: Tensor, text: Tensor) -> Terms:
+def _contrastive_terms(inputs: StepInputs, image: Tensor, text: Tensor) -> Terms:
     """Pair-level and class-level contrastive terms between commons [B, E]; a detached side is given by one phase."""
-    config, terms = scene.config.loss, Terms()
+    config, terms = inputs.config.loss, Terms()
     if not (config.contrastive or config.class_contrastive):
         return terms
-    every_image, every_text = scene.gather(image), scene.gather(text)
+    every_image, every_text = inputs.gather(image), inputs.gather(text)
     if config.contrastive:
-        term = losses.info_nce(image, text, every_image, every_text, scene.first_row, config.temperature)
+        term = losses.info_nce(image, text, every_image, every_text, inputs.first_row, config.temperature)
         terms["contrastive"] = config.contrastive * term
-    if config.class_contrastive and scene.labels is not None and scene.all_labels is not None:
-        positive = scene.labels.float() @ scene.all_labels.float().T > 0.5
+    if config.class_contrastive and inputs.labels is not None and inputs.all_labels is not None:
+        positive = inputs.labels.float() @ inputs.all_labels.float().T > 0.5
         to_text = losses.class_contrastive(image, every_text, positive, config.class_temperature)
         to_image = losses.class_contrastive(text, every_image, positive, config.class_temperature)
         terms["class_contrastive"] = config.class_contrastive * (to_text + to_image) / 2
     return terms
 
 
-def generator(sides: tuple[str, ...]) -> Callable[[Scene], Terms]:
+def generator(sides: tuple[str, ...]) -> Callable[[StepInputs], Terms]:
     """The generator on the given sides ("image", "text" or both)."""
 
-    def loss(scene: Scene) -> Terms:
-        config = scene.config.loss
-        classes = scene.labels is not None
-        image, text = scene.generator[sides[0] if len(sides) == 1 else ""](
-            scene.image if "image" in sides else None,
-            scene.text if "text" in sides else None,
+    def loss(inputs: StepInputs) -> Terms:
+        config = inputs.config.loss
+        classes = inputs.labels is not None
+        image, text = inputs.generator[sides[0] if len(sides) == 1 else ""](
+            inputs.image if "image" in sides else None,
+            inputs.text if "text" in sides else None,
             classify=classes and config.classification > 0,
             decode=config.intra > 0,
         )
         terms = Terms()
         if image is not None:
-            made = _generator_terms(scene, image, classes, "d_image", "d_text_inter", scene.fake_text.feature)
+            made = _generator_terms(inputs, image, classes, "d_image", "d_text_inter", inputs.fake_text.feature)
             terms |= {f"image_{k}": v for k, v in made.items()}
         if text is not None:
-            made = _generator_terms(scene, text, classes, "d_text", "d_image_inter", scene.fake_image.feature)
+            made = _generator_terms(inputs, text, classes, "d_text", "d_image_inter", inputs.fake_image.feature)
             terms |= {f"text_{k}": v for k, v in made.items()}
-        image_common = image.common if image is not None else scene.fake_image.common
-        text_common = text.common if text is not None else scene.fake_text.common
-        return terms | _contrastive_terms(scene, image_common, text_common)
+        image_common = image.common if image is not None else inputs.fake_image.common
+        text_common = text.common if text is not None else inputs.fake_text.common
+        return terms | _contrastive_terms(inputs, image_common, text_common)
 
     return loss
 
@@ -183,18 +183,18 @@ class Phase:
     name: str
     module: str
     """The module that trains and whose optimiser steps; every other module is frozen."""
-    loss: Callable[[Scene], Terms]
+    loss: Callable[[StepInputs], Terms]
 
 
 def phase_table(config: Config) -> list[Phase]:
     """The phases of one batch in order."""
     weights = config.loss
 
-    def image(scene: Scene) -> Side:
-        return scene.fake_image
+    def image(inputs: StepInputs) -> ModalityOutput:
+        return inputs.fake_image
 
-    def text(scene: Scene) -> Side:
-        return scene.fake_text
+    def text(inputs: StepInputs) -> ModalityOutput:
+        return inputs.fake_text
 
     table = []
     if weights.intra:
@@ -216,7 +216,7 @@ def phase_table(config: Config) -> list[Phase]:
 
 def run_phase(
     phase: Phase,
-    scenes: list[Scene],
+    all_inputs: list[StepInputs],
     engines: dict[str, Engine],
     autocast: Callable[[], AbstractContextManager[object]],
     measure: bool = False,
@@ -225,17 +225,17 @@ def run_phase(
     the engine measured, detached. `measure`: the gradient norm also where nothing is clipped.
 
     A loss that is not finite leaves the parameters as they are; see `not_finite`."""
-    for name, module in scenes[0].bare.items():  # the generator is only reached through its own phases
+    for name, module in all_inputs[0].unwrapped.items():  # the generator is only reached through its own phases
         module.requires_grad_(name == phase.module)
-    engine, share = engines[phase.module], 1 / len(scenes)
+    engine, share = engines[phase.module], 1 / len(all_inputs)
     engine.zero_grad()
     total, out = torch.zeros(()), dict[str, Tensor]()
-    for scene in scenes:
-        with engine.pass_of(last=scene is scenes[-1]):
+    for inputs in all_inputs:
+        with engine.accumulate(last=inputs is all_inputs[-1]):
             with autocast():
-                terms = phase.loss(scene)
+                terms = phase.loss(inputs)
             loss = torch.stack([t.float() for t in terms.values()]).sum()
-            loss = loss * share if len(scenes) > 1 else loss
+            loss = loss * share if len(all_inputs) > 1 else loss
             engine.backward(loss)
         total = total.to(loss.device) + loss.detach()
         for key, value in terms.items():

@@ -86,11 +86,12 @@ def make_vocabulary(readers: list[ShardReader], config: Config) -> Vocabulary:
 
 
 @dataclass
-class Session:
+class Run:
     """A run that is ready to go on from `progress`."""
 
     config: Config
-    run: Path
+    folder: Path
+    """RUN, where everything that the run writes lies."""
     stream: Stream
     val_reader: ShardReader
     parallel: Parallel
@@ -100,12 +101,17 @@ class Session:
     progress: Progress
     multi: bool
     """Multi-label classes."""
-    on_validation: Callable[[Session, dict[str, float]], None] | None = None
+    on_validation: Callable[[Run, dict[str, float]], None] | None = None
     """Called on every process after a validation and the checkpoint that is due with it; gets "score" and metrics."""
     bad: int = 0
     """Samples replaced on this process since the last log line."""
     skipped: dict[str, Tensor | float] = field(default_factory=dict)
     """fp16: steps left out since the start of this process, per phase."""
+
+    @property
+    def epoch(self) -> float:
+        """Where the run stands, in epochs."""
+        return self.progress.position / self.progress.epoch_samples
 
     @property
     def total(self) -> int:
@@ -124,7 +130,7 @@ class Session:
         return position // every > (position - batch) // every
 
 
-def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE) -> Session:
+def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE) -> Run:
     """Everything up to the first batch. Raises BadInput for whatever config, data or an earlier run make impossible.
 
     `may_change`: fields that may differ from the run that is resumed."""
@@ -167,9 +173,9 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE)
         if vocabulary is not None:
             vocabulary.save(run / "best" / VOCABULARY_NAME)
     parallel.start_trackers("tensorboard", {"preset": config.preset, "data": config.data})
-    return Session(
+    return Run(
         config=config,
-        run=run,
+        folder=run,
         stream=stream,
         val_reader=val_reader,
         parallel=parallel,

@@ -14,7 +14,7 @@ from cmgan_dist.distributed.engine import AdamSettings, Engine
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.discriminators import NAMES, build_discriminators
-from cmgan_dist.models.generator import Generator, OneSide, build_generator
+from cmgan_dist.models.generator import Generator, SingleModalityGenerator, build_generator
 from cmgan_dist.models.saved import check_shapes, stored_tensors
 from cmgan_dist.models.vocabulary import Vocabulary
 
@@ -24,7 +24,7 @@ class Networks:
     """Modules of a run and what trains them."""
 
     generator: Generator
-    bare: dict[str, nn.Module]
+    unwrapped: dict[str, nn.Module]
     """The discriminators by name, without a wrapper."""
     engines: dict[str, Engine]
     """Of the generator and of each discriminator."""
@@ -32,13 +32,13 @@ class Networks:
     """EMA of the generator."""
 
     @property
-    def judged(self) -> Generator:
+    def eval_generator(self) -> Generator:
         """The generator that is validated and kept: the average where there is one."""
         return self.average or self.generator
 
     def parts(self) -> dict[str, nn.Module]:
         """What a checkpoint holds, by prefix."""
-        parts: dict[str, nn.Module] = {"generator": self.generator, **self.bare}
+        parts: dict[str, nn.Module] = {"generator": self.generator, **self.unwrapped}
         return parts if self.average is None else {**parts, "ema": self.average}
 
     def model_tensors(self) -> dict[str, Tensor]:
@@ -81,7 +81,9 @@ class Networks:
 def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None, parallel: Parallel) -> Networks:
     torch.manual_seed(config.train.seed)  # the same initial weights on every process
     generator = build_generator(config.model, spec, vocabulary)
-    bare = dict(build_discriminators(config.model, generator.image_backbone.dim, generator.text_backbone.dim).items())
+    unwrapped = dict(
+        build_discriminators(config.model, generator.image_backbone.dim, generator.text_backbone.dim).items()
+    )
     if not config.loss.intra:  # parts that no loss reaches have no optimiser state either
         generator.image_decoder.requires_grad_(False)
         generator.text_decoder.requires_grad_(False)
@@ -89,7 +91,7 @@ def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None
         generator.classifiers.requires_grad_(False)
     average = copy.deepcopy(generator).requires_grad_(False).to(parallel.device) if config.train.ema else None
     if config.train.compile:
-        for module in (generator, *bare.values()):
+        for module in (generator, *unwrapped.values()):
             module.compile()
     optim = config.optim
     if parallel.zero and (config.loss.r1 or config.loss.adversarial == "wgan-gp"):
@@ -105,10 +107,13 @@ def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None
     of_discriminators = settings(optim.discriminator_lr, optim.discriminator_beta1)
     sides: dict[str, nn.Module] | None = None
     if optim.update == "alternate":
-        sides = {"image": OneSide(generator, "image"), "text": OneSide(generator, "text")}
+        sides = {
+            "image": SingleModalityGenerator(generator, "image"),
+            "text": SingleModalityGenerator(generator, "text"),
+        }
     engines = {"generator": parallel.engine(generator, of_generator, sides)}
-    engines |= {name: parallel.engine(bare[name], of_discriminators) for name in NAMES}
-    return Networks(generator, bare, engines, average)
+    engines |= {name: parallel.engine(unwrapped[name], of_discriminators) for name in NAMES}
+    return Networks(generator, unwrapped, engines, average)
 
 
 def update_average(average: Generator, generator: Generator, decay: float) -> None:

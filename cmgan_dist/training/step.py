@@ -13,12 +13,12 @@ from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.order import generator_for
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.models.backbones import TextInput
-from cmgan_dist.models.generator import Side
+from cmgan_dist.models.generator import ModalityOutput
 from cmgan_dist.training.state import Networks
 
 
 @dataclass
-class Wrong:
+class Mismatched:
     """A mismatched sample per row: of another class, or any other pair where there are no classes."""
 
     image_common: Tensor
@@ -30,7 +30,7 @@ class Wrong:
 
 
 @dataclass
-class Scene:
+class StepInputs:
     """What the losses of one batch see. B rows are trained on; the first B of R rows when sampling is balanced."""
 
     config: Config
@@ -38,7 +38,7 @@ class Scene:
     """Called in training, by the side that trains ("" for both): under DDP where there are several processes."""
     discriminators: dict[str, nn.Module]
     """Likewise, by name."""
-    bare: dict[str, nn.Module]
+    unwrapped: dict[str, nn.Module]
     """The discriminators without a wrapper."""
     gather: Callable[[Tensor], Tensor]
     """Differentiable gather of rows over the processes."""
@@ -55,10 +55,10 @@ class Scene:
     """bool [B, C]."""
     all_labels: Tensor | None
     """bool [G, C] of all processes; None where no loss reads them."""
-    fake_image: Side
+    fake_image: ModalityOutput
     """Image side of the no-grad forward, B rows."""
-    fake_text: Side
-    wrong: Wrong | None
+    fake_text: ModalityOutput
+    wrong: Mismatched | None
     """None when no loss needs it."""
     position: int
     """Samples seen before this batch."""
@@ -68,7 +68,7 @@ class Scene:
     """Filled by the generator's first step: the features' part of each inter-modality discriminator's hidden layer."""
 
 
-def pick_wrong(
+def draw_mismatched(
     labels: Tensor | None, all_labels: Tensor | None, first: int, rows: int, total: int, seed: int, position: int
 ) -> tuple[Tensor, Tensor | None]:
     """For each of this process's rows a row of the global batch that shares no class with it, uniformly.
@@ -95,9 +95,9 @@ def _rows(x: TextInput, first: int, stop: int) -> TextInput:
     return x[first:stop]
 
 
-def make_scene(
+def build_step_inputs(
     batch: Batch, networks: Networks, config: Config, parallel: Parallel, position: int, multi: bool
-) -> Scene:
+) -> StepInputs:
     """Run the no-grad forward that serves all discriminator phases, and choose the mismatched samples."""
     size, generator, engines = batch.size, networks.generator, networks.engines
     image_raw = batch.image.to(parallel.device, non_blocking=True)
@@ -111,13 +111,13 @@ def make_scene(
     all_labels = None
     if labels is not None:
         labels = labels[:size]
-        if config.loss.class_contrastive or (config.loss.inter and not batch.wrong_follow):
+        if config.loss.class_contrastive or (config.loss.inter and not batch.has_mismatched):
             all_labels = parallel.gather(labels.to(torch.uint8)).bool()
-    return Scene(
+    return StepInputs(
         config=config,
         generator=engines["generator"].wrapped,
-        discriminators={name: engines[name].wrapped[""] for name in networks.bare},
-        bare=networks.bare,
+        discriminators={name: engines[name].wrapped[""] for name in networks.unwrapped},
+        unwrapped=networks.unwrapped,
         gather=parallel.gather_differentiable,
         first_row=first,
         total=total,
@@ -135,8 +135,8 @@ def make_scene(
 
 def _wrong(
     batch: Batch,
-    image: Side,
-    text: Side,
+    image: ModalityOutput,
+    text: ModalityOutput,
     labels: Tensor | None,
     all_labels: Tensor | None,
     first: int,
@@ -144,15 +144,15 @@ def _wrong(
     config: Config,
     parallel: Parallel,
     position: int,
-) -> Wrong | None:
+) -> Mismatched | None:
     """The mismatched rows: drawn by the stream when sampling is balanced, else picked from the global batch."""
     if not config.loss.inter:
         return None
     size = batch.size
-    if batch.wrong_follow:
+    if batch.has_mismatched:
         rows = [side.rows(size, 2 * size) for side in (image, text)]
-        return Wrong(rows[0].common, rows[1].common, rows[0].feature, rows[1].feature, None)
-    index, mask = pick_wrong(labels, all_labels, first, size, total, config.train.seed, position)
+        return Mismatched(rows[0].common, rows[1].common, rows[0].feature, rows[1].feature, None)
+    index, mask = draw_mismatched(labels, all_labels, first, size, total, config.train.seed, position)
     columns = [image.common, text.common]
     if config.loss.mismatch == "reference":
         columns += [image.feature, text.feature]
@@ -161,4 +161,4 @@ def _wrong(
     image_feature, text_feature = features or (image.feature, text.feature)
     if mask is not None:
         mask = mask.to(parallel.device)
-    return Wrong(image_common, text_common, image_feature, text_feature, mask)
+    return Mismatched(image_common, text_common, image_feature, text_feature, mask)

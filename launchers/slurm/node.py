@@ -32,7 +32,7 @@ import yaml
 from cmgan_dist.config.cli import parse_arguments
 from cmgan_dist.config.fields import Config, micro_batch
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
-from launchers.train import check_places
+from launchers.train import check_places, train_and_report
 
 FLAG = "--processes-per-node"
 STOP = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
@@ -259,13 +259,12 @@ def tail(path: Path, count: int = 15) -> str:
 
 def rank(job: Job) -> int:
     """Train as one process of the job; a signal that came during the start is acted upon after the first batch."""
-    from cmgan_dist.training.loop import run_session
     from cmgan_dist.training.run import prepare
 
-    session = prepare(job.config, "auto")  # see `check`
-    session.parallel.watch_signals()
+    run = prepare(job.config, "auto")  # see `check`
+    run.parallel.watch_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    code = run_session(session)
+    code = train_and_report(run)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the interpreter ends, SIGINT would kill again
     return code
 

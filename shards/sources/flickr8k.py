@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cmgan_dist.errors import BadInput
 from shards.pack import BuildCommand
-from shards.pairs import FileSlice, RawPairs, Record, make_key
+from shards.pairs import FileSlice, RawPair, RawPairs, make_key
 
 ATTRIBUTION = (
     "Flickr8k: M. Hodosh, P. Young, J. Hockenmaier, Framing Image Description as a Ranking Task, JAIR 47 (2013). "
@@ -51,10 +51,10 @@ class Flickr8kCommand(BuildCommand):
         if absent:
             raise BadInput(f"{archive} has no image {absent[0]} ({len(absent)} in all), which a split file names")
 
-        def records() -> Iterator[Record]:
+        def records() -> Iterator[RawPair]:
             for name, split in split_of.items():
                 texts = tuple(captions.get(name, ()))
-                yield Record(make_key(Path(name).stem), split, places[name], texts, (), name)
+                yield RawPair(make_key(Path(name).stem), split, places[name], texts, (), name)
 
         outside = len(places.keys() - split_of.keys())
         return RawPairs(

@@ -16,7 +16,7 @@ import tyro
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS
 from cmgan_dist.errors import BadInput
 from shards.pack import BuildCommand
-from shards.pairs import FileBytes, RawPairs, Record, check_shares, hash_split, make_key
+from shards.pairs import FileBytes, RawPair, RawPairs, check_shares, hash_split, make_key
 from shards.scan import SPLIT_ALIASES
 
 
@@ -53,10 +53,10 @@ class FolderCommand(BuildCommand):
                 f"{flat} stands beside the class folder '{classes[0]}': move it into one, or give no image a class"
             )
 
-        def records() -> Iterator[Record]:
+        def records() -> Iterator[RawPair]:
             for path, split, class_name in images:
                 key = make_key(path.relative_to(self.input).with_suffix("").as_posix())
-                yield Record(
+                yield RawPair(
                     key=key,
                     split=split or hash_split(key, self.val, self.test),
                     image=FileBytes(path),

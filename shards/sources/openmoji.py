@@ -22,7 +22,7 @@ from PIL import Image
 
 from cmgan_dist.errors import BadInput, BadSample
 from shards.pack import BuildCommand
-from shards.pairs import RawPairs, Record, hash_number
+from shards.pairs import RawPair, RawPairs, hash_number
 
 ATTRIBUTION = (
     "Pictures: OpenMoji (https://openmoji.org), the open-source emoji and icon project, licence CC BY-SA 4.0 "
@@ -216,9 +216,9 @@ class OpenMojiCommand(BuildCommand):
         thumbnails = np.stack([_thumbnail(path) for _, path in found])
         roots = group_roots([e.unified for e, _ in found], [e.name or e.short_name for e, _ in found], thumbnails)
 
-        def records() -> Iterator[Record]:
+        def records() -> Iterator[RawPair]:
             for (emoji, path), root in zip(found, roots, strict=True):
-                yield Record(
+                yield RawPair(
                     key=emoji.unified,
                     split=split_of(root),
                     image=Drawing(str(path), self.pixels),

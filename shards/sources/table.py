@@ -18,7 +18,7 @@ import tyro
 from cmgan_dist.data.manifest import LabelKind, natural_splits
 from cmgan_dist.errors import BadInput
 from shards.pack import BuildCommand
-from shards.pairs import FileBytes, RawPairs, Record, check_shares, hash_split, make_key
+from shards.pairs import FileBytes, RawPair, RawPairs, check_shares, hash_split, make_key
 from shards.scan import SPLIT_ALIASES
 
 COMMON_NAMES = {
@@ -84,10 +84,10 @@ class TableCommand(BuildCommand):
         index = {name: i for i, name in enumerate(classes)}
         kind: LabelKind = "multi" if multi else "single" if classes else "none"
 
-        def records() -> Iterator[Record]:
+        def records() -> Iterator[RawPair]:
             for path, image in images.items():
                 key = make_key(Path(path).with_suffix("").as_posix())
-                yield Record(
+                yield RawPair(
                     key=key,
                     split=image.split or hash_split(key, self.val, self.test),
                     image=FileBytes(self.input.parent / path),

@@ -13,7 +13,7 @@ import numpy as np
 
 from cmgan_dist.errors import BadInput
 from shards.pack import BuildCommand
-from shards.pairs import RawPairs, Record, hash_split, make_key
+from shards.pairs import RawPair, RawPairs, hash_split, make_key
 from shards.sources.flickr8k import read_lines
 
 ATTRIBUTION = (
@@ -46,7 +46,7 @@ class WikipediaCommand(BuildCommand):
 
         leaked = {row.tobytes() for row in arrays["I_tr"]} & {row.tobytes() for row in arrays["I_te"]}
 
-        def records() -> Iterator[Record]:
+        def records() -> Iterator[RawPair]:
             first_id: dict[bytes, str] = {}  # training rows with equal image features stay in one split
             index = 0
             for part in ("tr", "te"):
@@ -54,7 +54,7 @@ class WikipediaCommand(BuildCommand):
                     image = arrays[f"I_{part}"][i]
                     hashed_id = first_id.setdefault(image.tobytes(), text_id)
                     split = "test" if part == "te" else hash_split(hashed_id, val=VAL_SHARE, test=0)
-                    yield Record(
+                    yield RawPair(
                         key=make_key(f"{text_id}-{index:04d}"),
                         split=split,
                         image=image,

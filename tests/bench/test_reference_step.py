@@ -22,7 +22,7 @@ def test_weights_agree_after_a_batch() -> None:
     batch, rows = make_batches(16, SMALL)[0]
     ours.update(batch)
     reference.update(rows)
-    modules = {"generator": ours.networks.generator, **ours.networks.bare}
+    modules = {"generator": ours.networks.generator, **ours.networks.unwrapped}
     theirs = {f"{m}/{k}": p for m, module in modules.items() for k, p in module.named_parameters()}
     for name, parameter in reference.named().items():
         torch.testing.assert_close(parameter, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -36,7 +36,7 @@ def test_optimiser_states_are_handed_over() -> None:
         ours.update(batch)
     with_state, without = ReferenceStep(SMALL), ReferenceStep(SMALL)
     ours.hand_over(with_state)
-    without.copy_from({"generator": ours.networks.generator, **ours.networks.bare})
+    without.copy_from({"generator": ours.networks.generator, **ours.networks.unwrapped})
     mine = torch.stack([loss for _, loss in ours.update(data[3][0])])
     theirs = torch.stack([loss for _, loss in with_state.update(data[3][1])])
     others = torch.stack([loss for _, loss in without.update(data[3][1])])

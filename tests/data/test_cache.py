@@ -114,7 +114,7 @@ def test_a_folder_is_read_where_it_lies(tmp_path: Path) -> None:
         assert isinstance(store, LocalStore)
         assert store.read("manifest.json") == b"{}"
         assert content(store, shard_of(1)) == b"not what the manifest says"
-        assert store.where("a") == str(tmp_path / "a")
+        assert store.location("a") == str(tmp_path / "a")
         store.check([shard_of(1)])
         with pytest.raises(BadInput, match=r"s-2\.tar is in the manifest but not in the folder"):
             store.check([shard_of(2)])

@@ -18,7 +18,7 @@ from cmgan_dist.data.image import CROP_AREA, CROP_RATIO, MAX_PIXELS, _centre_box
 from cmgan_dist.errors import BadSample
 
 
-def scene(width: int, height: int) -> Image.Image:
+def inputs(width: int, height: int) -> Image.Image:
     """A smooth picture without symmetry."""
     y, x = np.mgrid[0:height, 0:width]
     channels = [255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1), 127 + 120 * np.sin(x / 17 + y / 29)]
@@ -54,7 +54,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (301, 733), (64, 64), (20, 31), (1500, 1100)])
 def test_the_centre_is_that_of_a_plain_resize(kind: str, width: int, height: int) -> None:
-    data = encode(scene(width, height), kind, **({} if kind == "PNG" else {"quality": 95}))
+    data = encode(inputs(width, height), kind, **({} if kind == "PNG" else {"quality": 95}))
     made = decode(data, 64)
     with Image.open(io.BytesIO(data)) as image:
         expected = naive(image, 64)
@@ -66,8 +66,8 @@ def test_the_centre_is_that_of_a_plain_resize(kind: str, width: int, height: int
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 500), (3000, 2), (7, 5)])
 def test_tiny_and_thin_pictures(width: int, height: int) -> None:
     for kind in ("PNG", "JPEG", "WEBP"):
-        assert decode(encode(scene(width, height), kind), 24).shape == (3, 24, 24)
-        assert decode(encode(scene(width, height), kind), 24, np.random.default_rng(0)).shape == (3, 24, 24)
+        assert decode(encode(inputs(width, height), kind), 24).shape == (3, 24, 24)
+        assert decode(encode(inputs(width, height), kind), 24, np.random.default_rng(0)).shape == (3, 24, 24)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_both_sides_of_a_crop_reach_the_target(
     shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, box: tuple[int, int, int, int]
 ) -> None:
     monkeypatch.setattr(image_module, "_random_box", lambda *_: box)
-    decode(encode(scene(1000, 1000), "JPEG"), 224, np.random.default_rng(0))
+    decode(encode(inputs(1000, 1000), "JPEG"), 224, np.random.default_rng(0))
     assert 500 * shapes[0][0] / 1000 >= 224
 
 
@@ -115,16 +115,16 @@ def test_a_plain_jpeg_is_not_opened_by_pillow(monkeypatch: pytest.MonkeyPatch) -
     opened: list[bytes] = []
     open_image = image_module._open
     monkeypatch.setattr(image_module, "_open", lambda data: opened.append(data) or open_image(data))
-    decode(encode(scene(90, 70), "JPEG"), 32)
-    decode(encode(scene(90, 70).convert("L"), "JPEG", progressive=True), 32)
+    decode(encode(inputs(90, 70), "JPEG"), 32)
+    decode(encode(inputs(90, 70).convert("L"), "JPEG", progressive=True), 32)
     assert not opened
-    for data in (encode(scene(90, 70), "JPEG", exif=exif), encode(scene(90, 70).convert("CMYK"), "JPEG")):
+    for data in (encode(inputs(90, 70), "JPEG", exif=exif), encode(inputs(90, 70).convert("CMYK"), "JPEG")):
         decode(data, 32)
         assert opened.pop() == data
 
 
 def test_a_jpeg_that_says_it_is_huge_is_refused() -> None:
-    data = bytearray(encode(scene(40, 40), "JPEG"))
+    data = bytearray(encode(inputs(40, 40), "JPEG"))
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
     with pytest.raises(BadSample, match=str(MAX_PIXELS)):
@@ -132,15 +132,15 @@ def test_a_jpeg_that_says_it_is_huge_is_refused() -> None:
 
 
 def test_a_jpeg_is_decoded_scaled_but_not_below_the_target(shapes: list[tuple[int, ...]]) -> None:
-    decode(encode(scene(2000, 1600), "JPEG"), 224)
+    decode(encode(inputs(2000, 1600), "JPEG"), 224)
     assert 224 <= shapes[0][0] <= 448
     exif = Image.Exif()
     exif[0x0112] = 6
-    decode(encode(scene(2000, 500), "JPEG", exif=exif), 224)
+    decode(encode(inputs(2000, 500), "JPEG", exif=exif), 224)
     assert 224 <= shapes[1][0] <= 448
-    decode(encode(scene(100, 90), "JPEG"), 224)
+    decode(encode(inputs(100, 90), "JPEG"), 224)
     assert shapes[2][:2] == (90, 100)
-    decode(encode(scene(800, 2000), "JPEG"), 224)
+    decode(encode(inputs(800, 2000), "JPEG"), 224)
     assert 224 <= shapes[3][1] <= 448
 
 
@@ -149,15 +149,15 @@ def test_a_jpeg_is_decoded_scaled_but_not_below_the_target(shapes: list[tuple[in
 def test_exif_orientation_is_undone(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(scene(300, 200), kind, exif=exif)
+    data = encode(inputs(300, 200), kind, exif=exif)
     with Image.open(io.BytesIO(data)) as image:
         upright = ImageOps.exif_transpose(image)
     assert difference(decode(data, 48), naive(upright, 48)) < 1
 
 
 def test_a_damaged_exif_block_does_not_matter() -> None:
-    data = encode(scene(40, 40), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
-    assert difference(decode(data, 40), naive(scene(40, 40), 40)) < 3
+    data = encode(inputs(40, 40), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
+    assert difference(decode(data, 40), naive(inputs(40, 40), 40)) < 3
 
 
 def test_transparency_is_on_white() -> None:
@@ -177,7 +177,7 @@ def test_transparency_is_on_white() -> None:
 
 
 def test_every_colour_kind() -> None:
-    base = scene(60, 50)
+    base = inputs(60, 50)
     expected = naive(base, 32)
     assert difference(decode(encode(base.convert("CMYK"), "JPEG", quality=95), 32), expected) < 4
     assert difference(decode(encode(base, "JPEG", quality=95, progressive=True), 32), expected) < 2
@@ -220,10 +220,10 @@ def test_a_decompression_bomb_is_refused_by_its_header(pixels: int) -> None:
 def test_damage_is_a_bad_sample_and_nothing_else() -> None:
     rng = np.random.default_rng(0)
     files = [
-        encode(scene(90, 70), kind, **options)
+        encode(inputs(90, 70), kind, **options)
         for kind, options in (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}))
     ]
-    files.append(encode(scene(90, 70).convert("CMYK"), "JPEG"))
+    files.append(encode(inputs(90, 70).convert("CMYK"), "JPEG"))
     bad = 0
     for data in files:
         for _ in range(120):
@@ -246,18 +246,18 @@ def test_what_is_no_picture(data: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_cut_file_is_bad(kind: str) -> None:
-    data = encode(scene(300, 300), kind)
+    data = encode(inputs(300, 300), kind)
     with pytest.raises(BadSample):
         decode(data[: len(data) // 2], 32)
 
 
 def test_bytes_behind_a_jpeg_do_not_matter() -> None:
-    data = encode(scene(50, 50), "JPEG")
+    data = encode(inputs(50, 50), "JPEG")
     assert np.array_equal(decode(data + b"tail" * 50, 32), decode(data, 32))
 
 
 def test_augmentation_is_drawn_from_the_generator() -> None:
-    data = encode(scene(200, 150), "JPEG")
+    data = encode(inputs(200, 150), "JPEG")
 
     def draw(seed: int) -> np.ndarray:
         return decode(data, 32, np.random.default_rng(seed))
@@ -275,7 +275,7 @@ def test_augmentation_is_drawn_from_the_generator() -> None:
 def test_a_row_of_a_batch_is_filled_in_its_place(kind: str, exif: int, seed: int | None) -> None:
     tag = Image.Exif()
     tag[0x0112] = exif
-    data = encode(scene(200, 150), kind, exif=tag)
+    data = encode(inputs(200, 150), kind, exif=tag)
     batch = np.full((3, 32, 32, 4), 7, np.uint8)
     rngs = [None if seed is None else np.random.default_rng(seed) for _ in range(2)]
     made = decode_image(data, 32, rngs[0], batch[1])

@@ -179,16 +179,16 @@ def test_spares_are_the_rest_of_the_window_and_at_its_stream_s_ends_the_window_b
     inside = [{(s, i) for s, first, stop in window for i in range(first, stop)} for window in pieces]
     for j, row in enumerate(plan.chunk_rows(step, stream)):
         window = int(np.searchsorted(starts, within * plan.chunk + j, side="right")) - 1
-        spares = [row.spare(k) for k in range(row.spares)]
+        replacements = [row.replacement(k) for k in range(row.replacements)]
         own = inside[window] - {(row.shard, row.index)}
-        assert set(spares[: len(own)]) == own
+        assert set(replacements[: len(own)]) == own
         beside: set[tuple[int, int]] = set()
         if len(inside) > 1 and window == len(inside) - 1:
             beside = inside[-2]
         elif len(inside) > 1 and window == 0:
             beside = inside[1]
-        assert set(spares[len(own) :]) == beside
-        assert len(spares) == len(own) + len(beside) == len(set(spares))
+        assert set(replacements[len(own) :]) == beside
+        assert len(replacements) == len(own) + len(beside) == len(set(replacements))
 
 
 def test_rows_are_those_of_places_one_by_one() -> None:
@@ -197,8 +197,8 @@ def test_rows_are_those_of_places_one_by_one() -> None:
     for epoch in range(4):
         together = plan.rows(epoch, 1, 0, 10)
         single = [plan.rows(epoch, 1, place, 1)[0] for place in range(10)]
-        assert [(r.shard, r.index, r.draw, r.spares) for r in together] == [
-            (r.shard, r.index, r.draw, r.spares) for r in single
+        assert [(r.shard, r.index, r.draw, r.replacements) for r in together] == [
+            (r.shard, r.index, r.draw, r.replacements) for r in single
         ]
         assert [r.draw for r in together] == [mix(4, epoch, 3, 1, place) for place in range(10)]
         assert len({(r.shard, r.index) for r in together}) == 10

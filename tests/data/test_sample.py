@@ -179,7 +179,7 @@ def test_the_index_finds_the_members_that_the_walk_finds(
     for i, (key, start, members) in enumerate(walked):
         piece = data[index.offsets[i] : index.offsets[i + 1]]
         row = index.layouts[i].tolist()
-        found, views = index.cut(row, piece, piece), index.cut(row, data, memoryview(data), start)
+        found, views = index.slice_members(row, piece, piece), index.slice_members(row, data, memoryview(data), start)
         assert found is None or found == (key, members)
         assert views == found
         plain = len(key) < 60 and len(members) <= 3 and all(" " not in e for e in members)
@@ -191,11 +191,11 @@ def test_no_byte_of_a_header_changes_unnoticed() -> None:
     whole = tar_of([("a.jpg", b"x" * 700), ("a.txt", b"text")])
     index = index_of(whole)
     row = index.layouts[0].tolist()
-    assert index.cut(row, whole, whole) == ("a", {"jpg": b"x" * 700, "txt": b"text"})
+    assert index.slice_members(row, whole, whole) == ("a", {"jpg": b"x" * 700, "txt": b"text"})
     for at in (*range(512), *range(1536, 2048)):
         for value in (whole[at] ^ 1, 255 - whole[at]):
             piece = whole[:at] + bytes([value]) + whole[at + 1 :]
-            assert index.cut(row, piece, piece) is None
+            assert index.slice_members(row, piece, piece) is None
 
 
 def test_a_sidecar_keeps_a_few_bytes_a_member() -> None:

@@ -469,7 +469,7 @@ def test_a_bad_sample_is_replaced_by_the_next_good_one_of_its_window(spoilt: Pat
         expected, expected_bad = [], []
         for s in range(8):
             for row in stream.plan.chunk_rows(step, s):
-                order = [(row.shard, row.index), *(row.spare(k) for k in range(row.spares))]
+                order = [(row.shard, row.index), *(row.replacement(k) for k in range(row.replacements))]
                 good = next(i for i, place in enumerate(order) if place not in BAD)
                 expected.append(f"{order[good][0]}-{order[good][1]:03d}")
                 expected_bad += order[:good]
@@ -535,8 +535,8 @@ def test_a_window_without_a_good_sample_is_one_sentence(tmp_path: Path, workers:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_single_bad_sample_that_is_a_stream_s_last_window_does_not_stop_a_run(tmp_path: Path, workers: int) -> None:
-    """Shards of one sample in windows of one: every cut of a stream leaves its ends alone. The spare is of the window
-    beside it in the same stream, at any world size."""
+    """Shards of one sample in windows of one: every cut of a stream leaves its ends alone. The replacement is of the
+    window beside it in the same stream, at any world size."""
     data = make_pictures(tmp_path / "data", [1] * 24, faults={(7, 0): "image"})
     config = StreamConfig(global_batch=8, logical_streams=8, window=1, max_bad_share=1.0, workers=workers)
     plan = open_stream(data, config).plan

@@ -14,7 +14,7 @@ from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.training.phases import phase_table, run_phase
 from cmgan_dist.training.state import build_networks
-from cmgan_dist.training.step import make_scene
+from cmgan_dist.training.step import build_step_inputs
 from tests.toy import global_batch, part_of, small_config
 
 ROWS = 24
@@ -67,19 +67,19 @@ def main() -> None:
             rng = torch.Generator().manual_seed(9)
             batch.image = torch.randint(256, (size, 32, 32, 4), generator=rng, dtype=torch.uint8)
 
-    def scenes(networks, using):  # type: ignore[no-untyped-def]
+    def all_inputs(networks, using):  # type: ignore[no-untyped-def]
         own = [part_of(batch, using.rank, using.world) for batch in batches]
-        return [make_scene(b, networks, config, using, i * size, False) for i, b in enumerate(own)]
+        return [build_step_inputs(b, networks, config, using, i * size, False) for i, b in enumerate(own)]
 
-    mine, theirs = scenes(many, parallel), scenes(one, alone)
+    mine, theirs = all_inputs(many, parallel), all_inputs(one, alone)
     for phase in phase_table(config):
         terms = run_phase(phase, mine, many.engines, parallel.autocast)
         expected = run_phase(phase, theirs, one.engines, alone.autocast)
         for name, value in parallel.mean({k: float(v) for k, v in terms.items()}).items():
             assert abs(value - float(expected[name])) < 1e-5 * max(1, abs(value)), (name, value, expected[name])
         compared = 0
-        found = many.engines[phase.module].names
-        for name, parameter in one.engines[phase.module].names.items():
+        found = many.engines[phase.module].named_parameters
+        for name, parameter in one.engines[phase.module].named_parameters.items():
             if parameter.grad is None:
                 other = found[name].grad
                 assert other is None or not other.any(), f"{phase.name} {name} has a gradient on many processes only"

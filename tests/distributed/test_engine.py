@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cmgan_dist.distributed.engine import FIRST_SCALE, AdamSettings, Engine
 from cmgan_dist.training.phases import phase_table, run_phase
-from cmgan_dist.training.step import make_scene
+from cmgan_dist.training.step import build_step_inputs
 from tests.toy import make_batch, set_up, small
 
 CPU = torch.device("cpu")
@@ -34,12 +34,12 @@ def test_an_overflow_in_one_discriminator_skips_only_its_step(monkeypatch: pytes
     parallel.precision = "fp16"
     assert all(e.scaler is not None for e in networks.engines.values())
     assert len({id(e.scaler) for e in networks.engines.values()}) == 5
-    networks.bare["d_image_inter"].out.weight.register_hook(lambda g: torch.full_like(g, math.inf))  # type: ignore[operator, union-attr]
-    scene = make_scene(make_batch(), networks, config, parallel, 0, False)
-    modules = {"generator": networks.generator, **networks.bare}
+    networks.unwrapped["d_image_inter"].out.weight.register_hook(lambda g: torch.full_like(g, math.inf))  # type: ignore[operator, union-attr]
+    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0, False)
+    modules = {"generator": networks.generator, **networks.unwrapped}
     for phase in phase_table(config)[:6]:
         before = parameters(modules[phase.module])
-        terms = run_phase(phase, [scene], networks.engines, parallel.autocast)
+        terms = run_phase(phase, [inputs], networks.engines, parallel.autocast)
         changed = any(not torch.equal(a, b) for a, b in zip(before, parameters(modules[phase.module]), strict=True))
         skipped = phase.module == "d_image_inter"
         assert changed != skipped
@@ -56,10 +56,10 @@ def test_fp16_trains_as_fp32_does_within_its_precision() -> None:
         networks, parallel = set_up(config)
         parallel.precision = precision
         for step in range(5):
-            scene = make_scene(make_batch(seed=step), networks, config, parallel, step * 10, False)
+            inputs = build_step_inputs(make_batch(seed=step), networks, config, parallel, step * 10, False)
             terms: dict[str, Tensor] = {}
             for phase in phase_table(config):
-                terms |= run_phase(phase, [scene], networks.engines, parallel.autocast)
+                terms |= run_phase(phase, [inputs], networks.engines, parallel.autocast)
         losses[precision] = {k: float(v) for k, v in terms.items() if k.startswith("loss/")}
     for name, value in losses["fp32"].items():
         assert abs(losses["fp16"][name] - value) < 0.1 * max(1, abs(value)), name

@@ -14,7 +14,7 @@ from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.training.phases import phase_table, run_phase
 from cmgan_dist.training.state import Networks, build_networks
-from cmgan_dist.training.step import make_scene
+from cmgan_dist.training.step import build_step_inputs
 from tests.toy import global_batch, part_of, small_config
 
 ROWS, STEPS, HALF = 24, 40, 20
@@ -44,13 +44,18 @@ def train(config: Config, parallel: Parallel, networks: Networks, first: int, st
             part_of(global_batch(ROWS // parts, 100 * step + i), parallel.rank, parallel.world) for i in range(parts)
         ]
         position = step * ROWS
-        scenes = [make_scene(b, networks, config, parallel, position + i, False) for i, b in enumerate(batches)]
+        all_inputs = [
+            build_step_inputs(b, networks, config, parallel, position + i, False) for i, b in enumerate(batches)
+        ]
         terms: dict[str, torch.Tensor] = {}
         for phase in phase_table(config):
-            terms |= run_phase(phase, scenes, networks.engines, parallel.autocast)
+            terms |= run_phase(phase, all_inputs, networks.engines, parallel.autocast)
             if phase.module == "generator":  # its losses went through the discriminators
                 left = [
-                    n for n, d in networks.bare.items() for p in d.parameters() if p.grad is not None and p.grad.any()
+                    n
+                    for n, d in networks.unwrapped.items()
+                    for p in d.parameters()
+                    if p.grad is not None and p.grad.any()
                 ]
                 assert not left or parallel._zero is None, f"the generator left gradients in {left}"
         out.append(parallel.mean({k: float(v) for k, v in terms.items() if k.startswith("loss/")}))

@@ -11,7 +11,7 @@ from cmgan_dist.config.fields import Config, ModelConfig
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.models.generator import build_generator
 from cmgan_dist.training.phases import phase_table, run_phase
-from cmgan_dist.training.step import make_scene, pick_wrong
+from cmgan_dist.training.step import build_step_inputs, draw_mismatched
 from tests.toy import make_batch, set_up, small
 
 CASES = [
@@ -31,11 +31,11 @@ def test_each_phase_changes_its_own_parameters_only(loss: dict[str, object], upd
     config = small(**loss)
     config.optim.update, config.optim.clip = update, 1.0  # type: ignore[assignment]
     networks, parallel = set_up(config)
-    scene = make_scene(make_batch(), networks, config, parallel, 0, False)
-    modules = {"generator": networks.generator, **networks.bare}
+    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0, False)
+    modules = {"generator": networks.generator, **networks.unwrapped}
     for phase in phase_table(config):
         before = {n: {k: p.detach().clone() for k, p in m.named_parameters()} for n, m in modules.items()}
-        terms = run_phase(phase, [scene], networks.engines, parallel.autocast)
+        terms = run_phase(phase, [inputs], networks.engines, parallel.autocast)
         assert all(torch.isfinite(t) for t in terms.values())
         for name, module in modules.items():
             changed = {k for k, p in module.named_parameters() if not torch.equal(p, before[name][k])}
@@ -59,11 +59,11 @@ def test_one_side_holds_the_parameters_that_get_a_gradient(loss: dict[str, objec
     config = small(**loss)
     config.optim.update, config.model.share_layers, config.model.share_classifier = "alternate", share, share
     networks, parallel = set_up(config)
-    scene = make_scene(make_batch(), networks, config, parallel, 0, False)
+    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0, False)
     for phase in phase_table(config)[-2:]:
-        run_phase(phase, [scene], networks.engines, parallel.autocast)
+        run_phase(phase, [inputs], networks.engines, parallel.autocast)
         found = {name for name, p in networks.generator.named_parameters() if p.grad is not None}
-        sent = set(scene.generator[{"G_I": "image", "G_T": "text"}[phase.name]].parameters())
+        sent = set(inputs.generator[{"G_I": "image", "G_T": "text"}[phase.name]].parameters())
         named = {name for name, p in networks.generator.named_parameters() if p in sent and p.requires_grad}
         assert found == named, phase.name
         assert found
@@ -78,10 +78,10 @@ def test_one_discriminator_step_against_plain_torch() -> None:
     """D_CI of the recipe written out: separate forwards, BCE, weights 1, 1/2, 1/2, Adam."""
     config = small(mismatch="conditional")
     networks, parallel = set_up(config)
-    scene = make_scene(make_batch(), networks, config, parallel, 0, False)
-    mine = copy.deepcopy(networks.bare["d_image_inter"])
+    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0, False)
+    mine = copy.deepcopy(networks.unwrapped["d_image_inter"])
     optimizer = torch.optim.Adam(mine.parameters(), lr=1e-3, betas=(0.5, 0.999))
-    image, text, wrong = scene.fake_image, scene.fake_text, scene.wrong
+    image, text, wrong = inputs.fake_image, inputs.fake_text, inputs.wrong
     assert wrong is not None
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     ones, zeros = torch.ones(10), torch.zeros(10)
@@ -91,9 +91,9 @@ def test_one_discriminator_step_against_plain_torch() -> None:
     loss.backward()
     optimizer.step()
     phase = next(p for p in phase_table(config) if p.name == "D_CI")
-    terms = run_phase(phase, [scene], networks.engines, parallel.autocast)
+    terms = run_phase(phase, [inputs], networks.engines, parallel.autocast)
     torch.testing.assert_close(terms["loss/D_CI/adversarial"], loss.detach())
-    for a, b in zip(networks.bare["d_image_inter"].parameters(), mine.parameters(), strict=True):
+    for a, b in zip(networks.unwrapped["d_image_inter"].parameters(), mine.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -101,18 +101,18 @@ def test_one_generator_step_against_plain_torch() -> None:
     """G_I of the recipe written out."""
     config = small()
     networks, parallel = set_up(config)
-    scene = make_scene(make_batch(), networks, config, parallel, 0, False)
+    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0, False)
     mine = copy.deepcopy(networks.generator)
-    side, _ = mine(scene.image, None)
+    side, _ = mine(inputs.image, None)
     bce = torch.nn.functional.binary_cross_entropy_with_logits
-    loss = bce(networks.bare["d_text_inter"](side.common, scene.text, [10]), torch.ones(10))
-    loss = loss + bce(networks.bare["d_image"](side.reconstruction.dense()), torch.ones(10))
-    assert scene.labels is not None
-    loss = loss + torch.nn.functional.cross_entropy(side.logits, scene.labels.float().argmax(1))
+    loss = bce(networks.unwrapped["d_text_inter"](side.common, inputs.text, [10]), torch.ones(10))
+    loss = loss + bce(networks.unwrapped["d_image"](side.reconstruction.dense()), torch.ones(10))
+    assert inputs.labels is not None
+    loss = loss + torch.nn.functional.cross_entropy(side.logits, inputs.labels.float().argmax(1))
     loss.backward()
     torch.optim.Adam(mine.parameters(), lr=1e-3, betas=(0.5, 0.999)).step()
     phase = next(p for p in phase_table(config) if p.name == "G_I")
-    terms = run_phase(phase, [scene], networks.engines, parallel.autocast)
+    terms = run_phase(phase, [inputs], networks.engines, parallel.autocast)
     torch.testing.assert_close(torch.stack(list(terms.values())).sum(), loss.detach())
     for (name, a), (_, b) in zip(networks.generator.named_parameters(), mine.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
@@ -154,7 +154,7 @@ def test_wrong_rows_share_no_class_and_are_uniform() -> None:
     labels = torch.eye(3).bool()[torch.tensor([0, 0, 1, 2, 1, 0])]
     counts = torch.zeros(6, 6)
     for position in range(600):
-        index, mask = pick_wrong(labels, labels, 0, 6, 6, 1, position)
+        index, mask = draw_mismatched(labels, labels, 0, 6, 6, 1, position)
         assert mask is None
         assert not (labels & labels[index]).any()
         counts[torch.arange(6), index] += 1
@@ -165,17 +165,17 @@ def test_wrong_rows_share_no_class_and_are_uniform() -> None:
 
 def test_wrong_rows_do_not_depend_on_the_number_of_processes() -> None:
     labels = torch.eye(4).bool()[torch.arange(12) % 4]
-    whole, _ = pick_wrong(labels, labels, 0, 12, 12, 5, 64)
-    parts = [pick_wrong(labels[a : a + 4], labels, a, 4, 12, 5, 64)[0] for a in (0, 4, 8)]
+    whole, _ = draw_mismatched(labels, labels, 0, 12, 12, 5, 64)
+    parts = [draw_mismatched(labels[a : a + 4], labels, a, 4, 12, 5, 64)[0] for a in (0, 4, 8)]
     assert torch.equal(whole, torch.cat(parts))
-    free = [pick_wrong(None, None, a, 4, 12, 5, 64)[0] for a in (0, 4, 8)]
-    assert torch.equal(pick_wrong(None, None, 0, 12, 12, 5, 64)[0], torch.cat(free))
+    free = [draw_mismatched(None, None, a, 4, 12, 5, 64)[0] for a in (0, 4, 8)]
+    assert torch.equal(draw_mismatched(None, None, 0, 12, 12, 5, 64)[0], torch.cat(free))
     assert (torch.cat(free) != torch.arange(12)).all()
 
 
 def test_rows_without_another_class_are_masked() -> None:
     labels = torch.tensor([[1, 1], [1, 0], [0, 1]]).bool()
-    index, mask = pick_wrong(labels, labels, 0, 3, 3, 0, 0)
+    index, mask = draw_mismatched(labels, labels, 0, 3, 3, 0, 0)
     assert mask is not None
     assert mask.tolist() == [False, True, True]
     assert index[1:].tolist() == [2, 1]
@@ -184,7 +184,7 @@ def test_rows_without_another_class_are_masked() -> None:
 def test_label_free_training_has_no_classifier() -> None:
     config = small()
     networks, parallel = set_up(config, classes=0)
-    scene = make_scene(make_batch(classes=0), networks, config, parallel, 0, False)
-    terms = {k for p in phase_table(config) for k in run_phase(p, [scene], networks.engines, parallel.autocast)}
+    inputs = build_step_inputs(make_batch(classes=0), networks, config, parallel, 0, False)
+    terms = {k for p in phase_table(config) for k in run_phase(p, [inputs], networks.engines, parallel.autocast)}
     assert not any("classification" in k for k in terms)
     assert not len(networks.generator.classifiers)

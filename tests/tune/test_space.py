@@ -11,7 +11,7 @@ import pytest
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.presets import PRESETS, preset
 from cmgan_dist.errors import BadInput
-from tune.results import Record, best_so_far, front, importance, position, ranked
+from tune.results import TrialResult, best_so_far, front, importance, position, ranked
 from tune.space import SPACE, apply_values, check_space, clip, domains, get_value, load_space, mutable, outside_of
 
 
@@ -106,8 +106,8 @@ def test_only_what_has_no_shape_or_state_is_mutable() -> None:
         assert not mutable(path)
 
 
-def record(name: str, values: dict[str, Any], curve: list[tuple[float, float]], **more: Any) -> Record:
-    return Record(name, values, "ended", best=max(s for _, s in curve), curve=curve, **more)
+def record(name: str, values: dict[str, Any], curve: list[tuple[float, float]], **more: Any) -> TrialResult:
+    return TrialResult(name, values, "ended", best=max(s for _, s in curve), curve=curve, **more)
 
 
 def test_importance_finds_the_value_that_the_score_was_made_of() -> None:
@@ -144,7 +144,7 @@ def test_ranking_leaves_out_what_failed() -> None:
     records = [
         record("a", {}, [(1, 0.3), (2, 0.2)]),
         record("b", {}, [(1, 0.4)]),
-        Record("c", {}, "failed", failed="x"),
+        TrialResult("c", {}, "failed", failed="x"),
     ]
     assert [r.name for r in ranked(records)] == ["b", "a"]
     assert best_so_far(records[0].curve, 2) == 0.3
