@@ -60,7 +60,8 @@ class _Backbone(nn.Module):
 
 
 class ImageBackbone(_Backbone):
-    """Features that are stored already, [B, F] -> float32 [B, F]; subclasses take images."""
+    """An image backbone makes float32 features [B, F]. This one takes features that are stored already; its subclasses
+    take images."""
 
     def forward(self, image: Tensor) -> Tensor:
         """Images or features [B, F] -> float32 [B, F].
@@ -71,7 +72,8 @@ class ImageBackbone(_Backbone):
 
 
 class TextBackbone(_Backbone):
-    """Features that are stored already, [B, F] -> float32 [B, F]; subclasses take texts."""
+    """A text backbone makes float32 features [B, F]. This one takes features that are stored already; its subclasses
+    take texts."""
 
     def tokenise(self, texts: list[str] | Tensor, device: torch.device | str = "cpu") -> TextInput:
         """B texts, or features [B, F] -> what `forward` takes, on `device`."""
@@ -99,7 +101,7 @@ def _raw(texts: list[str] | Tensor) -> list[str]:
 
 
 class TimmBackbone(ImageBackbone):
-    """Any timm model without its classifier: normalisation and the pooled features before it.
+    """A timm backbone is any timm model without its classifier: normalisation, and the pooled features before it.
 
     For VGG these are fc7, the second hidden layer of 4096 after its ReLU, which is what Caffe's in-place fc7 holds."""
 
@@ -185,7 +187,8 @@ def _output_dim(model: nn.Module, config: ImageBackboneConfig) -> int:
 
 
 def build_image_backbone(config: ImageBackboneConfig, feature_dim: int | None = None) -> ImageBackbone:
-    """The image backbone of a config; `feature_dim` is F of precomputed features. Raises BadInput naming the field."""
+    """Build the image backbone of a config; `feature_dim` is F of precomputed features. Raises BadInput naming the
+    field."""
     if config.name == "features":
         if feature_dim is None:
             raise BadInput("model.image.name is 'features' but the data holds raw images: name an image backbone")
@@ -197,7 +200,8 @@ def build_image_backbone(config: ImageBackboneConfig, feature_dim: int | None = 
 
 
 class SentenceCNN(TextBackbone):
-    """Convolutions over word vectors, ReLU, max over time (Y. Kim, EMNLP 2014, section 2), always trained.
+    """The sentence CNN is convolutions over word vectors, ReLU, max over time (Y. Kim, EMNLP 2014, section 2), always
+    trained.
 
     A convolution of width k is taken wherever it touches a word, k - 1 zero vectors standing on both sides of the text,
     as in Kim's code; so a text has the same feature however far its batch is padded."""
@@ -243,7 +247,8 @@ class SentenceCNN(TextBackbone):
 
 
 class SentenceEncoder(TextBackbone):
-    """A sentence-transformers model, pooled and normalised as that model does; equal to its ``encode``."""
+    """A sentence encoder is a sentence-transformers model, pooled and normalised as that model's own ``encode``
+    does."""
 
     def __init__(self, config: TextBackboneConfig) -> None:
         """Raises BadInput naming the field."""
@@ -307,7 +312,7 @@ def _build_cnn(config: TextBackboneConfig, vocabulary: Vocabulary | None) -> Sen
 def build_text_backbone(
     config: TextBackboneConfig, feature_dim: int | None = None, vocabulary: Vocabulary | None = None
 ) -> TextBackbone:
-    """The text backbone of a config; `feature_dim` is F of precomputed features, `vocabulary` the CNN's.
+    """Build the text backbone of a config; `feature_dim` is F of precomputed features, `vocabulary` the CNN's.
 
     Raises BadInput naming the field."""
     if config.name == "features":

@@ -28,7 +28,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def in_package(weights: str, suffixes: tuple[str, ...], field: str) -> Path:
-    """The only file with one of the names or suffixes that the package in ``package:NAME`` carries.
+    """Return the only file with one of the names or suffixes that the package in ``package:NAME`` carries.
 
     Raises BadInput. The package's own code is not run."""
     name = weights.removeprefix("package:")
@@ -46,11 +46,12 @@ def in_package(weights: str, suffixes: tuple[str, ...], field: str) -> Path:
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message that is not empty, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def read_weights(weights: str) -> dict[str, Tensor]:
-    """The state of a model from a .pth or .safetensors file. Raises BadInput; code in the file is not run."""
+    """Return the state of a model from a .pth or .safetensors file. Raises BadInput; code in the file is not run."""
     from timm.models import load_state_dict
 
     if weights.startswith("package:"):
@@ -127,7 +128,7 @@ _LITE_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_hea
 
 
 def is_lite(state: dict[str, Tensor]) -> bool:
-    """Keys of EfficientNet-PyTorch, and no squeeze-and-excitation: the lite variant."""
+    """Tell the lite variant of EfficientNet-PyTorch by its keys: it has no squeeze-and-excitation."""
     return "_conv_stem.weight" in state and not any("._se_" in key for key in state)
 
 

@@ -25,7 +25,7 @@ DIMS = (5, 7, 10, 20, 50, 100, 200, 400)
 
 @dataclass
 class Projection:
-    """Two maps into one space, and the settings that made them."""
+    """A projection is two linear maps into one space, with the settings that made them."""
 
     image: Callable[[np.ndarray], np.ndarray]
     """[n, F_i] -> float64 [n, E]."""
@@ -53,7 +53,7 @@ def _labels(data: Embeddings) -> torch.Tensor | None:
 
 
 def cca(image: np.ndarray, text: np.ndarray, dims: int, ridge: float = 0.0) -> Projection:
-    """Regularised linear CCA of paired rows, image [n, F_i] and text [n, F_t] (Hotelling 1936; ridge: Vinod 1976).
+    """Fit regularised linear CCA of paired rows, image [n, F_i] and text [n, F_t] (Hotelling 1936; ridge: Vinod 1976).
 
     `ridge` times the mean variance is added to the diagonal of each covariance; `dims` is cut to min(F_i, F_t).
     A direction that the pairs do not span gets weight 0, so that no inverse is taken of nothing."""
@@ -91,13 +91,13 @@ def _ridge(x: np.ndarray, y: np.ndarray, ridge: float) -> Callable[[np.ndarray],
 def ridge_onehot(
     image: np.ndarray, text: np.ndarray, image_labels: np.ndarray, text_labels: np.ndarray, ridge: float = 0.1
 ) -> Projection:
-    """Each modality to C class scores by ridge regression on its labels [n, C]: the semantic space of Rasiwasia et al.
-    (ACM MM 2010), with a linear regressor. Rows need not be paired."""
+    """Map each modality to C class scores by ridge regression on its labels [n, C]: the semantic space of Rasiwasia et
+    al. (ACM MM 2010), with a linear regressor. Rows need not be paired."""
     return Projection(_ridge(image, image_labels, ridge), _ridge(text, text_labels, ridge), {"ridge": ridge})
 
 
 def ridge_image_to_text(image: np.ndarray, text: np.ndarray, ridge: float = 0.1) -> Projection:
-    """Image features [n, F_i] to the text features [n, F_t] of their pair by ridge; texts stay as they are."""
+    """Map image features [n, F_i] to the text features [n, F_t] of their pair by ridge; texts stay as they are."""
     return Projection(_ridge(image, text, ridge), lambda x: np.asarray(x, np.float64), {"ridge": ridge})
 
 
@@ -129,8 +129,9 @@ def baseline_table(
     dims: Sequence[int] = DIMS,
     ridges: Sequence[float] = RIDGES,
 ) -> dict[str, dict[str, Any]]:
-    """Name -> `evaluate` of the test split, for CCA, ridge to classes (with labels), ridge from image to text, and
-    `chance`. ``settings`` of each holds what validation chose. Raises BadInput when the splits' features disagree."""
+    """Return name -> `metrics.evaluate` of the test split, for CCA, ridge to classes (with labels), ridge from image to
+    text, and `chance`. ``settings`` of each holds what validation chose. Raises BadInput when the splits' features
+    disagree."""
     for name, other in (("val", val), ("test", test)):
         if other.image.shape[1] != train.image.shape[1] or other.text.shape[1] != train.text.shape[1]:
             raise BadInput(f"the {name} features have other dimensions than the train features: pack both the same way")
@@ -152,7 +153,8 @@ def baseline_table(
 
 
 def chance_ap(relevant: np.ndarray, gallery: int, k: int | None = None) -> np.ndarray:
-    """Exact expected AP (or AP@k) of a random ranking, for each count R of relevant items among G = `gallery`; float64.
+    """Return the exact expected AP (or AP@k) of a random ranking, for each count R of relevant items among G =
+    `gallery`; float64.
 
     E[AP] = (H_G + (R - 1) (G - H_G) / (G - 1)) / G with H the harmonic number (Bestgen, "Exact Expected Average
     Precision of the Random Baseline for System Evaluation", PBML 103, 2015). Given r relevant items in the first k,
@@ -173,8 +175,9 @@ def _none_of(wanted: np.ndarray, total: int, drawn: int) -> np.ndarray:
 
 
 def chance(data: Embeddings, map_ks: Sequence[int] = (50,), recall_ks: Sequence[int] = (1, 5, 10)) -> dict[str, Any]:
-    """Exact expectation, under random rankings, of the MAP and recall keys of `evaluate`. ``prevalence/DIR`` is the
-    mean relevant share of the gallery: the level of the precision-recall curve. Only shapes and labels are read."""
+    """Return the exact expectation, under random rankings, of the MAP and recall keys of `evaluate`. ``prevalence/DIR``
+    is the mean relevant share of the gallery: the level of the precision-recall curve. Only shapes and labels are
+    read."""
     n, m = len(data.image), len(data.text)
     captions = torch.bincount(data.text_owner, minlength=n).cpu().numpy()
     captions = captions[captions > 0]

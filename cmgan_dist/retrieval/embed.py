@@ -26,7 +26,7 @@ STATISTICS_BLOCKS, STATISTICS_SAMPLES = 64, 100_000
 
 @dataclass
 class Embedded:
-    """A split in the common space."""
+    """A split of a data set in the common space, with the features that it was made from."""
 
     common: Embeddings
     features: Embeddings
@@ -36,7 +36,7 @@ class Embedded:
 
 @contextlib.contextmanager
 def evaluating(generator: Generator) -> Iterator[None]:
-    """Eval mode and no gradients; the mode that the generator was in comes back."""
+    """Put the generator into eval mode and make no gradients; at the end the mode that it was in comes back."""
     training = generator.training
     generator.eval()
     try:
@@ -47,9 +47,8 @@ def evaluating(generator: Generator) -> Iterator[None]:
 
 
 def embed_batch(generator: Generator, batch: EvalBatch, parallel: Parallel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(common image [n, E], common text [m, E], image features [n, F_i], text features [m, F_t]), float32 on the CPU.
-
-    The generator must be in eval mode."""
+    """Return common image [n, E], common text [m, E], image features [n, F_i] and text features [m, F_t], float32, on
+    the CPU. The generator must be in eval mode."""
     image = generator.image_backbone(batch.image.to(parallel.device))
     text = generator.text_backbone(generator.text_backbone.tokenise(batch.text, parallel.device))
     with parallel.autocast():
@@ -59,8 +58,9 @@ def embed_batch(generator: Generator, batch: EvalBatch, parallel: Parallel) -> t
 
 
 def embed_split(generator: Generator, reader: ShardReader, config: Config, parallel: Parallel) -> Embedded:
-    """Every sample of the reader's split with all its texts, in canonical order; the same on every process, each of
-    which embeds a part. Raises BadInput at a bad sample."""
+    """Embed every sample of the reader's split with all its texts, in canonical order.
+
+    Each process embeds a part, and every process gets the whole. Raises BadInput at a bad sample."""
     total = int(reader.counts.sum())
     first, stop = total * parallel.rank // parallel.world, total * (parallel.rank + 1) // parallel.world
     parts: list[tuple[Tensor, ...]] = []
@@ -113,9 +113,9 @@ def _blocks(reader: ShardReader, samples: int) -> list[tuple[int, int]]:
 def common_statistics(
     generator: Generator, readers: Sequence[ShardReader], config: Config, parallel: Parallel
 ) -> Statistics:
-    """Mean and deviation of the common representations of a training split (of a mixture: of all its data sets).
+    """Return mean and deviation of the common representations of a training split (of a mixture: of all its data sets).
 
-    The same bits on any number of processes, each of which embeds a part. Bad samples are left out, as training
+    Each process embeds a part, and any number of processes gives the same bits. Bad samples are left out, as training
     replaces them."""
     work = [(r, block) for r in readers for block in _blocks(r, STATISTICS_SAMPLES // len(readers))]
     mine: list[tuple[int, Moments, Moments]] = []

@@ -23,7 +23,7 @@ RECORD_NAME, EMBEDDINGS_NAME = "evaluation.json", "embeddings.npz"
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be evaluated: a run, and a split of a data set that fits it."""
+    """A question names what is to be evaluated: a run, and a split of a data set that fits it."""
 
     saved: Saved
     reader: ShardReader
@@ -44,7 +44,7 @@ class Question:
 
 @dataclass
 class Evaluation:
-    """The answer, equal on every process."""
+    """An evaluation is the answer to a `Question`; it is equal on every process."""
 
     record: dict[str, Any]
     """The contents of evaluation.json: "metrics" (`metrics.evaluate`), "baselines" {name: the same}, "classes", what
@@ -63,7 +63,7 @@ class Evaluation:
 
 
 def check_data(saved: Saved, reader: ShardReader) -> None:
-    """Raises BadInput, naming the first difference, unless the run can be evaluated on the reader's data."""
+    """Compare a run with a data set. Raises BadInput, naming the first difference, unless it can be evaluated on it."""
     mine, theirs = saved.spec.data, DataSpec.of(reader.manifest)
     for what, a, b in (("images", mine.image_dim, theirs.image_dim), ("texts", mine.text_dim, theirs.text_dim)):
         if a != b:

@@ -1,4 +1,4 @@
-"""What is shown of a gallery's items: pictures and texts."""
+"""What people see of the items of a gallery: pictures and texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from cmgan_dist.data.reader import ShardReader
 
 @dataclass
 class GalleryItem:
-    """What the report shows of one image and its texts; items stand in the order of the embeddings' images."""
+    """A gallery item is one image with its texts, as they are shown; items stand in the order of the embeddings'
+    images."""
 
     key: str
     image: bytes | None = None
@@ -21,12 +22,10 @@ class GalleryItem:
 
 
 def gallery_items(reader: ShardReader, pictures: str = "") -> list[GalleryItem]:
-    """What a report shows of each sample of the reader's split: its picture and texts, where there are some.
+    """Return the picture and the texts of each sample of the reader's split, where it has some.
 
     Feature shards have none: they come by key from the raw shards in `pictures`, or from those that the features were
     written from when these are still there. Raises BadInput when `pictures` is given and is no data set."""
-    from cmgan_dist.retrieval.gallery import GalleryItem
-
     source = pictures or str(reader.manifest.details.get("source", ""))
     raw = {}
     if pictures or (reader.manifest.image == "features" and (Path(source) / MANIFEST_NAME).is_file()):

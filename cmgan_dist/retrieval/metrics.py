@@ -29,8 +29,10 @@ RECALL_LEVELS = 101
 
 @dataclass
 class Embeddings:
-    """Images and texts of one set; pairs are named by `text_owner`. Raises BadInput when shapes disagree or a value is
-    not finite. Before a projection, image and text may differ in their dimensions."""
+    """Embeddings of the images and texts of one set; `text_owner` says which belong together.
+
+    Before a projection into a common space, image and text may differ in their dimensions. Raises BadInput when shapes
+    disagree or a value is not finite."""
 
     image: Tensor
     """float [N, E]."""
@@ -56,7 +58,7 @@ class Embeddings:
 
 @dataclass
 class Ranking:
-    """What one direction of retrieval gives, query by query; all on the CPU."""
+    """A ranking holds what one direction of retrieval gives, query by query, on the CPU."""
 
     ap: np.ndarray
     """float64 [Q]: average precision over the whole ranking; NaN where the gallery has nothing relevant."""
@@ -67,7 +69,7 @@ class Ranking:
 
 
 def zscore(x: Tensor) -> Tensor:
-    """Each dimension of x [n, E] with mean 0 and deviation 1 over the set, float64; a constant dimension becomes 0."""
+    """Return x [n, E], float64, each dimension with mean 0 and deviation 1 over the set; a constant one becomes 0."""
     x = x.double()
     varies = x.amax(0) > x.amin(0)
     deviation = torch.where(varies, x.std(0, correction=0), 1.0)
@@ -75,13 +77,14 @@ def zscore(x: Tensor) -> Tensor:
 
 
 def l2_normalise(x: Tensor) -> Tensor:
-    """Rows of x [n, E] at unit length, float64; a row of zeros stays so."""
+    """Return the rows of x [n, E] at unit length, float64; a row of zeros stays so."""
     x = x.double()
     return x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def common_space(data: Embeddings, zscored: bool = True) -> tuple[Tensor, Tensor]:
-    """(image [N, E], text [M, E]) at unit length, z-scored per modality before if asked (as the CM-GANs authors do)."""
+    """Return image [N, E] and text [M, E] at unit length, z-scored per modality before if asked (as the CM-GANs authors
+    do). Raises BadInput when their dimensions differ."""
     if data.image.shape[1] != data.text.shape[1]:
         raise BadInput(f"image has {data.image.shape[1]} dimensions, text {data.text.shape[1]}: project them first")
     prepare = zscore if zscored else Tensor.double
@@ -89,7 +92,7 @@ def common_space(data: Embeddings, zscored: bool = True) -> tuple[Tensor, Tensor
 
 
 def similarities(query: Tensor, gallery: Tensor, chunk: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Exact dot products of unit vectors, query [Q, E] by gallery [G, E]: (rows, float64 [rows, G]) chunk by chunk.
+    """Yield exact dot products of unit vectors, query [Q, E] by gallery [G, E], as (rows, float64 [rows, G]).
 
     `chunk` counts queries; None takes about CHUNK_ELEMENTS similarities at a time. Values are scaled by 2**52."""
     query, gallery = (query.double() * GRID).round(), (gallery.double() * GRID).round()
@@ -100,7 +103,7 @@ def similarities(query: Tensor, gallery: Tensor, chunk: int | None = None) -> It
 
 
 def top_k(query: Tensor, gallery: Tensor, k: int, chunk: int | None = None) -> Tensor:
-    """int64 [Q, min(k, G)]: gallery positions, most similar first."""
+    """Return int64 [Q, min(k, G)]: the gallery positions of each query, most similar first."""
     order = torch.empty(len(query), min(k, len(gallery)), dtype=torch.int64, device=query.device)
     for rows, similarity in similarities(query, gallery, chunk):
         order[rows] = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
@@ -157,7 +160,7 @@ def rank_classes(
 def pair_ranks(
     query: Tensor, gallery: Tensor, query_owner: Tensor, gallery_owner: Tensor, chunk: int | None = None
 ) -> np.ndarray:
-    """int64 [Q]: rank, from 1, of the first gallery item with the query's owner; 0 where the gallery has none."""
+    """Return int64 [Q]: the rank, from 1, of the first gallery item with the query's owner; 0 where there is none."""
     position = torch.arange(len(gallery), device=query.device)
     ranks = np.zeros(len(query), dtype=np.int64)
     for rows, similarity in similarities(query, gallery, chunk):
@@ -170,7 +173,7 @@ def pair_ranks(
 
 
 def directions(data: Embeddings, image: Tensor, text: Tensor, all_modal: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Name -> (query, gallery, query labels, gallery labels, query's own position in the gallery or None)."""
+    """Return name -> (query, gallery, query labels, gallery labels, query's own position in the gallery or None)."""
     assert data.labels is not None
     image_labels, text_labels = data.labels, data.labels[data.text_owner]
     yield "image_to_text", (image, text, image_labels, text_labels, None)
@@ -185,19 +188,19 @@ def directions(data: Embeddings, image: Tensor, text: Tensor, all_modal: bool) -
 
 
 def mean(values: np.ndarray) -> float | None:
-    """Mean over what is not NaN; None when nothing is left."""
+    """Return the mean over what is not NaN, or None when nothing is left."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else None
 
 
 def add_map(result: dict[str, Any], name: str, ap: np.ndarray, ap_at: dict[int, np.ndarray]) -> None:
-    """The keys ``map/NAME`` and ``mapK/NAME``."""
+    """Add the keys ``map/NAME`` and ``mapK/NAME`` to the metrics."""
     result[f"map/{name}"] = mean(ap)
     result |= {f"map{k}/{name}": mean(values) for k, values in ap_at.items()}
 
 
 def add_means(result: dict[str, Any], ks: Sequence[int]) -> None:
-    """The keys ``map/mean`` and ``mapK/mean``: over both bi-modal directions."""
+    """Add the keys ``map/mean`` and ``mapK/mean``, means over both bi-modal directions, to the metrics."""
     for key in ("map", *(f"map{k}" for k in ks)):
         pair = [result[f"{key}/{name}"] for name in ("image_to_text", "text_to_image")]
         result[f"{key}/mean"] = None if None in pair else sum(pair) / 2
@@ -211,7 +214,7 @@ def evaluate(
     recall_ks: Sequence[int] = (1, 5, 10),
     chunk: int | None = None,
 ) -> dict[str, Any]:
-    """Every metric of one set, as a flat dict that JSON can hold; DIR is a direction such as ``image_to_text``.
+    """Return every metric of one set, as a flat dict that JSON can hold; DIR is a direction such as ``image_to_text``.
 
     ``recall/DIR@K``, ``median_rank/DIR``: by pairs, always there; images without a text are left out.
     With labels: ``map/DIR``, ``map50/DIR`` and their ``mean`` over both bi-modal directions; with `all_modal` also
@@ -243,7 +246,8 @@ def evaluate(
 
 
 def score_of(metrics: Mapping[str, object]) -> float:
-    """What validation maximises: MAP, mean of both directions; for pairs without labels the mean of R@1, 5 and 10."""
+    """Return what validation maximises: MAP, mean of both directions; for pairs without labels the mean of R@1, 5,
+    10."""
     keys = [k for k in metrics if k == "map/mean"] or [k for k in metrics if k.startswith("recall/")]
     values = [cast(float, metrics[k]) for k in keys]
     return sum(values) / len(values)
