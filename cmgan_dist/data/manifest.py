@@ -80,14 +80,19 @@ class Manifest:
         return manifest
 
 
-def load_manifest(data: str | os.PathLike[str]) -> Manifest:
-    """Read DIR/manifest.json. Raises BadInput when the folder or the manifest is missing or wrong."""
-    folder = Path(data)
+def manifest_path(folder: Path) -> Path:
+    """Return DIR/manifest.json. Raises BadInput when the folder or the file is missing."""
     if not folder.is_dir():
         raise BadInput(f"data folder {folder} does not exist: pack one with 'python -m shards build'")
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise BadInput(f"{folder} has no {MANIFEST_NAME}: write it with 'python -m shards index {folder}'")
+    return path
+
+
+def load_manifest(data: str | os.PathLike[str]) -> Manifest:
+    """Return the manifest of a folder. Raises BadInput when the folder or the manifest is missing or wrong."""
+    path = manifest_path(Path(data))
     return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
