@@ -169,12 +169,15 @@ class CachedStore(ShardStore):
         return self.source.location(name)
 
     def check(self, shards: Sequence[ShardInfo]) -> None:
-        pass
+        """Do nothing: the source is not asked before a shard is needed."""
 
     def read(self, name: str) -> bytes:
         return self.source.read(name)
 
     def open(self, shard: ShardInfo) -> int:
+        """Return a descriptor for reading the whole shard, which is fetched when it is not in the folder.
+
+        The caller closes it. Raises BadInput when it cannot be fetched or kept."""
         url = self.location(shard.name)
         if shard.bytes < 1 or not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # it becomes a file name
             raise BadInput(
@@ -223,6 +226,7 @@ class CachedStore(ShardStore):
                     background.threads.append(thread)
 
     def close(self) -> None:
+        """Forget what was to be prefetched, and end connections; the store is still of use."""
         self.source.close()
         background = self.background
         with background.lock, contextlib.suppress(queue.Empty):
