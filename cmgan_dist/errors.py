@@ -7,8 +7,11 @@ import sys
 from collections.abc import Callable
 
 EXIT_DONE = 0
+"""The command did all of its work."""
 EXIT_LOST = 1
+"""Another process of the run is gone (LostProcess)."""
 EXIT_BAD_INPUT = 2
+"""Input is wrong (BadInput)."""
 EXIT_SIGNALLED = 85
 """Saved after SIGTERM, SIGUSR1 or Ctrl-C: start again with ``--resume auto``."""
 

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import secrets
+import socket
 from pathlib import Path
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write aside, fsync, rename: the file is whole under its final name or not there at all."""
+    """Write a file, text as UTF-8, so that it is whole under its name or not there at all, after a crash too.
+
+    The bytes are written aside, flushed to disk and renamed. Processes of several hosts may write one path at once:
+    the last one wins. Missing folders are made. Raises OSError, leaving nothing behind, when writing fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}-{secrets.token_hex(8)}.tmp")
+    try:
+        with open(aside, "xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
 
 
-def sha256_of(path: str | os.PathLike[str], chunk: int = 1 << 20) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(chunk):
-            digest.update(block)
-    return digest.hexdigest()
+def _flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to disk, where its file system can (else the kernel does in its own time)."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what file systems say that know no fsync of folders
+            raise
+    finally:
+        os.close(file)
+
+
+def sha256_of(file: str | os.PathLike[str] | int) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal: of a path, or of an open descriptor from where it stands.
+
+    Raises OSError when it cannot be read."""
+    with open(file, "rb", closefd=not isinstance(file, int)) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

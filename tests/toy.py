@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,10 @@ from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.index import Layout, ShardIndex, index_name
 from cmgan_dist.data.manifest import DataSpec, Manifest, ShardInfo, load_manifest
 from cmgan_dist.data.sample import parse_labels
+from cmgan_dist.data.store import ShardStore
 from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.errors import BadInput
 from cmgan_dist.files import sha256_of
 from cmgan_dist.models.generator import Generator, build_generator
 from cmgan_dist.models.saved import describe_model, save_model, stored_tensors
@@ -277,3 +283,70 @@ def save_untrained(run: Path, data: Path, config: Config, seed: int = 0) -> Gene
     stored = stored_tensors(generator)
     save_model(run / "best", described, config, stored, progress={"best_position": 0}, vocabulary=vocabulary)
     return generator.eval()
+
+
+# ---------------------------------------------------------------------------------------------- remote shards
+
+SHARD_BYTES = 200_000
+FORK = multiprocessing.get_context("fork")  # as DataLoader workers are
+
+
+def body_of(i: int, size: int = SHARD_BYTES) -> bytes:
+    """The bytes of the i-th of the shards that a server in tests/services has."""
+    return hashlib.shake_128(str(i).encode()).digest(size)
+
+
+def shard_of(i: int, size: int = SHARD_BYTES) -> ShardInfo:
+    """The manifest's line for the i-th shard."""
+    return ShardInfo(f"s-{i}.tar", 1, size, hashlib.sha256(body_of(i, size)).hexdigest())
+
+
+def content_of(store: ShardStore, shard: ShardInfo) -> bytes:
+    """What a store gives for a shard; one byte more than it should have would show."""
+    file = store.open(shard)
+    try:
+        return os.pread(file, shard.bytes + 1, 0)
+    finally:
+        os.close(file)
+
+
+def run_together(count: int, work: Callable[[int], Any], within_s: float = 20.0) -> list[Any]:
+    """What `work(i)` returns in `count` forked processes, or the text of its BadInput."""
+    results = FORK.SimpleQueue()
+
+    def child(i: int) -> None:
+        try:
+            results.put((i, work(i)))
+        except BadInput as error:
+            results.put((i, str(error)))
+
+    processes = [FORK.Process(target=child, args=[i]) for i in range(count)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + within_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hung = [p for p in processes if p.is_alive()]
+    for process in hung:
+        process.kill()
+    assert not hung, f"{len(hung)} of {count} processes still run after {within_s} s"
+    return [value for _, value in sorted(results.get() for _ in processes)]
+
+
+def wait_for(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    """Look every 10 ms until it holds."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def tar_of(members: list[tuple[str, bytes]], form: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar in memory, of any of the three formats, by the standard library."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmgan_dist.config.fields import Config
+from cmgan_dist.data.store import FileStore
 from tune.options import Arguments
 from tune.results import (
     Confirmed,
@@ -14,12 +15,11 @@ from tune.results import (
 from tune.space import (
     apply_values,
 )
-from tune.storage import Output
 from tune.tuner import INTERRUPT, run_tuner
 
 
 def confirm(
-    arguments: Arguments, config: Config, output: Output, trainable: Any, settings: list[tuple[str, dict[str, Any]]]
+    arguments: Arguments, config: Config, output: FileStore, trainable: Any, settings: list[tuple[str, dict[str, Any]]]
 ) -> tuple[list[Confirmed], dict[str, list[Any]], bool]:
     """Train each (name, values) from new seeds: (means, Tune's results by name, whether it was interrupted)."""
     from ray.tune import grid_search

@@ -13,8 +13,8 @@ from cmgan_dist.config.load import (
     validate,
 )
 from cmgan_dist.config.presets import preset
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
-from tune.storage import Output
 
 SAME = ("preset", "config", "data", "trials", "algorithm", "epochs", "val_every", "grace", "reduction", "seed")
 """What --resume must find as it was."""
@@ -123,10 +123,11 @@ def load_base(arguments: Arguments) -> Config:
     return load_config(arguments.config) if arguments.config else preset(arguments.preset)
 
 
-def check_resume(output: Output, identity: dict[str, Any], arguments: Arguments) -> bool:
+def check_resume(output: FileStore, identity: dict[str, Any], arguments: Arguments) -> bool:
     """Whether --output holds a search. Raises BadInput when --resume is not given then, or it is another search."""
-    text = output.read("search.json")
-    if text is None:
+    try:
+        text = output.read("search.json")
+    except FileNotFoundError:
         return False
     before, now = json.loads(text), json.loads(json.dumps(identity))
     if not arguments.resume:

@@ -26,6 +26,7 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import (
     to_yaml,
 )
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main
 from cmgan_dist.jobs.ray import start_ray
 from tune.confirm import best_config, confirm, test_scores
@@ -46,7 +47,6 @@ from tune.space import (
     load_space,
     outside_of,
 )
-from tune.storage import Output
 from tune.tuner import (
     INTERRUPT,
     KEPT_FOR_CLONES,
@@ -68,7 +68,7 @@ def search(arguments: Arguments) -> int:
     INTERRUPT.seen = False
     config = base_config(arguments)
     space = check_space(load_space(arguments.space), config)
-    output = Output(arguments.output)
+    output = FileStore(arguments.output, "--output")
     identity = {name: getattr(arguments, name) for name in SAME} | {"data": config.data, "space": space}
     resumed = check_resume(output, identity, arguments)
     validations = check_data(config, arguments.test_split if arguments.test else "")
@@ -84,7 +84,7 @@ def run_search(
     arguments: Arguments,
     config: Config,
     space: Space,
-    output: Output,
+    output: FileStore,
     identity: dict[str, Any],
     validations: int,
     resumed: bool,
@@ -148,7 +148,8 @@ def run_search(
         winner = best_config(config, records[names[best]].values, load_base(arguments))
         output.write("best.yaml", to_yaml(winner))
         show_table(records, confirmed, console)
-        console.print(f"best: trial {best}, {output.url}/best.yaml; report: {output.url}/report.html", soft_wrap=True)
+        config_at, report_at = output.location("best.yaml"), output.location("report.html")
+        console.print(f"best: trial {best}, {config_at}; report: {report_at}", soft_wrap=True)
     runs_of = f"{test['seeds']} run{'s' * (test['seeds'] > 1)}" if test else ""
     for key in ("image_to_text", "text_to_image", "mean"):
         for measure in (f"map/{key}", f"recall/{key}@10"):

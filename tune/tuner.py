@@ -14,6 +14,7 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import (
     to_yaml,
 )
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs.ray import resources
 from tune.options import Arguments
@@ -30,7 +31,6 @@ from tune.space import (
     domains,
     mutable,
 )
-from tune.storage import Output
 
 MOST_FAILURES = 3
 """Times that a trial whose process died is started again from its last checkpoint."""
@@ -124,9 +124,18 @@ def make_algorithm(space: Space, arguments: Arguments, validations: int, start: 
     return search, scheduler
 
 
+def ray_filesystem(output: FileStore) -> dict[str, Any]:
+    """Return the argument that gives Ray Tune the file system of OUTPUT; none where it is local."""
+    if output.local:
+        return {}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return {"storage_filesystem": PyFileSystem(FSSpecHandler(output.filesystem))}
+
+
 def run_tuner(
     name: str,
-    output: Output,
+    output: FileStore,
     trainable: Any,
     settings: dict[str, Any],
     param_space: dict[str, Any],
@@ -139,11 +148,10 @@ def run_tuner(
 
     from tune.progress import ProgressCallback
 
-    storage = output.for_ray()
-    filesystem = {k: v for k, v in storage.items() if k == "storage_filesystem"}
-    where = output.at(name)
-    if Tuner.can_restore(where, **filesystem):
-        tuner = Tuner.restore(where, trainable, param_space=param_space, **filesystem)
+    filesystem = ray_filesystem(output)
+    experiment = f"{output.path}/{name}"
+    if Tuner.can_restore(experiment, **filesystem):
+        tuner = Tuner.restore(experiment, trainable, param_space=param_space, **filesystem)
     else:
         tuner = Tuner(
             trainable,
@@ -153,7 +161,8 @@ def run_tuner(
             ),
             run_config=RunConfig(
                 name=name,
-                **storage,
+                storage_path=output.path,
+                **filesystem,
                 verbose=0,
                 callbacks=[ProgressCallback(name, total)],
                 failure_config=FailureConfig(max_failures=MOST_FAILURES),

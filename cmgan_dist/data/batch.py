@@ -25,24 +25,27 @@ class Batch:
 
     image: Tensor
     """uint8 [R, H, W, 4], red, green, blue and a byte that nothing uses, or float32 [R, F_i] features. R = B, or 2B
-    when sampling is balanced: wrong rows follow."""
+    when sampling is balanced: mismatched rows follow."""
     text: Tensor | list[str]
     """R texts, or float32 [R, F_t] features."""
     labels: Tensor | None
     """bool [R, C], or None without labels."""
     keys: list[str]
+    """Keys of the R samples."""
     size: int
-    """B."""
+    """B, the rows that are trained on."""
     bad: list[str] = field(default_factory=list)
     """Why samples were replaced, one line each."""
 
     @property
     def has_mismatched(self) -> bool:
-        """Whether wrong rows follow, R = 2B."""
+        """Whether mismatched rows follow, R = 2B."""
         return len(self.image) > self.size
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, from which it is copied to a GPU while that works; a DataLoader asks so."""
+        """Return the batch in page-locked memory, from which it is copied to a GPU while that works.
+
+        A DataLoader calls it by this name."""
         text = self.text.pin_memory() if isinstance(self.text, Tensor) else self.text
         labels = None if self.labels is None else self.labels.pin_memory()
         return replace(self, image=self.image.pin_memory(), text=text, labels=labels)
@@ -50,22 +53,27 @@ class Batch:
 
 @dataclass
 class SampleDecoder:
-    """A stored Sample as arrays: decodes and augments the image, draws one text."""
+    """Turns a stored Sample into arrays: decodes and augments its image, checks its texts."""
 
     image_size: int
+    """Side of decoded images in pixels."""
     image_dim: int | None
     """Expected F_i of image features; None for encoded images."""
     text_dim: int | None
+    """Expected F_t of text features; None for texts."""
     classes: int
+    """C, 0 without labels."""
     augment: bool
+    """Whether images are cropped and flipped at random."""
 
     @classmethod
     def of(cls, manifest: Manifest, image_size: int, augment: bool) -> SampleDecoder:
+        """Return the decoder of a data set's samples."""
         return cls(image_size, manifest.image_dim, manifest.text_dim, len(manifest.classes), augment)
 
     def empty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Memory for a batch, to be filled by rows: images uint8 [rows, H, W, 4] or float32 [rows, F_i], and labels,
-        False, bool [rows, C]."""
+        """Return memory for a batch, to be filled by rows: images, uint8 [rows, H, W, 4] or float32 [rows, F_i], and
+        labels, bool [rows, C], all False."""
         if self.image_dim is None:
             image = np.empty((rows, self.image_size, self.image_size, 4), np.uint8)
         else:
@@ -88,6 +96,9 @@ class SampleDecoder:
         return texts
 
     def image(self, sample: Sample, draw: int | None, out: np.ndarray) -> None:
+        """Write the sample's image, uint8 [H, W, 4] or float32 [F_i], to `out`; `draw` seeds the augmentation.
+
+        Raises BadSample when it does not decode, or is not of the kind that the data set holds."""
         if isinstance(sample.image, bytes):
             if self.image_dim is not None:
                 raise BadSample("has an encoded image, expected image features")
@@ -100,6 +111,9 @@ class SampleDecoder:
             raise BadSample(f"has {len(sample.image)} image features, expected {expected}")
 
     def texts(self, sample: Sample) -> list[str] | np.ndarray:
+        """Return the sample's texts, or float32 [captions, F_t].
+
+        Raises BadSample when they are not of the kind that the data set holds."""
         if isinstance(sample.texts, list):
             if self.text_dim is not None:
                 raise BadSample("has a text, expected text features")
@@ -108,15 +122,18 @@ class SampleDecoder:
         return sample.texts
 
 
-def _stack_texts(texts: list[str | np.ndarray]) -> Tensor | list[str]:
+def stack_texts(texts: list[str | np.ndarray]) -> Tensor | list[str]:
+    """Return texts as they are, and features, each float32 [F_t] or [captions, F_t], as one tensor: [n, F_t] for n
+    single texts."""
     if isinstance(texts[0], str):
         return cast(list[str], texts)
     return torch.from_numpy(np.concatenate(texts).reshape(len(texts), -1))
 
 
 def join(parts: list[Batch], pinned: bool = False) -> Batch:
-    """Batches of consecutive logical streams as one: all right rows, then all wrong rows. `pinned`: in page-locked
-    memory, unless it is one batch."""
+    """Return batches of consecutive logical streams as one: their rows, then their mismatched rows.
+
+    `pinned`: in page-locked memory, unless it is one batch."""
     if len(parts) == 1:
         return parts[0]
 
@@ -154,9 +171,10 @@ class EvalBatch:
     owner: Tensor
     """int64 [m]: row of the sample that each text belongs to."""
     labels: Tensor | None
-    """bool [n, C] or None."""
+    """bool [n, C], or None without labels."""
     keys: list[str]
     samples: list[Sample]
+    """The n samples as they are stored."""
 
 
 def eval_batches(
@@ -169,10 +187,10 @@ def eval_batches(
     threads: int = 2,
     skip_bad: bool = False,
 ) -> Iterator[EvalBatch]:
-    """Samples first..stop of a split in canonical order, not augmented.
+    """Yield the samples first..stop of a split, to its end where `stop` is None, in canonical order, not augmented.
 
-    A bad sample ends an evaluation: a figure over other samples than the split's would not be comparable. With
-    `skip_bad` it is left out. Raises BadInput naming it."""
+    `batch`: samples at a time, which `threads` threads decode. Raises BadInput that names the first bad sample: a
+    figure over other samples than the split's would not be comparable. With `skip_bad` bad samples are left out."""
     decoder = SampleDecoder.of(reader.manifest, image_size, augment=False)
     starts = np.concatenate([[0], np.cumsum(reader.counts)])
     stop = int(starts[-1]) if stop is None else stop
@@ -203,7 +221,7 @@ def eval_batches(
                 continue
             yield EvalBatch(
                 image=torch.from_numpy(image),
-                text=_stack_texts([t for _, texts in rows for t in texts]),
+                text=stack_texts([t for _, texts in rows for t in texts]),
                 owner=torch.tensor([i for i, (_, texts) in enumerate(rows) for _ in texts]),
                 labels=torch.from_numpy(labels) if decoder.classes else None,
                 keys=[sample.key for sample, _ in rows],

@@ -59,7 +59,7 @@ _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowE
 def decode_image(
     data: bytes, size: int, augment: np.random.Generator | None = None, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Encoded image -> uint8 [size, size, 4], RGB, upright, transparency on white, the first frame of an animation.
+    """Return an encoded image as uint8 [size, size, 4]: RGB, upright, transparency on white, animations' first frame.
 
     Without `augment` the centred square is taken; with it, a random crop (Szegedy et al., CVPR 2015) and, half the
     time, a horizontal flip. Equal draws give equal pixels. `out`: where to write them, such as a row of a batch.
@@ -68,14 +68,14 @@ def decode_image(
         shape, orientation = _upright_jpeg(data), 1
         image = None
         if shape is None:
-            image = _open(data)
+            image = open_image(data)
             shape, orientation = image.size, _orientation(image)
         if shape[0] * shape[1] > MAX_PIXELS:
             raise BadSample(f"the image has {shape[0]} x {shape[1]} pixels, more than {MAX_PIXELS}")
         # In stored coordinates: turned upright, a box in the centre or drawn evenly is one again.
-        box = _centre_box(*shape) if augment is None else _random_box(*shape, augment)
+        box = centre_box(*shape) if augment is None else random_box(*shape, augment)
         flip = augment is not None and augment.random() < 0.5
-        pixels, scale = _decode(data, image, shape, _eighths(box, size, exact=augment is None))
+        pixels, scale = _decode(data, image, shape, eighths_for(box, size, exact=augment is None))
     except Image.DecompressionBombError:
         raise BadSample(f"the image has more than {MAX_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
@@ -100,9 +100,8 @@ def decode_image(
 
 
 def _upright_jpeg(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG in colours or grey without an APP1 block, where EXIF and XMP keep the orientation.
-
-    None: anything else, and whatever is odd about the header; Pillow looks into it."""
+    """Return (width, height) of a JPEG in colours or grey that has no APP1 block, where EXIF and XMP keep the
+    orientation; None for anything else, and whatever is odd about the header; Pillow looks into it."""
     if data[:2] != b"\xff\xd8":
         return None
     at, end = 2, len(data) - 4
@@ -117,12 +116,13 @@ def _upright_jpeg(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
+    """Return an image of FORMATS by Pillow, which has read its header only. Raises what Pillow raises."""
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) when there is none or the EXIF block is damaged: the pixels are still good."""
+    """Return the EXIF orientation, 1 (upright) where there is none or its block is damaged: the pixels are good."""
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
     except (*_UNREADABLE, KeyError, TypeError):
@@ -130,14 +130,15 @@ def _orientation(image: Image.Image) -> int:
     return value if value in _UPRIGHT else 1
 
 
-def _centre_box(width: int, height: int) -> Box:
+def centre_box(width: int, height: int) -> Box:
+    """Return the largest square in the centre of a picture."""
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
 
 
-def _random_box(width: int, height: int, rng: np.random.Generator) -> Box:
-    """A box with a share of the area in CROP_AREA and a ratio in CROP_RATIO; the centred square if none fits."""
+def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
+    """Return a box with a share of the area in CROP_AREA and a ratio in CROP_RATIO; the centred square if none fits."""
     for _ in range(CROP_TRIES):
         area = width * height * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * rng.random())
         ratio = math.exp(_LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * rng.random())
@@ -145,11 +146,11 @@ def _random_box(width: int, height: int, rng: np.random.Generator) -> Box:
         if w <= width and h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    return _centre_box(width, height)
+    return centre_box(width, height)
 
 
-def _eighths(box: Box, size: int, exact: bool) -> int:
-    """Eighths of its size at which to decode a JPEG: the fewest that leave the box `size` pixels wide and high.
+def eighths_for(box: Box, size: int, exact: bool) -> int:
+    """Return at how many eighths of its size to decode a JPEG: the fewest that leave the box `size` pixels each way.
 
     `exact`: twice as many when the box's left or top edge would not lie between pixels. Where it still does not, it is
     off by half a pixel of a picture twice as large as it need be."""
@@ -161,9 +162,9 @@ def _eighths(box: Box, size: int, exact: bool) -> int:
 
 
 def _decode(data: bytes, image: Image.Image | None, shape: tuple[int, int], eighths: int) -> tuple[np.ndarray, float]:
-    """(all pixels, uint8 [h, w, 4]; scale): a JPEG comes in `eighths` of its size. Pixel x is found at x * scale.
+    """Return (all pixels, uint8 [h, w, 4]; scale): pixel x of the picture is found at x * scale.
 
-    `image` is None for what `_upright_jpeg` has recognised."""
+    A JPEG comes in `eighths` of its size. `image` is None for what `_upright_jpeg` has recognised."""
     if image is None or (image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")):
         width, height = (-(-side * eighths // 8) for side in shape)  # libjpeg rounds up (jpeg_calc_output_dimensions)
         try:
@@ -172,7 +173,7 @@ def _decode(data: bytes, image: Image.Image | None, shape: tuple[int, int], eigh
             if "premature" in str(error).lower():  # Pillow would fill up a picture whose cut end bears an end marker
                 raise BadSample(f"the image does not decode ({error})") from None
             # odd but perhaps readable, such as bytes behind the end: Pillow decides
-    pixels = np.array(_to_rgb(image or _open(data)).convert("RGBX"))
+    pixels = np.array(_to_rgb(image or open_image(data)).convert("RGBX"))
     if pixels.shape[1::-1] != shape:
         raise BadSample(
             f"the image does not decode ({pixels.shape[1]} x {pixels.shape[0]} pixels, not as its header says)"
@@ -181,7 +182,7 @@ def _decode(data: bytes, image: Image.Image | None, shape: tuple[int, int], eigh
 
 
 def _resize(pixels: np.ndarray, size: int, side: float | None = None) -> np.ndarray:
-    """uint8 [h, w, 4] -> uint32 [size, size], red in the lowest byte.
+    """Resize uint8 [h, w, 4] to uint32 [size, size], red in the lowest byte (bicubic, antialiased).
 
     `side`: how much of a square counts, when its last row and column are only partly in the box."""
     height, width = pixels.shape[:2]
@@ -196,7 +197,7 @@ def _resize(pixels: np.ndarray, size: int, side: float | None = None) -> np.ndar
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Pixels of any mode as RGB, transparency on white."""
+    """Return an image of any mode as RGB, transparency on white."""
     if image.mode.startswith("I"):  # 16 bits of grey; convert() would clip them to 8
         grey = np.clip(np.asarray(image), 0, 65535) >> 8
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

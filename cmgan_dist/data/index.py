@@ -32,6 +32,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, group: list[Member]) -> Layout:
+        """Return the layout of a sample's members; an empty one where only a walk finds them again."""
         extensions = " ".join(member.extension for member in group)
         plain = extensions.isprintable() and extensions.count(" ") == len(group) - 1
         sizes = tuple(len(member.data) for member in group)
@@ -41,6 +42,7 @@ class Layout(NamedTuple):
         return cls(f"{len(group[0].key.encode('utf-8', 'surrogateescape'))} {extensions}", check, sizes)
 
     def span(self) -> int:
+        """Return the bytes that the members take with their headers and padding."""
         return sum(BLOCK + size + -size % BLOCK for size in self.sizes)
 
 
@@ -55,12 +57,12 @@ class ShardIndex:
     label_values: np.ndarray
     """int32 [total labels]."""
     patterns: np.ndarray
-    """str [patterns]: those of the samples' layouts, the first one ''."""
+    """str [patterns]: the patterns of the samples' layouts, each once, the first one ''."""
     layouts: np.ndarray
     """uint32 [n, 2 + most members]: the number of its pattern, the checksum and the sizes of each sample's layout."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError on what no tar gives."""
+        """Check the arrays. Raises ValueError on what no tar gives."""
         n, columns = len(self.offsets) - 1, max(2, *self.layouts.shape[1:])
         for array, kind, shape in (
             (self.offsets, "<i8", (n + 1,)),
@@ -89,6 +91,8 @@ class ShardIndex:
 
     @classmethod
     def build(cls, offsets: list[int], end: int, labels: list[tuple[int, ...]], layouts: list[Layout]) -> ShardIndex:
+        """Return the index of a shard of n samples: per sample its first byte, classes and layout; `end` is where the
+        last one ends. A sample whose layout does not fill it, or has a pattern too many, is left to the walk."""
         starts = np.concatenate([[0], np.cumsum([len(one) for one in labels])]).astype(np.int64)
         values = np.asarray([v for one in labels for v in one], dtype=np.int32)
         patterns = {"": 0}
@@ -101,18 +105,20 @@ class ShardIndex:
         return cls(np.asarray([*offsets, end], dtype=np.int64), starts, values, np.asarray(list(patterns)), table)
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.offsets) - 1
 
     def labels(self, i: int) -> tuple[int, ...]:
+        """Return the classes of sample i."""
         return tuple(int(v) for v in self.label_values[self.label_starts[i] : self.label_starts[i + 1]])
 
     def slice_members(
         self, row: list[int], data: bytes, bodies: Data, at: int = 0
     ) -> tuple[str, dict[str, Data]] | None:
-        """(key, members by extension) of the sample with the row `row` in `layouts`, whose first header is data[at].
+        """Return (key, members by extension) of the sample with the row `row` in `layouts`, whose first header is
+        data[at]; None when only a walk finds the members, or the headers are not those that were indexed.
 
-        `bodies`: `data`, or a view of it of which the members shall be views. None: only a walk finds the members, or
-        the headers are not those that were indexed."""
+        `bodies`: `data`, or a view of it of which the members shall be views."""
         number, check, *sizes = row
         if not number:
             return None
@@ -126,14 +132,16 @@ class ShardIndex:
         return (key, members) if found == check else None
 
     def to_bytes(self) -> bytes:
-        """The ``.npz`` file; the same index gives the same bytes."""
+        """Return the ``.npz`` file; the same index gives the same bytes."""
         out = io.BytesIO()
         np.savez(out, version=np.int64(INDEX_VERSION), **{each.name: getattr(self, each.name) for each in fields(self)})
         return out.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
-        """Raises BadInput when `data` is not an index of this version."""
+        """Return the index in the bytes of a sidecar; `name` is its path or URL, for messages.
+
+        Raises BadInput when they are not an index of this version."""
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as file:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
@@ -149,5 +157,5 @@ class ShardIndex:
 
 
 def index_name(shard: str) -> str:
-    """``train-000000.tar`` -> ``train-000000.index.npz``."""
+    """Return the sidecar's name of a shard: ``train-000000.tar`` -> ``train-000000.index.npz``."""
     return shard.removesuffix(".tar") + ".index.npz"

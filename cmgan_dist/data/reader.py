@@ -1,4 +1,4 @@
-"""Samples of one split by (shard, index), read by their offsets."""
+"""Samples of one split by (shard, index): read by their offsets, parsed, and checked against the manifest."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ PIECE = 1 << 18
 
 
 class ShardReader:
-    """Samples of one split by (shard, index), read by their offsets."""
+    """The samples of one split of a data set, read one by one or all in order. Threads may share it."""
 
     def __init__(
         self, data: str, split: str, config: StreamConfig | None = None, *, open_files: int = 64, indexes: int = 1024
     ) -> None:
-        """`data`: folder or URL; `config` says where remote shards are kept. Raises BadInput."""
+        """`data`: folder or URL; `config` says how a URL is read and where its shards are kept.
+
+        At most `open_files` shards are open and `indexes` sidecars in memory at a time. Raises BadInput when the data
+        set cannot be read or the split is missing, empty or incomplete."""
         remote = config or StreamConfig()
         self.store = open_store(
             data,
@@ -45,16 +48,18 @@ class ShardReader:
         self.shards = self.manifest.shards(split)
         for shard in self.shards:
             if shard.samples == 0:
-                where = self.store.location(shard.name)
-                raise BadInput(f"shard {where} is empty: remove it and run 'python -m shards index'")
+                location = self.store.location(shard.name)
+                raise BadInput(f"shard {location} is empty: remove it and run 'python -m shards index'")
         self.store.check(self.shards)
         self._files: OrderedDict[int, int] = OrderedDict()
         self._open_files = open_files
         self._lock = threading.Lock()
         self.index = lru_cache(maxsize=indexes)(self._read_index)
+        """Number of a shard -> its sidecar. Raises BadInput when that is missing or not the shard's."""
 
     @property
     def counts(self) -> np.ndarray:
+        """int64 [shards]: samples of each shard."""
         return np.asarray([s.samples for s in self.shards], dtype=np.int64)
 
     def _read_index(self, shard: int) -> ShardIndex:
@@ -70,6 +75,7 @@ class ShardReader:
         return index
 
     def _descriptor(self, shard: int) -> int:
+        """Return an open descriptor of a shard; the least recently used one is closed for it when need be."""
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
@@ -79,18 +85,19 @@ class ShardReader:
         return self._files[shard]
 
     def _bytes(self, shard: int, start: int, stop: int) -> bytes:
+        """Return the bytes start..stop of a shard, fewer where it ends."""
         with self._lock:  # another thread could close the descriptor before it is read
             return os.pread(self._descriptor(shard), stop - start, start)
 
     def raw(self, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
-        """(key, members by extension), nothing parsed. Raises BadSample, naming shard and reason."""
-        where, name = self.index(shard), self.shards[shard].name
-        start, stop = where.offsets[index : index + 2].tolist()
+        """Return (key, members by extension) of a sample, nothing parsed. Raises BadSample, naming shard and reason."""
+        sidecar, name = self.index(shard), self.shards[shard].name
+        start, stop = sidecar.offsets[index : index + 2].tolist()
         data = self._bytes(shard, start, stop)
         if len(data) < stop - start:
             raise BadSample(f"{name} sample {index}: the shard is truncated at byte {start + len(data)}")
-        row = where.layouts[index].tolist()
-        if found := where.slice_members(row, data, data):
+        row = sidecar.layouts[index].tolist()
+        if found := sidecar.slice_members(row, data, data):
             return found
         for key, _, members in iter_samples(io.BytesIO(data), name):  # the first one; or it says where damage is
             if row[0]:
@@ -99,10 +106,11 @@ class ShardReader:
         raise BadSample(f"{name} sample {index}: nothing at byte {start}")
 
     def read(self, shard: int, index: int) -> Sample:
-        """Raises BadSample, naming shard and reason, when the sample cannot be used."""
+        """Return a sample. Raises BadSample, naming shard and reason, when it cannot be used."""
         return self._parse(shard, *self.raw(shard, index))
 
     def _parse(self, shard: int, key: str, members: dict[str, bytes]) -> Sample:
+        """Return the sample of its members. Raises BadSample when it cannot be used or does not fit the manifest."""
         name = self.shards[shard].name
         try:
             sample = parse_sample(key, members)
@@ -116,19 +124,19 @@ class ShardReader:
         return sample
 
     def raw_samples(self) -> Iterator[tuple[int, str, dict[str, memoryview]]]:
-        """(shard, key, members by extension) of every whole sample in canonical order, read in large pieces.
+        """Yield (shard, key, members by extension) of every whole sample in canonical order, read in large pieces.
 
         The members are views: one that is kept keeps its piece, PIECE bytes or the whole sample."""
         for shard in range(len(self.shards)):
-            where, first = self.index(shard), 0
-            while first < len(where):
-                start = int(where.offsets[first])
-                stop = max(first + 1, int(np.searchsorted(where.offsets, start + PIECE, side="right")) - 1)
-                data = self._bytes(shard, start, int(where.offsets[stop]))
+            sidecar, first = self.index(shard), 0
+            while first < len(sidecar):
+                start = int(sidecar.offsets[first])
+                stop = max(first + 1, int(np.searchsorted(sidecar.offsets, start + PIECE, side="right")) - 1)
+                data = self._bytes(shard, start, int(sidecar.offsets[stop]))
                 whole, view = len(data), memoryview(data)
-                places = (where.offsets[first : stop + 1] - start).tolist()
-                for i, row in enumerate(where.layouts[first:stop].tolist()):
-                    found = where.slice_members(row, data, view, places[i]) if places[i + 1] <= whole else None
+                starts = (sidecar.offsets[first : stop + 1] - start).tolist()
+                for i, row in enumerate(sidecar.layouts[first:stop].tolist()):
+                    found = sidecar.slice_members(row, data, view, starts[i]) if starts[i + 1] <= whole else None
                     if found:
                         yield shard, *found
                         continue
@@ -138,13 +146,13 @@ class ShardReader:
                 first = stop
 
     def __iter__(self) -> Iterator[Sample]:
-        """Every usable sample in canonical order; bad ones are passed over: training and evaluation name them."""
+        """Yield every usable sample in canonical order; bad ones are passed over: training and evaluation name them."""
         for shard, key, members in self.raw_samples():
             with contextlib.suppress(BadSample):
                 yield self._parse(shard, key, {extension: bytes(member) for extension, member in members.items()})
 
     def samples_by_class(self) -> list[np.ndarray]:
-        """Per class int64 [n, 2]: (shard, index) of its samples, from the sidecars."""
+        """Return per class the (shard, index) of its samples, int64 [n, 2], from the sidecars."""
         shard_of, index_of, label_of = [], [], []
         for shard in range(len(self.shards)):
             index = self.index(shard)
@@ -152,10 +160,11 @@ class ShardReader:
             label_of.append(index.label_values)
             index_of.append(np.repeat(np.arange(len(index)), per_sample))
             shard_of.append(np.full(len(index.label_values), shard))
-        rows = np.stack([np.concatenate(shard_of), np.concatenate(index_of)], 1).astype(np.int64)
+        samples = np.stack([np.concatenate(shard_of), np.concatenate(index_of)], 1).astype(np.int64)
         labels = np.concatenate(label_of)
-        return [rows[labels == c] for c in range(len(self.manifest.classes))]
+        return [samples[labels == c] for c in range(len(self.manifest.classes))]
 
     def close(self) -> None:
+        """Close the shards that are open; the next read opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])

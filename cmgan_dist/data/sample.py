@@ -1,10 +1,4 @@
-"""What a sample is: member names in the tar, labels, the manifest and its sidecars. No torch here.
-
-A data set is a folder (or URL) that holds ``manifest.json``, WebDataset tars and, beside each tar, an index sidecar:
-
-    DIR/manifest.json
-    DIR/train-000000.tar          plain WebDataset shard: the members of a sample stand together
-    DIR/train-000000.index.npz    where its samples and their members lie, and their labels
+"""What a sample is: its members in a tar, and what is read from them. No torch here.
 
 Members of the sample KEY (everything else is ignored):
 
@@ -28,13 +22,11 @@ import numpy as np
 from cmgan_dist.errors import BadSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""Members that are an encoded image; of several, the first in this order is taken."""
 FEW = 10_000
 """Numbers of which OpenBLAS takes a dot product in the calling thread."""
 LABELS = range(-(1 << 31), 1 << 31)
 """What the index sidecar can hold."""
-
-
-# ---------------------------------------------------------------------------------------------- sample
 
 
 @dataclass
@@ -51,7 +43,8 @@ class Sample:
 
 
 def parse_labels(record: dict[str, Any]) -> tuple[int, ...]:
-    """Class indices of a sample's JSON record: ``label`` (int) or ``labels`` (list of int); () if it has neither.
+    """Return the class indices of a sample's JSON record, each once and rising: those of ``label`` (an int) or
+    ``labels`` (a list of ints); () if it has neither.
 
     Raises BadSample when a label is no integer of 32 bits."""
     value = record["labels"] if "labels" in record else record.get("label")
@@ -82,7 +75,7 @@ class _Layout:
 
 @lru_cache(maxsize=256)  # the arrays of a shard have one header, and parsing it is most of the work
 def _npy_layout(header: bytes) -> _Layout:
-    """Raises ValueError and more: `header` can be anything."""
+    """Return what a header says. It can be anything: raises what UNREADABLE_ARRAY lists."""
     file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -92,20 +85,22 @@ def _npy_layout(header: bytes) -> _Layout:
 
 
 def _npy_start(data: bytes) -> int:
-    """Where the numbers of a ``.npy`` file begin."""
+    """Return the byte at which the numbers of a ``.npy`` file begin."""
     width = 2 if data[6:7] == b"\x01" else 4  # of the header's length, by the format's version
     return 8 + width + int.from_bytes(data[8 : 8 + width], "little")
 
 
 def npy_view(data: bytes) -> np.ndarray:
-    """The array of a ``.npy`` file, read-only, in the file's own bytes. Raises ValueError and more."""
+    """Return the array of a ``.npy`` file, read-only, in the file's own bytes. Raises what UNREADABLE_ARRAY lists."""
     start = _npy_start(data)
     layout = _npy_layout(data[:start])
     return np.frombuffer(data, layout.dtype, math.prod(layout.shape), start).reshape(layout.shape)
 
 
 def parse_array(data: bytes, what: str) -> np.ndarray:
-    """A ``.npy`` member as float32, read-only. Raises BadSample when it is not a finite numeric array."""
+    """Return a ``.npy`` member as float32, read-only; `what` is its name, for messages.
+
+    Raises BadSample when it is not a finite numeric array."""
     start = _npy_start(data)
     try:
         layout = _npy_layout(data[:start])
@@ -125,9 +120,7 @@ def parse_array(data: bytes, what: str) -> np.ndarray:
 
 
 def parse_sample(key: str, members: dict[str, bytes]) -> Sample:
-    """Build a Sample from its members (extension -> bytes).
-
-    Raises BadSample, naming what is missing or wrong."""
+    """Return the Sample of the members (extension -> bytes). Raises BadSample, naming what is missing or wrong."""
     record: dict[str, Any] = {}
     if "json" in members:
         try:
@@ -170,15 +163,3 @@ def parse_sample(key: str, members: dict[str, bytes]) -> Sample:
     else:
         raise BadSample('has no text: expected a .txt or .text.npy member, or "texts" in .json')
     return Sample(key, image, texts, parse_labels(record))
-
-
-# ---------------------------------------------------------------------------------------------- tar
-
-
-# ---------------------------------------------------------------------------------------------- index sidecar
-
-
-# ---------------------------------------------------------------------------------------------- manifest
-
-
-# ---------------------------------------------------------------------------------------------- files

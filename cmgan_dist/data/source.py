@@ -1,6 +1,29 @@
-"""Remote sources as fsspec reads them: which package, which errors, which tries."""
+"""Remote files as fsspec reads them: which package, which errors, how often and how long to try.
+
+fsspec knows many protocols but leaves to each backend how it fails, how often it tries again and how long it waits.
+`RemoteSource` makes them alike: a try has one time limit, tries are counted here, and every failure ends in one
+sentence that names the URL without its signature. Nothing here knows of shards or of a cache (see ``cache.py``).
+"""
 
 from __future__ import annotations
+
+import importlib
+import logging
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any, TypeVar
+
+import fsspec
+
+from cmgan_dist.errors import BadInput
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 BACKOFF_S = 0.5
 """Longest wait after the first failed try; it doubles with every further one, up to BACKOFF_MAX_S."""
@@ -8,6 +31,7 @@ BACKOFF_MAX_S = 30.0
 BLOCK = 8 << 20
 """Bytes asked for in one read."""
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
+"""Protocol -> the package that fsspec reads it by."""
 FAILURES = {
     "aiohttp": ["aiohttp.ClientError"],
     "s3fs": ["aiohttp.ClientError", "botocore.exceptions.BotoCoreError", "http.client.HTTPException"],
@@ -17,13 +41,27 @@ FAILURES = {
 TRANSIENT = (408, 425, 429)
 """HTTP states below 500 that another try can cure."""
 
+_filesystems: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""The file systems that this process has made."""
+inherited: list[Any] = []
+"""File systems of the parent: to collect one would wait for its event loop, which a child does not have."""
+
+
+def _keep_those_of_the_parent() -> None:
+    inherited.extend(_filesystems.values())
+
+
+os.register_at_fork(after_in_child=_keep_those_of_the_parent)
+
 
 class BadBody(Exception):
-    """What arrived is not the shard: too short, too long, or other bytes."""
+    """What arrived is not what was asked for: too short, too long, or other bytes."""
 
 
 def http_status(error: Exception) -> int | None:
-    """The HTTP status that a backend's error stands for: aiohttp `status`, gcsfs `code`, botocore a dictionary."""
+    """Return the HTTP status that a backend's error stands for, None when it stands for none.
+
+    aiohttp keeps it in `status`, gcsfs in `code`, botocore in a dictionary."""
     response = getattr(error.__cause__, "response", None)
     if isinstance(response, dict):
         state = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -33,9 +71,142 @@ def http_status(error: Exception) -> int | None:
 
 
 def describe(error: Exception, state: int | None) -> str:
-    """What happened, in words; without the request's URL, which may be signed."""
+    """Return in words what happened, without the request's URL, which may be signed; `state`: its HTTP status."""
     if state is not None:
         return f"HTTP {state}"
     if isinstance(error, TimeoutError):
         return "nothing came within stream.timeout_s"
     return " ".join(f"{type(error).__name__} {error}".split())
+
+
+class _Connection:
+    """The fsspec file system of one process, and the lock under which it is made."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.filesystem: Any = None
+
+
+class RemoteSource:
+    """The files under one URL. An object may be used by several threads and by forked processes."""
+
+    def __init__(self, url: str, *, retries: int, timeout_s: float) -> None:
+        """`url`: http(s)://, s3:// or gs://; `timeout_s` is for connecting, and for a time without a byte.
+
+        Raises BadInput when the package for its protocol is missing."""
+        self.protocol = url.partition("://")[0]
+        self.package = PACKAGES[self.protocol]
+        # Else gcsfs asks by gRPC, which does not outlive a fork, what kind of bucket it is.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        try:
+            fsspec.get_filesystem_class(self.protocol)
+            names = [name.rpartition(".") for name in FAILURES[self.package]]
+            failures = [getattr(importlib.import_module(module), name) for module, _, name in names]
+        except ImportError as error:
+            raise BadInput(f"{url} needs a package ({error}): run 'pip install {self.package}'") from None
+        self.failures: tuple[type[Exception], ...] = (OSError, BadBody, *failures)
+        self.base, mark, query = url.partition("?") if self.package == "aiohttp" else (url, "", "")
+        self.base = self.base.rstrip("/")
+        self.query = mark + query  # of a signed URL: a secret, left out of messages
+        self.tries, self.timeout_s = retries + 1, timeout_s
+        self._connections: dict[int, _Connection] = {}
+
+    @property
+    def dead_after_s(self) -> float:
+        """The most seconds after which a source that does not answer ends in an error: per try `timeout_s` to connect
+        and `timeout_s` for the first byte, and the waits between tries."""
+        return self.tries * 2 * self.timeout_s + sum(self._longest_wait(n) for n in range(1, self.tries))
+
+    def location(self, name: str) -> str:
+        """Return the file's URL without the signature, for messages."""
+        return f"{self.base}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """Return a whole small file. Raises BadInput as `retrying` does."""
+        return self.retrying(name, lambda: self._filesystem().cat_file(self.location(name) + self.query))
+
+    def blocks(self, name: str, size: int) -> Generator[bytes]:
+        """Yield the bytes of a file of `size` bytes as they come: one request by HTTP, one for each BLOCK from an
+        object store. This is one try and raises what the backend raises: call it under `retrying`."""
+        files, url = self._filesystem(), self.location(name) + self.query
+        if self.package == "aiohttp":  # many HTTP servers do not know ranges
+            with files.open(url, "rb", block_size=0, size=size) as body:
+                while block := body.read(BLOCK):
+                    yield block
+            return
+        for start in range(0, size, BLOCK):
+            yield files.cat_file(url, start=start, end=min(start + BLOCK, size))
+
+    def retrying(self, name: str, once: Callable[[], T]) -> T:
+        """Call `once`, which reads the file `name`, until it works, and return what it returns.
+
+        Raises BadInput, naming the URL, when the source refuses or stays bad."""
+        url, began, reason = self.location(name), time.monotonic(), ""
+        for n in range(1, self.tries + 1):
+            try:
+                return once()
+            except self.failures as error:
+                reason = self._curable(url, error)
+            log.info("try %d of %d to read %s: %s", n, self.tries, url, reason)
+            if n < self.tries:
+                time.sleep(self._longest_wait(n) * random.uniform(0.5, 1.0))  # spread: many processes fail at once
+        raise BadInput(
+            f"{url} could not be read in {self.tries} tries and {time.monotonic() - began:.1f} s, "
+            f"the last one: {reason}: check the source, or raise stream.retries"
+        )
+
+    def close(self) -> None:
+        """Let go of this process's file system, whose connections end with it; the next read makes another."""
+        connection = self._connection()
+        with connection.lock:
+            connection.filesystem = None
+
+    def _curable(self, url: str, error: Exception) -> str:
+        """Return in words what failed. Raises BadInput when another try cannot cure it."""
+        state = http_status(error)
+        if isinstance(error, FileNotFoundError) or state in (404, 410):
+            raise BadInput(f"{url} does not exist: check the URL, or run 'python -m shards index'") from None
+        if isinstance(error, PermissionError) or "Forbidden" in str(error) or state in (401, 403):
+            raise BadInput(f"{url} may not be read ({describe(error, state)}): check the credentials") from None
+        if "Credentials" in type(error).__name__:
+            raise BadInput(f"{url} needs credentials ({error}): set them as {self.package} says") from None
+        reason = describe(error, state)
+        if state is not None and state < 500 and state not in TRANSIENT:
+            raise BadInput(f"{url} cannot be read: {reason}: check the URL") from None
+        return reason
+
+    def _longest_wait(self, tries: int) -> float:
+        return min(BACKOFF_S * 2 ** (tries - 1), BACKOFF_MAX_S)
+
+    def _connection(self) -> _Connection:
+        return self._connections.setdefault(os.getpid(), _Connection())
+
+    def _filesystem(self) -> Any:
+        """Return the file system of this process: its connections belong to a thread that a fork does not copy."""
+        connection = self._connection()
+        with connection.lock:
+            if connection.filesystem is None:
+                made = fsspec.filesystem(self.protocol, **self._options())
+                # Tries are counted here, not by the backends.
+                made.retries = 1  # s3fs
+                if self.package == "gcsfs":  # a decorator makes six: the function under it makes one
+                    made._request = partial(type(made)._request.__wrapped__, made)
+                _filesystems[id(made)] = made
+                connection.filesystem = made
+            return connection.filesystem
+
+    def _options(self) -> dict[str, Any]:
+        """Return what makes fsspec's file systems alike: no caches, our time limits, one try."""
+        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        if self.package == "s3fs":
+            limits = {"connect_timeout": self.timeout_s, "read_timeout": self.timeout_s}
+            options["config_kwargs"] = {**limits, "retries": {"total_max_attempts": 1}}
+            options["max_concurrency"] = 1  # else a read asks for the size first
+            return options
+        client = importlib.import_module("aiohttp")
+        limit = client.ClientTimeout(total=None, connect=self.timeout_s, sock_read=self.timeout_s)
+        if self.package == "aiohttp":
+            options["client_kwargs"] = {"timeout": limit, "read_bufsize": 1 << 20}
+        else:
+            options["requests_timeout"] = limit
+        return options

@@ -1,4 +1,9 @@
-"""Where the files of a data set are: what every place can do, and a local folder."""
+"""Where files are: those of a data set for reading, and a folder of results for reading and writing.
+
+There are two kinds, for two needs. A `ShardStore` only reads, millions of times and from many processes: it gives whole
+and verified shards as open files (here from a local folder, in ``cache.py`` from a URL), tries again where a source
+fails, and its sentences speak of data sets. A `FileStore` reads and writes a few small files under one folder or URL.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +12,34 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo, manifest_path
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import write_atomic
 
 
 class ShardStore(ABC):
-    """Where the files of a data set are. One object may be used by several threads and by forked processes."""
+    """The files of a data set. One object may be used by several threads and by forked processes.
+
+    For writing, or for files that are not a data set's, see `FileStore`."""
 
     @abstractmethod
     def location(self, name: str) -> str:
-        """The file's path or URL, for messages."""
+        """Return the file's path or URL, for messages."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """A small file (manifest, sidecar). Raises BadInput when it does not exist or cannot be read."""
+        """Return a small file (manifest, sidecar). Raises BadInput when it does not exist or cannot be read."""
 
     @abstractmethod
     def check(self, shards: Sequence[ShardInfo]) -> None:
-        """Raises BadInput when a local shard is absent. A remote source is not asked: `open` says it."""
+        """Raise BadInput when a local shard is absent. A remote source is not asked: `open` says it."""
 
     @abstractmethod
     def open(self, shard: ShardInfo) -> int:
-        """A descriptor for reading the whole shard; the caller closes it. Raises BadInput when there is none."""
+        """Return a descriptor for reading the whole shard; the caller closes it. Raises BadInput when there is none."""
 
     def prefetch(self, shards: Sequence[ShardInfo]) -> None:  # noqa: B027 - nothing to do for a local folder
         """Start fetching shards that are needed soon, in this order, in the background. Never raises, never waits."""
@@ -38,7 +49,7 @@ class ShardStore(ABC):
 
 
 class LocalStore(ShardStore):
-    """A folder: its files are opened where they lie, neither copied nor checked."""
+    """A folder of shards: its files are opened where they lie, neither copied nor verified."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,14 +58,12 @@ class LocalStore(ShardStore):
         return str(self.folder / name)
 
     def read(self, name: str) -> bytes:
-        if not self.folder.is_dir():
-            raise BadInput(f"data folder {self.folder} does not exist: pack one with 'python -m shards build'")
-        path = self.folder / name
-        if path.is_file():
-            return path.read_bytes()
         if name == MANIFEST_NAME:
-            raise BadInput(f"{self.folder} has no {name}: write it with 'python -m shards index {self.folder}'")
-        raise BadInput(f"shard index {path} does not exist: run 'python -m shards index {self.folder}'")
+            return manifest_path(self.folder).read_bytes()
+        path = self.folder / name
+        if not path.is_file():
+            raise BadInput(f"shard index {path} does not exist: run 'python -m shards index {self.folder}'")
+        return path.read_bytes()
 
     def check(self, shards: Sequence[ShardInfo]) -> None:
         for shard in shards:
@@ -67,3 +76,60 @@ class LocalStore(ShardStore):
         except FileNotFoundError:
             self.check([shard])
             raise
+
+
+class FileStore:
+    """A folder for reading and writing: a local path, or a URL of any protocol that fsspec knows (s3://, gs://)."""
+
+    def __init__(self, url: str, flag: str) -> None:
+        """`flag`: the flag or field that named the folder, for messages. The folder need not exist yet.
+
+        Raises BadInput when the protocol is unknown or its package missing."""
+        try:
+            self.filesystem, path = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise BadInput(f"{flag} {url} cannot be opened ({error}): use a folder or install what it needs") from None
+        self.url, self.flag = url.rstrip("/"), flag
+        self.path = str(path).rstrip("/")
+        """Where the folder is in `filesystem`, without the protocol."""
+        self.local = isinstance(self.filesystem, LocalFileSystem)
+
+    def location(self, name: str) -> str:
+        """Return the file's path or URL, for messages."""
+        return f"{self.url}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file. Raises FileNotFoundError when there is none, BadInput when it cannot be read."""
+        try:
+            found: bytes = self.filesystem.cat_file(f"{self.path}/{name}")
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise BadInput(f"{self.flag} {self.url} cannot be read ({error}): use another place") from None
+        return found
+
+    def write(self, name: str, data: bytes | str) -> None:
+        """Write a file in one step, text as UTF-8: a reader sees the old file or the new one, whole.
+
+        Raises BadInput when it cannot be written."""
+        try:
+            if self.local:
+                write_atomic(f"{self.path}/{name}", data)
+            else:
+                self.filesystem.makedirs(self.path, exist_ok=True)
+                self.filesystem.pipe_file(f"{self.path}/{name}", data.encode() if isinstance(data, str) else data)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def put(self, folder: Path, name: str) -> None:
+        """Copy the files of a local folder to `name`, file by file. Raises BadInput when that cannot be written."""
+        try:
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                target = f"{self.path}/{name}/{file.relative_to(folder).as_posix()}"
+                self.filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self.filesystem.put_file(str(file), target)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> BadInput:
+        return BadInput(f"{self.flag} {self.url} cannot be written ({error}): use another place")

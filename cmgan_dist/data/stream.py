@@ -1,8 +1,8 @@
-"""The stream: manifest -> order -> windows -> decode -> Batch. The position is one integer, samples seen.
+"""Training batches of a rank. The position is one integer: samples seen.
 
-A sample's journey: a plan (order.py) says by arithmetic which (shard, index) every row of global batch t is, whatever
-the number of ranks and workers; `ShardReader` reads it by its offset, `SampleDecoder` turns it into arrays, and
-`Stream` joins rows to the rank's Batch. A bad sample is replaced by the next good one of its window, counted and named.
+A plan (order.py) says by arithmetic which (shard, index) every row of global batch t is, whatever the number of ranks
+and workers; `ShardReader` reads it by its offset, `SampleDecoder` turns it into arrays, and `Stream` joins rows to the
+rank's Batch. A bad sample is replaced by the next good one of its window, counted and named.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cmgan_dist.config.fields import StreamConfig, resolved_streams
-from cmgan_dist.data.batch import Batch, SampleDecoder, _stack_texts, join
+from cmgan_dist.data.batch import Batch, SampleDecoder, join, stack_texts
 from cmgan_dist.data.order import BalancedPlan, MixturePlan, Plan, SampleRef, streams_of_rank
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput, BadSample
@@ -25,12 +25,6 @@ log = logging.getLogger(__name__)
 
 MIN_READS_FOR_BAD_SHARE = 200
 """Samples read before the share of bad ones can stop a run."""
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-# ---------------------------------------------------------------------------------------------- decoding
 
 
 class _Chunks(IterableDataset["Batch | BadInput"]):
@@ -76,6 +70,7 @@ class Stream:
         self._window: dict[tuple[int, int], tuple[int, int]] = {}
 
     def _make_plan(self, config: StreamConfig, seed: int) -> Plan | MixturePlan:
+        """Return the order of the samples. Raises BadInput when data and config do not fit together."""
         batch, streams = config.global_batch, resolved_streams(config)
         samples = sum(int(r.counts.sum()) for r in self.readers)
         if samples < batch:
@@ -101,7 +96,7 @@ class Stream:
         return BalancedPlan(plan, members)
 
     def _check_mixture(self, config: StreamConfig, streams: int) -> None:
-        """Raises BadInput when the data sets of a mixture do not go together."""
+        """Raise BadInput when the data sets of a mixture do not go together."""
         first = self.readers[0]
         if config.sampling != "epoch":
             raise BadInput("stream.sampling=balanced takes one data set, --data names several: use epoch")
@@ -129,30 +124,32 @@ class Stream:
         return self.plan.epoch_samples
 
     def read_row(
-        self, row: SampleRef, image: np.ndarray, labels: np.ndarray, bad: list[str]
+        self, ref: SampleRef, image: np.ndarray, labels: np.ndarray, bad: list[str]
     ) -> tuple[str, str | np.ndarray]:
-        """Fill a row of a batch with the row's sample, or with the next good one of its window; (key, text).
+        """Fill a row of a batch with a sample, or with the next good one of its window; return its (key, text).
 
-        Raises BadInput when none is good."""
-        reader, shard, index = self.readers[row.source], row.shard, row.index
-        for k in range(row.replacements + 1):
+        A text is a string or float32 [F_t]. The reasons of bad samples are appended to `bad`. Raises BadInput when no
+        sample is good, or too many have been bad."""
+        reader, shard, index = self.readers[ref.source], ref.shard, ref.index
+        for k in range(ref.replacements + 1):
             self._reads += 1
             try:
                 sample = reader.read(shard, index)
-                texts = self.decoder(sample, reader.shards[shard].name, row.draw, image, labels)
-                return sample.key, texts[row.draw % len(texts)]
+                texts = self.decoder(sample, reader.shards[shard].name, ref.draw, image, labels)
+                return sample.key, texts[ref.draw % len(texts)]
             except BadSample as error:
                 self._bad += 1
                 bad.append(str(error))
                 self._check_share(reader, str(error))
-            if k < row.replacements:
-                shard, index = row.replacement(k)
+            if k < ref.replacements:
+                shard, index = ref.replacement(k)
         raise BadInput(
-            f"no usable sample left in a window of {row.replacements + 1} of split '{reader.split}' in {reader.data}; "
+            f"no usable sample left in a window of {ref.replacements + 1} of split '{reader.split}' in {reader.data}; "
             f"the last one: {bad[-1]}: run 'python -m shards verify {reader.data}'"
         )
 
     def _check_share(self, reader: ShardReader, last: str) -> None:
+        """Raise BadInput when more samples were bad than stream.max_bad_share; `last`: the last one's reason."""
         if self._reads >= MIN_READS_FOR_BAD_SHARE and self._bad > self.config.max_bad_share * self._reads:
             raise BadInput(
                 f"{self._bad} of {self._reads} samples read from {reader.data} are unusable, more than "
@@ -161,31 +158,37 @@ class Stream:
             )
 
     def read_step(self, step: int, streams: range) -> Batch:
-        """The rows that the given logical streams have in a global batch."""
+        """Return the rows that the given logical streams have in a global batch. Raises BadInput as `read_row` does."""
         bad: list[str] = []
-        for stream in streams:
-            for place in self.plan.place(step, stream):
-                now = (place.epoch, place.window)
-                if self._window.get((place.source, stream)) != now:
-                    self._window[place.source, stream] = now
-                    reader = self.readers[place.source]
-                    reader.store.prefetch([reader.shards[shard] for shard in place.following])
+        self._prefetch(step, streams)
         parts = [self.plan.chunk_rows(step, s) for s in streams]
         half = self.plan.chunk
-        rows = [r for part in parts for r in part[:half]] + [r for part in parts for r in part[half:]]
-        image, labels = self.decoder.empty(len(rows))
-        read = [self.read_row(row, image[i], labels[i], bad) for i, row in enumerate(rows)]
+        refs = [ref for part in parts for ref in part[:half]] + [ref for part in parts for ref in part[half:]]
+        image, labels = self.decoder.empty(len(refs))
+        read = [self.read_row(ref, image[i], labels[i], bad) for i, ref in enumerate(refs)]
         return Batch(
             image=torch.from_numpy(image),
-            text=_stack_texts([text for _, text in read]),
+            text=stack_texts([text for _, text in read]),
             labels=torch.from_numpy(labels) if self.decoder.classes else None,
             keys=[key for key, _ in read],
             size=half * len(streams),
             bad=bad,
         )
 
+    def _prefetch(self, step: int, streams: range) -> None:
+        """Have the shards of the next window fetched where a logical stream has come to another window."""
+        for stream in streams:
+            for position in self.plan.positions(step, stream):
+                now = (position.epoch, position.window)
+                if self._window.get((position.source, stream)) != now:
+                    self._window[position.source, stream] = now
+                    reader = self.readers[position.source]
+                    reader.store.prefetch([reader.shards[shard] for shard in position.following])
+
     def batches(self, position: int) -> Generator[Batch, None, None]:
-        """Batches from `position` samples on (a multiple of the global batch), without end."""
+        """Yield batches from `position` samples on (a multiple of the global batch), without end.
+
+        Raises BadInput when it is no multiple, and as `read_row` does."""
         step, rest = divmod(position, self.config.global_batch)
         if rest:
             raise BadInput(
@@ -214,9 +217,7 @@ class Stream:
 
 
 def _good(item: Batch | BadInput) -> Batch:
+    """Return what a worker yields. Raises the BadInput that it hands over."""
     if isinstance(item, BadInput):
         raise item
     return item
-
-
-# ---------------------------------------------------------------------------------------------- a whole split, in order

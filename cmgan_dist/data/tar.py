@@ -11,19 +11,22 @@ from typing import BinaryIO
 from cmgan_dist.errors import BadSample
 
 BLOCK = 512
+"""Bytes of a tar's block: headers are one, data fills whole ones."""
 PIECE = 1 << 24
 """Most bytes read at a time: what a header claims is not allocated before it is there."""
 
 
 def split_member_name(name: str) -> tuple[str, str]:
-    """``dir/a.image.npy`` -> (``dir/a``, ``image.npy``): the key ends at the base name's first dot."""
+    """Return key and extension of a member: ``dir/a.image.npy`` -> (``dir/a``, ``image.npy``).
+
+    The key ends at the base name's first dot; the extension is in lower case."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
 
 
 def _octal(field_bytes: bytes) -> int:
-    """A tar header's number: octal text, or base-256 when the top bit is set (GNU). Raises ValueError."""
+    """Return a tar header's number: octal text, or base-256 when the top bit is set (GNU). Raises ValueError."""
     if field_bytes[0] & 0x80:
         if field_bytes[0] & 0x40:
             raise ValueError("negative number")
@@ -35,7 +38,7 @@ def _octal(field_bytes: bytes) -> int:
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
-    """`size` bytes, or fewer where the file ends."""
+    """Return `size` bytes, or fewer where the file ends."""
     if size <= PIECE:
         return file.read(size)
     pieces = []
@@ -46,6 +49,7 @@ def _read(file: BinaryIO, size: int) -> bytes:
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
+    """Return the records of an extended header (POSIX.1-2001, pax). Raises ValueError when they are damaged."""
     records, at = {}, 0
     while at < len(data):
         space = data.index(b" ", at)
@@ -62,8 +66,8 @@ _PLAIN = struct.Struct("100s24x11sc12x6s2sc188xB166x")
 """A ustar header: name, size, its last byte, checksum, its last bytes, kind, first byte of the name's prefix."""
 
 
-def _byte_sum(header: bytes) -> int:
-    """The checksum of a tar header: its bytes, those of the checksum itself counted as spaces.
+def header_checksum(header: bytes) -> int:
+    """Return the checksum of a tar header of 512 bytes: their sum, with the checksum's own field counted as spaces.
 
     The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521: more than those of 256 bytes come to."""
     halves = (zlib.adler32(header[:256]) & 0xFFFF) + (zlib.adler32(header[256:]) & 0xFFFF) - 2
@@ -71,12 +75,12 @@ def _byte_sum(header: bytes) -> int:
 
 
 def _plain(header: bytes) -> tuple[str, int] | None:
-    """(name, size) of a regular file whose header is as most tools write it and whole; None: look closer."""
+    """Return (name, size) of a regular file whose header is as most tools write it and whole; None: look closer."""
     name, size, after, checksum, end, kind, prefix = _PLAIN.unpack(header)
     if prefix or kind not in b"0\0" or not size.isdigit() or after not in b"\0 " or end != b"\0 ":
         return None
     try:
-        if not checksum.isdigit() or int(checksum, 8) != _byte_sum(header):
+        if not checksum.isdigit() or int(checksum, 8) != header_checksum(header):
             return None
         return name.rstrip(b"\0").decode("utf-8", "surrogateescape"), int(size, 8)
     except ValueError:
@@ -85,8 +89,12 @@ def _plain(header: bytes) -> tuple[str, int] | None:
 
 @dataclass
 class Member:
+    """A regular file in a tar."""
+
     key: str
+    """Its name up to the first dot of the base name: the sample that it belongs to."""
     extension: str
+    """What follows that dot, in lower case; '' where there is none."""
     start: int
     """Offset of the member's first header block, extension headers included."""
     header: bytes
@@ -95,7 +103,7 @@ class Member:
 
 
 def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
-    """The regular files of an uncompressed tar (ustar, GNU and pax names), in order, reading forward only.
+    """Yield the regular files of an uncompressed tar (ustar, GNU and pax names), in order, reading forward only.
 
     Raises BadSample at the first damaged or cut place; `name` is the shard's, for the message."""
     offset = start = 0
@@ -131,13 +139,13 @@ def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
 
 
 def _size(header: bytes, kind: bytes, pax: dict[str, str], damage: str) -> int:
-    """Bytes of data behind a header. Raises BadSample(damage) when the header is not whole."""
+    """Return the bytes of data behind a header. Raises BadSample(damage) when the header is not whole."""
     try:
         checksum = _octal(header[148:156])
         size = _octal(header[124:136])
         if "size" in pax and kind not in (b"x", b"g"):
             size = int(pax["size"])
-        if size < 0 or checksum != _byte_sum(header):
+        if size < 0 or checksum != header_checksum(header):
             raise ValueError
     except ValueError:
         raise BadSample(damage) from None
@@ -146,6 +154,7 @@ def _size(header: bytes, kind: bytes, pax: dict[str, str], damage: str) -> int:
 
 
 def _name(header: bytes) -> str:
+    """Return the name in a header, with the prefix where it is of the ustar format."""
     base = header[:100].rstrip(b"\0").decode("utf-8", "surrogateescape")
     if header[257:262] == b"ustar" and header[345] and header[257:265] != b"ustar  \0":
         return header[345:500].rstrip(b"\0").decode("utf-8", "surrogateescape") + "/" + base
@@ -153,9 +162,9 @@ def _name(header: bytes) -> str:
 
 
 def iter_groups(file: BinaryIO, name: str) -> Iterator[list[Member]]:
-    """The members of each sample: consecutive ones with the same key. Raises BadSample as `iter_members` does.
+    """Yield the members of each sample: consecutive ones with the same key.
 
-    Members without an extension belong to no sample."""
+    Members without an extension belong to no sample. Raises BadSample as `iter_members` does."""
     group: list[Member] = []
     for member in iter_members(file, name):
         if not member.extension:
@@ -169,6 +178,8 @@ def iter_groups(file: BinaryIO, name: str) -> Iterator[list[Member]]:
 
 
 def iter_samples(file: BinaryIO, name: str) -> Iterator[tuple[str, int, dict[str, bytes]]]:
-    """(key, offset of its first header, members by extension) of each sample. Raises as `iter_members` does."""
+    """Yield (key, offset of its first header, members by extension) of each sample.
+
+    Raises BadSample as `iter_members` does."""
     for group in iter_groups(file, name):
         yield group[0].key, group[0].start, {member.extension: member.data for member in group}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from cmgan_dist.data import image as image_module
-from cmgan_dist.data.image import CROP_AREA, CROP_RATIO, MAX_PIXELS, _centre_box, _eighths, _random_box, decode_image
+from cmgan_dist.data.image import CROP_AREA, CROP_RATIO, MAX_PIXELS, centre_box, decode_image, eighths_for, random_box
 from cmgan_dist.errors import BadSample
 
 
@@ -88,7 +88,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def test_both_sides_of_a_crop_reach_the_target(
     shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, box: tuple[int, int, int, int]
 ) -> None:
-    monkeypatch.setattr(image_module, "_random_box", lambda *_: box)
+    monkeypatch.setattr(image_module, "random_box", lambda *_: box)
     decode(encode(inputs(1000, 1000), "JPEG"), 224, np.random.default_rng(0))
     assert 500 * shapes[0][0] / 1000 >= 224
 
@@ -97,10 +97,10 @@ def test_both_sides_of_a_crop_reach_the_target(
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([8, 64, 224]), st.integers(0, 2**32))
 def test_the_scale_of_a_jpeg(width: int, height: int, size: int, seed: int) -> None:
     """One that libjpeg has vector code for, no larger than it needs to be, and the centre's edges as good as exact."""
-    drawn = _random_box(width, height, np.random.default_rng(seed))
-    for box, exact in ((_centre_box(width, height), True), (drawn, False)):
+    drawn = random_box(width, height, np.random.default_rng(seed))
+    for box, exact in ((centre_box(width, height), True), (drawn, False)):
         side = min(box[2] - box[0], box[3] - box[1])
-        eighths = _eighths(box, size, exact)
+        eighths = eighths_for(box, size, exact)
         assert eighths in (1, 2, 4, 8)
         assert eighths == 8 or side * eighths >= 8 * size
         assert eighths <= (2 if exact else 1) or side <= 2 * size or side * eighths / 8 < (4 if exact else 2) * size
@@ -113,8 +113,8 @@ def test_a_plain_jpeg_is_not_opened_by_pillow(monkeypatch: pytest.MonkeyPatch) -
     exif = Image.Exif()
     exif[0x0112] = 3
     opened: list[bytes] = []
-    open_image = image_module._open
-    monkeypatch.setattr(image_module, "_open", lambda data: opened.append(data) or open_image(data))
+    open_image = image_module.open_image
+    monkeypatch.setattr(image_module, "open_image", lambda data: opened.append(data) or open_image(data))
     decode(encode(inputs(90, 70), "JPEG"), 32)
     decode(encode(inputs(90, 70).convert("L"), "JPEG", progressive=True), 32)
     assert not opened
@@ -287,14 +287,14 @@ def test_a_row_of_a_batch_is_filled_in_its_place(kind: str, exif: int, seed: int
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 2000), st.integers(1, 2000), st.integers(0, 2**32))
 def test_a_random_box_lies_in_the_picture(width: int, height: int, seed: int) -> None:
-    left, top, right, bottom = _random_box(width, height, np.random.default_rng(seed))
+    left, top, right, bottom = random_box(width, height, np.random.default_rng(seed))
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
 
 
 def test_a_random_box_has_the_area_and_the_ratio() -> None:
     rng = np.random.default_rng(0)
-    boxes = np.array([_random_box(640, 480, rng) for _ in range(500)], float)
+    boxes = np.array([random_box(640, 480, rng) for _ in range(500)], float)
     w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     share, ratio = w * h / (640 * 480), w / h
     assert CROP_AREA[0] - 0.01 < share.min() < 0.55

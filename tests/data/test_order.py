@@ -137,11 +137,11 @@ def test_a_mixture_resumes_anywhere_and_gives_rare_sets_their_turn() -> None:
 @given(plans, st.integers(0, 3))
 def test_the_next_window_is_what_comes_next(plan: Plan, stream: int) -> None:
     stream = stream % plan.streams
-    (before,) = plan.place(0, stream)
+    (before,) = plan.positions(0, stream)
     for step in range(3 * plan.steps):
-        (now,) = plan.place(step, stream)
+        (now,) = plan.positions(step, stream)
         if (now.epoch, now.window) != (before.epoch, before.window):
-            last = len(plan._windows(before.epoch, stream)[0]) - 1
+            last = len(plan.windows(before.epoch, stream)[0]) - 1
             successor = (before.epoch + 1, 0) if before.window == last else (before.epoch, before.window + 1)
             if (now.epoch, now.window) == successor:  # windows smaller than a chunk are passed by
                 assert plan.chunk_rows(step, stream)[0].shard in before.following
@@ -155,27 +155,27 @@ def test_every_set_of_a_mixture_says_where_it_is_and_what_comes_next() -> None:
     windows: dict[int, tuple[int, int]] = {}
     changes = 0
     for step in range(600):
-        for place in plan.place(step, 1):
-            now, part = (place.epoch, place.window), plan.plans[place.source]
-            upcoming = (r for t in range(step, step + 99) for r in plan.chunk_rows(t, 1) if r.source == place.source)
+        for position in plan.positions(step, 1):
+            now, part = (position.epoch, position.window), plan.plans[position.source]
+            upcoming = (r for t in range(step, step + 99) for r in plan.chunk_rows(t, 1) if r.source == position.source)
             row = next(upcoming)
-            assert row.shard in {shard for shard, _, _ in part._windows(place.epoch, 1)[0][place.window]}
-            if windows.setdefault(place.source, now) != now:
-                assert row.shard in named[place.source]
+            assert row.shard in {shard for shard, _, _ in part.windows(position.epoch, 1)[0][position.window]}
+            if windows.setdefault(position.source, now) != now:
+                assert row.shard in named[position.source]
                 changes += 1
-            windows[place.source], named[place.source] = now, place.following
+            windows[position.source], named[position.source] = now, position.following
     assert set(windows) == {0, 1, 2}
     assert changes > 30
 
 
 @settings(max_examples=60, deadline=None)
 @given(plans, st.data())
-def test_spares_are_the_rest_of_the_window_and_at_its_stream_s_ends_the_window_beside(
+def test_replacements_are_the_rest_of_the_window_and_at_its_stream_s_ends_the_window_beside(
     plan: Plan, data: st.DataObject
 ) -> None:
     step, stream = data.draw(st.integers(0, 3 * plan.steps)), data.draw(st.integers(0, plan.streams - 1))
     epoch, within = divmod(step, plan.steps)
-    pieces, starts = plan._windows(epoch, stream)
+    pieces, starts = plan.windows(epoch, stream)
     inside = [{(s, i) for s, first, stop in window for i in range(first, stop)} for window in pieces]
     for j, row in enumerate(plan.chunk_rows(step, stream)):
         window = int(np.searchsorted(starts, within * plan.chunk + j, side="right")) - 1
@@ -191,16 +191,16 @@ def test_spares_are_the_rest_of_the_window_and_at_its_stream_s_ends_the_window_b
         assert len(replacements) == len(own) + len(beside) == len(set(replacements))
 
 
-def test_rows_are_those_of_places_one_by_one() -> None:
-    """A chunk that crosses windows is the same rows as its places asked for singly."""
+def test_rows_are_those_asked_for_one_by_one() -> None:
+    """A chunk that crosses windows is the same rows as when they are asked for singly."""
     plan = Plan(np.array([3, 1, 4, 2, 9, 1]), global_batch=10, streams=2, window=1, seed=4)
     for epoch in range(4):
         together = plan.rows(epoch, 1, 0, 10)
-        single = [plan.rows(epoch, 1, place, 1)[0] for place in range(10)]
+        single = [plan.rows(epoch, 1, first, 1)[0] for first in range(10)]
         assert [(r.shard, r.index, r.draw, r.replacements) for r in together] == [
             (r.shard, r.index, r.draw, r.replacements) for r in single
         ]
-        assert [r.draw for r in together] == [mix(4, epoch, 3, 1, place) for place in range(10)]
+        assert [r.draw for r in together] == [mix(4, epoch, 3, 1, position) for position in range(10)]
         assert len({(r.shard, r.index) for r in together}) == 10
 
 

@@ -285,7 +285,7 @@ def test_two_ranks_never_read_the_same_sample_and_share_a_shard_only_at_a_cut(
             reads.clear()
             list(islice(open_stream(case.data, case.config, rank, world).batches(epoch * 64), 2))
             by_rank.append(list(reads))
-        every = [place for one in by_rank for place in one]
+        every = [sample for one in by_rank for sample in one]
         assert len(every) == len(set(every)) == 64
         ranks_of = Counter(shard for one in by_rank for shard in {shard for shard, _ in one})
         assert sum(count - 1 for count in ranks_of.values()) <= world, "more shards are shared than there are cuts"
@@ -450,15 +450,15 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SPOILT = StreamConfig(global_batch=16, logical_streams=8, window=2, max_bad_share=0.5)
 
 
-def name_of(place: tuple[int, int]) -> str:
+def name_of(sample: tuple[int, int]) -> str:
     """How a line about a bad sample begins: by its key, or by its number where its key is lost."""
-    shard, index = place
-    key = index if place in BAD - set(FAULTS) else f"{shard}-{index:03d}"
+    shard, index = sample
+    key = index if sample in BAD - set(FAULTS) else f"{shard}-{index:03d}"
     return f"train-{shard:06d}.tar sample {key}:"
 
 
-def reason_of(place: tuple[int, int]) -> str:
-    return REASONS[FAULTS[place]] if place in FAULTS else "the shard is truncated at byte"
+def reason_of(sample: tuple[int, int]) -> str:
+    return REASONS[FAULTS[sample]] if sample in FAULTS else "the shard is truncated at byte"
 
 
 def test_a_bad_sample_is_replaced_by_the_next_good_one_of_its_window(spoilt: Path) -> None:
@@ -470,14 +470,14 @@ def test_a_bad_sample_is_replaced_by_the_next_good_one_of_its_window(spoilt: Pat
         for s in range(8):
             for row in stream.plan.chunk_rows(step, s):
                 order = [(row.shard, row.index), *(row.replacement(k) for k in range(row.replacements))]
-                good = next(i for i, place in enumerate(order) if place not in BAD)
+                good = next(i for i, sample in enumerate(order) if sample not in BAD)
                 expected.append(f"{order[good][0]}-{order[good][1]:03d}")
                 expected_bad += order[:good]
         assert [row[0] for row in rows] == expected
         assert len(lines) == len(expected_bad)
-        for line, place in zip(lines, expected_bad, strict=True):
-            assert line.startswith(name_of(place))
-            assert reason_of(place) in line
+        for line, sample in zip(lines, expected_bad, strict=True):
+            assert line.startswith(name_of(sample))
+            assert reason_of(sample) in line
         named.update(expected_bad)
     assert set(named) == BAD, "the case does not meet every bad sample"
 
@@ -790,5 +790,5 @@ def test_counts_alone_make_the_plan(cases: dict[str, Case]) -> None:
     case = cases["features"]
     plan = Plan(np.array(COUNTS), global_batch=32, streams=16, window=2, seed=5)
     for step, (rows, _) in enumerate(case.reference):
-        places = [(r.shard, r.index) for s in range(16) for r in plan.chunk_rows(step, s)]
-        assert [row[0] for row in rows] == [f"train{shard}-{index:04d}" for shard, index in places]
+        samples = [(r.shard, r.index) for s in range(16) for r in plan.chunk_rows(step, s)]
+        assert [row[0] for row in rows] == [f"train{shard}-{index:04d}" for shard, index in samples]

@@ -30,9 +30,9 @@ class FaultyServer:
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, list[str]] = {}
         self.requests: Counter[str] = Counter()
-        """Requests per path."""
+        """Path -> how often it was asked for."""
         self.queries: set[str] = set()
-        """What stood behind a "?"."""
+        """All query strings that came, without their "?"."""
         self.half_sent = threading.Event()
         """Set when a stalling body has got half way."""
         self.stopped = threading.Event()
@@ -53,11 +53,13 @@ class FaultyServer:
         self.thread.start()
 
     def close(self) -> None:
+        """End all stalls and the server."""
         self.stopped.set()
         self.server.shutdown()
         self.server.server_close()
 
     def next_fault(self, path: str) -> str:
+        """Count a request; return how it fails, "" when it does not."""
         with self._lock:
             self.requests[path] += 1
             faults = self.faults.get(path, [])
@@ -66,6 +68,7 @@ class FaultyServer:
             return faults[0] if faults[1:] == ["always"] else faults.pop(0)
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        """Answer a GET request with the file of its path, or as its next fault says."""
         path, _, query = handler.path.partition("?")
         self.queries.add(query)
         fault = self.next_fault(path)

@@ -1,0 +1,41 @@
+"""Manifests: what is not one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cmgan_dist.data.manifest import Manifest, ShardInfo, load_manifest, natural_splits
+from cmgan_dist.errors import BadInput
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', '{"version": 9, "name": "x"}'])
+def test_bad_manifests_are_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(BadInput, match=r"manifest\.json"):
+        load_manifest(tmp_path)
+    with pytest.raises(BadInput, match="has no split 'dev': its manifest has train"):
+        Manifest("toy", "none", [], {"train": []}).shards("dev")
+
+
+def test_a_manifest_there_and_back(tmp_path: Path) -> None:
+    shards = {"train": [ShardInfo("train-000000.tar", 3, 10240, "a" * 64)], "val": []}
+    manifest = Manifest("Grüße", "multi", ["a", "b"], shards, text="features", text_dim=5, details={"source": "toy"})
+    (tmp_path / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    again = load_manifest(tmp_path)
+    assert again == manifest
+    assert (again.samples("train"), again.samples("val"), again.samples("test")) == (3, 0, 0)
+    with pytest.raises(BadInput, match="split 'val' of Grüße has no samples"):
+        again.shards("val")
+
+
+def test_a_missing_folder_and_a_missing_manifest_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"data folder .*none does not exist: pack one with 'python -m shards build'"):
+        load_manifest(tmp_path / "none")
+    with pytest.raises(BadInput, match=rf"{tmp_path} has no manifest\.json: write it with 'python -m shards index"):
+        load_manifest(tmp_path)
+
+
+def test_splits_are_in_the_order_that_a_reader_expects() -> None:
+    assert natural_splits(["test", "extra", "val", "train", "dev"]) == ["train", "val", "test", "dev", "extra"]
