@@ -30,8 +30,9 @@ from tune.confirm import test_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("name", "values", "scores", "mean", "std")
-"""Of a confirmed setting."""
+"""What is published of a confirmed setting."""
 MEASURES = ("map/image_to_text", "map/text_to_image", "map/mean")
+"""Metrics of the test split that are published."""
 
 
 @dataclass
@@ -55,7 +56,9 @@ class Arguments:
 
 
 def search(arguments: Arguments, name: str, *extra: str) -> dict[str, Any]:
-    """trials.json of the search WORK/PRESET/NAME, which is run, or gone on with, unless it has ended."""
+    """Return trials.json of the search WORK/PRESET/`name`, which is run, or gone on with, unless it has ended.
+
+    `extra` are words of its command line. Raises BadInput when it does not end well."""
     folder = arguments.work / arguments.preset / name
     file = folder / "trials.json"
     if not file.is_file() or json.loads(file.read_text())["interrupted"]:
@@ -69,12 +72,12 @@ def search(arguments: Arguments, name: str, *extra: str) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> list[float]:
-    """[mean, standard deviation]"""
+    """Return [mean, sample standard deviation], the latter 0 for one value."""
     return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Budget, cost and the best trial of a search."""
+    """Return the budget, the cost and the best trial of a search from its trials.json."""
     timing, trials = found["timing"], found["trials"]
     best = max(trials, key=lambda t: t["best"])
     return {
@@ -91,7 +94,27 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def show(figures: dict[str, Any], confirmed: list[tuple[str, dict[str, Any], dict[str, Any]]], seeds: int) -> None:
+    """Print (title, confirmed setting, its test scores) as a table, and what each search cost."""
+    table = Table(title=f"{figures['preset']}: {seeds} new seeds", title_justify="left")
+    for name in ("", "validation", *(f"test {m}" for m in MEASURES)):
+        table.add_column(name)
+    for title, entry, scores in confirmed:
+        cells = [f"{scores[m][0]:.4f} ± {scores[m][1]:.4f}" for m in MEASURES]
+        table.add_row(title, f"{entry['mean']:.4f} ± {entry['std']:.4f}", *cells)
+    console = Console(width=140)
+    console.print(table)
+    for name in ("asha", "random"):
+        found = figures[name]
+        console.print(
+            f"{name}: {found['trials']} trials, {found['epochs']:.0f} epochs, best on one seed "
+            f"{found['best_validation_one_seed']:.4f}, search {found['search_s'] or math.nan:.0f} s, "
+            f"overhead {100 * (found['overhead'] or math.nan):.1f} %"
+        )
+
+
 def main() -> None:
+    """Run both searches, compare them, and write and print the figures."""
     arguments = parse(Arguments, sys.argv[1:], prog="bench/search.py")
     many = [f"--trials={arguments.trials}", f"--reduction={arguments.reduction}"]
     confirm = [f"--confirm={arguments.confirm}", f"--confirm-top={arguments.confirm_top}"]
@@ -106,7 +129,7 @@ def main() -> None:
     test = {"best": asha["test"]["scores"]}
     if best is not preset:
         test["preset"] = test_scores([Path(p) for p in preset["checkpoints"]], "test")
-    record = {
+    figures = {
         "preset": arguments.preset,
         "asha": summary(asha),
         "random": summary(random) | {"confirmed": [{k: c[k] for k in KEYS} for c in random["confirmed"]]},
@@ -116,22 +139,10 @@ def main() -> None:
         "test": {name: {m: scores[m] for m in MEASURES} for name, scores in test.items()},
         "importance": asha["importance"],
     }
-    table = Table(title=f"{arguments.preset}: {arguments.confirm} new seeds", title_justify="left")
-    for name in ("", "validation", *(f"test {m}" for m in MEASURES)):
-        table.add_column(name)
-    for name, entry, key in ((f"trial {asha['best']}", best, "best"), ("preset", preset, "preset")):
-        scores = test.get(key, test["best"])
-        cells = [f"{scores[m][0]:.4f} ± {scores[m][1]:.4f}" for m in MEASURES]
-        table.add_row(name, f"{entry['mean']:.4f} ± {entry['std']:.4f}", *cells)
-    console = Console(width=140)
-    console.print(table)
-    for name, found in (("asha", summary(asha)), ("random", summary(random))):
-        console.print(
-            f"{name}: {found['trials']} trials, {found['epochs']:.0f} epochs, best on one seed "
-            f"{found['best_validation_one_seed']:.4f}, search {found['search_s'] or math.nan:.0f} s, "
-            f"overhead {100 * (found['overhead'] or math.nan):.1f} %"
-        )
-    print(f"written to {write_results(f'search-{arguments.preset}', record)}")
+    preset_scores = test.get("preset", test["best"])
+    rows = [(f"trial {asha['best']}", best, test["best"]), ("preset", preset, preset_scores)]
+    show(figures, rows, arguments.confirm)
+    print(f"written to {write_results(f'search-{arguments.preset}', figures)}")
 
 
 if __name__ == "__main__":

@@ -9,19 +9,18 @@ from typing import Any
 from cmgan_dist.config.fields import Config
 from cmgan_dist.data.store import FileStore
 from tune.options import Arguments
-from tune.results import (
-    Confirmed,
-)
-from tune.space import (
-    apply_values,
-)
+from tune.results import Confirmed
+from tune.space import apply_values
 from tune.tuner import INTERRUPT, run_tuner
 
 
 def confirm(
     arguments: Arguments, config: Config, output: FileStore, trainable: Any, settings: list[tuple[str, dict[str, Any]]]
 ) -> tuple[list[Confirmed], dict[str, list[Any]], bool]:
-    """Train each (name, values) from new seeds: (means, Tune's results by name, whether it was interrupted)."""
+    """Train each (name, values) of `settings` from --confirm new seeds.
+
+    Returns the settings with their scores, best mean first, Tune's results of the runs that ended by the name of the
+    setting, and whether it was interrupted; then there are neither settings nor results."""
     from ray.tune import grid_search
 
     seeds = [config.train.seed + 1 + k for k in range(arguments.confirm)]
@@ -35,15 +34,15 @@ def confirm(
     scores: dict[str, list[float]] = {name: [] for name, _ in settings}
     for (name, expected), (trial, result) in zip(runs, pairs, strict=True):
         assert trial.config["values"] == expected
-        fine = trial.status == "TERMINATED"
-        scores[name].append(float(trial.last_result["best"]) if fine else 0.0)
-        results[name] += [result] if fine else []
-    out = [Confirmed(n, values, scores[n], [r.checkpoint.path for r in results[n]]) for n, values in settings]
-    return sorted(out, key=lambda c: -c.mean), results, False
+        ended = trial.status == "TERMINATED"
+        scores[name].append(float(trial.last_result["best"]) if ended else 0.0)
+        results[name] += [result] if ended else []
+    confirmed = [Confirmed(n, values, scores[n], [r.checkpoint.path for r in results[n]]) for n, values in settings]
+    return sorted(confirmed, key=lambda c: -c.mean), results, False
 
 
 def test_scores(runs: list[Path], split: str) -> dict[str, list[float]]:
-    """{metric: [mean, standard deviation]} of the runs' best generators on `split`."""
+    """Return {metric: [mean, standard deviation]} of the runs' best generators on `split`."""
     from cmgan_dist.retrieval.evaluate import evaluate
 
     found: dict[str, list[float]] = {}
@@ -55,7 +54,9 @@ def test_scores(runs: list[Path], split: str) -> dict[str, list[float]]:
 
 
 def best_config(config: Config, values: dict[str, Any], preset_config: Config) -> Config:
-    """The setting as a config for launchers/train.py: the preset's checkpoints, tracker, report and threads again."""
+    """Return `config` with the values of a setting, for launchers/train.py.
+
+    Checkpoints, tracker, report and threads are those of the preset again."""
     best = apply_values(config, {k: v for k, v in values.items() if k != "train.seed"})
     best.train.keep, best.train.tracker = preset_config.train.keep, preset_config.train.tracker
     best.train.report, best.train.threads = preset_config.train.report, preset_config.train.threads

@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cmgan_dist.config.fields import Config
-from cmgan_dist.config.load import (
-    load_config,
-    validate,
-)
+from cmgan_dist.config.load import load_config, validate
 from cmgan_dist.config.presets import preset
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 
 SAME = ("preset", "config", "data", "trials", "algorithm", "epochs", "val_every", "grace", "reduction", "seed")
-"""What --resume must find as it was."""
+"""Fields that --resume must find as they were."""
 
 
 @dataclass
@@ -65,7 +62,7 @@ class Arguments:
     test: bool = True
     """At the end, read the test split for the best setting."""
     test_split: str = "test"
-    """Its name."""
+    """Name of the test split."""
     time_budget_s: float = 0.0
     """Stop the search after so many seconds; 0 is no limit."""
     resume: bool = False
@@ -75,11 +72,11 @@ class Arguments:
     nodes: int = 1
     """Wait until so many nodes have joined the cluster."""
     seed: int = 0
-    """Of the settings that are drawn."""
+    """Seed of the settings that are drawn."""
 
 
 def base_config(arguments: Arguments) -> Config:
-    """The config that all trials share. Raises BadInput naming the flag."""
+    """Return the config that all trials share. Raises BadInput naming the flag that is wrong."""
     if bool(arguments.preset) == bool(arguments.config):
         raise BadInput("name either --preset or --config: see tune/search.py --help")
     for flag, low in (("trials", 1), ("grace", 1), ("reduction", 2), ("processes", 1), ("checkpoint_every", 1)):
@@ -106,7 +103,9 @@ def base_config(arguments: Arguments) -> Config:
 
 
 def check_data(config: Config, test_split: str) -> int:
-    """Validations of a whole trial. Raises BadInput for what all trials would stumble over."""
+    """Return the number of validations in a whole trial.
+
+    Raises BadInput for data that no trial could train on, be validated on or, when `test_split` is named, tested on."""
     from cmgan_dist.data.order import steps_for
     from cmgan_dist.data.reader import ShardReader
     from cmgan_dist.data.stream import Stream
@@ -120,11 +119,14 @@ def check_data(config: Config, test_split: str) -> int:
 
 
 def load_base(arguments: Arguments) -> Config:
+    """Return the config that the search starts from: the preset's or the file's."""
     return load_config(arguments.config) if arguments.config else preset(arguments.preset)
 
 
 def check_resume(output: FileStore, identity: dict[str, Any], arguments: Arguments) -> bool:
-    """Whether --output holds a search. Raises BadInput when --resume is not given then, or it is another search."""
+    """Return whether --output holds a search; `identity` says of this one what --resume must find as it was.
+
+    Raises BadInput when it holds one and --resume is not given, or that one is another search."""
     try:
         text = output.read("search.json")
     except FileNotFoundError:

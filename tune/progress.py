@@ -1,8 +1,7 @@
-"""What the search says while it runs: one line per finished trial, and a progress line in a terminal."""
+"""What the search prints while it runs: one line per finished trial, and a progress line in a terminal."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from ray.tune import Callback
@@ -11,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressCallback(Callback):
-    """On stderr. Holds numbers only: Tune pickles it with the search."""
+    """Prints the progress of an experiment on stderr; it holds numbers only, for Tune pickles it with the search."""
 
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total = title, total
@@ -22,8 +21,8 @@ class ProgressCallback(Callback):
     def setup(
         self, stop: Any = None, num_samples: int | None = None, total_num_samples: int | None = None, **info: Any
     ) -> None:
+        """Show the progress line; Tune calls this when the experiment begins."""
         console = Console(stderr=True)
-        self.begun = time.monotonic()
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -36,7 +35,7 @@ class ProgressCallback(Callback):
         self.task = self.bar.add_task(self.title, total=self.total, completed=self.ended, note="")
         self.bar.start()
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self.bar is not None:
             self.bar.console.print(text, highlight=False, soft_wrap=True)
 
@@ -48,29 +47,33 @@ class ProgressCallback(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        """Note a validation, and print the sentence of a trial that failed."""
         if result["best"] > self.best:
             self.best, self.best_trial = result["best"], trial.trial_id
         if result["failed"]:
             self.failed += 1
-            self._say(f"trial {trial.trial_id} failed: {result['failed']}")
+            self._print(f"trial {trial.trial_id} failed: {result['failed']}")
         self._refresh(sum(t.status == "RUNNING" for t in trials))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Print the line of a trial that has ended."""
         self.ended += 1
         last = trial.last_result or {}
         if not last.get("failed"):
-            self._say(
+            self._print(
                 f"trial {self.ended}/{self.total}: {last.get('best', 0):.4f} in {last.get('epoch', 0):.0f} epochs, "
                 f"best so far {self.best:.4f}"
             )
         self._refresh(sum(t.status == "RUNNING" for t in trials))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Print the line of a trial whose process died once too often."""
         self.ended += 1
         self.failed += 1
-        self._say(f"trial {trial.trial_id} failed: its process died too often, see {trial.error_filename}")
+        self._print(f"trial {trial.trial_id} failed: its process died too often, see {trial.error_filename}")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Take the progress line away."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -15,6 +15,7 @@ import logging
 import signal
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,145 +24,200 @@ from rich.logging import RichHandler
 
 from cmgan_dist.config.cli import parse
 from cmgan_dist.config.fields import Config
-from cmgan_dist.config.load import (
-    to_yaml,
-)
+from cmgan_dist.config.load import to_yaml
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main
 from cmgan_dist.jobs.ray import start_ray
 from tune.confirm import best_config, confirm, test_scores
 from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base
 from tune.report import search_report
-from tune.results import (
-    Confirmed,
-    importance,
-    ranked,
-    show_table,
-    trials_json,
-)
-from tune.space import (
-    Space,
-    check_space,
-    domains,
-    get_value,
-    load_space,
-    outside_of,
-)
+from tune.results import Confirmed, TrialResult, importance, ranked, show_table, trials_json
+from tune.space import Space, check_space, domains, get_value, load_space, outside_of
 from tune.tuner import (
     INTERRUPT,
     KEPT_FOR_CLONES,
     make_algorithm,
     make_trainable,
     prepare_tune,
-    record_of,
     run_tuner,
-    slots,
+    trial_result,
+    trials_at_a_time,
 )
 
 log = logging.getLogger(__name__)
 
+PRINTED = [key for name in ("image_to_text", "text_to_image", "mean") for key in (f"map/{name}", f"recall/{name}@10")]
+"""Metrics of the test split that are printed, those that there are."""
+
+
+@dataclass
+class Plan:
+    """A search whose input has been checked."""
+
+    arguments: Arguments
+    config: Config
+    """The config that all trials share."""
+    space: Space
+    output: FileStore
+    identity: dict[str, Any]
+    """What --resume must find as it was."""
+    validations: int
+    """Validations of a whole trial."""
+    resumed: bool
+    start: dict[str, Any]
+    """The preset's own values, which are the first trial."""
+
+
+@dataclass
+class Outcome:
+    """What a search has found so far."""
+
+    trials: list[TrialResult]
+    runs: dict[str, list[Any]]
+    """Tune's results by the name of a setting: those of its confirming runs, else that of its trial."""
+    seconds: float
+    """Time that the trials took together, confirmation left out."""
+    interrupted: bool
+    confirmed: list[Confirmed] = field(default_factory=list)
+    """The confirmed settings, best first."""
+    test: dict[str, Any] = field(default_factory=dict)
+    """{"name", "seeds", "scores"} of the best setting on the test split, empty when it was not read."""
+
+    @property
+    def best(self) -> str:
+        """Name of the trial whose setting is kept: the best confirmed one, else the best trial; "" without any."""
+        if self.confirmed:
+            return self.confirmed[0].name
+        best = ranked(self.trials)
+        return best[0].name if best else ""
+
 
 def search(arguments: Arguments) -> int:
-    """Run the search to its end or an interruption; returns the exit code. Raises BadInput."""
+    """Run the search to its end or an interruption and return the exit code. Raises BadInput naming the flag."""
     import ray
 
     INTERRUPT.seen = False
+    plan = make_plan(arguments)
+    prepare_tune()
+    start_ray(arguments.address, arguments.nodes)
+    try:
+        return run_search(plan)
+    finally:
+        ray.shutdown()
+
+
+def make_plan(arguments: Arguments) -> Plan:
+    """Check the arguments, the space, the data and what --output holds. Raises BadInput naming what is wrong."""
     config = base_config(arguments)
     space = check_space(load_space(arguments.space), config)
     output = FileStore(arguments.output, "--output")
     identity = {name: getattr(arguments, name) for name in SAME} | {"data": config.data, "space": space}
     resumed = check_resume(output, identity, arguments)
     validations = check_data(config, arguments.test_split if arguments.test else "")
-    prepare_tune()
-    start_ray(arguments.address, arguments.nodes)
-    try:
-        return run_search(arguments, config, space, output, identity, validations, resumed)
-    finally:
-        ray.shutdown()
-
-
-def run_search(
-    arguments: Arguments,
-    config: Config,
-    space: Space,
-    output: FileStore,
-    identity: dict[str, Any],
-    validations: int,
-    resumed: bool,
-) -> int:
-    """`search` on a running Ray."""
-    at_a_time = slots(arguments)
-    log.info("%d trials of up to %d validations, %d at a time", arguments.trials, validations, at_a_time)
-    output.write("search.json", json.dumps(identity, indent=1) + "\n")
-
     start = {path: get_value(config, path) for path in space}
-    if outside := outside_of(space, start):
+    return Plan(arguments, config, space, output, identity, validations, resumed, start)
+
+
+def run_search(plan: Plan) -> int:
+    """Try settings, confirm the best, read the test split for the best of these, and write what was found.
+
+    Ray must run. Returns the exit code. Raises BadInput when every trial has failed or none fits the machines."""
+    arguments = plan.arguments
+    slots = trials_at_a_time(arguments)
+    log.info("%d trials of up to %d validations, %d at a time", arguments.trials, plan.validations, slots)
+    plan.output.write("search.json", json.dumps(plan.identity, indent=1) + "\n")
+    trainable = make_trainable(plan.config, arguments, plan.space)
+    outcome = try_settings(plan, trainable)
+    if arguments.confirm and not outcome.interrupted:
+        confirm_best(plan, trainable, outcome)
+    if outcome.best and not outcome.interrupted:
+        keep_best(plan, outcome)
+    write_outcome(plan, outcome, slots)
+    print_outcome(plan, outcome)
+    return EXIT_SIGNALLED if outcome.interrupted else EXIT_DONE
+
+
+def try_settings(plan: Plan, trainable: Any) -> Outcome:
+    """Run the trials, the preset first. Raises BadInput when every one has failed."""
+    arguments, space = plan.arguments, plan.space
+    if outside := outside_of(space, plan.start):
         log.info("the first trial is the preset, although its %s is outside the search space", ", ".join(outside))
-    trainable = make_trainable(config, arguments, space)
-    algorithm, scheduler = make_algorithm(space, arguments, validations, start)
+    algorithm, scheduler = make_algorithm(space, arguments, plan.validations, plan.start)
     settings: dict[str, Any] = {"search_alg": algorithm, "scheduler": scheduler, "num_samples": arguments.trials}
     settings |= {"max_concurrent_trials": arguments.concurrent} if arguments.concurrent else {}
     settings |= {"time_budget_s": arguments.time_budget_s} if arguments.time_budget_s else {}
     param_space = {} if arguments.algorithm.startswith("optuna") else domains(space)
-    begun = time.monotonic()
     keep = KEPT_FOR_CLONES if arguments.algorithm == "pbt" else 1
+    begun = time.monotonic()
     pairs = run_tuner(
-        "search", output, trainable, settings, param_space, arguments.trials, arguments.checkpoint_every, keep
+        "search", plan.output, trainable, settings, param_space, arguments.trials, arguments.checkpoint_every, keep
     )
-    wall = time.monotonic() - begun
-    stopped = INTERRUPT.seen
-    records = [
-        record_of("preset" if i == 0 else str(i), trial, result, validations) for i, (trial, result) in enumerate(pairs)
-    ]
-    order = ranked(records)
-    if not order and not stopped:
-        reasons = [r.failed for r in records if r.failed]
+    seconds = time.monotonic() - begun
+    names = ["preset" if i == 0 else str(i) for i in range(len(pairs))]
+    trials = [trial_result(name, *pair, plan.validations) for name, pair in zip(names, pairs, strict=True)]
+    if not ranked(trials) and not INTERRUPT.seen:
+        reasons = [t.failed for t in trials if t.failed]
         raise BadInput(f"every trial failed, the first with: {reasons[0] if reasons else 'no validation'}")
+    runs = {name: [result] for name, (_, result) in zip(names, pairs, strict=True)}
+    return Outcome(trials, runs, seconds, INTERRUPT.seen)
 
-    confirmed: list[Confirmed] = []
-    finished: dict[str, list[Any]] = {}
-    if arguments.confirm and not stopped:
-        chosen = [(r.name, r.values) for r in order[: arguments.confirm_top]]
-        if "preset" not in dict(chosen):
-            chosen.append(("preset", start))
-        confirmed, finished, stopped = confirm(arguments, config, output, trainable, chosen)
-    names = {r.name: i for i, r in enumerate(records)}
-    best = confirmed[0].name if confirmed else order[0].name if order else ""
-    test: dict[str, Any] = {}
-    if best and not stopped:
-        runs = finished.get(best) or [pairs[names[best]][1]]
-        with contextlib.ExitStack() as stack:  # of a remote output, local copies
-            folders = [Path(stack.enter_context(run.checkpoint.as_directory())) for run in runs]
-            output.put(folders[0], "best")
-            if arguments.test:
-                test = {"name": best, "seeds": len(runs), "scores": test_scores(folders, arguments.test_split)}
-    facts: dict[str, Any] = {"trials": len(records), "algorithm": arguments.algorithm, "trials at a time": at_a_time}
-    timing = {"resumed": resumed, "search_s": wall, "trial_s": sum(r.seconds for r in records), "slots": at_a_time}
-    facts |= {"data": config.data, "search": f"{wall:.0f} s", "sum of trials": f"{timing['trial_s']:.0f} s"}
-    found = importance(records, space)
-    extra = {"search": identity, "interrupted": stopped, "validations": validations, "timing": timing}
-    output.write("trials.json", trials_json(records, confirmed, found, extra | {"best": best, "test": test}))
+
+def confirm_best(plan: Plan, trainable: Any, outcome: Outcome) -> None:
+    """Train the best settings and the preset again from new seeds, and note how they did."""
+    chosen = [(t.name, t.values) for t in ranked(outcome.trials)[: plan.arguments.confirm_top]]
+    if "preset" not in dict(chosen):
+        chosen.append(("preset", plan.start))
+    outcome.confirmed, runs, outcome.interrupted = confirm(plan.arguments, plan.config, plan.output, trainable, chosen)
+    outcome.runs |= {name: results for name, results in runs.items() if results}
+
+
+def keep_best(plan: Plan, outcome: Outcome) -> None:
+    """Copy the best run to OUTPUT/best and, unless --no-test is given, read the test split for it."""
+    runs = outcome.runs[outcome.best]
+    with contextlib.ExitStack() as stack:  # of a remote output, local copies
+        folders = [Path(stack.enter_context(run.checkpoint.as_directory())) for run in runs]
+        plan.output.put(folders[0], "best")
+        if plan.arguments.test:
+            scores = test_scores(folders, plan.arguments.test_split)
+            outcome.test = {"name": outcome.best, "seeds": len(runs), "scores": scores}
+
+
+def write_outcome(plan: Plan, outcome: Outcome, slots: int) -> None:
+    """Write trials.json, report.html and, when any trial has validated, best.yaml; `slots` trials ran at a time."""
+    arguments, output, trials = plan.arguments, plan.output, outcome.trials
+    trial_seconds = sum(t.seconds for t in trials)
+    timing = {"resumed": plan.resumed, "search_s": outcome.seconds, "trial_s": trial_seconds, "slots": slots}
+    extra = {"search": plan.identity, "interrupted": outcome.interrupted, "validations": plan.validations}
+    extra |= {"timing": timing, "best": outcome.best, "test": outcome.test}
+    found = importance(trials, plan.space)
+    output.write("trials.json", trials_json(trials, outcome.confirmed, found, extra))
     title = f"Search from {arguments.preset or Path(arguments.config).name}"
-    output.write("report.html", search_report(title, facts, records, space, confirmed, found, test))
-    console = Console()
-    if best:
-        winner = best_config(config, records[names[best]].values, load_base(arguments))
-        output.write("best.yaml", to_yaml(winner))
-        show_table(records, confirmed, console)
-        config_at, report_at = output.location("best.yaml"), output.location("report.html")
-        console.print(f"best: trial {best}, {config_at}; report: {report_at}", soft_wrap=True)
-    runs_of = f"{test['seeds']} run{'s' * (test['seeds'] > 1)}" if test else ""
-    for key in ("image_to_text", "text_to_image", "mean"):
-        for measure in (f"map/{key}", f"recall/{key}@10"):
-            if measure in test.get("scores", {}):
-                mean, std = test["scores"][measure]
-                console.print(f"test {measure}: {mean:.4f} ± {std:.4f} over {runs_of}")
-    if stopped:
+    facts: dict[str, Any] = {"trials": len(trials), "algorithm": arguments.algorithm, "trials at a time": slots}
+    facts |= {"data": plan.config.data, "search": f"{outcome.seconds:.0f} s", "sum of trials": f"{trial_seconds:.0f} s"}
+    page = search_report(title, facts, trials, plan.space, outcome.confirmed, found, outcome.test)
+    output.write("report.html", page)
+    if outcome.best:
+        values = next(t.values for t in trials if t.name == outcome.best)
+        output.write("best.yaml", to_yaml(best_config(plan.config, values, load_base(arguments))))
+
+
+def print_outcome(plan: Plan, outcome: Outcome) -> None:
+    """Print the best trials, where the best setting lies, its scores on the test split, and how to go on."""
+    console, url, test = Console(), plan.output.url, outcome.test
+    if outcome.best:
+        show_table(outcome.trials, outcome.confirmed, console)
+        console.print(f"best: trial {outcome.best}, {url}/best.yaml; report: {url}/report.html", soft_wrap=True)
+    for key in PRINTED:
+        if key in test.get("scores", {}):
+            mean, std = test["scores"][key]
+            runs = f"{test['seeds']} run{'s' * (test['seeds'] > 1)}"
+            console.print(f"test {key}: {mean:.4f} ± {std:.4f} over {runs}")
+    if outcome.interrupted:
         console.print("interrupted: the same command with --resume goes on", soft_wrap=True)
-    return EXIT_SIGNALLED if stopped else EXIT_DONE
 
 
 def main() -> int:
+    """Parse the command line, run the search and return the exit code."""
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)]
     )

@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Return a TCP port that nothing listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 class Server:
@@ -45,18 +46,20 @@ class Server:
             )
 
     def send(self, line: str) -> None:
+        """Send a line: a trial in JSON, "go" or "stop"."""
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
     def read(self) -> dict[str, Any]:
-        """The next message; {"ended": code} when the process itself has died."""
+        """Wait for the next message and return it; {"ended": exit code} when the process itself has died."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        record: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"ended": self.process.wait()}
-        return record
+        message: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"ended": self.process.wait()}
+        return message
 
     def close(self) -> None:
+        """Kill the process, and with it the trial that it runs."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -65,7 +68,7 @@ class Server:
 
 
 class Trial(Trainable):
-    """Trains `base` with the trial's values on top, in RUN on the node's disk, and reports each validation.
+    """A trial trains `base` with its own values on top, in RUN on the node's disk, and reports each validation.
 
     Its checkpoint is a copy of RUN. A run that diverges, or a config that is not possible, is a result with score 0 and
     the sentence in "failed"; a process that dies is an error, after which Tune starts from the last checkpoint."""
@@ -78,6 +81,10 @@ class Trial(Trainable):
         threads: int = 1,
         may_change: tuple[str, ...] = (),
     ) -> None:
+        """Get ready for a trial: `config` holds its values, the rest is what all trials share.
+
+        `base` is a config in YAML, `threads` those of each process, `may_change` the fields that a run may resume with
+        another value of."""
         self.base, self.processes, self.threads, self.may_change = base, processes, threads, may_change
         self.server: Server | None = None
         self._begin(config)
@@ -90,6 +97,7 @@ class Trial(Trainable):
         self.running = False
 
     def step(self) -> dict[str, Any]:
+        """Train up to the next validation and return what it reports. Raises RuntimeError when the process has died."""
         begun = time.monotonic()
         if self.server is None or self.server.process.poll() is not None:
             self.server = Server(Path(self.logdir) / "worker.log", self.threads)
@@ -103,20 +111,20 @@ class Trial(Trainable):
             self.server.send(json.dumps(job | {"port": free_port(), "log": str(self.folder / "train.log")}))
         self.running = True
         message = self.server.read()
-        where = {"node": ray.get_runtime_context().get_node_id(), "step_s": time.monotonic() - begun}
+        cost = {"node": ray.get_runtime_context().get_node_id(), "step_s": time.monotonic() - begun}
         if "failed" in message:
             while "ended" not in message:
                 failed, message = message["failed"], self.server.read()
             self.running = False
             nothing = dict.fromkeys(("score", "best", "image_to_text", "text_to_image"), 0.0)
-            return {**nothing, "failed": failed, "samples": 0, "epoch": 0.0, "done": True, **where}
+            return {**nothing, "failed": failed, "samples": 0, "epoch": 0.0, "done": True, **cost}
         if "ended" in message:
             self.running = False
             log = self.folder / "train.log"
             last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
             raise RuntimeError(f"the training process ended with {message['ended']}: {' '.join(last)}")
         done = message.pop("last")
-        return {**message, "failed": "", "done": done, **where}
+        return {**message, "failed": "", "done": done, **cost}
 
     def _stop(self) -> None:
         """End the training; it waits for an answer whenever we are asked anything."""
@@ -131,18 +139,22 @@ class Trial(Trainable):
             pass
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Copy RUN to `checkpoint_dir`."""
         shutil.copytree(self.folder, checkpoint_dir, dirs_exist_ok=True)
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | str | None) -> None:
+        """Put the folder `checkpoint` in the place of RUN, from which the next step goes on."""
         self._stop()
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(str(checkpoint), self.folder)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin another trial in the same process of Ray."""
         self._stop()
         self._begin(new_config)
         return True
 
     def cleanup(self) -> None:
+        """End the server."""
         if self.server is not None:
             self.server.close()

@@ -1,4 +1,4 @@
-"""One experiment of Ray Tune: trainable, algorithm, run, records."""
+"""One experiment of Ray Tune: what it trains, how settings are chosen, its run, and the result of each trial."""
 
 from __future__ import annotations
 
@@ -11,26 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from cmgan_dist.config.fields import Config
-from cmgan_dist.config.load import (
-    to_yaml,
-)
+from cmgan_dist.config.load import to_yaml
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs.ray import resources
 from tune.options import Arguments
-from tune.results import (
-    ENDED,
-    FAILED,
-    STOPPED,
-    UNFINISHED,
-    TrialResult,
-)
-from tune.space import (
-    Space,
-    clip,
-    domains,
-    mutable,
-)
+from tune.results import ENDED, FAILED, STOPPED, UNFINISHED, TrialResult
+from tune.space import Space, clip, domains, mutable
 
 MOST_FAILURES = 3
 """Times that a trial whose process died is started again from its last checkpoint."""
@@ -39,7 +26,7 @@ KEPT_FOR_CLONES = 4
 
 
 def prepare_tune() -> None:
-    """Settings of Ray Tune that it reads from the environment, before Ray starts."""
+    """Set what Ray Tune reads from the environment; this must come before Ray starts."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # see Interrupt
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # trials that have not begun
@@ -47,8 +34,8 @@ def prepare_tune() -> None:
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")  # it is a few kB
 
 
-def slots(arguments: Arguments) -> int:
-    """Trials that run at a time. Raises BadInput when none fits."""
+def trials_at_a_time(arguments: Arguments) -> int:
+    """Return how many trials run at a time. Raises BadInput when none fits."""
     cpus, gpus = resources()
     fit = int(cpus / arguments.cpus + 1e-6)
     if arguments.gpus:
@@ -62,6 +49,7 @@ def slots(arguments: Arguments) -> int:
 
 
 def make_trainable(config: Config, arguments: Arguments, space: Space) -> Any:
+    """Return what Tune trains: `Trial` with the shared config and the resources of each trial."""
     from ray.tune import with_parameters, with_resources
 
     from cmgan_dist.training.run import MAY_CHANGE
@@ -79,11 +67,13 @@ def make_trainable(config: Config, arguments: Arguments, space: Space) -> Any:
 
 
 def make_algorithm(space: Space, arguments: Arguments, validations: int, start: dict[str, Any]) -> tuple[Any, Any]:
-    """(search algorithm, scheduler) of --algorithm. `start`: the first setting."""
+    """Return the search algorithm and the scheduler of --algorithm.
+
+    `validations` is their number in a whole trial, `start` the setting of the first trial. Raises BadInput for pbt when
+    the space holds nothing that can change during training."""
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining
     from ray.tune.search import BasicVariantGenerator
 
-    points = [start]
     name = arguments.algorithm
     if name.startswith("optuna"):
         from ray.tune.search.optuna import OptunaSearch
@@ -93,30 +83,30 @@ def make_algorithm(space: Space, arguments: Arguments, validations: int, start: 
             space=OptunaSearch.convert_search_space(domains(space)),
             metric=["image_to_text", "text_to_image"] if both else "best",
             mode=["max", "max"] if both else "max",
-            points_to_evaluate=points,
+            points_to_evaluate=[start],
             seed=arguments.seed,
         )
     else:
-        search = BasicVariantGenerator(points_to_evaluate=points, random_state=arguments.seed)
-    when: dict[str, Any] = {"time_attr": "training_iteration"}
+        search = BasicVariantGenerator(points_to_evaluate=[start], random_state=arguments.seed)
+    unit: dict[str, Any] = {"time_attr": "training_iteration"}  # one validation
     scheduler: Any
     if name == "random":
         scheduler = FIFOScheduler()
     elif name == "hyperband":
-        scheduler = HyperBandScheduler(**when, max_t=validations, reduction_factor=arguments.reduction)
+        scheduler = HyperBandScheduler(**unit, max_t=validations, reduction_factor=arguments.reduction)
     elif name == "pbt":
         changing = {p: d for p, d in domains(space).items() if mutable(p)}
         if not changing:
             raise BadInput("--algorithm pbt mutates loss weights, rates and dropout: the search space has none of them")
         scheduler = PopulationBasedTraining(
-            **when,
+            **unit,
             perturbation_interval=arguments.grace,
             hyperparam_mutations=changing,
             custom_explore_fn=lambda values: clip(space, values),
         )
     else:
         scheduler = AsyncHyperBandScheduler(
-            **when,
+            **unit,
             max_t=validations,
             grace_period=min(arguments.grace, validations),
             reduction_factor=arguments.reduction,
@@ -143,7 +133,10 @@ def run_tuner(
     checkpoint_every: int,
     keep: int = 1,
 ) -> list[tuple[Any, Any]]:
-    """Run, or go on with, the experiment OUTPUT/name; (Tune's trial, its result) in the order of their making."""
+    """Run, or go on with, the experiment OUTPUT/`name`.
+
+    Returns (Tune's trial, its result) in the order in which the trials were made. `settings` are those of a TuneConfig;
+    `total` trials are expected. A checkpoint is written every `checkpoint_every` validations; the last `keep` stay."""
     from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 
     from tune.progress import ProgressCallback
@@ -179,7 +172,7 @@ def run_tuner(
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM: Tune ends its run cleanly on SIGUSR1, but does not report that it did."""
+    """Turns Ctrl-C and SIGTERM into SIGUSR1, on which Tune ends its run cleanly, and notes that it was one of them."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -191,7 +184,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """While Tune runs. Elsewhere both signals raise KeyboardInterrupt."""
+        """Handle the signals while Tune runs; elsewhere both raise KeyboardInterrupt."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         if self.seen:
             raise KeyboardInterrupt
@@ -210,27 +203,29 @@ class Interrupt:
 
 
 INTERRUPT = Interrupt()
+"""That of this process: a signal ends the experiment that runs, and those that would follow."""
 
 
-def record_of(name: str, trial: Any, result: Any, validations: int) -> TrialResult:
-    """What is kept of a trial."""
+def trial_result(name: str, trial: Any, result: Any, validations: int) -> TrialResult:
+    """Return what is kept of Tune's `trial` and its `result`; a whole trial has so many `validations`."""
     values = dict(trial.config.get("values", trial.config))
     last = trial.last_result or {}
     rows = result.metrics_dataframe
-    record = TrialResult(name, values, UNFINISHED, node=str(last.get("node", ""))[:8])
+    kept = TrialResult(name, values, UNFINISHED, node=str(last.get("node", ""))[:8])
     if rows is not None and len(rows):
-        record.seconds, record.step_seconds = float(rows["time_this_iter_s"].sum()), float(rows["step_s"].sum())
+        kept.seconds, kept.step_seconds = float(rows["time_this_iter_s"].sum()), float(rows["step_s"].sum())
         rows = rows.drop_duplicates("training_iteration", keep="last")  # what was lost in a crash and done again
         if not last.get("failed"):
-            record.curve = [(float(e), float(v)) for e, v in zip(rows["epoch"], rows["score"], strict=True)]
+            kept.curve = [(float(e), float(v)) for e, v in zip(rows["epoch"], rows["score"], strict=True)]
     if trial.status == "ERROR":
-        record.status = FAILED
-        record.failed = str(result.error).strip().splitlines()[-1] if result.error else "its process died too often"
+        kept.status = FAILED
+        kept.failed = str(result.error).strip().splitlines()[-1] if result.error else "its process died too often"
     elif last.get("failed"):
-        record.status, record.failed = FAILED, last["failed"]
+        kept.status, kept.failed = FAILED, last["failed"]
     elif last.get("done"):  # of trials that an interruption cut, Tune says TERMINATED too
-        record.status = ENDED if last.get("training_iteration", 0) >= validations else STOPPED
-    for key in ("best", "image_to_text", "text_to_image"):
-        setattr(record, key, float(last.get(key, 0.0)))
-    record.epochs = float(last.get("epoch", 0.0))
-    return record
+        kept.status = ENDED if last.get("training_iteration", 0) >= validations else STOPPED
+    kept.best = float(last.get("best", 0.0))
+    kept.image_to_text = float(last.get("image_to_text", 0.0))
+    kept.text_to_image = float(last.get("text_to_image", 0.0))
+    kept.epochs = float(last.get("epoch", 0.0))
+    return kept

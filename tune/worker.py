@@ -1,7 +1,7 @@
 """A process that imports the library once and forks the processes of one trial after another.
 
 stdin    a line of JSON for a trial: {"config": YAML, "may_change": [...], "processes": N, "port": P, "log": FILE};
-         then a line for each validation that was told of: "go" or "stop"
+         then a line for each validation that was reported: "go" or "stop"
 stdout   lines of JSON: what `report` says after each validation; {"failed": SENTENCE} for bad input, such as a run that
          diverged; {"ended": EXIT CODE} when the trial's processes are gone
 
@@ -33,7 +33,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Linux: get SIGKILL when the parent ends, however it ends. Elsewhere the closed pipe ends us at the next line."""
+    """Ask Linux for SIGKILL when the parent ends, however it ends.
+
+    Elsewhere the closed pipe ends this process at its next line."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -42,28 +44,31 @@ def die_with_parent() -> None:
 
 
 def read_line() -> str:
-    """A line of stdin without its end, "" at its end. Unbuffered: parent and child read from the same pipe."""
+    """Return a line of stdin without its end, "" at the end of stdin.
+
+    Nothing is buffered, because parent and child read from the same pipe."""
     line = bytearray()
     while (byte := os.read(0, 1)) and byte != b"\n":
         line += byte
     return line.decode()
 
 
-def write_line(pipe: int, record: dict[str, Any]) -> None:
-    os.write(pipe, (json.dumps(record) + "\n").encode())
+def write_line(pipe: int, message: dict[str, Any]) -> None:
+    """Write a message as one line of JSON, in one piece: several processes write to the pipe."""
+    os.write(pipe, (json.dumps(message) + "\n").encode())
 
 
 def both_directions(values: dict[str, float]) -> dict[str, float]:
-    """MAP of each direction; for pairs without labels the mean of its recalls."""
-    out = {}
-    for way in ("image_to_text", "text_to_image"):
-        keys = [k for k in values if k == f"map/{way}"] or [k for k in values if k.startswith(f"recall/{way}@")]
-        out[way] = sum(values[k] for k in keys) / len(keys)
-    return out
+    """Return MAP of each direction; for pairs without labels the mean of its recalls."""
+    scores = {}
+    for name in ("image_to_text", "text_to_image"):
+        keys = [k for k in values if k == f"map/{name}"] or [k for k in values if k.startswith(f"recall/{name}@")]
+        scores[name] = sum(values[k] for k in keys) / len(keys)
+    return scores
 
 
 def report(run: Run, pipe: int) -> None:
-    """Tell of the last validation and wait for the answer."""
+    """Report the last validation, wait for the answer, and end the process when it is not "go"."""
     lines = [line for line in read_metrics(run.folder) if line["kind"] == "val"]
     best = max(lines, key=lambda line: line["score"])
     values = {k: v for k, v in best.items() if isinstance(v, float)}
@@ -83,7 +88,7 @@ def report(run: Run, pipe: int) -> None:
 
 
 def run_rank(job: dict[str, Any], rank: int, pipe: int) -> NoReturn:
-    """One process of a trial, from the fork to its end."""
+    """Run process `rank` of a trial from the fork to its end; reports and failures go to `pipe`."""
     die_with_parent()
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -98,7 +103,7 @@ def run_rank(job: dict[str, Any], rank: int, pipe: int) -> NoReturn:
         run = prepare(from_yaml(job["config"], "the trial's config", preset), "auto", job["may_change"])
         if rank == 0:
             run.on_validation = lambda run, _: report(run, pipe)
-            if run.progress.position >= run.total:  # killed between its last checkpoint and its last word
+            if run.progress.position >= run.total:  # killed between its last checkpoint and its last report
                 report(run, pipe)
         code = run_training(run)
     except BadInput as error:
@@ -114,7 +119,7 @@ def run_rank(job: dict[str, Any], rank: int, pipe: int) -> NoReturn:
 
 
 def run_trial(job: dict[str, Any], pipe: int) -> int:
-    """Fork the trial's processes and wait for them; the exit code of the first that failed, else 0."""
+    """Fork the trial's processes, wait for them, and return the exit code of the first that failed, else 0."""
     ranks: dict[int, int] = {}
     for rank in range(job["processes"]):
         pid = os.fork()
@@ -135,6 +140,7 @@ def run_trial(job: dict[str, Any], pipe: int) -> int:
 
 
 def main() -> None:
+    """Run the trials that stdin names, one after another, until it ends."""
     die_with_parent()
     pipe = os.dup(1)
     os.dup2(2, 1)  # whatever prints must not come between our lines

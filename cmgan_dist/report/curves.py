@@ -1,4 +1,4 @@
-"""How a run went: validation, losses, discriminators."""
+"""The sections of a report that show how training went: validation, losses, discriminators."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from cmgan_dist.report.page import COLOURS, INK, grid, section, svg
+from cmgan_dist.report.page import COLOURS, INK, Section, grid, svg
 from cmgan_dist.report.table import DIRECTIONS
 
 
 def _series(lines: list[dict[str, Any]], key: str, points: int = 160) -> tuple[np.ndarray, np.ndarray]:
-    """(samples, values) of `key`, averaged in at most `points` equal groups so that long runs stay readable."""
+    """Return (samples, values) of `key`, averaged in at most `points` equal groups so that long runs stay readable."""
     kept = [(line["samples"], line[key]) for line in lines if line.get(key) is not None]
     x, y = np.array(kept, dtype=np.float64).reshape(-1, 2).T
     groups = np.array_split(np.arange(len(x)), min(points, len(x)) or 1)
@@ -20,14 +20,14 @@ def _series(lines: list[dict[str, Any]], key: str, points: int = 160) -> tuple[n
 
 
 def _tree(lines: list[dict[str, Any]], prefix: str) -> dict[str, list[str]]:
-    """``prefix/NAME/REST`` keys of all lines: NAME -> [REST] in order of appearance."""
-    found: dict[str, dict[str, None]] = {}
+    """Return {NAME: [REST]} of the keys ``prefix/NAME/REST`` of all lines, in order of appearance."""
+    tree: dict[str, dict[str, None]] = {}
     for line in lines:
         for key in line:
             parts = key.split("/", 2)
             if parts[0] == prefix and len(parts) > 1:
-                found.setdefault(parts[1], {}).setdefault(parts[2] if len(parts) > 2 else "", None)
-    return {name: list(rest) for name, rest in found.items()}
+                tree.setdefault(parts[1], {}).setdefault(parts[2] if len(parts) > 2 else "", None)
+    return {name: list(rest) for name, rest in tree.items()}
 
 
 def _samples_axis(axis: Any) -> None:
@@ -40,50 +40,55 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _validation_section(val: list[dict[str, Any]]) -> str:
-    keys = {f"map/{name}": title for name, title in DIRECTIONS.items()} | {"map/mean": "mean"}
-    name = "MAP"
-    if not any(line.get("map/mean") is not None for line in val):
-        keys = {f"recall/{d}@{k}": f"{title}, @{k}" for d, title in DIRECTIONS.items() for k in (1, 10)}
-        name = "recall"
-        for line in val:
-            values = [line[key] for key in keys if line.get(key) is not None]
-            if values:
-                line["recall/mean"] = sum(values) / len(values)
-        keys["recall/mean"] = "mean"
-    drawn = {key: title for key, title in keys.items() if any(line.get(key) is not None for line in val)}
+def _measure(val: list[dict[str, Any]]) -> tuple[str, dict[str, str], list[dict[str, Any]]]:
+    """Return what validation is drawn by: "MAP" or "recall", titles by metric key (the mean last), and the lines.
+
+    It is MAP where any line has it, else recall, whose mean is added to the lines."""
+    if any(line.get("map/mean") is not None for line in val):
+        keys = {f"map/{name}": title for name, title in DIRECTIONS.items()}
+        return "MAP", keys | {"map/mean": "mean"}, val
+    keys = {f"recall/{name}@{k}": f"{title}, @{k}" for name, title in DIRECTIONS.items() for k in (1, 10)}
+    lines = []
+    for line in val:
+        values = [line[key] for key in keys if line.get(key) is not None]
+        lines.append(line | {"recall/mean": sum(values) / len(values)} if values else line)
+    return "recall", keys | {"recall/mean": "mean"}, lines
+
+
+def validation_section(val: list[dict[str, Any]]) -> Section | None:
+    """Return the curves of the validations over training, or None when there are none."""
+    measure, titles, lines = _measure(val)
+    mean = list(titles)[-1]
+    drawn = {key: title for key, title in titles.items() if any(line.get(key) is not None for line in lines)}
     if not drawn:
-        return ""
-    best_key = list(keys)[-1]
+        return None
     figure, (axis,) = grid(1, 1, 3.3)
     for key, title in drawn.items():
-        x, y = _series(val, key, points=len(val))
-        mean = key == best_key
-        axis.plot(x, y, label=title, marker="o", markersize=3.5 if mean else 2.5, linewidth=2.2 if mean else 1.2)
-    best = max((line for line in val if line.get(best_key) is not None), key=lambda line: line[best_key])
-    axis.plot(
-        best["samples"], best[best_key], marker="*", markersize=16, color=COLOURS[3], linestyle="none", label="best"
-    )
-    axis.annotate(
-        f"{best[best_key]:.3f}", (best["samples"], best[best_key]), (0, 10), textcoords="offset points", ha="center"
-    )
+        x, y = _series(lines, key, points=len(lines))
+        size, width = (3.5, 2.2) if key == mean else (2.5, 1.2)
+        axis.plot(x, y, label=title, marker="o", markersize=size, linewidth=width)
+    best = max((line for line in lines if line.get(mean) is not None), key=lambda line: line[mean])
+    samples, value = best["samples"], best[mean]
+    axis.plot(samples, value, marker="*", markersize=16, color=COLOURS[3], linestyle="none", label="best")
+    axis.annotate(f"{value:.3f}", (samples, value), (0, 10), textcoords="offset points", ha="center")
     axis.margins(y=0.18)
-    axis.set_ylabel(name)
+    axis.set_ylabel(measure)
     _samples_axis(axis)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    alt = f"Validation {name} over training: best mean {best[best_key]:.3f} after {best['samples']:,} samples."
     read = (
-        f"{name[0].upper() + name[1:]} on the validation split while training. The star marks the best mean; a curve "
-        "that falls after it says that the rest of the training fitted the training set only. The test split has no "
-        "part in it."
+        f"{measure[0].upper() + measure[1:]} on the validation split while training. The star marks the best mean; a "
+        "curve that falls after it says that the rest of the training fitted the training set only. The test split has "
+        "no part in it."
     )
-    return section("Validation", read, svg(figure, alt))
+    alt = f"Validation {measure} over training: best mean {value:.3f} after {samples:,} samples."
+    return Section("Validation", read, [svg(figure, alt)])
 
 
-def _loss_section(train: list[dict[str, Any]]) -> str:
+def loss_section(train: list[dict[str, Any]]) -> Section | None:
+    """Return the terms of each phase's loss over training, or None when none was recorded."""
     phases = _tree(train, "loss")
     if not phases:
-        return ""
+        return None
     figure, axes = grid(len(phases), 3, 2.8)
     for axis, (phase, terms) in zip(axes, phases.items(), strict=False):
         for term in terms:
@@ -97,14 +102,16 @@ def _loss_section(train: list[dict[str, Any]]) -> str:
         "adversarial term of the generator that faces it move against each other: neither should run to zero, or "
         "nothing is left to learn from."
     )
-    return section("Losses", read, svg(figure, f"Losses of the phases {', '.join(phases)} over samples seen."))
+    alt = f"Losses of the phases {', '.join(phases)} over samples seen."
+    return Section("Losses", read, [svg(figure, alt)])
 
 
-def _discriminator_section(train: list[dict[str, Any]]) -> str:
+def discriminator_section(train: list[dict[str, Any]]) -> Section | None:
+    """Return accuracy and margin of each discriminator over training, or None when none was recorded."""
     margins = _tree(train, "margin")
     accuracies = {name: groups for name, groups in _tree(train, "accuracy").items() if {"real", "fake"} <= {*groups}}
     if not accuracies:
-        return ""
+        return None
     columns = len(accuracies)
     figure, axes = grid(columns * 2 if margins else columns, columns, 2.5, rows=2 if margins else 1, sharex=True)
     colours = {"real": COLOURS[2], "fake": COLOURS[3], "wrong": COLOURS[5]}
@@ -130,4 +137,4 @@ def _discriminator_section(train: list[dict[str, Any]]) -> str:
         "margin it has won, and its gradient says little to the generator."
     )
     alt = f"Accuracy and margin of the discriminators {', '.join(accuracies)} over samples seen."
-    return section("Discriminators", read, svg(figure, alt))
+    return Section("Discriminators", read, [svg(figure, alt)])

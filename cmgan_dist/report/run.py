@@ -1,4 +1,4 @@
-"""RUN/report.html: one file that shows how a run went and what its common space retrieves; and its console twin.
+"""RUN/report.html: one file that shows how a run went and what its common space retrieves.
 
 Made from what lies in the run's folder; a part that is not there yet is left out:
 
@@ -11,7 +11,6 @@ Made from what lies in the run's folder; a part that is not there yet is left ou
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,17 +20,17 @@ import matplotlib as mpl
 
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import write_atomic
-from cmgan_dist.report.curves import _discriminator_section, _loss_section, _validation_section
+from cmgan_dist.report.curves import discriminator_section, loss_section, validation_section
 from cmgan_dist.report.found import (
-    _example_section,
-    _load_shown,
-    _matrix_section,
-    _per_class_section,
-    _precision_section,
-    _space_section,
+    example_section,
+    load_retrieved,
+    matrix_section,
+    per_class_section,
+    precision_section,
+    space_section,
 )
-from cmgan_dist.report.page import CSS, STYLE
-from cmgan_dist.report.table import _headline_section
+from cmgan_dist.report.page import STYLE, render_page
+from cmgan_dist.report.table import headline_section
 from cmgan_dist.retrieval.gallery import GalleryItem
 from cmgan_dist.training.recorder import read_metrics
 
@@ -43,72 +42,55 @@ def write_report(run: Path, items: Sequence[GalleryItem] | None = None) -> Path:
     shown. Raises BadInput when a file of the run cannot be read or disagrees with another."""
     run = Path(run)
     lines = read_metrics(run)
-    evaluation = _read_json(run / "evaluation.json")
-    shown = _load_shown(run / "embeddings.npz", evaluation, items)
+    evaluation = _read_evaluation(run / "evaluation.json")
+    retrieved = load_retrieved(run / "embeddings.npz", evaluation, items)
     train = [line for line in lines if line.get("kind") == "train"]
     val = [line for line in lines if line.get("kind") == "val"]
     with mpl.rc_context(STYLE):
         sections = [
-            _headline_section(evaluation),
-            _validation_section(val),
-            _loss_section(train),
-            _discriminator_section(train),
-            _precision_section(evaluation),
-            _per_class_section(evaluation),
-            _matrix_section(shown),
-            _space_section(shown),
-            _example_section(shown),
+            headline_section(evaluation),
+            validation_section(val),
+            loss_section(train),
+            discriminator_section(train),
+            precision_section(evaluation),
+            per_class_section(evaluation),
+            matrix_section(retrieved),
+            space_section(retrieved),
+            example_section(retrieved),
         ]
-    body = "".join(section for section in sections if section)
-    if not body:
-        body = "<section><p>Nothing has been recorded yet.</p></section>"
     config = run / "config.yaml"
-    if config.is_file():
-        text = html.escape(config.read_text(encoding="utf-8"))
-        body += f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
-    title = html.escape(run.resolve().name)
-    path = run / "report.html"
-    write_atomic(
-        path,
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head><body><main>'
-        f"<header><h1>{title}</h1>"
-        "<p class=lead>A common space for images and texts: how it was trained and what it finds.</p>"
-        f"{_chips(evaluation, lines)}</header>{body}</main></body></html>\n",
+    page = render_page(
+        title=run.resolve().name,
+        lead="A common space for images and texts: how it was trained and what it finds.",
+        facts=_facts(evaluation, lines),
+        sections=sections,
+        when_empty="Nothing has been recorded yet.",
+        config=config.read_text(encoding="utf-8") if config.is_file() else None,
     )
+    path = run / "report.html"
+    write_atomic(path, page)
     return path
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    """Return the object in evaluation.json, empty where there is no such file. Raises BadInput naming the file."""
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadInput(f"{path} is not JSON ({error}): evaluate the run again") from None
-    if not isinstance(record, dict):
+    if not isinstance(evaluation, dict):
         raise BadInput(f"{path} is not a JSON object: evaluate the run again")
-    return record
+    return evaluation
 
 
-def _chips(evaluation: dict[str, Any], lines: list[dict[str, Any]]) -> str:
+def _facts(evaluation: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the chips below the title say of the data, the seed, the checkpoint and the training."""
     metrics = evaluation.get("metrics") or {}
-    said = ("data", "split", "seed", "checkpoint")
-    facts = {name: evaluation[name] for name in said if evaluation.get(name) is not None}
+    named = ("data", "split", "seed", "checkpoint")
+    facts = {name: evaluation[name] for name in named if evaluation.get(name) is not None}
     facts |= {name: f"{metrics[name]:,}" for name in ("images", "texts") if name in metrics}
     if lines:
         facts["samples seen"] = f"{max(line['samples'] for line in lines):,}"
-    chips = "".join(f"<li><b>{html.escape(k)}</b>{html.escape(str(v))}</li>" for k, v in facts.items())
-    return f"<ul class=chips>{chips}</ul>"
-
-
-# ---------------------------------------------------------------------------------------------- headline
-
-
-# ---------------------------------------------------------------------------------------------- figures
-
-
-# ---------------------------------------------------------------------------------------------- examples
+    return facts

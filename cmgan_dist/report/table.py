@@ -1,38 +1,71 @@
-"""The table of an evaluation, for a page and for the terminal."""
+"""Tables of a page, and the table of an evaluation for a page and for the terminal."""
 
 from __future__ import annotations
 
-import html
+import itertools
 import math
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from cmgan_dist.report.page import section
+from cmgan_dist.report.page import Section, render
 
 MODEL = "CM-GAN"
+"""Name of the row that shows the run itself."""
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
+"""Titles of the two directions of retrieval, by the names that metrics bear."""
+
+Rows = list[tuple[str, dict[str, Any]]]
+"""Rows of an evaluation: a name, and the metrics by their keys."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table: its text, and the CSS classes that it is drawn with."""
+
+    text: str
+    classes: str = ""
+
+
+def html_table(
+    head: Sequence[str | Cell],
+    rows: Sequence[Sequence[str | Cell]],
+    marked: int | None = None,
+    groups: Sequence[tuple[str, int]] = (),
+) -> Markup:
+    """Return a table whose first column names the rows.
+
+    The row number `marked` is tinted. `groups` are titles over so many columns each, from the second column on."""
+
+    def cells(row: Sequence[str | Cell]) -> list[Cell]:
+        return [cell if isinstance(cell, Cell) else Cell(cell) for cell in row]
+
+    return render("table.html", head=cells(head), rows=[cells(row) for row in rows], marked=marked, groups=groups)
+
+
+@dataclass(frozen=True)
 class Column:
+    """One measure of an evaluation: its group, its title in the group, its key in the metrics, and how it is shown."""
+
     group: str
     title: str
     key: str
     percent: bool = False
 
     def show(self, value: float | None) -> str:
-        """MAP as .123, recall as 12.3 (percent), – for what is not there."""
+        """Return MAP as .123, recall as 12.3 (percent), and – for what is not there."""
         if value is None:
             return "–"
         return f"{100 * value:.1f}" if self.percent else f"{value:.3f}".replace("0.", ".", 1)
 
 
-def _headline(evaluation: dict[str, Any]) -> tuple[list[Column], list[tuple[str, dict[str, Any]]]]:
-    """Columns that any row has, and rows (name, metrics): the model, baselines, chance last."""
+def headline(evaluation: dict[str, Any]) -> tuple[list[Column], Rows]:
+    """Return the columns that any row has, and the rows: the model, then the baselines, chance last."""
     baselines = dict(evaluation.get("baselines") or {})
     chance = {"chance": baselines.pop("chance")} if "chance" in baselines else {}
     rows = [(MODEL, evaluation.get("metrics") or {}), *baselines.items(), *chance.items()]
@@ -50,18 +83,19 @@ def _headline(evaluation: dict[str, Any]) -> tuple[list[Column], list[tuple[str,
     return [c for c in columns if any(row.get(c.key) is not None for _, row in rows)], rows
 
 
-def _best(column: Column, rows: list[tuple[str, dict[str, Any]]]) -> float:
+def _best(column: Column, rows: Rows) -> float:
     return max((row[column.key] for _, row in rows if row.get(column.key) is not None), default=math.nan)
 
 
 def results_table(evaluation: dict[str, Any], console: Console | None = None) -> None:
-    """Print the headline table of an evaluation.json; the best value of each column is bold."""
-    columns, rows = _headline(evaluation)
-    where = " ".join(str(evaluation[name]) for name in ("data", "split") if evaluation.get(name) is not None)
-    table = Table(title=f"Retrieval on {where}" if where else "Retrieval", title_justify="left", title_style="bold")
+    """Print the headline table of an evaluation.json; the best value of each measure is bold."""
+    columns, rows = headline(evaluation)
+    source = " ".join(str(evaluation[name]) for name in ("data", "split") if evaluation.get(name) is not None)
+    title = f"Retrieval on {escape(source)}" if source else "Retrieval"
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     for name, _ in rows:
-        table.add_column(name, justify="right", style="cyan" if name == MODEL else None)
+        table.add_column(escape(name), justify="right", style="cyan" if name == MODEL else None)
     for column, following in zip(columns, [*columns[1:], None], strict=True):
         best = _best(column, rows)
         cells = []
@@ -76,37 +110,38 @@ def results_table(evaluation: dict[str, Any], console: Console | None = None) ->
     (console or Console()).print(table)
 
 
-def _headline_section(evaluation: dict[str, Any]) -> str:
-    columns, rows = _headline(evaluation)
+READ_MAP = (
+    "MAP is the mean average precision over the whole ranking: 1 when everything of the query's class comes before "
+    "everything else. In the all-modal columns the gallery holds images and texts together, without the query. "
+)
+READ_RECALL = (
+    "Recall@K is the share of queries whose own partner is among the first K. "
+    "Chance is the exact expectation of a random ranking; the other rows are linear models on the same features, "
+    "their settings chosen on the validation split. The best value of a column is coloured."
+)
+
+
+def headline_section(evaluation: dict[str, Any]) -> Section | None:
+    """Return the same table for a page, or None when nothing was measured."""
+    columns, rows = headline(evaluation)
     if not columns:
-        return ""
-    groups: dict[str, int] = defaultdict(int)
-    for column in columns:
-        groups[column.group] += 1
-    first = {next(c.key for c in columns if c.group == group) for group in groups}
-    top = "".join(f"<th class=group colspan={count} scope=colgroup>{group}</th>" for group, count in groups.items())
-    head = "".join(f"<th scope=col{' class=group' * (c.key in first)}>{c.title}</th>" for c in columns)
-    body = ""
+        return None
+    grouped = [(group, list(members)) for group, members in itertools.groupby(columns, lambda c: c.group)]
+    first = {members[0].key for _, members in grouped}
+
+    def cell(column: Column, text: str, *classes: str) -> Cell:
+        return Cell(text, " ".join(["group"] * (column.key in first) + list(classes)))
+
+    best = {c.key: _best(c, rows) for c in columns}
+    body: list[list[str | Cell]] = []
     for name, row in rows:
-        cells = ""
-        for column in columns:
-            value = row.get(column.key)
-            kinds = " ".join(["group"] * (column.key in first) + ["best"] * (value == _best(column, rows)))
-            cells += f'<td class="{kinds}">{column.show(value)}</td>'
-        body += f"<tr{' class=model' * (name == MODEL)}><th scope=row>{html.escape(name)}</th>{cells}</tr>"
-    table = (
-        f"<div class=scroll><table><thead><tr><th></th>{top}</tr><tr><th></th>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
+        values = [(c, row.get(c.key)) for c in columns]
+        body.append([name, *(cell(c, c.show(v), *["best"] * (v == best[c.key])) for c, v in values)])
+    table = html_table(
+        ["", *(cell(c, c.title) for c in columns)],
+        body,
+        marked=0,
+        groups=[(group, len(members)) for group, members in grouped],
     )
-    read = (
-        "MAP is the mean average precision over the whole ranking: 1 when everything of the query's class comes before "
-        "everything else. In the all-modal columns the gallery holds images and texts together, without the query. "
-        if any(not c.percent for c in columns)
-        else ""
-    )
-    read += (
-        "Recall@K is the share of queries whose own partner is among the first K. "
-        "Chance is the exact expectation of a random ranking; the other rows are linear models on the same features, "
-        "their settings chosen on the validation split. The best value of a column is coloured."
-    )
-    return section("Results", read, table)
+    map_is_shown = any(not c.percent for c in columns)
+    return Section("Results", (READ_MAP if map_is_shown else "") + READ_RECALL, [table])

@@ -36,6 +36,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.ids: list[str] = []
         self.references: list[str] = []
+        self.attributes: set[str] = set()
         self.pictures: list[dict[str, str | None]] = []
         self.words = ""
         self.feed(text)
@@ -44,6 +45,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
+        self.attributes |= {*values}
         if tag not in VOID:
             self.open.append(tag)
         if values.get("id"):
@@ -166,7 +168,7 @@ def test_examples_mark_right_and_wrong(tmp_path: Path, labels: bool) -> None:
     text, _ = page(tmp_path, pictures(40, captions=2))
     image, words = common_space(data)
     similarity = (image @ words.T).numpy()
-    rows = re.findall(r'<div class=row>.*?<ol class="found text">.*?</ol></div>', text)
+    rows = re.findall(r'<div class="row">.*?<ol class="found text">.*?</ol>', text, re.DOTALL)
     assert len(rows) == len(QUERY_QUANTILES)
     asked = []
     for row in rows:
@@ -174,7 +176,7 @@ def test_examples_mark_right_and_wrong(tmp_path: Path, labels: bool) -> None:
         found = [tuple(map(int, f)) for f in re.findall(r"<div>words (\d+)\.(\d)</div>", row)]
         expected = np.argsort(-similarity[query], kind="stable")[:SHOWN]
         assert found == [(j // 2, j % 2) for j in expected]
-        marks = re.findall(r"<span class=mark>(.*?)</span>", row)
+        marks = re.findall(r'<span class="mark">(.*?)</span>', row)
         for (owner, _), mark in zip(found, marks, strict=True):
             assert ("✓" in mark) == (owner % 4 == query % 4 if labels else owner == query)
             assert ("★" in mark) == (owner == query)
@@ -197,6 +199,40 @@ def test_a_picture_that_cannot_be_read_shows_its_words(tmp_path: Path) -> None:
     text, parsed = page(tmp_path, items)
     assert "<img" not in text
     assert "words <i>" in parsed.words
+
+
+HOSTILE = """'"><script onload=1>{{ 7*7 }}{% raw %}$x$"""
+
+
+@pytest.mark.parametrize("with_items", [True, False])
+def test_names_keys_and_captions_are_text_and_nothing_else(tmp_path: Path, with_items: bool) -> None:
+    run = tmp_path / "{{ 7*7 }} <i>"
+    run.mkdir()
+    data = embeddings()
+    evaluation = save_test(run, data, [f"{c}{HOSTILE}" for c in "abcd"])
+    evaluation["baselines"][f"rival {HOSTILE}"] = evaluation["metrics"]
+    evaluation["data"] = f"data {HOSTILE}"
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    arrays = dict(np.load(run / "embeddings.npz"))
+    arrays["keys"] = np.array([f"key{i} {HOSTILE}" for i in range(40)])
+    np.savez(run / "embeddings.npz", allow_pickle=False, **arrays)
+    save_training(run)
+    (run / "config.yaml").write_text(f"name: {HOSTILE}\n")
+    items = pictures(40)
+    for item in items:
+        item.key, item.texts = f"{item.key} {HOSTILE}", [f"{item.texts[0]} {HOSTILE}"]
+    text, parsed = page(run, items if with_items else None)
+    assert "<script" not in text
+    assert "onload" not in parsed.attributes
+    assert f"name: {HOSTILE}" in parsed.words
+    assert f"data {HOSTILE}" in parsed.words
+    assert f"rival {HOSTILE}" in parsed.words
+    assert re.search((r"words \d+\.0 " if with_items else r"text key\d+ ") + re.escape(HOSTILE), parsed.words)
+    assert parsed.words.lstrip().startswith("{{ 7*7 }} <i>")
+    assert any(str(p.get("alt")).endswith(HOSTILE) for p in parsed.pictures) == with_items
+    labels = [str(p.get("aria-label")) for p in parsed.pictures]
+    assert any(label.startswith("MAP per class, from ") and label.count(HOSTILE) == 2 for label in labels)
+    assert f"a{HOSTILE}"[:27] + "…" in parsed.words, "the class is not in the figure of all classes"
 
 
 def test_pairs_without_classes(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_only_what_has_no_shape_or_state_is_mutable() -> None:
         assert not mutable(path)
 
 
-def record(name: str, values: dict[str, Any], curve: list[tuple[float, float]], **more: Any) -> TrialResult:
+def trial(name: str, values: dict[str, Any], curve: list[tuple[float, float]], **more: Any) -> TrialResult:
     return TrialResult(name, values, "ended", best=max(s for _, s in curve), curve=curve, **more)
 
 
@@ -117,35 +117,35 @@ def test_importance_finds_the_value_that_the_score_was_made_of() -> None:
         "loss.adversarial": ["a", "b"],
     }
     draws = {path: domains(space)[path] for path in space}
-    records = []
+    trials = []
     for i in range(60):
         values = {path: draw.sample() for path, draw in draws.items()}
         score = 1 - (position(space["optim.generator_lr"], values["optim.generator_lr"]) - 0.3) ** 2
         # later scores are made of something else: trials are compared where all of them were
         later = [(2.0, values["loss.inter"])] if i % 2 else []
-        records.append(record(str(i), values, [(1.0, score), *later]))
-    found = importance(records, space)
+        trials.append(trial(str(i), values, [(1.0, score), *later]))
+    found = importance(trials, space)
     assert found is not None
     assert found.epoch == 1.0
     assert next(iter(found.shares)) == "optim.generator_lr"
     assert found.shares["optim.generator_lr"] > 0.8
     assert max(found.shares["loss.inter"], found.shares["loss.adversarial"]) < 0.1
     assert found.r2 > 0.7
-    assert importance(records[:9], space) is None
+    assert importance(trials[:9], space) is None
 
 
 def test_the_front_holds_what_no_other_trial_beats_in_both_directions() -> None:
     places = {"a": (0.5, 0.1), "b": (0.4, 0.4), "c": (0.4, 0.3), "d": (0.1, 0.5), "e": (0.5, 0.1)}
-    records = [record(name, {}, [(1, 0.2)], image_to_text=i, text_to_image=t) for name, (i, t) in places.items()]
-    assert front(records) == {"a", "b", "d", "e"}
+    trials = [trial(name, {}, [(1, 0.2)], image_to_text=i, text_to_image=t) for name, (i, t) in places.items()]
+    assert front(trials) == {"a", "b", "d", "e"}
 
 
 def test_ranking_leaves_out_what_failed() -> None:
-    records = [
-        record("a", {}, [(1, 0.3), (2, 0.2)]),
-        record("b", {}, [(1, 0.4)]),
+    trials = [
+        trial("a", {}, [(1, 0.3), (2, 0.2)]),
+        trial("b", {}, [(1, 0.4)]),
         TrialResult("c", {}, "failed", failed="x"),
     ]
-    assert [r.name for r in ranked(records)] == ["b", "a"]
-    assert best_so_far(records[0].curve, 2) == 0.3
-    assert best_so_far(records[1].curve, 2) is None
+    assert [r.name for r in ranked(trials)] == ["b", "a"]
+    assert best_so_far(trials[0].curve, 2) == 0.3
+    assert best_so_far(trials[1].curve, 2) is None
