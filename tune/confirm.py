@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cmgan_dist.config.fields import Config
+from cmgan_dist.config.paths import with_values
 from tune.options import Arguments
 from tune.results import (
     Confirmed,
-)
-from tune.space import (
-    apply_values,
 )
 from tune.storage import Output
 from tune.tuner import INTERRUPT, run_tuner
@@ -56,7 +54,7 @@ def test_scores(runs: list[Path], split: str) -> dict[str, list[float]]:
 
 def best_config(config: Config, values: dict[str, Any], preset_config: Config) -> Config:
     """The setting as a config for launchers/train.py: the preset's checkpoints, tracker, report and threads again."""
-    best = apply_values(config, {k: v for k, v in values.items() if k != "train.seed"})
+    best = with_values(config, {k: v for k, v in values.items() if k != "train.seed"})
     best.train.keep, best.train.tracker = preset_config.train.keep, preset_config.train.tracker
     best.train.report, best.train.threads = preset_config.train.report, preset_config.train.threads
     return best

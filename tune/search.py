@@ -23,9 +23,8 @@ from rich.logging import RichHandler
 
 from cmgan_dist.config.cli import parse
 from cmgan_dist.config.fields import Config
-from cmgan_dist.config.load import (
-    to_yaml,
-)
+from cmgan_dist.config.load import to_yaml
+from cmgan_dist.config.paths import get_value
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main
 from cmgan_dist.jobs.ray import start_ray
 from tune.confirm import best_config, confirm, test_scores
@@ -42,7 +41,6 @@ from tune.space import (
     Space,
     check_space,
     domains,
-    get_value,
     load_space,
     outside_of,
 )

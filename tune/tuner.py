@@ -64,16 +64,14 @@ def slots(arguments: Arguments) -> int:
 def make_trainable(config: Config, arguments: Arguments, space: Space) -> Any:
     from ray.tune import with_parameters, with_resources
 
-    from cmgan_dist.training.run import MAY_CHANGE
     from tune.trial import Trial
 
-    may_change = (*MAY_CHANGE, *(p for p in space if mutable(p))) if arguments.algorithm == "pbt" else MAY_CHANGE
     trainable = with_parameters(
         Trial,
         base=to_yaml(config),
         processes=arguments.processes,
         threads=config.train.threads,
-        may_change=tuple(may_change),
+        may_change=tuple(filter(mutable, space)) if arguments.algorithm == "pbt" else (),
     )
     return with_resources(trainable, {"cpu": arguments.cpus, "gpu": arguments.gpus})
 
