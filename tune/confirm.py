@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cmgan_dist.config.fields import Config
+from cmgan_dist.config.paths import with_values
 from cmgan_dist.data.store import FileStore
 from tune.options import Arguments
 from tune.results import Confirmed
-from tune.space import apply_values
 from tune.tuner import INTERRUPT, run_tuner
 
 
@@ -57,7 +57,7 @@ def best_config(config: Config, values: dict[str, Any], preset_config: Config) -
     """Return `config` with the values of a setting, for launchers/train.py.
 
     Checkpoints, tracker, report and threads are those of the preset again."""
-    best = apply_values(config, {k: v for k, v in values.items() if k != "train.seed"})
+    best = with_values(config, {k: v for k, v in values.items() if k != "train.seed"})
     best.train.keep, best.train.tracker = preset_config.train.keep, preset_config.train.tracker
     best.train.report, best.train.threads = preset_config.train.report, preset_config.train.threads
     return best

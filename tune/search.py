@@ -25,6 +25,7 @@ from rich.logging import RichHandler
 from cmgan_dist.config.cli import parse
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import to_yaml
+from cmgan_dist.config.paths import get_value
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main
 from cmgan_dist.jobs.ray import start_ray
@@ -32,7 +33,7 @@ from tune.confirm import best_config, confirm, test_scores
 from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base
 from tune.report import search_report
 from tune.results import Confirmed, TrialResult, importance, ranked, show_table, trials_json
-from tune.space import Space, check_space, domains, get_value, load_space, outside_of
+from tune.space import Space, check_space, domains, load_space, outside_of
 from tune.tuner import (
     INTERRUPT,
     KEPT_FOR_CLONES,

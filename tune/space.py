@@ -11,16 +11,14 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import difflib
 import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import validate
+from cmgan_dist.config.paths import find_setting, get_value, with_values
+from cmgan_dist.config.safe_yaml import parse_yaml, read_text, shown
 from cmgan_dist.errors import BadInput
 
 Space = dict[str, Any]
@@ -50,54 +48,32 @@ FIXED = ("train.epochs", "train.val_every", "train.save_every", "train.keep", "t
 
 
 def mutable(path: str) -> bool:
-    """Whether a run can go on with another value: no shape, no order and no optimiser state hangs on it."""
-    return path.startswith("loss.") or path in (
-        "optim.generator_lr",
-        "optim.discriminator_lr",
-        "optim.generator_steps",
-        "model.dropout",
-        "model.input_dropout",
-    )
+    """Return whether a run can go on with another value of this setting, as population-based training asks."""
+    return find_setting(path).mutable
 
 
 def load_space(file: str) -> Space:
-    """The space in a YAML file, or SPACE when `file` is "". Raises BadInput naming the file."""
+    """Return the space in a YAML file, or SPACE when `file` is "". Raises BadInput naming the file."""
     if not file:
         return copy.deepcopy(SPACE)
-    path = Path(file)
-    if not path.is_file():
-        raise BadInput(f"--space {file} does not exist")
-    try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise BadInput(f"--space {file} is not YAML ({' '.join(str(error).split())}): mend it") from None
+    where = f"--space {file}"
+    record = parse_yaml(read_text(Path(file), where), where)
     if not isinstance(record, dict) or not record:
-        raise BadInput(f"--space {file} is not a mapping from config paths to ranges: see tune/space.py")
+        raise BadInput(f"{where} is not a mapping from config paths to ranges: see tune/space.py")
     return record
 
 
-def get_value(config: Config, path: str) -> Any:
-    value: Any = config
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def apply_values(base: Config, values: dict[str, Any]) -> Config:
-    """A copy of `base` with dotted fields replaced."""
-    config = copy.deepcopy(base)
-    for path, value in values.items():
-        section, _, leaf = path.rpartition(".")
-        setattr(get_value(config, section), leaf, value)
-    return config
-
-
 def check_space(space: Space, base: Config) -> Space:
-    """`space` with numbers as numbers. Raises BadInput naming the entry that is no range or no field of `base`."""
+    """Return `space` with numbers as numbers. Raises BadInput naming the entry that is no range or no field of
+    `base`."""
     out: Space = {}
     for path, spec in space.items():
         where = f"the search space's {path}"
-        current, kind = _field(path, base)
+        try:
+            kind = find_setting(str(path)).kind
+        except BadInput as error:
+            raise BadInput(f"the search space: {error}") from None
+        current = get_value(base, path)
         if path in FIXED or path.split(".")[0] not in SECTIONS:
             raise BadInput(f"{where} cannot be searched: it is set by the search itself")
         if isinstance(spec, list):
@@ -106,12 +82,14 @@ def check_space(space: Space, base: Config) -> Space:
             ends, out[path] = spec, spec
         else:
             if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in KINDS:
-                raise BadInput(f"{where} is {spec!r}, expected a list or one of {', '.join(KINDS)} with [low, high]")
+                raise BadInput(
+                    f"{where} is {shown(spec)}, expected a list or one of {', '.join(KINDS)} with [low, high]"
+                )
             (name, ends), *_ = spec.items()
             try:
                 low, high = (float(x) for x in ends)
-            except (TypeError, ValueError):
-                raise BadInput(f"{where} is {spec!r}, expected two numbers [low, high]") from None
+            except (TypeError, ValueError, OverflowError):
+                raise BadInput(f"{where} is {shown(spec)}, expected two numbers [low, high]") from None
             if low >= high or (name == "log" and low <= 0):
                 raise BadInput(f"{where} goes from {low:g} to {high:g}: expected low < high, and low > 0 for log")
             if kind is int and name != "int":
@@ -121,36 +99,19 @@ def check_space(space: Space, base: Config) -> Space:
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
         for value in ends:
             if choices and value not in choices:
-                raise BadInput(f"{where} has {value!r}, expected one of {', '.join(map(str, choices))}")
+                raise BadInput(f"{where} has {shown(value)}, expected one of {', '.join(map(str, choices))}")
             numeric = isinstance(current, int | float) and not isinstance(current, bool)
             if numeric != (isinstance(value, int | float) and not isinstance(value, bool)):
-                raise BadInput(f"{where} has {value!r}, expected a value like {current!r}")
+                raise BadInput(f"{where} has {shown(value)}, expected a value like {current!r}")
             try:
-                validate(apply_values(base, {path: value}))
+                validate(with_values(base, {path: value}))
             except BadInput as error:
                 raise BadInput(f"{where}: {error}") from None
     return out
 
 
-def _field(path: str, base: Config) -> tuple[Any, Any]:
-    """(value in `base`, annotated type) of a dotted path. Raises BadInput with the nearest name."""
-    node: Any = base
-    *sections, leaf = path.split(".")
-    for at, part in enumerate([*sections, leaf]):
-        names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
-        if part not in names:
-            close = difflib.get_close_matches(part, names, 1)
-            hint = f"did you mean {'.'.join([*sections[:at], close[0]])}?" if close else "see config.py"
-            raise BadInput(f"the search space names {path}, which is no config field: {hint}")
-        kind = typing.get_type_hints(type(node))[part]
-        node = getattr(node, part)
-    if dataclasses.is_dataclass(node):
-        raise BadInput(f"the search space names {path}, which is a section: name a field in it")
-    return node, kind
-
-
 def outside_of(space: Space, values: dict[str, Any]) -> list[str]:
-    """Paths whose value lies outside the space."""
+    """Return the paths whose value lies outside the space."""
     out = []
     for path, spec in space.items():
         if isinstance(spec, list):
@@ -164,7 +125,7 @@ def outside_of(space: Space, values: dict[str, Any]) -> list[str]:
 
 
 def clip(space: Space, values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with numbers moved to the nearest end of their range; PBT multiplies without looking at it."""
+    """Return `values` with numbers moved to the nearest end of their range; PBT multiplies without looking at it."""
     out = dict(values)
     for path, spec in space.items():
         if isinstance(spec, dict) and path in out:
@@ -176,7 +137,7 @@ def clip(space: Space, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def domains(space: Space) -> dict[str, Any]:
-    """The space in Ray Tune's terms."""
+    """Return the space in Ray Tune's terms."""
     from ray.tune import choice, loguniform, randint, uniform
 
     out: dict[str, Any] = {}

@@ -16,8 +16,7 @@ import ray
 from ray.tune import Trainable
 
 from cmgan_dist.config.load import from_yaml, to_yaml
-from cmgan_dist.config.presets import preset
-from tune.space import apply_values
+from cmgan_dist.config.paths import with_values
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,7 +104,7 @@ class Trial(Trainable):
         if self.running:
             self.server.send("go")
         else:
-            config = apply_values(from_yaml(self.base, "the search's config", preset), self.values)
+            config = with_values(from_yaml(self.base, "the search's config"), self.values)
             config.output = str(self.folder)
             job = {"config": to_yaml(config), "may_change": self.may_change, "processes": self.processes}
             self.server.send(json.dumps(job | {"port": free_port(), "log": str(self.folder / "train.log")}))

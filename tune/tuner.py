@@ -52,16 +52,14 @@ def make_trainable(config: Config, arguments: Arguments, space: Space) -> Any:
     """Return what Tune trains: `Trial` with the shared config and the resources of each trial."""
     from ray.tune import with_parameters, with_resources
 
-    from cmgan_dist.training.run import MAY_CHANGE
     from tune.trial import Trial
 
-    may_change = (*MAY_CHANGE, *(p for p in space if mutable(p))) if arguments.algorithm == "pbt" else MAY_CHANGE
     trainable = with_parameters(
         Trial,
         base=to_yaml(config),
         processes=arguments.processes,
         threads=config.train.threads,
-        may_change=tuple(may_change),
+        may_change=tuple(filter(mutable, space)) if arguments.algorithm == "pbt" else (),
     )
     return with_resources(trainable, {"cpu": arguments.cpus, "gpu": arguments.gpus})
 

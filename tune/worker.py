@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cmgan_dist.config.load import from_yaml
-from cmgan_dist.config.presets import preset
 from cmgan_dist.errors import EXIT_BAD_INPUT, BadInput
 from cmgan_dist.training.loop import run_training
 from cmgan_dist.training.recorder import read_metrics
@@ -100,7 +99,7 @@ def run_rank(job: dict[str, Any], rank: int, pipe: int) -> NoReturn:
             world = str(job["processes"])
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
-        run = prepare(from_yaml(job["config"], "the trial's config", preset), "auto", job["may_change"])
+        run = prepare(from_yaml(job["config"], "the trial's config"), "auto", job["may_change"])
         if rank == 0:
             run.on_validation = lambda run, _: report(run, pipe)
             if run.progress.position >= run.total:  # killed between its last checkpoint and its last report

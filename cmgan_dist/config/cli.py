@@ -9,14 +9,16 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import load_config, validate
+from cmgan_dist.config.markers import range_of
 from cmgan_dist.config.presets import preset
 from cmgan_dist.errors import BadInput
 
@@ -24,15 +26,15 @@ T = TypeVar("T")
 
 
 def log_to_stderr() -> None:
-    """Our own log from INFO on and everybody else's from WARNING on; stdout is for results."""
+    """Write our own log from INFO on, and everybody else's from WARNING on, to stderr; stdout is for results."""
     handler = RichHandler(console=Console(stderr=True), show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("cmgan_dist").setLevel(logging.INFO)
 
 
 def _flag_form(args: Sequence[str]) -> list[str]:
-    """Dotted overrides in tyro's form: ``a.b_c=1`` -> ``--a.b-c=1``, ``a.b=false`` -> ``--a.no-b``, and a list
-    ``a.b=1,2`` -> ``--a.b 1 2``."""
+    """Return dotted overrides in tyro's form: ``a.b_c=1`` becomes ``--a.b-c=1``, ``a.b=false`` becomes ``--a.no-b``,
+    and a list ``a.b=1,2`` becomes ``--a.b 1 2``."""
     tokens: list[str] = []
     for arg in args:
         name, equals, value = arg.partition("=")
@@ -49,8 +51,39 @@ def _flag_form(args: Sequence[str]) -> list[str]:
     return tokens
 
 
+def _with_range(spec: StructFieldSpec) -> StructFieldSpec:
+    """Return a field of a command line with its range, where it has one, behind its default in ``--help``."""
+    found = range_of(spec.type)
+    if found is None:
+        return spec
+    shown = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}, from {found})")
+    hint: Any = Annotated[spec.type, shown]
+    return dataclasses.replace(spec, type=hint)
+
+
+def _ranges_in_help() -> ConstructorRegistry:
+    """Return rules for tyro: dataclasses as ever, and ``--help`` tells the ranges of their fields."""
+    registry, asking = ConstructorRegistry(), False
+
+    @registry.struct_rule
+    def with_ranges(info: StructTypeInfo) -> StructConstructorSpec | None:
+        nonlocal asking
+        if asking or not dataclasses.is_dataclass(info.type):
+            return None
+        asking = True  # what tyro itself would say
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            asking = False
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        return dataclasses.replace(spec, fields=tuple(_with_range(field) for field in spec.fields))
+
+    return registry
+
+
 def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = None) -> T:
-    """Parse `args` into the dataclass `cls`; ``--help`` prints and exits with 0.
+    """Return the dataclass `cls` that `args` describe, on top of `default`; ``--help`` prints and exits with 0.
 
     Overrides may be written ``--optim.generator-lr 1e-4`` or ``optim.generator_lr=1e-4``.
     Raises BadInput with one sentence that names the flag."""
@@ -59,8 +92,8 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
     try:
         with contextlib.redirect_stderr(errors):
             if default is None:
-                return tyro.cli(cls, args=arguments, prog=prog)
-            return tyro.cli(cls, args=arguments, prog=prog, default=default)
+                return tyro.cli(cls, args=arguments, prog=prog, registry=_ranges_in_help())
+            return tyro.cli(cls, args=arguments, prog=prog, default=default, registry=_ranges_in_help())
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -74,7 +107,7 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
 
 
 @dataclass
-class Arguments(Config):
+class TrainArguments(Config):
     """Train a cross-modal GAN on a folder of shards. Values start from --preset or --config; overrides go on top."""
 
     config: str = ""
@@ -85,8 +118,8 @@ class Arguments(Config):
     """Print the full config and stop."""
 
 
-def value_of(args: Sequence[str], flag: str) -> str | None:
-    """The value of ``--flag VALUE`` or ``--flag=VALUE`` in args."""
+def flag_value(args: Sequence[str], flag: str) -> str | None:
+    """Return the value of ``--flag VALUE`` or ``--flag=VALUE`` in `args`, None when it is not there."""
     for at, arg in enumerate(args):
         if arg.startswith(f"{flag}="):
             return arg.partition("=")[2]
@@ -95,13 +128,15 @@ def value_of(args: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def parse_arguments(args: Sequence[str]) -> tuple[Config, Arguments]:
-    """(config, all arguments). Raises BadInput naming the flag, field or file."""
-    file, name = value_of(args, "--config"), value_of(args, "--preset")
+def parse_arguments(args: Sequence[str]) -> tuple[Config, TrainArguments]:
+    """Return the validated config of a training run and all its arguments.
+
+    Raises BadInput naming the flag, field or file."""
+    file, name = flag_value(args, "--config"), flag_value(args, "--preset")
     if file and name:
         raise BadInput("--preset and --config are both given: name the preset inside the config file")
     base = load_config(file) if file else preset(name or "reference")
     fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
-    chosen = parse(Arguments, args, prog="launchers/train.py", default=Arguments(**fields))
+    chosen = parse(TrainArguments, args, prog="launchers/train.py", default=TrainArguments(**fields))
     config = Config(**{name: getattr(chosen, name) for name in fields})
     return validate(config), chosen

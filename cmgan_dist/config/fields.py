@@ -1,12 +1,27 @@
-"""Every setting of a run: dataclasses with a docstring under each field, validated once, dumped beside the run."""
+"""Every setting of a run: its type, range, default and docstring, and whether a run that goes on may change it.
+
+The dataclasses are validated once (`load.validate`) and written beside the run. A number has a `Range`, both ends
+included; `Resumable` and `Mutable` stand where a run can go on with another value (`markers`)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from cmgan_dist.config.markers import Mutable, Range, Resumable
 
 CONFIG_NAME = "config.yaml"
+
+Count = Annotated[int, Range(1, 1e9)]
+Width = Annotated[int, Range(1, 1e6)]
+Share = Annotated[float, Range(0, 0.999)]
+Weight = Annotated[float, Range(0, 1e9), Mutable]
+Temperature = Annotated[float, Range(1e-4, 1e4), Mutable]
+Rate = Annotated[float, Range(0, 1e3), Resumable, Mutable]
+Decay = Annotated[float, Range(0, 0.99999)]
+MixtureWeight = Annotated[float, Range(1e-9, 1e9)]
+KernelSize = Annotated[int, Range(1, 1000)]
 
 
 @dataclass
@@ -20,28 +35,28 @@ class StreamConfig:
     sampling: Literal["epoch", "balanced"] = "epoch"
     """epoch: every sample once an epoch. balanced: two different classes drawn per slot, then one sample of each
     (the reference recipe; needs labels and random access)."""
-    global_batch: int = 64
+    global_batch: Annotated[int, Range(2, 1e9)] = 64
     """Samples per update over all ranks together."""
-    logical_streams: int = 0
+    logical_streams: Annotated[int, Range(0, 1e6)] = 0
     """S: parts into which an epoch is cut, whatever the world size. A multiple of the world size and a divisor of
     global_batch. 0: the largest common divisor of global_batch and 48."""
-    window: int = 8
+    window: Count = 8
     """Shards of a logical stream whose samples are shuffled together."""
-    workers: int = 0
+    workers: Annotated[int, Range(0, 1024), Resumable] = 0
     """Decoding processes per rank; 0 decodes in the training process."""
     augment: bool = True
     """Random resized crop and flip of training images, seeded by position. Features are never augmented."""
-    max_bad_share: float = 0.01
+    max_bad_share: Annotated[float, Range(0, 1), Resumable] = 0.01
     """Stop when more than this share of the samples read is unusable."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[MixtureWeight, ...] = ()
     """Mixture: share of each data set in --data A,B,C; empty goes by their numbers of samples."""
-    cache: str = ""
+    cache: Annotated[str, Resumable] = ""
     """Folder on local disk for shards of http(s), s3 and gs URLs; "" is cmgan_dist/shards in the user's cache."""
-    cache_gib: float = 32.0
+    cache_gib: Annotated[float, Range(1e-6, 1e9), Resumable] = 32.0
     """Largest size of that folder in GiB. It should hold two windows of every logical stream on the node."""
-    retries: int = 4
+    retries: Annotated[int, Range(0, 100), Resumable] = 4
     """Further tries when a remote source fails, with growing waits between."""
-    timeout_s: float = 30.0
+    timeout_s: Annotated[float, Range(0.01, 1e5), Resumable] = 30.0
     """Seconds to connect to a remote source, and to wait for its next byte."""
 
 
@@ -57,7 +72,7 @@ class ImageBackboneConfig:
     """Fine-tune it with the generator; else it is frozen and in eval mode."""
     checkpoint: bool = False
     """Trained: keep few activations and compute the others again in the backward pass: less memory, a third slower."""
-    image_size: int = 224
+    image_size: Annotated[int, Range(8, 4096)] = 224
     """Side of the square input in pixels."""
 
 
@@ -74,19 +89,19 @@ class TextBackboneConfig:
     from a file as they are."""
     checkpoint: bool = False
     """sentence, trained: keep few activations and compute the others again in the backward pass."""
-    max_tokens: int = 64
+    max_tokens: Width = 64
     """Longer texts are cut."""
-    word_dim: int = 300
+    word_dim: Width = 300
     """cnn: word vector dimension."""
-    kernel_sizes: tuple[int, ...] = (3, 4, 5)
+    kernel_sizes: tuple[KernelSize, ...] = (3, 4, 5)
     """cnn: widths of the convolutions in words."""
-    channels: int = 100
+    channels: Width = 100
     """cnn: channels per width."""
-    dropout: float = 0.5
+    dropout: Share = 0.5
     """cnn: dropout of the sentence vector."""
-    vocabulary_size: int = 50_000
+    vocabulary_size: Count = 50_000
     """cnn: words kept, most frequent first."""
-    min_count: int = 1
+    min_count: Count = 1
     """cnn: rarer words become unknown."""
 
 
@@ -96,11 +111,11 @@ class ModelConfig:
 
     image: ImageBackboneConfig = field(default_factory=ImageBackboneConfig)
     text: TextBackboneConfig = field(default_factory=TextBackboneConfig)
-    hidden_dim: int = 1024
+    hidden_dim: Width = 1024
     """Width of the modality-specific encoder layer and of the decoder's hidden layer."""
-    common_dim: int = 1024
+    common_dim: Width = 1024
     """E: dimension of the common space."""
-    discriminator_dim: int = 512
+    discriminator_dim: Width = 512
     """Hidden width of the inter-modality discriminators."""
     share_layers: bool = True
     """Image and text share the second encoder layer; false is the ablation "not shared"."""
@@ -108,15 +123,15 @@ class ModelConfig:
     """One classifier for both modalities."""
     input_norm: Literal["none", "batch", "l2"] = "none"
     """Features before the first layer: as they are, standardised per dimension by batch statistics, or unit length."""
-    input_dropout: float = 0.0
+    input_dropout: Annotated[Share, Mutable] = 0.0
     """Dropout of the (normalised) features at the encoder's input."""
-    dropout: float = 0.0
+    dropout: Annotated[Share, Mutable] = 0.0
     """Dropout after the encoder's first layer."""
     common_activation: bool = True
     """LeakyReLU after the shared layer's BatchNorm, as in the reference."""
     spectral_norm: bool = False
     """Spectral normalisation of the discriminators' linear layers (Miyato et al., ICLR 2018)."""
-    kernels: Literal["auto", "triton", "torch"] = "auto"
+    kernels: Annotated[Literal["auto", "triton", "torch"], Resumable] = "auto"
     """BatchNorm, LeakyReLU and dropout after each linear layer: "triton" fused on a GPU, "torch" one op after another,
     "auto" triton where it runs. The log says once which path was taken and why."""
 
@@ -125,32 +140,32 @@ class ModelConfig:
 class LossConfig:
     """Loss terms and their weights (recipe: Losses). A weight of 0 turns a term off."""
 
-    adversarial: Literal["bce", "hinge", "wgan-gp"] = "bce"
+    adversarial: Annotated[Literal["bce", "hinge", "wgan-gp"], Mutable] = "bce"
     """Form of all adversarial losses."""
-    mismatch: Literal["reference", "conditional"] = "reference"
+    mismatch: Annotated[Literal["reference", "conditional"], Mutable] = "reference"
     """Mismatched input of the inter-modality discriminators: (wrong common, wrong feature) as in the published code,
     or (wrong common, right feature)."""
-    intra: float = 1.0
+    intra: Weight = 1.0
     """Generator: fool the intra-modality discriminators with reconstructions."""
-    inter: float = 1.0
+    inter: Weight = 1.0
     """Generator: fool the inter-modality discriminators with the other modality's common representation."""
-    classification: float = 1.0
+    classification: Weight = 1.0
     """Generator: classify common representations (softmax, or sigmoid per class for multi-label data)."""
-    contrastive: float = 0.0
+    contrastive: Weight = 0.0
     """Generator: InfoNCE between the image and text common representations of a batch, both directions."""
-    class_contrastive: float = 0.0
+    class_contrastive: Weight = 0.0
     """Generator: supervised contrastive term across modalities, positives share a class (Khosla et al., 2020)."""
-    temperature: float = 0.07
+    temperature: Temperature = 0.07
     """Temperature of the contrastive term."""
-    class_temperature: float = 0.2
+    class_temperature: Temperature = 0.2
     """Temperature of the class contrastive term."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[Share, Mutable] = 0.0
     """Of the softmax classification."""
-    r1: float = 0.0
+    r1: Weight = 0.0
     """Discriminators: R1 penalty on real input (Mescheder et al., ICML 2018), gamma / 2 * |grad|^2."""
-    r1_every: int = 16
+    r1_every: Annotated[Count, Mutable] = 16
     """Batches between R1 steps (lazy regularisation); the penalty is scaled by it."""
-    gradient_penalty: float = 10.0
+    gradient_penalty: Weight = 10.0
     """wgan-gp: weight of the penalty."""
 
 
@@ -158,31 +173,31 @@ class LossConfig:
 class OptimConfig:
     """Adam, its rates and their schedule."""
 
-    generator_lr: float = 1e-3
+    generator_lr: Rate = 1e-3
     """Learning rate of the generator."""
-    discriminator_lr: float = 1e-3
+    discriminator_lr: Rate = 1e-3
     """Learning rate of the four discriminators."""
-    generator_beta1: float = 0.5
+    generator_beta1: Decay = 0.5
     """Adam's first-moment decay of the generator."""
-    discriminator_beta1: float = 0.5
+    discriminator_beta1: Decay = 0.5
     """Adam's first-moment decay of the discriminators."""
-    beta2: float = 0.999
+    beta2: Annotated[float, Range(0, 0.9999999)] = 0.999
     """Adam's second-moment decay."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Range(0, 1e3)] = 0.0
     """Decoupled weight decay of the generator."""
-    generator_steps: int = 5
+    generator_steps: Annotated[int, Range(1, 1000), Mutable] = 5
     """Generator updates per batch, after one update of each discriminator."""
     update: Literal["alternate", "joint"] = "alternate"
     """alternate: image side, then text side, each with its own step (reference). joint: one step on both sides."""
     schedule: Literal["halve", "cosine", "constant"] = "halve"
     """halve: half the rate every halve_every epochs (reference). Counted in samples."""
-    halve_every: float = 100.0
+    halve_every: Annotated[float, Range(1e-6, 1e9)] = 100.0
     """Epochs between halvings."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: Annotated[float, Range(0, 1e9)] = 0.0
     """Linear warm-up from 0."""
-    clip: float = 0.0
+    clip: Annotated[float, Range(0, 1e9), Resumable] = 0.0
     """Largest gradient norm per optimiser; 0 is off."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Range(1, 1e6)] = 1
     """Parts that a batch is cut into, for batches that do not fit into memory: an update takes the mean gradient of
     its parts; BatchNorm statistics, negatives and mismatched samples are those of a part (over all processes)."""
 
@@ -191,35 +206,35 @@ class OptimConfig:
 class TrainConfig:
     """Length, precision, validation and checkpoints."""
 
-    epochs: float = 1000.0
+    epochs: Annotated[float, Range(1e-9, 1e9), Resumable] = 1000.0
     """Length of the run in passes over the training split."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     """Of initialisation, order, dropout and draws."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], Resumable] = "fp32"
     """fp32, or autocast to bf16 or fp16 (losses and statistics stay fp32; fp16 with a loss scaler per optimiser)."""
-    reduce_precision: Literal["fp32", "bf16"] = "fp32"
+    reduce_precision: Annotated[Literal["fp32", "bf16"], Resumable] = "fp32"
     """In what gradients travel between processes; bf16 halves their bytes and rounds them."""
-    compile: bool = False
+    compile: Annotated[bool, Resumable] = False
     """torch.compile the networks: pays on GPUs with small batches, costs seconds to minutes at the start."""
-    ema: float = 0.0
+    ema: Annotated[float, Range(0, 0.999999), Resumable] = 0.0
     """Decay per batch of an exponential moving average of the generator, used in evaluation; 0 is off."""
-    val_every: float = 10.0
+    val_every: Annotated[float, Range(0, 1e9), Resumable] = 10.0
     """Epochs between validations; 0 validates at the end only."""
-    save_every: float = 10.0
+    save_every: Annotated[float, Range(1e-9, 1e9), Resumable] = 10.0
     """Epochs between checkpoints."""
-    keep: int = 2
+    keep: Annotated[int, Range(1, 1e6), Resumable] = 2
     """Checkpoints kept, besides the best."""
-    log_every: int = 10
+    log_every: Annotated[Count, Resumable] = 10
     """Batches between lines of metrics.jsonl."""
-    timeout_s: float = 600.0
+    timeout_s: Annotated[float, Range(1, 1e6), Resumable] = 600.0
     """Seconds that a process waits for the others before it gives them up."""
-    trace: int = 0
+    trace: Annotated[int, Range(0, 1e6), Resumable] = 0
     """Batches, after the first ten, that torch.profiler records to RUN/trace (open in Perfetto); 0 is off."""
-    threads: int = 0
+    threads: Annotated[int, Range(0, 4096), Resumable] = 0
     """CPU threads per process; 0 shares the cores among the local processes."""
-    report: bool = True
+    report: Annotated[bool, Resumable] = True
     """Write OUTPUT/report.html at the end."""
-    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    tracker: Annotated[Literal["tensorboard", "wandb", "none"], Resumable] = "tensorboard"
     """Where metrics go beside metrics.jsonl."""
 
 
@@ -227,9 +242,9 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation (recipe: Evaluation)."""
 
-    zscore: bool = True
+    zscore: Annotated[bool, Resumable] = True
     """Standardise common representations per modality over the evaluated set, as the authors do."""
-    batch: int = 256
+    batch: Annotated[Count, Resumable] = 256
     """Samples embedded at a time."""
 
 
@@ -237,12 +252,12 @@ class EvalConfig:
 class Config:
     """A whole run."""
 
-    preset: str = "reference"
+    preset: Annotated[str, Resumable] = "reference"
     """Preset to start from: reference, features, openmoji, openmoji_tuned, wikipedia, wikipedia_tuned, pairs, raw or
     smoke."""
-    data: str = ""
+    data: Annotated[str, Resumable] = ""
     """Folder or URL of shards with manifest.json; several with commas between are mixed (stream.weights)."""
-    output: str = ""
+    output: Annotated[str, Resumable] = ""
     """Folder of the run: config, metrics, checkpoints, report."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -252,17 +267,11 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
-# ---------------------------------------------------------------------------------------------- validation
-
-
 def micro_batch(config: Config) -> int:
-    """Samples that all processes together take in one pass: stream.global_batch / optim.accumulate."""
+    """Return the samples that all processes together take in one pass: stream.global_batch / optim.accumulate."""
     return config.stream.global_batch // config.optim.accumulate
 
 
 def resolved_streams(stream: StreamConfig) -> int:
-    """S, the number of logical streams."""
+    """Return S, the number of logical streams."""
     return stream.logical_streams or math.gcd(stream.global_batch, 48)
-
-
-# ---------------------------------------------------------------------------------------------- YAML

@@ -136,7 +136,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 
 def preset(name: str) -> Config:
-    """The Config of preset `name`. Raises BadInput with the names there are."""
+    """Return the Config of preset `name`. Raises BadInput with the names that there are."""
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, 1)
         hint = f"did you mean '{close[0]}'? " if close else ""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cmgan_dist.config.fields import CONFIG_NAME, Config, micro_batch
 from cmgan_dist.config.load import load_config, to_yaml, validate
+from cmgan_dist.config.paths import get_value, settings
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.order import steps_for
 from cmgan_dist.data.reader import ShardReader
@@ -31,38 +32,25 @@ from cmgan_dist.training.state import Networks, build_networks
 
 log = logging.getLogger(__name__)
 
-MAY_CHANGE = (
-    *("train", "eval", "data", "output", "preset", "stream.workers", "stream.max_bad_share"),
-    *("stream.cache", "stream.cache_gib", "stream.retries", "stream.timeout_s"),
-    *("optim.generator_lr", "optim.discriminator_lr", "optim.clip", "model.kernels"),
-)
-"""What a resumed run may change; train.seed may not. Lower rates are what a run that diverged goes on with."""
 VOCABULARY_SAMPLES = 200_000
 """Samples of the training split whose words make the vocabulary of the text CNN."""
 
 
-def check_same_run(run: Path, config: Config, may_change: Sequence[str] = MAY_CHANGE) -> None:
+def check_same_run(run: Path, config: Config, may_change: Sequence[str] = ()) -> None:
     """Raises BadInput when `config` would go on with another model, data or order than the run has.
 
-    `may_change`: dotted fields, or whole sections, that may differ."""
+    `may_change`: dotted names of settings that may differ beside those that every resumed run may change."""
     path = run / CONFIG_NAME
     if not path.is_file():
         return
-    before, now = dataclasses.asdict(load_config(path)), dataclasses.asdict(config)
-
-    def compare(a: object, b: object, name: str) -> None:
-        if name in may_change:
-            return
-        if isinstance(a, dict) and isinstance(b, dict):
-            for key in a:
-                compare(a[key], b[key], f"{name}.{key}".lstrip("."))
-        elif a != b:
+    before = load_config(path)
+    for name, setting in settings().items():
+        old, new = get_value(before, name), get_value(config, name)
+        if old != new and not setting.resumable and name not in may_change:
             raise BadInput(
-                f"{run} was trained with {name} {a!r}, not {b!r}: use that value, another --output, or --resume never"
+                f"{run} was trained with {name} {old!r}, not {new!r}: use that value, another --output, or "
+                "--resume never"
             )
-
-    compare(before, now, "")
-    compare(before["train"]["seed"], now["train"]["seed"], "seed")
 
 
 def set_aside(run: Path) -> None:
@@ -133,10 +121,10 @@ class Run:
         return position // every > (position - batch) // every
 
 
-def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE) -> Run:
+def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     """Everything up to the first batch. Raises BadInput for whatever config, data or an earlier run make impossible.
 
-    `may_change`: fields that may differ from the run that is resumed."""
+    `may_change`: see `check_same_run`."""
     validate(config)
     run = Path(config.output)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

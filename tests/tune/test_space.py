@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from cmgan_dist.config.fields import Config
+from cmgan_dist.config.paths import get_value, settings, with_values
 from cmgan_dist.config.presets import PRESETS, preset
 from cmgan_dist.errors import BadInput
 from tune.results import TrialResult, best_so_far, front, importance, position, ranked
-from tune.space import SPACE, apply_values, check_space, clip, domains, get_value, load_space, mutable, outside_of
+from tune.space import SPACE, check_space, clip, domains, load_space, mutable, outside_of
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -36,6 +37,9 @@ def test_the_space_fits_every_preset(name: str) -> None:
         ({"loss.adversarial": ["bce", "lsgan"]}, "expected one of bce, hinge, wgan-gp"),
         ({"train.epochs": [1.0, 2.0]}, "set by the search itself"),
         ({"data": ["a", "b"]}, "set by the search itself"),
+        ({"optim.generator_lr": {"log": [1e-4, 10**400]}}, "expected two numbers"),
+        ({"model.text.kernel_sizes": [[3], [0]]}, "model.text.kernel_sizes has 0, expected 1 to 1000"),
+        ({"model.text.kernel_sizes": [[3], [3, 4]]}, None),
         ({"stream.global_batch": [63, 64], "stream.logical_streams": [1]}, None),
     ],
 )
@@ -62,6 +66,11 @@ def test_a_space_file_replaces_the_default(tmp_path: Path) -> None:
         load_space(str(file))
     with pytest.raises(BadInput, match="does not exist"):
         load_space(str(tmp_path / "none.yaml"))
+    with pytest.raises(BadInput, match="is a folder"):
+        load_space(str(tmp_path))
+    file.write_text("1: [2, 3]\n")
+    with pytest.raises(BadInput, match="the search space: 1 is no config field"):
+        check_space(load_space(str(file)), Config())
 
 
 def test_draws_lie_in_their_ranges_and_reach_both_ends() -> None:
@@ -80,7 +89,7 @@ def test_draws_lie_in_their_ranges_and_reach_both_ends() -> None:
 
 def test_values_are_applied_to_a_copy() -> None:
     base = preset("features")
-    changed = apply_values(base, {"loss.inter": 2.5, "model.text.max_tokens": 3})
+    changed = with_values(base, {"loss.inter": 2.5, "model.text.max_tokens": 3})
     assert (changed.loss.inter, changed.model.text.max_tokens) == (2.5, 3)
     assert (base.loss.inter, base.model.text.max_tokens) == (0.3, 64)
     assert get_value(changed, "model.text.max_tokens") == 3
@@ -104,6 +113,10 @@ def test_only_what_has_no_shape_or_state_is_mutable() -> None:
     assert mutable("optim.generator_lr")
     for path in ("optim.weight_decay", "optim.generator_beta1", "model.common_dim", "stream.global_batch"):
         assert not mutable(path)
+    expected = {path for path in settings() if path.startswith("loss.")}
+    expected |= {"optim.generator_lr", "optim.discriminator_lr", "optim.generator_steps"}
+    expected |= {"model.dropout", "model.input_dropout"}
+    assert {path for path in settings() if mutable(path)} == expected
 
 
 def trial(name: str, values: dict[str, Any], curve: list[tuple[float, float]], **more: Any) -> TrialResult:

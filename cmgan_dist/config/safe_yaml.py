@@ -1,0 +1,73 @@
+"""YAML files by a user: read with limits on size, every fault of theirs one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cmgan_dist.errors import BadInput
+
+MOST_BYTES = 1 << 20
+"""Largest YAML file that is read; a config that names every setting has 4 kB."""
+MOST_VALUES = 100_000
+"""Most values in a YAML text, each counted as often as aliases repeat it."""
+
+
+def read_text(path: Path, where: str) -> str:
+    """Return the text of a file that a user names; `where` names it in errors.
+
+    Raises BadInput when it is missing, a folder, too large, not UTF-8 or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise BadInput(f"{where} does not exist: check the path") from None
+    except IsADirectoryError:
+        raise BadInput(f"{where} is a folder: name a YAML file") from None
+    except OSError as error:
+        raise BadInput(f"{where} cannot be read ({error.strerror}): check the path and its permissions") from None
+    if len(data) > MOST_BYTES:
+        raise BadInput(f"{where} is larger than {MOST_BYTES >> 20} MiB: name a YAML file of settings")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+
+
+def shown(value: object) -> str:
+    """Return a value as errors show it: in one line, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return what a YAML text says, None for an empty one; `where` names it in errors.
+
+    Raises BadInput when it is not YAML or when its aliases and merges make more than MOST_VALUES values of it."""
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _count(root, {}) <= MOST_VALUES:
+            return loader.construct_document(root)
+    except RecursionError:
+        raise BadInput(f"{where} is nested too deeply: write settings only") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"{where} is not YAML ({' '.join(str(error).split())}): mend it") from None
+    except (ValueError, KeyError, AttributeError) as error:  # PyYAML on 2026-99-99, !!bool x, !!timestamp x
+        raise BadInput(f"{where} has a value that is not of its type ({error}): mend it") from None
+    raise BadInput(f"{where} holds more than {MOST_VALUES} values, aliases written out: keep to the settings")
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return the values below `node`, each as often as aliases repeat it; a node inside itself counts as too many."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1
+        below = getattr(node, "value", None)
+        parts = below if isinstance(below, list) else []
+        nodes = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_count(part, known) for part in nodes)
+    return known[id(node)]
