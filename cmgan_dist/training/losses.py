@@ -43,8 +43,8 @@ def fused_discriminator_loss(
     from cmgan_dist.kernels.bce import discriminator_bce  # here: it imports Triton
 
     fake, weight, _ = fakes[0]
-    wrong, wrong_weight, mask = fakes[1] if len(fakes) > 1 else (None, 0.0, None)
-    loss: Tensor = discriminator_bce(real, fake, wrong, mask, weight, wrong_weight)[0]
+    mismatched, mismatched_weight, mask = fakes[1] if len(fakes) > 1 else (None, 0.0, None)
+    loss: Tensor = discriminator_bce(real, fake, mismatched, mask, weight, mismatched_weight)[0]
     return loss
 
 

@@ -57,7 +57,7 @@ def train(config: Config, parallel: Parallel, networks: Networks, first: int, st
                     for p in d.parameters()
                     if p.grad is not None and p.grad.any()
                 ]
-                assert not left or parallel._zero is None, f"the generator left gradients in {left}"
+                assert not left or parallel.zero_config is None, f"the generator left gradients in {left}"
         out.append(parallel.mean({k: float(v) for k, v in terms.items() if k.startswith("loss/")}))
     return out
 
@@ -84,7 +84,7 @@ def main() -> None:
     expected += train(config, parallel, plain, HALF, STEPS)
     tolerance = 2e-2 if case == "bf16" else 1e-4
     for name, zero in STAGES.items():
-        parallel._zero = {"zero_optimization": zero}
+        parallel.zero_config = {"zero_optimization": zero}
         networks = build_networks(config, spec, None, parallel)
         found = train(config, parallel, networks, 0, HALF)
         worst = compare(expected[:HALF], found, name, tolerance)
@@ -96,18 +96,18 @@ def main() -> None:
             assert close, f"{name} {key}: {saved[key]} {value}"
         back = build_networks(config, spec, None, parallel)
         back.load(halfway, "DDP's")
-        parallel._zero = None
+        parallel.zero_config = None
         there = build_networks(config, spec, None, parallel)
         there.load(saved, "ZeRO's")
         following = expected[HALF : HALF + 8]
         compare(following, train(config, parallel, there, HALF, HALF + 8), "ZeRO to DDP", 3 * tolerance)
-        parallel._zero = {"zero_optimization": zero}
+        parallel.zero_config = {"zero_optimization": zero}
         compare(following, train(config, parallel, back, HALF, HALF + 8), "DDP to ZeRO", 3 * tolerance)
         more = train(config, parallel, networks, HALF, STEPS)
         worst = max(worst, compare(expected[HALF:], more, name, 3 * tolerance))
         for each in (networks, back, there):
             each.release()
-        parallel._zero = None
+        parallel.zero_config = None
         if parallel.main:
             print(f"{case}: {name} equals DDP on {parallel.world}, largest relative difference {worst:.1e}")
     plain.release()

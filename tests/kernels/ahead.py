@@ -17,14 +17,14 @@ from triton.compiler import ASTSource
 from cmgan_dist.kernels.norm_triton import Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ROWS = {"x", "y", "dy", "dx", "real", "fake", "wrong"}
+ROWS = {"x", "y", "dy", "dx", "real", "fake", "mismatched"}
 """Pointers to what the model computes in; all others are float32."""
 POINTERS = ROWS | {
     *("moments", "stats", "weight", "bias", "running_mean", "running_var", "out", "sums", "dweight", "dbias"),
     *("loss", "grad"),
 }
 OTHERS = {"seed": "*i64", "mask": "*i1", "totals": "*fp64"}
-FLOATS = {"eps", "slope", "p", "momentum", "fake_weight", "wrong_weight"}
+FLOATS = {"eps", "slope", "p", "momentum", "fake_weight", "mismatched_weight"}
 ONES = {"n1", "groups", "parts", "splits", "steps"}
 """May be 1."""
 ALIGNED = {"x_stride", "dy_stride", "channels"}
