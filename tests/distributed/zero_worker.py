@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO against DDP, step by step, in the same processes; see test_zero.py.
+"""Compare DeepSpeed ZeRO with DDP, step by step, in the same processes; see test_zero.py.
 
-zero_worker.py CASE
+torchrun --nproc_per_node W tests/distributed/zero_worker.py CASE
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STAGES: dict[str, dict[str, object]] = {
 
 
 def train(config: Config, parallel: Parallel, networks: Networks, first: int, stop: int) -> list[dict[str, float]]:
-    """Losses of steps first..stop, means over the processes."""
+    """Train the steps from `first` up to `stop`; return their losses, means over the processes."""
     out = []
     parts = config.optim.accumulate
     for step in range(first, stop):
@@ -44,12 +44,10 @@ def train(config: Config, parallel: Parallel, networks: Networks, first: int, st
             part_of(global_batch(ROWS // parts, 100 * step + i), parallel.rank, parallel.world) for i in range(parts)
         ]
         position = step * ROWS
-        all_inputs = [
-            build_step_inputs(b, networks, config, parallel, position + i, False) for i, b in enumerate(batches)
-        ]
+        micro_batches = [build_step_inputs(b, networks, config, parallel, position + i) for i, b in enumerate(batches)]
         terms: dict[str, torch.Tensor] = {}
         for phase in phase_table(config):
-            terms |= run_phase(phase, all_inputs, networks.engines, parallel.autocast)
+            terms |= run_phase(phase, micro_batches, networks.engines, parallel.autocast)
             if phase.module == "generator":  # its losses went through the discriminators
                 left = [
                     n
@@ -63,6 +61,7 @@ def train(config: Config, parallel: Parallel, networks: Networks, first: int, st
 
 
 def compare(a: list[dict[str, float]], b: list[dict[str, float]], what: str, tolerance: float) -> float:
+    """Check that the losses of each step are equal within `tolerance`; return the largest relative difference."""
     worst = 0.0
     for step, (left, right) in enumerate(zip(a, b, strict=True)):
         assert left.keys() == right.keys()

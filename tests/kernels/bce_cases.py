@@ -1,4 +1,5 @@
-"""The fused cross-entropy against torch's in float64; run by the interpreter and on a GPU, as norm_cases.py."""
+"""The fused cross-entropy against torch's in float64: one set of tests, run by Triton's interpreter
+(test_interpreter.py) and on a GPU (tests/gpu/test_bce.py)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The fused epilogue against float64: one set of tests, run by Triton's interpreter (test_interpreter.py) and on a GPU
-(tests/gpu)."""
+"""The fused BatchNorm, LeakyReLU and dropout against float64: one set of tests, run by Triton's interpreter
+(test_interpreter.py) and on a GPU (tests/gpu/test_norm.py)."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_processes_share_the_tensors_evenly() -> None:
 
 
 def test_best_there_and_back_and_damaged(tmp_path: Path) -> None:
-    save_best(tmp_path, {"w": torch.arange(3.0)}, Progress(640, 0.75, 640))
+    save_best(tmp_path, {"w": torch.arange(3.0)}, asdict(Progress(640, 0.75, 640)))
     tensors, metadata = load_best(tmp_path)
     assert tensors["w"].tolist() == [0, 1, 2]
     assert metadata["best_position"] == "640"
