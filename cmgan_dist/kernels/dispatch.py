@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of the rows that the kernels take."""
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace how Triton reads its settings
 def interpreted() -> bool:
     """Return whether Triton's interpreter runs the kernels on the CPU, as tests ask for by TRITON_INTERPRET=1."""
     import triton  # type: ignore[import-untyped]  # here: it takes a while, and it may be absent
