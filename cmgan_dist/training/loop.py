@@ -67,14 +67,7 @@ def run_training(run: Run) -> int:
         else:
             if progress.position:
                 recorder.say(f"resuming {run.folder} at sample {progress.position} of {total}")
-            processes = f"{parallel.world} process{'es' * (parallel.world > 1)}"
-            each = micro_batch(run.config) // parallel.world
-            parts = run.config.optim.accumulate
-            how = f"{run.config.train.precision}{f', {parallel.kind}' * bool(parallel.kind)}"
-            recorder.say(
-                f"{processes} on {parallel.device.type} ({how}), {each * parts} samples a batch each"
-                f"{f' in {parts} parts' * (parts > 1)}"
-            )
+            recorder.say(how_it_trains(run))
             parallel.watch_signals()
             try:
                 loop(run, clock)
@@ -97,6 +90,18 @@ def run_training(run: Run) -> int:
     run.networks.release()
     parallel.close()
     return EXIT_DONE if progress.position >= total else EXIT_SIGNALLED
+
+
+def how_it_trains(run: Run) -> str:
+    """Return in words how many processes train, on what, in which precision, and their part of each batch."""
+    parallel, parts = run.parallel, run.config.optim.accumulate
+    processes = f"{parallel.world} process{'es' * (parallel.world > 1)}"
+    each = micro_batch(run.config) // parallel.world
+    how = f"{run.config.train.precision}{f', {parallel.kind}' * bool(parallel.kind)}"
+    return (
+        f"{processes} on {parallel.device.type} ({how}), {each * parts} samples a batch each"
+        f"{f' in {parts} parts' * (parts > 1)}"
+    )
 
 
 def loop(run: Run, clock: Clock) -> None:

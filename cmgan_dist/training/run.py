@@ -93,12 +93,15 @@ class Run:
     folder: Path
     """The folder RUN, which holds everything that the run writes."""
     stream: Stream
+    """The batches of the training split."""
     val_reader: ShardReader
+    """The samples of the validation split."""
     parallel: Parallel
     networks: Networks
     recorder: Recorder
     checkpointer: Checkpointer
     progress: Progress
+    """Where the run stands; the loop moves it on."""
     on_validation: Callable[[Run, dict[str, float]], None] | None = None
     """Called on every process after a validation and the checkpoint that is due with it; gets "score" and metrics."""
     bad: int = 0
