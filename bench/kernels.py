@@ -121,9 +121,9 @@ def apex_style(x: Tensor, groups: Sequence[int], weight: Tensor, bias: Tensor, d
 
 
 def ours(x: Tensor, groups: Sequence[int], weight: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    from cmgan_dist.kernels.norm_triton import fused_epilogue
+    from cmgan_dist.kernels.norm_triton import fused_group_batch_norm
 
-    return fused_epilogue(
+    return fused_group_batch_norm(
         x, groups, weight, bias, None, training=True, momentum=0.1, eps=EPS, slope=SLOPE, dropout=dropout,
         synchronised=False,
     )  # fmt: skip

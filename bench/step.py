@@ -150,7 +150,7 @@ class Ours:
         """The same, one update after another as they are asked for. `mark`: name the parts in a profile."""
         part = torch.profiler.record_function if mark else contextlib.nullcontext
         with part("part no-grad forward"):
-            inputs = build_step_inputs(batch, self.networks, self.config, self.parallel, self.position, False)
+            inputs = build_step_inputs(batch, self.networks, self.config, self.parallel, self.position)
         for phase in self.table:
             with part(f"part {phase.name}"):
                 terms = run_phase(phase, [inputs], self.networks.engines, self.parallel.autocast)
@@ -300,7 +300,7 @@ def collectives(ours: Ours, batch: Batch) -> dict[str, dict[str, float]]:
 
 def least_gradients(ours: Ours, batch: Batch) -> dict[str, float]:
     """Bytes that the gradient of each phase's loss has, by phase, summed over its turns; fp32, one process."""
-    inputs = build_step_inputs(batch, ours.networks, ours.config, ours.parallel, 0, False)
+    inputs = build_step_inputs(batch, ours.networks, ours.config, ours.parallel, 0)
     modules = {"generator": ours.networks.generator, **ours.networks.unwrapped}
     out: dict[str, float] = {}
     for phase in ours.table:

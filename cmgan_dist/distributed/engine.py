@@ -1,4 +1,4 @@
-"""What trains a module: its optimiser, its loss scaler, its clipping, and its share of the collectives.
+"""How one module is trained: its optimiser, its loss scaler, its gradient clipping, and its part in the collectives.
 
 One engine owns each parameter. `Engine` is plain torch, with or without DDP around the module; `zero.ZeroEngine` is the
 same under DeepSpeed ZeRO. Their states have one form, named by parameter, so that either loads the other's.
@@ -15,33 +15,39 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state per parameter, beside its step count."""
+"""Names of the tensors that Adam keeps for each parameter, beside its step count (Kingma & Ba, ICLR 2015)."""
 FIRST_SCALE = 2.0**16
-"""Loss scale that an fp16 run starts with, as torch.amp does."""
+"""The loss scale with which an fp16 run starts, the same as in torch.amp."""
 
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """Of one engine."""
+    """The settings of an engine's AdamW optimiser (Loshchilov & Hutter, ICLR 2019) and of what stands around it."""
 
     lr: float
+    """The learning rate at the start; `Engine.set_rate` multiplies it."""
     beta1: float
+    """The decay of Adam's first moment."""
     beta2: float
+    """The decay of Adam's second moment."""
     weight_decay: float = 0.0
+    """The decoupled weight decay."""
     clip: float = 0.0
-    """Largest gradient norm; 0 is off."""
+    """The largest gradient norm over all parameters of the engine; 0 turns clipping off."""
     fp16: bool = False
     """Scale losses, skip steps whose gradients overflow and lower the scale (Micikevicius et al., ICLR 2018)."""
 
 
 class Engine:
-    """One module, one optimiser."""
+    """An engine trains one module with one optimiser."""
 
     def __init__(
         self, module: nn.Module, wrapped: dict[str, nn.Module], settings: AdamSettings, device: torch.device
     ) -> None:
-        """`wrapped`: what losses call, by the part of `module` that they train ("" is all of it), with DDP around it
-        where there are several processes."""
+        """Build the optimiser of `module`, whose parameters lie on `device` already.
+
+        `wrapped`: what losses call, by the part of `module` that they train ("" is all of it), with DDP around it where
+        there are several processes."""
         self.module, self.wrapped, self.settings = module, wrapped, settings
         self.named_parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters = list(self.named_parameters.values())
@@ -55,15 +61,15 @@ class Engine:
         return torch.optim.AdamW(self.parameters, lr=s.lr, betas=betas, weight_decay=s.weight_decay, fused=True)
 
     def set_rate(self, factor: float) -> None:
-        """The learning rate from here on, as a multiple of the first one."""
+        """Set the learning rate from here on to `factor` times the one in the settings."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * factor
 
-    # ------------------------------------------------------------------------------------------ one update
-
     @contextlib.contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch of an update; gradients are reduced in the `last` one."""
+        """Surround forward and backward of one micro-batch of an update.
+
+        Gradients add up on each process, and are averaged over the processes in the `last` micro-batch only."""
         with contextlib.ExitStack() as stack:
             for part in self.wrapped.values():
                 if isinstance(part, DistributedDataParallel) and not last:
@@ -71,17 +77,19 @@ class Engine:
             yield
 
     def zero_grad(self) -> None:
+        """Forget the gradients of the update before."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, this micro-batch's part of the update's mean."""
+        """Add the gradients of `loss` [], this micro-batch's part of the update's mean."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(self, loss: Tensor, measure: bool) -> dict[str, Tensor]:
         """Update the parameters. Where the loss or a gradient is not finite they stay as they are, on every process.
 
-        Returns what was measured: gradient_norm (with clipping, or when `measure` is set), with a scaler scale and
-        skipped (1 when this step was left out). Nothing here waits for the device."""
+        Return what was measured, as scalars on the device: "gradient_norm" before clipping (with clipping, or when
+        `measure` is set) and, with a loss scaler, "scale" and "skipped" (1 when this step was left out). Nothing here
+        waits for the device."""
         out: dict[str, Tensor] = {}
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -106,10 +114,9 @@ class Engine:
             self.optimizer.step()
         return out
 
-    # ------------------------------------------------------------------------------------------ state
-
     def state(self) -> dict[str, Tensor]:
-        """NAME/exp_avg, NAME/exp_avg_sq and NAME/step of every parameter that was updated, scaler/*."""
+        """Return the optimiser's state by name: NAME/exp_avg, NAME/exp_avg_sq and NAME/step of each parameter NAME that
+        was updated before, and scaler/* of the loss scaler where there is one."""
         out = {}
         for name, parameter in self.named_parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -120,7 +127,9 @@ class Engine:
         return out
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` of any engine of this module gave."""
+        """Take over what `state` of an engine of the same module returned, `ZeroEngine` included.
+
+        Parameters that `state` does not name begin anew."""
         for name, parameter in self.named_parameters.items():
             if f"{name}/step" in state:
                 made = {k: state[f"{name}/{k}"].to(parameter.device).clone() for k in MOMENTS}
@@ -132,5 +141,5 @@ class Engine:
             self.scaler.load_state_dict({k: int(v) if k in whole else v for k, v in found.items()})
 
     def release(self) -> None:
-        """Let go of what the process group knows of: nothing wrapped may outlive it."""
+        """Drop the wrapped modules, which must not outlive the process group that they use."""
         self.wrapped.clear()

@@ -1,4 +1,4 @@
-"""How the processes of a run are started and find each other."""
+"""How the processes of a run are started and find each other, under accelerate, torchrun and DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from cmgan_dist.errors import BadInput
 log = logging.getLogger(__name__)
 
 JOIN_S = 300.0
-"""Least time to wait for the others at the start: nodes do not load their packages equally fast."""
+"""The least time, in seconds, to wait for the other processes at the start: nodes load packages at different speeds."""
 _STORE_KEY = "cmgan_dist/store"
+"""Where in torchrun's store the first process leaves the address of its own."""
 
 
 def start_all_processes() -> None:
-    """Where `accelerate launch --num_processes N` has started one process only, become a launcher of all N.
+    """Become a launcher of all N processes where `accelerate launch --num_processes N` has started one only.
 
-    accelerate 1.15 does so without a GPU (and with --cpu), and leaves a MASTER_PORT without a RANK. What it was asked
-    for stands on its command line. Returns where there is nothing to do, else replaces this process."""
+    accelerate 1.15 starts one process without a GPU (and with --cpu), and leaves a MASTER_PORT without a RANK. What it
+    was asked for stands on its command line. Return where there is nothing to do, else replace this process."""
     if "MASTER_PORT" not in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ or "RANK" in os.environ:
         return
     if any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")):
@@ -55,7 +56,7 @@ def start_all_processes() -> None:
 
 
 def _own_address() -> str | None:
-    """This host's IPv4 address on the way to the first node; None where that has no such address."""
+    """Return this host's IPv4 address on the way to the first node, or None where that has no such address."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((os.environ.get("MASTER_ADDR", ""), 9))  # sends nothing: it only chooses the way
@@ -64,8 +65,10 @@ def _own_address() -> str | None:
         return None  # joining will say what is wrong
 
 
-def _name_interface() -> None:
-    """Tell gloo the network interface that leads to the first node: left alone it may announce 127.0.0.1."""
+def name_gloo_interface() -> None:
+    """Tell gloo, by GLOO_SOCKET_IFNAME, which network interface leads to the first node.
+
+    Left alone gloo may announce 127.0.0.1, where no other node finds it. A value that is set already stays."""
     if "GLOO_SOCKET_IFNAME" in os.environ or not os.environ.get("MASTER_ADDR"):
         return
     own = _own_address()
@@ -74,12 +77,13 @@ def _name_interface() -> None:
             os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
-def _join_elastic(timeout_s: float) -> None:
-    """Join the processes that torchrun has started, through a store of this start alone.
+def join_torchrun(timeout_s: float) -> None:
+    """Form the process group of the processes that torchrun has started, through a store of this start alone.
 
     torchrun 2.14 keeps one store over all restarts, in which the addresses of processes that are gone still stand: a
     process that reads its partner's before the partner has written it anew is refused. So the first rank opens a store
-    of its own and leaves its address in torchrun's; the others read that until somebody answers there."""
+    of its own and leaves its address in torchrun's; the others read that until somebody answers there. Raises OSError
+    or torch's DistError where that takes longer than `timeout_s` seconds."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     agents = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=timeout_s)
@@ -106,10 +110,11 @@ def _join_elastic(timeout_s: float) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
 
 
-def _zero_config() -> dict[str, Any] | None:
-    """The DeepSpeed configuration that `accelerate launch` was given, or None without DeepSpeed.
+def take_zero_config() -> dict[str, Any] | None:
+    """Return the DeepSpeed configuration that `accelerate launch` was given, or None without DeepSpeed.
 
-    Raises BadInput naming the file."""
+    It is taken out of the environment, so that accelerate does not act on it. Raises BadInput, naming the file, where
+    the configuration cannot be read or asks for another stage than ZeRO-1 or ZeRO-2."""
     if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") != "true":  # taken out: accelerate's own integration
         return None  # expects one engine for all that trains
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -137,5 +142,5 @@ def _zero_config() -> dict[str, Any] | None:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone, stuck or out of reach."""
+    """Return whether `error` is that of a collective whose other processes are gone, stuck or out of reach."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

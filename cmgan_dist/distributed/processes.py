@@ -1,8 +1,10 @@
-"""Processes, devices and precision: the one place that names accelerate; zero.py is the one that names deepspeed.
+"""What a process knows of the others: its rank, device and precision, and the collectives that training calls.
 
-Gradients of W processes with batch B equal those of one with W * B: DDP averages them, BatchNorm statistics are sums
-over all (`kernels.collective`), and gathered tensors go through `Parallel.gather_differentiable`, whose backward adds
-up what every process asks of a row.
+This is the one file that names accelerate, as zero.py is the one that names deepspeed. Gradients of W processes with
+batch B equal those of one with W * B: DDP averages them, BatchNorm statistics are sums over all (`sync_norm`), and
+gathered tensors go through `Parallel.gather_differentiable`, whose backward adds up what every process asks of a row.
+
+Shapes: W processes, B rows a process.
 """
 
 from __future__ import annotations
@@ -27,17 +29,19 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from cmgan_dist.distributed.engine import AdamSettings, Engine
-from cmgan_dist.distributed.join import JOIN_S, _join_elastic, _name_interface, _zero_config, is_lost_process
-from cmgan_dist.distributed.sync_norm import _synchronise_statistics
+from cmgan_dist.distributed.join import JOIN_S, is_lost_process, join_torchrun, name_gloo_interface, take_zero_config
+from cmgan_dist.distributed.sync_norm import synchronise_statistics
 from cmgan_dist.errors import LostProcess
 
 log = logging.getLogger(__name__)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of mallopt(3)."""
+"""The parameters M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)."""
 
 
 class _GatherRows(torch.autograd.Function):
-    """[...] -> [W, ...]; backward: the sum over processes of the gradient to this process's part."""
+    """Gather x [B, ...] of every process into [W, B, ...].
+
+    Backward gives this process's part of the gradient, summed over all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -55,8 +59,10 @@ class _GatherRows(torch.autograd.Function):
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse freed memory instead of handing it back: each step frees and takes the same gradients, and a
-    page fault for each 4 KiB of them took a quarter of a step on a CPU (bench/step.py)."""
+    """Tell glibc to reuse freed memory instead of handing it back to the kernel.
+
+    Each step frees and takes the same gradients, and a page fault for each 4 KiB of them took a quarter of a step on a
+    CPU (bench/step.py)."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # glibc has it, musl has not
         library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
@@ -64,7 +70,7 @@ def keep_freed_memory() -> None:
 
 
 class Parallel:
-    """This process among the others."""
+    """This process among the others: where it stands (`rank` of `world`, `device`) and how it talks to them."""
 
     def __init__(
         self,
@@ -74,20 +80,23 @@ class Parallel:
         timeout_s: float = 600.0,
         reduce_precision: str = "fp32",
     ) -> None:
-        """`precision`: fp32, or autocast to bf16 or fp16. `tracker`: tensorboard, wandb or none. `reduce_precision`:
-        fp32 or bf16, in what gradients travel.
+        """Join the other processes that a launcher has started; without a launcher this process is alone.
 
-        `timeout_s`: how long a collective waits for the other processes before it fails."""
-        self._zero = _zero_config()
+        `precision`: fp32, or autocast to bf16 or fp16. `tracker`: tensorboard, wandb or none, which writes to
+        `logging_dir`. `timeout_s`: seconds that a collective waits for the other processes before it fails.
+        `reduce_precision`: fp32 or bf16, in which gradients travel. Raises LostProcess where the others cannot be
+        reached, and BadInput for a DeepSpeed configuration that is not supported."""
+        self.zero_config = take_zero_config()
+        """DeepSpeed's configuration, or None where plain torch trains."""
         asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if asked != "no" and asked != precision:
             log.warning("accelerate's --mixed_precision %s is not used: train.precision is %s", asked, precision)
-        _name_interface()
+        name_gloo_interface()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         joining = InitProcessGroupKwargs(timeout=timedelta(seconds=max(timeout_s, JOIN_S)))
         try:
             if started > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                _join_elastic(max(timeout_s, JOIN_S))
+                join_torchrun(max(timeout_s, JOIN_S))
             self.accelerator = Accelerator(
                 cpu=not torch.cuda.is_available(),  # else accelerate may leave the processes apart
                 mixed_precision="no",  # its autocast and its one loss scaler are not used
@@ -119,30 +128,30 @@ class Parallel:
 
     @property
     def zero(self) -> bool:
-        """Whether DeepSpeed trains."""
-        return self._zero is not None
+        """Whether DeepSpeed ZeRO trains the modules, and not plain torch."""
+        return self.zero_config is not None
 
     @property
     def kind(self) -> str:
-        """How the processes share the work, for the log; "" for one alone."""
-        if self._zero is not None:
-            return f"DeepSpeed ZeRO-{self._zero['zero_optimization']['stage']}"
+        """How the processes share the work, in words for the log; "" for one process alone."""
+        if self.zero_config is not None:
+            return f"DeepSpeed ZeRO-{self.zero_config['zero_optimization']['stage']}"
         return "DDP" if self.world > 1 else ""
 
     def engine(self, module: nn.Module, settings: AdamSettings, parts: dict[str, nn.Module] | None = None) -> Engine:
-        """What trains `module`, moved to the device; BatchNorms are synchronised.
+        """Move `module` to the device, synchronise its BatchNorms and return the engine that trains it.
 
-        `parts`: modules that losses call in its place, each of which has the parameters that get a gradient then; a
-        parameter may be in several. Raises BadInput for parts under ZeRO, which would count what has no gradient as
-        zero."""
+        `parts`: modules that losses call in its place, by name, each of which has the parameters that get a gradient
+        then; a parameter may be in several. Raises BadInput for parts under ZeRO, which would count what has no
+        gradient as zero."""
         parts = parts or {"": module}
         module.to(self.device)
         if self.world > 1:
-            _synchronise_statistics(module)
-        if self._zero is not None:
+            synchronise_statistics(module)
+        if self.zero_config is not None:
             from cmgan_dist.distributed.zero import ZeroEngine  # seconds to import, and only here
 
-            config = {"communication_data_type": self.reduce_precision} | self._zero
+            config = {"communication_data_type": self.reduce_precision} | self.zero_config
             return ZeroEngine(module, parts, settings, self.device, config)
         return Engine(module, {name: self._wrap(part) for name, part in parts.items()}, settings, self.device)
 
@@ -160,7 +169,7 @@ class Parallel:
         return wrapped
 
     def new_group(self) -> dist.ProcessGroup | None:
-        """A group of all processes over CPU tensors; None when this process is alone."""
+        """Return a new process group of all processes for CPU tensors, or None when this process is alone."""
         if self.world == 1:
             return None
         group = dist.new_group(backend="gloo", timeout=max(self._timeout, timedelta(seconds=JOIN_S)))
@@ -168,29 +177,30 @@ class Parallel:
         dist.set_timeout(self._timeout, group)
         return group
 
-    # ------------------------------------------------------------------------------------------ tensors
-
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which forward passes run: torch.autocast to `precision`, or nothing in fp32."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
 
     def gather(self, x: Tensor) -> Tensor:
-        """[B, ...] -> [W * B, ...] in rank order; no gradient. Every process must have the same B."""
+        """Gather x [B, ...] of every process into [W * B, ...] in rank order, without a gradient.
+
+        Every process must have the same B."""
         if self.world == 1:
             return x.detach()
         with torch.no_grad():
             return _GatherRows.apply(x.detach()).flatten(0, 1)
 
     def gather_differentiable(self, x: Tensor) -> Tensor:
-        """[B, ...] -> [W * B, ...] in rank order, with the gradient of all processes."""
+        """Gather x [B, ...] of every process into [W * B, ...] in rank order, with the gradient of all processes."""
         return x if self.world == 1 else _GatherRows.apply(x).flatten(0, 1)
 
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
-        """Rows of the global batch [W * B, ...], of which this process has `x` [B, ...]; no gradient.
+        """Fetch rows of the global batch [W * B, ...], of which this process has `x` [B, ...], without a gradient.
 
-        `index`: int64 [B], the rows that this process wants. Only those travel, and all indices: unlike a gather, what
-        a process sends hardly grows with W."""
+        `index`: int64 [B], the rows that this process wants; returned are these rows, [B, ...]. Only they travel, and
+        all indices: unlike with a gather, what a process sends hardly grows with W."""
         x = x.detach()
         if self.world == 1:
             return x[index.to(x.device)]
@@ -206,7 +216,7 @@ class Parallel:
         return torch.empty_like(x).index_copy_(0, order.to(x.device), got)
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """Means over the processes, which must all have the same keys."""
+        """Return the mean of each value over the processes, which must all have the same keys."""
         if self.world == 1 or not values:
             return values
         summed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
@@ -214,7 +224,7 @@ class Parallel:
         return dict(zip(values, (summed / self.world).tolist(), strict=True))
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """A picklable value of every process, in rank order."""
+        """Return the picklable `value` of every process, in rank order."""
         if self.world == 1:
             return [value]
         out: list[Any] = [None] * self.world
@@ -222,19 +232,19 @@ class Parallel:
         return out
 
     def memory(self) -> float:
-        """Most GiB held so far: on the GPU, or of this process without one."""
+        """Return the most memory, in GiB, that was held so far: on the GPU, or by this process without one."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def barrier(self) -> None:
+        """Wait until every process has come here."""
         self.accelerator.wait_for_everyone()
 
-    # ------------------------------------------------------------------------------------------ signals
-
     def watch_signals(self) -> None:
-        """SIGTERM, SIGUSR1 and Ctrl-C set a flag, which `any_process` reads at a step's end: work in a handler
-        stalls. A second Ctrl-C interrupts at once."""
+        """Let SIGTERM, SIGUSR1 and Ctrl-C set a flag, which `any_process` reads at a step's end.
+
+        Nothing else is done in the handler, where work may stall. A second Ctrl-C interrupts at once."""
 
         def handler(number: int, frame: FrameType | None) -> None:
             self._signalled = True
@@ -245,26 +255,29 @@ class Parallel:
             signal.signal(number, handler)
 
     def any_process(self, flags: Tensor) -> tuple[bool, list[bool]]:
-        """Whether any process was signalled, and which of the flags (bool [n]) is set on any; all get the same answer.
+        """Return whether any process was signalled, and which of `flags` (bool [n]) is set on any process.
 
-        One collective, and the one time in a step that the device is waited for."""
+        All processes get the same answer. It takes one collective, and is the one time in a step that the device is
+        waited for."""
         every = torch.cat([torch.tensor([self._signalled], device=flags.device), flags]).to(torch.int32)
         if self.world > 1:
             dist.all_reduce(every, op=dist.ReduceOp.MAX)
         stop, *rest = every.tolist()
         return bool(stop), [bool(f) for f in rest]
 
-    # ------------------------------------------------------------------------------------------ tracking and end
-
     def start_trackers(self, name: str, config: dict[str, Any]) -> None:
+        """Start the tracker, if any, for a project `name` with the settings `config`."""
         self.accelerator.init_trackers(name, config=config)
 
     def track(self, values: dict[str, float], step: int) -> None:
+        """Give values by name to the tracker, if any, as those of `step`."""
         self.accelerator.log(values, step=step)
 
     def close(self) -> None:
-        """End trackers and the process group. Drop wrapped modules first: a group that ends under a living DDP module
-        can abort."""
+        """End trackers and the process group.
+
+        Wrapped modules must be dropped before (`Engine.release`): a group that ends under a living DDP module can
+        abort."""
         self.accelerator.end_training()
         self.accelerator.free_memory()
         gc.collect()

@@ -1,4 +1,4 @@
-"""BatchNorm statistics over the rows of all processes."""
+"""How every BatchNorm of a model, a timm backbone's included, takes its statistics over the rows of all processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from cmgan_dist.kernels.norm_torch import group_batch_norm
 
 
 def _synchronised_forward(self: _BatchNorm, x: Tensor) -> Tensor:
-    """A backbone's BatchNorm over the rows of all processes: torch's own SyncBatchNorm needs a GPU."""
+    """Run a backbone's BatchNorm of x [B, C, ...] over the rows of all processes.
+
+    torch's own SyncBatchNorm does the same but needs a GPU."""
     if not self.training:
         return type(self).forward(self, x)
     running = None
@@ -40,7 +42,8 @@ def _synchronised_forward(self: _BatchNorm, x: Tensor) -> Tensor:
     return made
 
 
-def _synchronise_statistics(module: nn.Module) -> None:
+def synchronise_statistics(module: nn.Module) -> None:
+    """Make every BatchNorm inside `module` take the statistics of training over the rows of all processes."""
     for part in module.modules():
         if isinstance(part, GroupBatchNorm):
             part.synchronised = True

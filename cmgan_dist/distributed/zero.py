@@ -1,9 +1,9 @@
-"""Engines under DeepSpeed ZeRO-1 and ZeRO-2: the one place that names deepspeed.
+"""How one module is trained under DeepSpeed ZeRO-1 or ZeRO-2; the one file that names deepspeed.
 
-One DeepSpeed engine a module. The traps, each with a test in tests/distributed/test_zero.py:
+Each module has a DeepSpeed engine of its own. The traps, each with a test in tests/distributed/test_zero.py:
 
-- Losses of the generator go through the discriminators' bare modules with frozen parameters (phases.py): else they
-  leave gradients in the discriminators' engines, and some stages then train silently wrong.
+- Losses of the generator go through the unwrapped discriminators with frozen parameters (training/phases.py): else
+  they leave gradients in the discriminators' engines, and some stages then train silently wrong.
 - Parameters stay fp32 and lower precision is torch's autocast, as under DDP: `bf16.enabled` would leave BatchNorm's
   buffers behind. DeepSpeed's own fp16 is refused.
 - A parameter without gradient counts as one with gradient zero, whose Adam moments decay: the alternate update is
@@ -39,7 +39,8 @@ if not torch.cuda.is_available():
 
 
 class ZeroEngine(Engine):
-    """An engine whose optimiser state (stage 1), and gradients (stage 2), are divided among the processes."""
+    """An engine whose optimiser state (stage 1), or that and the gradients (stage 2), is divided among the processes
+    (Rajbhandari et al., SC 2020)."""
 
     def __init__(
         self,
@@ -49,9 +50,10 @@ class ZeroEngine(Engine):
         device: torch.device,
         config: dict[str, Any],
     ) -> None:
-        """`config`: DeepSpeed's; batch size, accumulation and clipping are ours and are set here.
+        """Hand `module` and its optimiser over to DeepSpeed; `parts` is {"": module}, as ZeRO takes no other parts.
 
-        Raises BadInput where ZeRO would not train what DDP does."""
+        `config`: DeepSpeed's configuration, in which batch size, accumulation and clipping are replaced by ours. Raises
+        BadInput where ZeRO would not train what DDP does."""
         if settings.fp16 or config.get("fp16", {}).get("enabled") or config.get("bf16", {}).get("enabled"):
             raise BadInput(
                 "DeepSpeed's fp16 and bf16 are not used: drop them from its configuration, and set train.precision to "
@@ -77,21 +79,26 @@ class ZeroEngine(Engine):
 
     @contextlib.contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
+        """Surround one micro-batch of an update, and tell DeepSpeed whether it is the last one."""
         self.engine.set_gradient_accumulation_boundary(last)
         yield
 
     def zero_grad(self) -> None:
+        """Forget the gradients of the update before."""
         self.zero.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` [], this micro-batch's part of the update's mean."""
         self.engine.backward(loss)
 
     def step(self, loss: Tensor, measure: bool) -> dict[str, Tensor]:
+        """Update the parameters, unless a gradient is not finite; with `measure` return "gradient_norm"."""
         self.engine.step()  # left out by DeepSpeed where the gradient norm is not finite
         norm = self.engine.get_global_grad_norm()
         return {"gradient_norm": torch.as_tensor(norm, dtype=torch.float32)} if measure and norm is not None else {}
 
     def state(self) -> dict[str, Tensor]:
+        """Return the whole optimiser state, gathered from all processes, in the form of `Engine.state`."""
         states = list(self.optimizer.state.values())
         if not states:  # no step yet
             return {}
@@ -104,6 +111,9 @@ class ZeroEngine(Engine):
         return out
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Take over what `Engine.state` or `ZeroEngine.state` returned, and the parameters as they are now.
+
+        Raises BadInput where parameters have different step counts, since DeepSpeed has one count for all."""
         self.zero.refresh_fp32_params()
         steps = {float(state[f"{name}/step"]) for name in self.named_parameters if f"{name}/step" in state}
         if not steps:
@@ -124,6 +134,7 @@ class ZeroEngine(Engine):
                 safe_set_full_optimizer_state(parameter, state[f"{name}/{key}"].to(parameter.device), key)
 
     def release(self) -> None:
+        """End the DeepSpeed engine, which must not outlive the process group that it uses."""
         self.engine.destroy()
         super().release()
         del self.engine, self.zero

@@ -1,1 +1,1 @@
-"""Fused operations of the shared layers, one operation a file."""
+"""Fused operations of the networks and the discriminators' loss, one operation a file."""

@@ -1,9 +1,11 @@
-"""A discriminator's binary cross-entropy on logits with its weights, value and gradient, in one launch.
+"""How a discriminator's binary cross-entropy on logits is computed in one launch, value and gradient.
 
-    mean softplus(-real) + fake_weight * mean softplus(fake) + wrong_weight * mean mask * softplus(wrong)
+    mean softplus(-real) + fake_weight * mean softplus(fake) + mismatched_weight * mean mask * softplus(mismatched)
 
 On a GPU eager torch takes some two dozen launches for it, each longer than its work. On a CPU nothing is gained that a
 training step would notice (docs/kernels.md), so there is no kernel for it there.
+
+It is `training.losses.discriminator_loss` of kind bce, which says where it comes from.
 
 Shapes: B rows; logits and gradient float32.
 """
@@ -19,36 +21,42 @@ from torch.library import triton_op, wrap_triton
 from cmgan_dist.kernels.bce_device import bce_kernel
 
 BLOCK, WARPS = 1024, 8
+"""Rows that the one program takes at a time, and its warps."""
 
 
 @triton_op("cmgan::discriminator_bce", mutates_args=())
 def discriminator_bce(
     real: Tensor,
     fake: Tensor,
-    wrong: Tensor | None,
+    mismatched: Tensor | None,
     mask: Tensor | None,
     fake_weight: float,
-    wrong_weight: float,
+    mismatched_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """Logits [B] each, mask bool [B] or None -> (loss [], its gradient for real, fake and wrong one after another).
+    """Return (loss [], its gradient [2B or 3B] for real, fake and mismatched one after another).
 
-    Once differentiable: penalties take gradients of logits, not of losses."""
+    `real`, `fake`, `mismatched`: logits [B] each, the last None where there are none. `mask`: bool [B], rows of
+    `mismatched` that count, or None when all do. Once differentiable, since penalties take gradients of logits and not
+    of losses: a second derivative raises RuntimeError."""
     rows = len(real)
     loss = real.new_empty(())
-    grad = real.new_empty(rows * (2 if wrong is None else 3))
-    parts = [t.contiguous() for t in (real, fake, real if wrong is None else wrong, real if mask is None else mask)]
+    grad = real.new_empty(rows * (2 if mismatched is None else 3))
+    parts = [
+        t.contiguous() for t in (real, fake, real if mismatched is None else mismatched, real if mask is None else mask)
+    ]
     wrap_triton(bce_kernel)[(1,)](
-        *parts, loss, grad, rows, fake_weight, wrong_weight,
-        WRONG=wrong is not None, MASK=mask is not None, BLOCK_C=BLOCK, num_warps=WARPS,
+        *parts, loss, grad, rows, fake_weight, mismatched_weight,
+        MISMATCHED=mismatched is not None, MASK=mask is not None, BLOCK_C=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return loss, grad
 
 
 @discriminator_bce.register_fake
 def _(
-    real: Tensor, fake: Tensor, wrong: Tensor | None, mask: Tensor | None, fake_weight: float, wrong_weight: float
+    real: Tensor, fake: Tensor, mismatched: Tensor | None, mask: Tensor | None,
+    fake_weight: float, mismatched_weight: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return real.new_empty(()), real.new_empty(len(real) * (2 if wrong is None else 3))
+    return real.new_empty(()), real.new_empty(len(real) * (2 if mismatched is None else 3))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The sum over processes that synchronised statistics take, as an operator: torch.compile keeps it in its graph, and a
+"""How synchronised statistics are summed over processes: an operator, so that torch.compile keeps it in its graph and a
 derivative of any order takes the same sum."""
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from torch import Tensor
 
 @torch.library.custom_op("cmgan::sum_over_processes", mutates_args=())
 def sum_over_processes(x: Tensor) -> Tensor:
-    """x of this process -> the sum of all, one all-reduce. Every process must call it as often."""
+    """Return the sum of x [...] over all processes, by one all-reduce.
+
+    Every process must call it as often as the others, and with the same shape."""
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total

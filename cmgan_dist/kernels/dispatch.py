@@ -1,4 +1,4 @@
-"""Which path an operation takes, said once in the log with the reason."""
+"""Which path an operation takes, Triton or torch; the log says once which and why."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from cmgan_dist.errors import BadInput
 log = logging.getLogger(__name__)
 
 TRITON = importlib.util.find_spec("triton") is not None
-"""Triton comes with torch for CUDA on Linux only."""
+"""Whether Triton is installed: it comes with torch for CUDA on Linux only."""
 MAX_GROUPS = 4
-"""Row counts of the groups are kernel arguments, so that nothing is copied to the device."""
+"""The most groups that the kernels take: row counts are their arguments, so that nothing is copied to the device."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of the tensors that the kernels take."""
+"""The dtypes of the rows that the kernels take."""
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace how Triton reads its settings
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels on the CPU, for tests: TRITON_INTERPRET=1 was set."""
+    """Return whether Triton's interpreter runs the kernels on the CPU, as tests ask for by TRITON_INTERPRET=1."""
     import triton  # type: ignore[import-untyped]  # here: it takes a while, and it may be absent
 
     return bool(triton.knobs.runtime.interpret)
 
 
 @functools.cache
-def _say(operation: str, path: str, reason: str) -> None:
+def log_path(operation: str, path: str, reason: str) -> None:
+    """Say in the log, once a process, which path an operation takes and why."""
     log.info("%s: %s (%s)", operation, path, reason)
 
 
 def _obstacle(x: Tensor, groups: Sequence[int]) -> str:
-    """Why the kernels cannot take this input; "" when they can."""
+    """Return why the kernels cannot take this input, or "" when they can."""
     if not TRITON:
         return "Triton is not installed"
     if x.device.type == "cuda":
@@ -54,10 +56,10 @@ def _obstacle(x: Tensor, groups: Sequence[int]) -> str:
 
 
 def use_triton(operation: str, kernels: str, x: Tensor, groups: Sequence[int] = (), training: bool = True) -> bool:
-    """Whether x goes through the Triton kernels; `kernels` is model.kernels.
+    """Return whether x [R, ...] goes through the Triton kernels; `kernels` is model.kernels: auto, triton or torch.
 
-    "triton" with input that they cannot take raises BadInput in training; evaluation then goes through torch, so that
-    a model trained on a GPU can be used without one."""
+    `groups`: row counts of the groups of x. Raises BadInput in training where `kernels` is triton and they cannot take
+    x; evaluation then goes through torch, so that a model trained on a GPU can be used without one."""
     path = kernels
     if kernels == "torch":
         reason = "model.kernels is torch"
@@ -70,5 +72,5 @@ def use_triton(operation: str, kernels: str, x: Tensor, groups: Sequence[int] = 
         path = "torch" if obstacle else "triton"
         reason = f"model.kernels is {kernels}" + (f", {obstacle}" if obstacle else "")
     if not torch.compiler.is_compiling():
-        _say(operation, path, reason)
+        log_path(operation, path, reason)
     return path == "triton"

@@ -1,9 +1,9 @@
-"""BatchNorm with statistics per group of rows, LeakyReLU, dropout: the epilogue of the shared layers' GEMM.
+"""What follows every linear layer: the module GroupBatchNorm, BatchNorm per group of rows with LeakyReLU and dropout.
 
-Rows of image and text stand one after another and go through one GEMM; statistics and running statistics are kept per
-modality while weight and bias are shared (recipe: Networks). The discriminators use it too: real and fake rows are
-normalised apart, as separate forward passes would. Here are the torch operations and the module that chooses between
-them and the Triton kernels of `norm_triton`.
+In the shared layers rows of image and text stand one after another and go through one GEMM; batch and running
+statistics are kept per modality while weight and bias are shared (docs/reference.md). The discriminators use it too:
+real, fake and mismatched rows are normalised apart, as separate forward passes would. The module chooses between the
+Triton kernels of `norm_triton` and the torch operations of `norm_torch`.
 
 Shapes: R rows in all, K groups of n_k rows, C channels, W processes.
 """
@@ -21,11 +21,12 @@ from cmgan_dist.kernels.norm_torch import group_batch_norm
 
 
 class GroupBatchNorm(nn.Module):
-    """BatchNorm per group, LeakyReLU and dropout with their parameters: BN weight ~ N(1, 0.02), bias 0 (recipe: Init).
+    """BatchNorm per group of rows, LeakyReLU and dropout, with BatchNorm's weight and bias, which all groups share.
 
-    `statistics`: number of groups that running statistics are kept for; 0 keeps none (a module never in eval mode).
-    `affine`: false has neither weight nor bias. `slope`: of the LeakyReLU; 1 has none. `dropout`: share of the output
-    set to zero in training. `kernels`: model.kernels."""
+    The weight begins as N(1, 0.02) and the bias as 0 (docs/reference.md). `statistics`: the number of groups that
+    running statistics are kept for; 0 keeps none (a module that is never in eval mode). `affine`: false has neither
+    weight nor bias. `slope`: the slope of the LeakyReLU; 1 leaves it out. `dropout`: the share of the output that is
+    set to zero in training. `kernels`: model.kernels, which `dispatch.use_triton` reads."""
 
     def __init__(
         self,
@@ -45,13 +46,17 @@ class GroupBatchNorm(nn.Module):
         self.weight = nn.Parameter(1.0 + 0.02 * torch.randn(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.synchronised = False
-        """Set by the parallel layer: statistics over the rows of all processes."""
+        """Whether statistics are over the rows of all processes; `distributed.sync_norm` sets it."""
         if statistics:
             self.register_buffer("running_mean", torch.zeros(statistics, channels))
             self.register_buffer("running_var", torch.ones(statistics, channels))
 
     def forward(self, x: Tensor, groups: Sequence[int], first: int = 0) -> Tensor:
-        """x [R, C]; `groups` row counts; `first`: the running statistics of groups[0] (image 0, text 1)."""
+        """Return x [R, C] normalised by group, activated and, in training, with dropout: [R, C] in x's dtype.
+
+        `groups`: row counts of the groups, with sum R. `first`: which running statistics are those of groups[0] (in
+        the shared layers image 0, text 1). Raises ValueError in training when a group has one row in all, and in eval
+        mode without running statistics."""
         running = None
         if self.statistics:
             kept = slice(first, first + len(groups))
@@ -59,9 +64,9 @@ class GroupBatchNorm(nn.Module):
         elif not self.training:
             raise ValueError("a GroupBatchNorm without running statistics has no eval mode")
         if use_triton("BatchNorm, LeakyReLU and dropout", self.kernels, x, groups, self.training):
-            from cmgan_dist.kernels.norm_triton import fused_epilogue  # here: it imports Triton
+            from cmgan_dist.kernels.norm_triton import fused_group_batch_norm  # here: it imports Triton
 
-            return fused_epilogue(
+            return fused_group_batch_norm(
                 x,
                 groups,
                 self.weight,

@@ -11,12 +11,10 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 # torch.compile passes Python floats in float64, eager Triton in float32: kernels begin by making them float32.
 
-# ---------------------------------------------------------------------------------------------- device functions
-
 
 @triton.jit
 def _group(k, n0, n1, n2, n3):
-    """First row and number of rows of group k."""
+    """Return the first row and the number of rows of group k."""
     start = tl.where(k > 0, n0, 0) + tl.where(k > 1, n1, 0) + tl.where(k > 2, n2, 0)
     rows = tl.where(k == 0, n0, tl.where(k == 1, n1, tl.where(k == 2, n2, n3)))
     return start, rows
@@ -24,7 +22,9 @@ def _group(k, n0, n1, n2, n3):
 
 @triton.jit
 def _merge(count, mean, low, m2, count_b, mean_b, low_b, m2_b):
-    """Moments of two disjoint sets of rows, as by Chan et al. (1983); the mean is added to without rounding."""
+    """Return the moments of two disjoint sets of rows together, after Chan, Golub & LeVeque (1983).
+
+    The mean, of a high and a low part, is added to without rounding."""
     total = count + count_b
     share = count_b / tl.maximum(total, 1.0)
     delta = (mean_b - mean) + (low_b - low)
@@ -39,7 +39,7 @@ def _merge(count, mean, low, m2, count_b, mean_b, low_b, m2_b):
 
 @triton.jit
 def _merged(moments, k, groups, parts, channels, cols, ok, BLOCK_C: tl.constexpr):
-    """Moments of group k over all parts."""
+    """Return the moments of group k over all parts."""
     count = tl.zeros([BLOCK_C], tl.float32)
     mean = tl.zeros([BLOCK_C], tl.float32)
     low = tl.zeros([BLOCK_C], tl.float32)
@@ -56,6 +56,7 @@ def _merged(moments, k, groups, parts, channels, cols, ok, BLOCK_C: tl.constexpr
 
 @triton.jit
 def _store4(out, k, channels, cols, ok, a, b, c, d):
+    """Write the four rows a, b, c and d of group k."""
     at = out + k * 4 * channels + cols
     tl.store(at, a, mask=ok)
     tl.store(at + channels, b, mask=ok)
@@ -65,7 +66,7 @@ def _store4(out, k, channels, cols, ok, a, b, c, d):
 
 @triton.jit
 def _mask(seed, row, column, channels, p, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Dropout factors, 0 or 1 / (1 - p), of rows `row` [BLOCK_R] and the BLOCK_C columns from `column` on."""
+    """Return dropout factors, 0 or 1 / (1 - p), of rows `row` [BLOCK_R] and the BLOCK_C columns from `column` on."""
     quads = column // 4 + tl.arange(0, BLOCK_C // 4)
     counter = row[:, None] * tl.cdiv(channels, 4) + quads[None, :]
     a, b, c, d = tl.rand4x(seed, counter.to(tl.uint32))
@@ -78,7 +79,7 @@ def _before_activation(
     x, dy, x_stride, dy_stride, row, cols, inside, stats_mean, stats_low, stats_rstd, w, b, seed, column, channels,
     slope, p, DROPOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Normalised x and the gradient with respect to what goes into the activation, [BLOCK_R, BLOCK_C] each."""
+    """Return normalised x and the gradient by what goes into the activation, [BLOCK_R, BLOCK_C] each."""
     wide = row.to(tl.int64)[:, None]
     value = tl.load(x + wide * x_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     g = tl.load(dy + wide * dy_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -90,17 +91,15 @@ def _before_activation(
     return normal, g
 
 
-# ---------------------------------------------------------------------------------------------- kernels
-
 SIZES = ["n0", "n1", "n2", "n3", "parts", "splits", "groups", "steps"]
-"""Arguments whose values must not make another compiled kernel."""
+"""Names of the arguments whose values must not make another compiled kernel."""
 
 
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
     x, out, x_stride, channels, groups, splits, n0, n1, n2, n3, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Moments of one split of one group's rows. Grid: column blocks, K, splits."""
+    """Write the moments of one split of one group's rows. Grid: column blocks, K, splits."""
     k = tl.program_id(1)
     split = tl.program_id(2)
     start, rows = _group(k, n0, n1, n2, n3)
@@ -130,7 +129,7 @@ def moments_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def pack_kernel(moments, totals, channels, groups, parts, BLOCK_C: tl.constexpr):
-    """Moments [P, K, 4, C] -> totals [K, 2C + 1] of this process. Grid: column blocks, K."""
+    """Turn moments [P, K, 4, C] into totals [K, 2C + 1] of this process. Grid: column blocks, K."""
     k = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = cols < channels
@@ -145,7 +144,7 @@ def pack_kernel(moments, totals, channels, groups, parts, BLOCK_C: tl.constexpr)
 
 @triton.jit(do_not_specialize=SIZES)
 def unpack_kernel(totals, moments, channels, BLOCK_C: tl.constexpr):
-    """Totals [K, 2C + 1] of all processes -> moments [1, K, 4, C]. Grid: column blocks, K."""
+    """Turn totals [K, 2C + 1] of all processes into moments [1, K, 4, C]. Grid: column blocks, K."""
     k = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = cols < channels
@@ -162,7 +161,7 @@ def unpack_kernel(totals, moments, channels, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _affine(weight, bias, cols, ok, AFFINE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Weight and bias of the columns; 1 and 0 without."""
+    """Return weight and bias of the columns, or 1 and 0 without affine parameters."""
     if AFFINE:
         w = tl.load(weight + cols, mask=ok, other=0.0).to(tl.float32)
         b = tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
@@ -174,7 +173,7 @@ def _affine(weight, bias, cols, ok, AFFINE: tl.constexpr, BLOCK_C: tl.constexpr)
 
 @triton.jit
 def _normalising(at, channels, ok, eps):
-    """Mean, its low part and 1 / standard deviation of the columns whose statistics begin at `at`."""
+    """Return mean, its low part and 1 / standard deviation of the columns whose statistics begin at `at`."""
     mean = tl.load(at + channels, mask=ok, other=0.0)
     low = tl.load(at + 2 * channels, mask=ok, other=0.0)
     rstd = tl.rsqrt(tl.load(at + 3 * channels, mask=ok, other=0.0) + eps)
@@ -231,7 +230,7 @@ def sums_kernel(
     dy, x, stats, weight, bias, seed, out, dy_stride, x_stride, channels, groups, splits, n0, n1, n2, n3, eps, slope, p,
     AFFINE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the gradient over one split of one group's rows. Grid: column blocks, K, splits."""
+    """Write the sums of the gradient over one split of one group's rows. Grid: column blocks, K, splits."""
     eps, slope, p = tl.cast(eps, tl.float32), tl.cast(slope, tl.float32), tl.cast(p, tl.float32)
     k = tl.program_id(1)
     split = tl.program_id(2)
@@ -266,7 +265,7 @@ def sums_kernel(
 
 @triton.jit
 def _total(sums, k, groups, parts, channels, cols, ok, BLOCK_C: tl.constexpr):
-    """Both sums of group k over all parts."""
+    """Return both sums of group k over all parts."""
     sum_g = tl.zeros([BLOCK_C], tl.float32)
     sum_gx = tl.zeros([BLOCK_C], tl.float32)
     for part in range(parts):
@@ -283,7 +282,7 @@ def input_grad_kernel(
     AFFINE: tl.constexpr, PARAMETERS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of input and parameters. Grid: column blocks, row blocks of `steps` tiles, K."""
+    """Write the gradients of input and parameters. Grid: column blocks, row blocks of `steps` tiles, K."""
     eps, slope, p = tl.cast(eps, tl.float32), tl.cast(slope, tl.float32), tl.cast(p, tl.float32)
     k = tl.program_id(2)
     start, rows = _group(k, n0, n1, n2, n3)

@@ -1,4 +1,7 @@
-"""BatchNorm with statistics per group of rows, in torch's own operations."""
+"""How BatchNorm per group of rows is computed by torch's own operations, on any device.
+
+Shapes: R rows in all, K groups of n_k rows, C channels.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from cmgan_dist.kernels.collective import sum_over_processes
 
 
 def synchronised_statistics(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per group (mean [C], biased variance [C], rows []) over all processes, from one all-reduce for all groups.
+    """Return per group (mean [C], biased variance [C], rows []) over all processes, from one all-reduce for all groups.
+
+    `parts`: this process's rows of each group, [n_k, C].
 
     Each process sums squared deviations from its own mean in float32. What is summed over processes is float64, about
     zero: the deviation comes out within about 1e-16 (mean / deviation)^2 of itself."""

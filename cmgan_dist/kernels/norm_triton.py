@@ -1,4 +1,4 @@
-"""BatchNorm per group of rows + LeakyReLU + dropout, fused: the Triton operators and their launches.
+"""How BatchNorm per group of rows, LeakyReLU and dropout are fused: the Triton operators and their launches.
 
 The GEMM before it stays the vendor's. Forward, two launches: `moments_kernel` reduces x to count, mean and squared
 deviations per group, channel and split of the rows; `apply_kernel` merges the splits, normalises, activates and drops.
@@ -47,14 +47,16 @@ from cmgan_dist.kernels.norm_device import (
 from cmgan_dist.kernels.norm_torch import group_batch_norm
 
 PROGRAMS = 264
-"""Reductions split the rows until so many programs run: two on each of the 132 SMs of an H100."""
+"""Programs up to which reductions split the rows: two on each of the 132 multiprocessors of an H100."""
 MAX_SPLITS = 32
-"""Every program of the second launch reads all splits."""
+"""The most splits of the rows: every program of the second launch reads all of them."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Block of a kernel. The sizes choose it, not a timing: all processes sum in the same order, in every run."""
+    """The block of rows and columns that a program of a kernel takes at a time, and its warps.
+
+    Sizes choose it, not a timing: all processes sum in the same order, in every run."""
 
     rows: int
     columns: int
@@ -66,7 +68,7 @@ TILES = (Tile(16, 64, 2), Tile(32, 64, 4), Tile(32, 128, 16))
 
 
 def choose_tile(rows: int, channels: int) -> Tile:
-    """Tile for groups of at most `rows` rows."""
+    """Return the tile for groups of at most `rows` rows with C = `channels`."""
     if rows <= 128:
         return TILES[0]
     return TILES[2] if rows > 1024 and channels >= 512 else TILES[1]
@@ -76,19 +78,24 @@ def choose_tile(rows: int, channels: int) -> Tile:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """How a shape is cut into programs."""
+class LaunchPlan:
+    """How rows in groups of a certain size, with C channels, are cut into programs."""
 
     tile: Tile
     column_blocks: int
+    """Programs side by side, each of `tile.columns` channels."""
     row_blocks: int
+    """Programs one below another of a kernel that writes rows, each of `steps` tiles."""
     splits: int
+    """Programs that share the rows of a group in a reduction: P."""
     steps: int
+    """Tiles that a program writes one after another."""
     sizes: list[int]
-    """Row counts, padded to MAX_GROUPS."""
+    """Row counts of the groups, padded with 0 to MAX_GROUPS."""
 
     @classmethod
-    def of(cls, groups: Sequence[int], channels: int) -> _Plan:
+    def of(cls, groups: Sequence[int], channels: int) -> LaunchPlan:
+        """Return the plan for groups of n_1 .. n_K rows and C = `channels`."""
         rows = max(groups)
         tile = choose_tile(rows, channels)
         columns = triton.cdiv(channels, tile.columns)
@@ -99,16 +106,18 @@ class _Plan:
         return cls(tile, columns, triton.cdiv(tiles, steps), splits, steps, sizes)
 
     def block(self) -> dict[str, int]:
+        """Return the keyword arguments of a launch that say what a program's block is."""
         return {"BLOCK_R": self.tile.rows, "BLOCK_C": self.tile.columns, "num_warps": self.tile.warps}
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with last stride 1."""
+    """Return x [R, C] with last stride 1, copied where it is not so."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _run_moments(x: Tensor, groups: Sequence[int]) -> Tensor:
-    plan, channels = _Plan.of(groups, x.shape[1]), x.shape[1]
+    """Return the moments [P, K, 4, C] of x [R, C]."""
+    plan, channels = LaunchPlan.of(groups, x.shape[1]), x.shape[1]
     x = _rows(x)
     out = x.new_empty((plan.splits, len(groups), 4, channels), dtype=torch.float32)
     wrap_triton(moments_kernel)[(plan.column_blocks, len(groups), plan.splits)](
@@ -118,7 +127,7 @@ def _run_moments(x: Tensor, groups: Sequence[int]) -> Tensor:
 
 
 def _over_processes(moments: Tensor) -> Tensor:
-    """Moments of this process [P, K, 4, C] -> of all [1, K, 4, C]."""
+    """Return the moments [1, K, 4, C] of all processes, given those [P, K, 4, C] of this process."""
     parts, groups, _, channels = moments.shape
     grid = (triton.cdiv(channels, 128), groups)
     totals = moments.new_empty((groups, 2 * channels + 1), dtype=torch.float64)
@@ -134,8 +143,8 @@ def _run_apply(
     running_mean: Tensor | None, running_var: Tensor | None, seed: Tensor | None,
     eps: float, slope: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`moments` None: evaluation, by running statistics."""
-    plan, channels = _Plan.of(groups, x.shape[1]), x.shape[1]
+    """Return (y, stats); without `moments` by running statistics, as in evaluation."""
+    plan, channels = LaunchPlan.of(groups, x.shape[1]), x.shape[1]
     x = _rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stats = x.new_empty((len(groups), 4, channels), dtype=torch.float32)
@@ -156,7 +165,7 @@ def _run_sums(
     dy: Tensor, x: Tensor, groups: Sequence[int], weight: Tensor | None, bias: Tensor | None, stats: Tensor,
     seed: Tensor | None, eps: float, slope: float, dropout: float,
 ) -> Tensor:  # fmt: skip
-    plan, channels = _Plan.of(groups, x.shape[1]), x.shape[1]
+    plan, channels = LaunchPlan.of(groups, x.shape[1]), x.shape[1]
     x, dy = _rows(x), _rows(dy)
     out = x.new_empty((plan.splits, len(groups), 2, channels), dtype=torch.float32)
     wrap_triton(sums_kernel)[(plan.column_blocks, len(groups), plan.splits)](
@@ -171,7 +180,7 @@ def _run_input_grad(
     dy: Tensor, x: Tensor, groups: Sequence[int], weight: Tensor | None, bias: Tensor | None, stats: Tensor,
     sums: Tensor, seed: Tensor | None, eps: float, slope: float, dropout: float, parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    plan, channels = _Plan.of(groups, x.shape[1]), x.shape[1]
+    plan, channels = LaunchPlan.of(groups, x.shape[1]), x.shape[1]
     x, dy = _rows(x), _rows(dy)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     like = stats if weight is None else weight
@@ -203,13 +212,13 @@ def group_norm_act(
     slope: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """The fused epilogue: (y [R, C] in x's dtype, stats [K, 4, C]).
+    """Return (y [R, C] in x's dtype, stats [K, 4, C]): x normalised by group, activated, with dropout; forward.
 
-    `synchronised`: statistics of training are over the rows of all processes. `running_mean`, `running_var` float32
-    [K, C], read in evaluation only. `slope` 1 has no activation, `seed` int64 [1] None no dropout. Autocast leaves the
-    op alone, as it does batch_norm: x keeps the dtype that the GEMM gave it, parameters and statistics are float32.
-    Twice differentiable: the second derivative is made of torch operations.
-    `fused_epilogue` checks its input and calls it."""
+    `synchronised`: statistics of training are over the rows of all processes. `running_mean`, `running_var`: float32
+    [K, C], read in evaluation only. A `slope` of 1 has no activation; `seed`, int64 [1], None has no dropout. Autocast
+    leaves the operator alone, as it does batch_norm: x keeps the dtype that the GEMM gave it, parameters and statistics
+    are float32. Twice differentiable: the second derivative is made of torch operations. Call it through
+    `fused_group_batch_norm`, which checks the input."""
     moments = _run_moments(x, groups) if training else None
     if moments is not None and synchronised:
         moments = _over_processes(moments)
@@ -241,7 +250,9 @@ def group_norm_act_backward(
     slope: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (empty tensors without them); the latter of this process: DDP averages them."""
+    """Return the gradients of x, weight and bias, the latter two empty without affine parameters.
+
+    Those of weight and bias are this process's own: DDP averages them."""
     sums = _run_sums(dy, x, groups, weight, bias, stats, seed, eps, slope, dropout)
     if not synchronised:
         return _run_input_grad(dy, x, groups, weight, bias, stats, sums, seed, eps, slope, dropout, weight is not None)
@@ -265,7 +276,9 @@ def _(
 
 @triton_op("cmgan::update_running", mutates_args=("running_mean", "running_var"))
 def update_running(stats: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
-    """Move running statistics [K, C] towards those of a batch: an op of its own, one that writes has no derivative."""
+    """Move running statistics [K, C] towards those of a batch, `stats` [K, 4, C].
+
+    It is an operator of its own, since one that writes into its arguments has no derivative."""
     channels = stats.shape[2]
     wrap_triton(update_running_kernel)[(triton.cdiv(channels, 128), stats.shape[0])](
         stats, running_mean, running_var, channels, momentum, BLOCK_C=128, num_warps=4
@@ -321,13 +334,15 @@ def second_derivative(
     constants: tuple[bool, bool, float, float, float],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Gradients of dy, x, weight and bias given those of what the backward returned, by torch's own operations.
+    """Return the gradients of dy, x, weight and bias, given those (`grads`) of what the backward returned.
+
+    It is made of torch's own operations. `constants`: training, synchronised, eps, slope and dropout.
 
     R1 and WGAN-GP differentiate the discriminators' gradients; they are rare or small, so nothing here is fused.
     Raises RuntimeError with dropout, whose mask torch cannot draw."""
     training, synchronised, eps, slope, dropout = constants
     if dropout:
-        raise RuntimeError("the fused epilogue with dropout has no second derivative: set model.kernels to torch")
+        raise RuntimeError("the fused BatchNorm with dropout has no second derivative: set model.kernels to torch")
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().requires_grad_() for t in (dy, x, weight, bias)]
         at, point, w, b = leaves
@@ -349,7 +364,7 @@ def second_derivative(
         return [None if t is None else next(found) for t in leaves]
 
 
-def fused_epilogue(
+def fused_group_batch_norm(
     x: Tensor,
     groups: Sequence[int],
     weight: Tensor | None,
@@ -363,17 +378,18 @@ def fused_epilogue(
     dropout: float,
     synchronised: bool,
 ) -> Tensor:
-    """x [R, C] -> [R, C]: normalised by group, activated, dropped.
+    """Return x [R, C] normalised by group, activated and with dropout, [R, C]; update running statistics in training.
 
-    Arguments as of `norm_torch.group_batch_norm`, but `running`: (mean, variance), float32 [K, C] each.
-    Raises ValueError when a group has one row in all in training, or x not as many channels as the parameters."""
+    Arguments are those of `norm_torch.group_batch_norm`, but for `running`, which is (mean, variance), float32 [K, C]
+    each, and for `slope` of the LeakyReLU and `dropout`, a share. Raises ValueError when a group has one row in all in
+    training, or when x has not as many channels as the parameters."""
     sizes = list(groups)
     mean, variance = running if running is not None else (None, None)
     for known in (weight, mean):
         if known is not None and known.shape[-1] != x.shape[1]:  # the kernels would read beyond its end
             raise ValueError(f"BatchNorm of {known.shape[-1]} channels, x has {x.shape[1]}")
     drop = training and dropout > 0
-    # Drawn by the device's generator: activation checkpointing and CUDA graphs restore it.
+    # The seed is drawn by the device's generator: activation checkpointing and CUDA graphs restore it.
     seed = torch.randint(2**62, (1,), device=x.device) if drop else None
     share = dropout if drop else 0.0
     synchronised = training and synchronised

@@ -1,4 +1,4 @@
-"""Linear layer on pairs (common, feature) without concat(common, feature): the inter-modality discriminator's.
+"""How the first layer of an inter-modality discriminator runs on (common, feature) without concatenating the two.
 
 The weight [H, E + F] stays one parameter (spectral normalisation sees it whole); its columns are used as two halves.
 Real and fake rows condition on the same feature, whose half is then computed once: forward, and, from the summed
@@ -24,7 +24,7 @@ class _PairLinear(torch.autograd.Function):
     def forward(
         ctx: Any, common: Tensor, weight: Tensor, groups: list[int], which: list[int], *features: Tensor
     ) -> Tensor:
-        """`which`: for each group, the index of its feature."""
+        """Return [R, H]; `which` has, for each group, the index of its feature."""
         split = common.shape[1]
         halves = [feature @ weight[:, split:].T for feature in features]
         out = torch.cat([halves[i] for i in which]) if len(which) > 1 else halves[0]
@@ -64,10 +64,11 @@ class _PairLinear(torch.autograd.Function):
 
 
 def pair_linear(common: Tensor, feature: Tensor | Sequence[Tensor], groups: Sequence[int], weight: Tensor) -> Tensor:
-    """[R, E] and features, weight [H, E + F] -> concat(common, feature) @ weight.T [R, H].
+    """Return concat(common, feature) @ weight.T, [R, H].
 
-    `feature`: [R, F], or a tensor [n_k, F] per group; a tensor that stands for several groups is used once. Runs in
-    autocast's dtype where that is on, else in common's. Raises ValueError when rows or widths do not fit."""
+    `common`: [R, E]. `feature`: [R, F], or a tensor [n_k, F] per group; a tensor that stands for several groups is used
+    once. `groups`: row counts n_1 .. n_K, read in the second case. `weight`: [H, E + F]. Runs in autocast's dtype where
+    that is on, else in common's. Raises ValueError when rows or widths do not fit."""
     if isinstance(feature, Tensor):
         feature, groups = [feature], [len(common)]
     for k, (rows, part) in enumerate(zip(groups, feature, strict=True)):

@@ -1,7 +1,10 @@
-"""The four discriminators: intra-modality D_I, D_T and inter-modality D_CI, D_CT (recipe: Networks).
+"""What the generator is judged by: intra-modality discriminators D_I, D_T and inter-modality ones D_CI, D_CT.
 
-Each takes rows of several groups (real, fake, wrong) one after another, so that one call serves them all; groups are
-normalised apart, as by separate calls. Outputs are logits in fp32.
+They are those of Peng, Qi & Yuan (2019), arXiv 1710.05106, as docs/reference.md lists them. Each takes rows of several
+groups (real, fake, mismatched) one after another, so that one call serves them all; groups are normalised apart, as by
+separate calls. Outputs are logits in fp32.
+
+Shapes: R rows in all, K groups of n_k rows, F feature dimensions of the discriminator's own modality, E common.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from cmgan_dist.kernels.pair_linear import pair_linear
 from cmgan_dist.models.generator import SLOPE, Reconstruction
 
 NAMES = ("d_image", "d_text", "d_image_inter", "d_text_inter")
-"""D_I, D_T, D_CI (conditions on the image feature), D_CT (on the text feature)."""
+"""The names of D_I, D_T, D_CI (which conditions on the image feature) and D_CT (on the text feature), in this order."""
 
 
 def _linear(inputs: int, outputs: int, config: ModelConfig, bias: bool = True) -> nn.Linear:
@@ -31,21 +34,23 @@ def _linear(inputs: int, outputs: int, config: ModelConfig, bias: bool = True) -
 
 
 class IntraDiscriminator(nn.Module):
-    """Original feature or reconstruction? Linear(F, 1)."""
+    """D_I or D_T: is a row an original feature or a reconstruction? Linear(F, 1)."""
 
     def __init__(self, features: int, config: ModelConfig) -> None:
         super().__init__()
         self.out = _linear(features, 1, config)
 
     def forward(self, *parts: Tensor | Reconstruction) -> Tensor:
-        """Rows of one or more parts, [n_k, F] each -> logits [R]."""
+        """Return the logits [R] of the rows of one or more parts, [n_k, F] each."""
         weight, bias = self.out.weight, self.out.bias  # once: spectral normalisation goes on with each look at it
         logits = [F.linear(p, weight) if isinstance(p, Tensor) else p.along(weight) for p in parts]
         return torch.cat([x.float() for x in logits]).squeeze(1) + bias
 
 
 class InterDiscriminator(nn.Module):
-    """Whose common representation goes with this feature? Linear(E + F, 512) BN LeakyReLU Linear(512, 1)."""
+    """D_CI or D_CT: does a common representation belong to this modality and this feature?
+
+    Linear(E + F, 512) BN LeakyReLU Linear(512, 1), where 512 is model.discriminator_dim."""
 
     def __init__(self, features: int, config: ModelConfig) -> None:
         super().__init__()
@@ -56,9 +61,10 @@ class InterDiscriminator(nn.Module):
 
     @torch.no_grad()
     def condition(self, feature: Tensor) -> Tensor | None:
-        """The feature's part of the hidden layer [R, 512], for several calls with the same features and frozen weights.
+        """Return the feature's [R, F] part of the hidden layer, [R, 512], before its BatchNorm.
 
-        None with spectral normalisation, whose weights change from call to call."""
+        It serves several calls of `forward` with the same features and frozen weights. Returns None with spectral
+        normalisation, whose weights change from call to call."""
         if is_parametrized(self.hidden):
             return None
         return F.linear(feature, self.hidden.weight[:, -feature.shape[1] :])
@@ -70,10 +76,10 @@ class InterDiscriminator(nn.Module):
         groups: Sequence[int],
         condition: Tensor | None = None,
     ) -> Tensor:
-        """[R, E], features [R, F], row counts of the groups -> logits [R].
+        """Return the logits [R] of common representations [R, E], each beside its feature.
 
-        Features may also come one [n_k, F] per group; the same tensor for several groups is then used once.
-        `condition`: what `condition` has made of the features."""
+        `feature`: [R, F], or one [n_k, F] per group; the same tensor for several groups is then used once. `groups`:
+        row counts n_1 .. n_K. `condition`: what the method `condition` returned for these features."""
         if condition is None:
             x = pair_linear(common, feature, groups, self.hidden.weight)
         else:
@@ -82,7 +88,7 @@ class InterDiscriminator(nn.Module):
 
 
 def build_discriminators(config: ModelConfig, image_dim: int, text_dim: int) -> nn.ModuleDict:
-    """The four discriminators by name; `image_dim` F_i, `text_dim` F_t."""
+    """Return the four discriminators by name; `image_dim` is F_i and `text_dim` is F_t."""
     return nn.ModuleDict(
         {
             "d_image": IntraDiscriminator(image_dim, config),

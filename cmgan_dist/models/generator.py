@@ -1,6 +1,9 @@
-"""The generator: backbones, encoders, shared layers, classifiers, decoders (recipe: Networks).
+"""How images and texts become common representations: the generator's encoders, shared layers, classifiers, decoders.
 
-Shapes: B rows, F_i and F_t feature dimensions, H hidden, E common, C classes. Nothing here knows of processes.
+The layers are those of Peng, Qi & Yuan (2019), arXiv 1710.05106, as docs/reference.md lists them. Nothing here knows of
+processes.
+
+Shapes: B rows, F feature dimensions of a modality (F_i image, F_t text), H hidden, E common, C classes.
 """
 
 from __future__ import annotations
@@ -26,10 +29,13 @@ from cmgan_dist.models.backbones import (
 from cmgan_dist.models.vocabulary import Vocabulary
 
 SLOPE = 0.2
-"""Of every LeakyReLU."""
+"""The slope of every LeakyReLU."""
 JOINED_ON_CPU = 512
-"""Rows of a modality up to which both go through one GEMM on a CPU: measured x1.5 at 16 and x1.2 at 64, but nothing or
-a loss at 1024 (docs/kernels.md)."""
+"""Rows of a modality up to which both modalities go through one GEMM on a CPU: measured x1.5 at 16 and x1.2 at 64, but
+nothing or a loss at 1024 (docs/kernels.md)."""
+
+Modality = Literal["image", "text"]
+"""The name of a modality, as configs, modules and log keys have it."""
 
 
 @dataclass
@@ -40,40 +46,41 @@ class Reconstruction:
     w . (W h + b) = h . (W^T w) + w . b, and no row of F numbers."""
 
     hidden: Tensor
-    """[B, H] what the decoder's last layer takes."""
+    """[B, H]: what the decoder's last layer takes."""
     weight: Tensor
-    """[F, H]."""
+    """[F, H]: the last layer's weight W."""
     bias: Tensor
-    """[F]."""
+    """[F]: the last layer's bias b."""
 
     def dense(self) -> Tensor:
-        """[B, F]."""
+        """Return the whole output, [B, F]."""
         return F.linear(self.hidden, self.weight, self.bias)
 
     def along(self, direction: Tensor) -> Tensor:
-        """Its product with each direction [D, F], in fp32: [B, D]."""
+        """Return the product of the output with each of D directions, given as [D, F]: [B, D] in fp32."""
         with torch.autocast(self.hidden.device.type, enabled=False):
             return F.linear(self.hidden.float(), direction @ self.weight, direction @ self.bias)
 
     def rows(self, first: int, stop: int) -> Reconstruction:
+        """Return the reconstruction of the rows from `first` up to `stop`."""
         return Reconstruction(self.hidden[first:stop], self.weight, self.bias)
 
 
 @dataclass
 class ModalityOutput:
-    """What the generator makes of one modality."""
+    """What the generator makes of one modality's rows."""
 
     feature: Tensor
-    """[B, F] backbone features, detached: what the discriminators call real and condition on."""
+    """[B, F]: backbone features, detached, which the discriminators call real and condition on."""
     common: Tensor
-    """[B, E] common representation."""
+    """[B, E]: common representations."""
     logits: Tensor | None
-    """[B, C] class logits, fp32; None without classes or when not asked for."""
+    """[B, C]: class logits in fp32; None without classes or when not asked for."""
     reconstruction: Reconstruction | None
-    """Decoder output; None when not asked for."""
+    """The decoder's output [B, F]; None when not asked for."""
 
     def rows(self, first: int, stop: int) -> ModalityOutput:
-        """Rows first..stop of feature, common and reconstruction."""
+        """Return feature, common representation and reconstruction of the rows from `first` up to `stop`."""
         made = None if self.reconstruction is None else self.reconstruction.rows(first, stop)
         return ModalityOutput(self.feature[first:stop], self.common[first:stop], None, made)
 
@@ -81,7 +88,8 @@ class ModalityOutput:
 class SharedLayers(nn.Module):
     """Linear(H, E) BN LeakyReLU with parameters shared by both modalities and BN statistics per modality.
 
-    The linear layer has no bias: BatchNorm takes it out again and it has no gradient."""
+    The linear layer has no bias: BatchNorm would take it out again, and it would have no gradient. With
+    model.share_layers false each modality has layers of its own."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -101,15 +109,19 @@ class SharedLayers(nn.Module):
         return out
 
     def joins(self, image: Tensor, text: Tensor) -> bool:
-        """Whether rows of both modalities go through one GEMM: always on a GPU (half the launches) and among processes
-        (one collective for both modalities)."""
+        """Return whether rows of both modalities, [B, H] each, go through one GEMM.
+
+        They do on a GPU (half the launches), among processes (one collective for both modalities) and, on a CPU, up to
+        JOINED_ON_CPU rows."""
         synchronised = any(isinstance(norm, GroupBatchNorm) and norm.synchronised for norm in self.norm)
         small = max(len(image), len(text)) <= JOINED_ON_CPU
         return self.shared and (small or synchronised or image.device.type != "cpu")
 
     def forward(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """[B, H] each -> [B, E] each. With shared layers both modalities go through one GEMM where that is faster; the
-        function is the same either way."""
+        """Return the common representations [B, E] of hidden rows [B, H] of each modality, None for None.
+
+        With shared layers both modalities go through one GEMM where that is faster; the function is the same either
+        way."""
         if image is not None and text is not None and self.joins(image, text):
             rows = [len(image), len(text)]
             joined = self._apply_group(torch.cat([image, text]), rows, 0)
@@ -122,8 +134,8 @@ class SharedLayers(nn.Module):
 
 
 class InputNorm(nn.Module):
-    """Features before the first layer: unchanged, standardised per dimension without affine, or unit length; then
-    dropout."""
+    """What happens to features before the first layer, by model.input_norm, before dropout: nothing (none), they are
+    standardised per dimension without affine parameters (batch), or they get unit length (l2)."""
 
     def __init__(self, features: int, config: ModelConfig) -> None:
         super().__init__()
@@ -133,6 +145,7 @@ class InputNorm(nn.Module):
             self.norm = GroupBatchNorm(features, affine=False, dropout=config.input_dropout, kernels=config.kernels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features x [B, F] normalised and, in training, with dropout: [B, F]."""
         if self.norm is not None:
             out: Tensor = self.norm(x, [len(x)])
             return out
@@ -150,7 +163,7 @@ class Encoder(nn.Module):
         self.norm = GroupBatchNorm(config.hidden_dim, slope=SLOPE, dropout=config.dropout, kernels=config.kernels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, F] -> [B, H]."""
+        """Return the hidden representation [B, H] of features x [B, F]."""
         out: Tensor = self.norm(self.linear(self.input_norm(x)), [len(x)])
         return out
 
@@ -165,7 +178,7 @@ class Decoder(nn.Module):
         self.out = nn.Linear(config.hidden_dim, features)
 
     def forward(self, common: Tensor) -> Reconstruction:
-        """[B, E] -> [B, F]."""
+        """Return the reconstruction [B, F] of features from common representations [B, E]."""
         weight, bias = self.out.weight, self.out.bias
         # as views: DeepSpeed reduces the gradients of parameters that leave a forward by themselves twice
         return Reconstruction(self.norm(self.hidden(common), [len(common)]), weight.view_as(weight), bias.view_as(bias))
@@ -180,7 +193,7 @@ class Generator(nn.Module):
     def __init__(
         self, config: ModelConfig, image_backbone: ImageBackbone, text_backbone: TextBackbone, classes: int
     ) -> None:
-        """`classes`: C, 0 for pairs without labels."""
+        """Build the layers on top of both backbones; `classes` is C, or 0 for pairs without labels."""
         super().__init__()
         self.image_backbone, self.text_backbone = image_backbone, text_backbone
         f_image, f_text = image_backbone.dim, text_backbone.dim
@@ -192,7 +205,7 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def extract(self, image: Tensor, text: TextInput) -> tuple[Tensor, TextInput]:
-        """What `forward` takes: features [B, F] of frozen backbones, raw input of trained ones."""
+        """Return what `forward` takes: features [B, F] of frozen backbones, raw input as it is of trained ones."""
         if not self.image_backbone.trainable:
             image = self.image_backbone(image)
         if not self.text_backbone.trainable:
@@ -208,13 +221,13 @@ class Generator(nn.Module):
         return image, text
 
     def project_images(self, features: Tensor) -> Tensor:
-        """Image features [N, F_i] -> common representations [N, E]."""
+        """Return the common representations [N, E] of image features [N, F_i]; texts are not needed."""
         common, _ = self.shared(self.image_encoder(features), None)
         assert common is not None
         return common
 
     def project_texts(self, features: Tensor) -> Tensor:
-        """Text features [M, F_t] -> common representations [M, E]."""
+        """Return the common representations [M, E] of text features [M, F_t]; images are not needed."""
         _, common = self.shared(None, self.text_encoder(features))
         assert common is not None
         return common
@@ -222,18 +235,20 @@ class Generator(nn.Module):
     def forward(
         self, image: Tensor | None, text: TextInput | None, *, classify: bool = True, decode: bool = True
     ) -> tuple[ModalityOutput | None, ModalityOutput | None]:
-        """Both sides, or one when the other input is None. Inputs are those of `extract`."""
+        """Return what is made of images and of texts; None for a modality whose input is None.
+
+        Inputs are what `extract` returned. `classify`: with class logits; `decode`: with reconstructions."""
         f_image, f_text = self._features(image, text)
         common_image, common_text = self.shared(
             None if f_image is None else self.image_encoder(f_image),
             None if f_text is None else self.text_encoder(f_text),
         )
         return (
-            self._side(f_image, common_image, 0, self.image_decoder, classify, decode),
-            self._side(f_text, common_text, -1, self.text_decoder, classify, decode),
+            self._output(f_image, common_image, 0, self.image_decoder, classify, decode),
+            self._output(f_text, common_text, -1, self.text_decoder, classify, decode),
         )
 
-    def _side(
+    def _output(
         self,
         feature: Tensor | None,
         common: Tensor | None,
@@ -253,38 +268,38 @@ class Generator(nn.Module):
 
 
 class SingleModalityGenerator(nn.Module):
-    """A generator with the parameters of one modality's way through it and no others: DDP around it sends the gradients
-    that a phase of that side has, not zeros for the other side's."""
+    """A generator with the parameters of one modality's way through it and no others.
 
-    def __init__(self, generator: Generator, side: Literal["image", "text"]) -> None:
+    DDP around it sends the gradients that a phase of that modality has, and not zeros for the other modality's."""
+
+    def __init__(self, generator: Generator, modality: Modality) -> None:
+        """List the parameters of `generator` that an input of `modality` alone reaches."""
         super().__init__()
         self._generator = (generator,)  # not as a submodule: that would bring all parameters
-        last = 0 if side == "image" else -1
+        last = 0 if modality == "image" else -1
         shared = generator.shared
-        self.used = nn.ModuleList([getattr(generator, f"{side}_{part}") for part in ("backbone", "encoder", "decoder")])
+        parts = [getattr(generator, f"{modality}_{part}") for part in ("backbone", "encoder", "decoder")]
+        self.used = nn.ModuleList(parts)
         self.used += [shared.linear[last], shared.norm[last], *list(generator.classifiers)[last:][:1]]
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """As the generator's."""
+        """Run the generator's own forward, with its arguments."""
         return self._generator[0](*inputs, **options)
 
 
-# ---------------------------------------------------------------------------------------------- assembly
-
-
 def build_generator(config: ModelConfig, spec: DataSpec, vocabulary: Vocabulary | None) -> Generator:
-    """The generator of a config for data of this kind; `vocabulary` is for the text CNN.
+    """Return the generator that `config` asks for on data of the kind `spec`; `vocabulary` is for the text CNN.
 
-    Raises BadInput when config and data do not fit together."""
-    for side, backbone, dim in (("image", config.image, spec.image_dim), ("text", config.text, spec.text_dim)):
+    Raises BadInput when config and data do not fit together: features where raw data is expected, or the reverse."""
+    for modality, backbone, dim in (("image", config.image, spec.image_dim), ("text", config.text, spec.text_dim)):
         if backbone.name == "features" and dim is None:
             raise BadInput(
-                f"model.{side}.name is 'features' but the data holds raw {side}s: name a {side} backbone, "
+                f"model.{modality}.name is 'features' but the data holds raw {modality}s: name a {modality} backbone, "
                 "or write features with 'python -m shards features'"
             )
         if backbone.name != "features" and dim is not None:
             raise BadInput(
-                f"model.{side}.name is '{backbone.name}' but the data holds {side} features: set it to features"
+                f"model.{modality}.name is '{backbone.name}' but the data holds {modality} features: set it to features"
             )
     return Generator(
         config,

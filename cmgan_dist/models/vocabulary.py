@@ -1,4 +1,4 @@
-"""Words -> ids, and word vectors from the files in which they are published."""
+"""Which words a text has and which ids they get, and how word vectors are read from the files that others publish."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ import numpy as np
 from cmgan_dist.errors import BadInput
 
 PAD = 0
-"""Id behind the end of a text."""
+"""The id that fills a text up behind its end."""
 UNKNOWN = 1
-"""Id of a word that the vocabulary does not have."""
+"""The id of a word that the vocabulary does not have."""
 FIRST_WORD = 2
+"""The id of the first word of a vocabulary."""
 VERSION = 1
-
-# ---------------------------------------------------------------------------------------------- words
-
+"""The version of a vocabulary file that this program writes and reads."""
 _ONE_BY_ONE = ("CJK UNIFIED", "CJK COMPATIBILITY IDEOGRAPH", "HIRAGANA", "KATAKANA")
-"""Starts of the names of characters that are written without spaces and make a word each."""
+"""How the Unicode names of characters begin that are written without spaces and make a word each."""
 
 
 class _Separators(dict[int, str]):
-    """For `str.translate`: letters, marks and digits stay, CJK characters stand alone, the rest becomes a space."""
+    """A table for `str.translate`: letters, marks and digits stay, CJK characters stand alone, the rest is a space."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -48,9 +47,9 @@ _separators = _Separators()
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words of a text in any script: runs of letters, marks and digits; Chinese and Japanese by character.
+    """Return the lower-case words of a text in any script, which are runs of letters, marks and digits.
 
-    Composed and decomposed accents give the same words (NFC)."""
+    Chinese and Japanese are cut into characters. Composed and decomposed accents give the same words (NFC)."""
     return unicodedata.normalize("NFC", text.lower()).translate(_separators).split()
 
 
@@ -65,12 +64,14 @@ class Vocabulary:
         self._ids = {word: i + FIRST_WORD for i, word in enumerate(self.words)}
 
     def __len__(self) -> int:
-        """Ids, padding and unknown included."""
+        """Return the number of ids, those of padding and of unknown words included."""
         return len(self.words) + FIRST_WORD
 
     @classmethod
     def build(cls, texts: Iterable[str], min_count: int = 1, max_size: int | None = None) -> Vocabulary:
-        """The words that occur `min_count` times or more, at most `max_size`: frequent first, equals by spelling."""
+        """Return the vocabulary of at most `max_size` words that occur `min_count` times or more in `texts`.
+
+        Frequent words come first, equally frequent ones by their spelling."""
         counts = Counter[str]()
         for text in texts:
             counts.update(split_words(text))
@@ -78,7 +79,7 @@ class Vocabulary:
         return cls([word for _, word in kept[:max_size]])
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the words of a text; [UNKNOWN] for a text without words."""
+        """Return the ids of the words of a text, or [UNKNOWN] for a text without words."""
         return [self._ids.get(word, UNKNOWN) for word in split_words(text)] or [UNKNOWN]
 
     def to_json(self) -> str:
@@ -87,7 +88,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Raises BadInput when the file is missing or is not a vocabulary."""
+        """Return the vocabulary in the file `path`. Raises BadInput when it is missing or is not a vocabulary."""
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             version, words = record["version"], record["words"]
@@ -102,24 +103,24 @@ class Vocabulary:
         return cls(words)
 
 
-# ---------------------------------------------------------------------------------------------- word vectors
-
 BOUND = 0.25
 """A word without a vector is drawn from [-BOUND, BOUND), about the variance of trained ones (Kim, EMNLP 2014)."""
 CHUNK = 1 << 20
+"""Bytes of a binary file that are read at a time."""
 LONGEST_WORD = 10_000
-"""Bytes; a longer word in a binary file means that the file is damaged."""
+"""The most bytes of a word: a longer one in a binary file means that the file is damaged."""
 
 Vectors = dict[int, np.ndarray]
-"""Row of the result -> vector [D]."""
+"""Vectors [D] by their row of the result."""
 
 
 def load_word_vectors(path: str | Path, words: Sequence[str], seed: int = 0) -> tuple[np.ndarray, int]:
-    """(float32 [len(words), D], how many of the words the file has). Words that it lacks are drawn at random.
+    """Return (vectors of `words`, float32 [len(words), D]; how many of the words the file has).
 
-    Reads word2vec text (with or without its header), GloVe text, and word2vec binary (named ``.bin``); each also
-    gzipped (``.gz``). Only the vectors of `words` are kept in memory. A word of the file that is not UTF-8 is passed
-    over. Raises BadInput naming the file and the line or byte that is damaged."""
+    Vectors of words that the file lacks are drawn at random, by `seed`. The file is word2vec text (with or without its
+    header), GloVe text, or word2vec binary (named ``.bin``), each also gzipped (``.gz``). Only the vectors of `words`
+    are kept in memory. A word of the file that is not UTF-8 is passed over. Raises BadInput naming the file and the
+    line or byte that is damaged."""
     path = Path(path)
     wanted = {word.encode(): row for row, word in enumerate(words)}
     read = _read_binary if path.name.removesuffix(".gz").endswith(".bin") else _read_text
@@ -139,7 +140,7 @@ def load_word_vectors(path: str | Path, words: Sequence[str], seed: int = 0) -> 
 
 
 class _Damaged(Exception):
-    """The message says where and how."""
+    """A file of word vectors is damaged; the message says where and how."""
 
 
 def _is_number(text: bytes) -> bool:
@@ -151,7 +152,7 @@ def _is_number(text: bytes) -> bool:
 
 
 def _read_text(file: BinaryIO, wanted: dict[bytes, int]) -> tuple[Vectors, int]:
-    """(vectors of the wanted words, D). Lines of other words are checked for their length only.
+    """Return (vectors of the wanted words, D) of a text file. Lines of other words are checked for their length only.
 
     A word may hold spaces (GloVe 840B has some), so the vector is the last D fields. Of equal words the first counts:
     these files are sorted by frequency. Raises _Damaged."""
@@ -188,8 +189,10 @@ def _read_text(file: BinaryIO, wanted: dict[bytes, int]) -> tuple[Vectors, int]:
 
 
 def _read_binary(file: BinaryIO, wanted: dict[bytes, int]) -> tuple[Vectors, int]:
-    """(vectors of the wanted words, D) of a line ``N D`` and N times a word, a space and D little-endian float32, with
-    or without a newline between them. Raises _Damaged."""
+    """Return (vectors of the wanted words, D) of a word2vec binary file. Raises _Damaged.
+
+    It is a line ``N D`` and N times a word, a space and D little-endian float32, with or without a newline between
+    them."""
     found: Vectors = {}
     first = file.readline(64)
     header = first.split()

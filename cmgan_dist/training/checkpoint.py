@@ -1,12 +1,12 @@
-"""Checkpoints: written aside by all processes, fsynced, renamed; the newest that is whole is what a run resumes from.
+"""How the state of a run gets to disk and back: all processes write it aside, it is fsynced and renamed; a run goes on
+from the newest checkpoint that is whole.
 
 RUN/checkpoints/samples-000000012800/     torch.distributed.checkpoint; every process writes its share of the tensors
-    __R_0.distcp          generator/..., D/..., ema/..., optimizer/...   (frozen backbones are not stored)
+    __R_0.distcp          generator/..., D/..., ema/..., optimizer/... of process R (frozen backbones are not stored)
     .metadata             which tensor lies where
     state.json            position, best score, sha256 of the files
 RUN/best/
-    model.safetensors     the generator that validated best; position and score in its metadata
-    config.yaml
+    ...                   the generator that validated best (models/saved.py)
 
 Tensors are stored whole and by name, so a checkpoint knows nothing of the number of processes, DDP or ZeRO.
 """
@@ -37,21 +37,23 @@ log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: meant so
 
 STATE = "state.json"
+"""The file of a checkpoint that holds its progress and the sums of its files."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """Where a run stands; every checkpoint holds it."""
 
     position: int = 0
-    """Samples seen."""
+    """Samples that were trained on so far, on all processes."""
     best: float | None = None
-    """Best validation score so far."""
+    """The best validation score so far."""
     best_position: int = 0
+    """The position at which the best score was reached."""
     bad_samples: int = 0
     """Samples that were replaced so far, on all processes."""
     epoch_samples: int = 0
-    """Samples in an epoch: a run goes on with the data that it began with."""
+    """Samples in an epoch, by which a run tells whether it goes on with the data that it began with."""
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -66,7 +68,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def share_of(tensors: Mapping[str, Tensor], rank: int, world: int) -> list[str]:
-    """Names of the tensors that a process writes: the largest first, each to the process with the fewest bytes."""
+    """Return the names of the tensors that process `rank` of `world` writes.
+
+    The largest tensors come first, each to the process that has the fewest bytes by then."""
     load = [0] * world
     mine = []
     for name in sorted(tensors, key=lambda n: (-tensors[n].nbytes, n)):
@@ -83,27 +87,31 @@ class Checkpointer:
     def __init__(
         self, run: Path, keep: int, *, rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None
     ) -> None:
-        """`keep`: newest checkpoints that stay. `group`: of all processes, over CPU tensors, and used by nothing else:
-        collectives of this thread must not meet those of training."""
+        """Prepare to write to RUN/checkpoints; nothing is written yet.
+
+        `keep`: how many of the newest checkpoints stay. `group`: a process group of all processes for CPU tensors that
+        nothing else uses: collectives of the thread must not meet those of training."""
         self.folder = run / "checkpoints"
         self.keep, self.rank, self.world, self.group = keep, rank, world, group
         self._thread: threading.Thread | None = None
         self._error: str | None = None
 
     def path(self, position: int) -> Path:
-        """Where the checkpoint of `position` samples lies."""
+        """Return the folder of the checkpoint at `position` samples."""
         return self.folder / f"samples-{position:012d}"
 
     def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
-        """Begin to write RUN/checkpoints/samples-N; every process calls it with the same tensors, which may change as
-        soon as it returns. Waits for the save before it. Raises BadInput when that one failed."""
+        """Begin to write RUN/checkpoints/samples-N; every process calls it with the same tensors.
+
+        The tensors may change as soon as it returns. It waits for the save before it, and raises BadInput when that one
+        failed."""
         self.wait()
         mine = {name: tensors[name].detach().cpu().clone() for name in share_of(tensors, self.rank, self.world)}
         self._thread = threading.Thread(target=self._write, args=(replace(progress), mine), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the last save is on disk. Raises BadInput, on every process, when it could not be written."""
+        """Wait until the last save is on disk. Raises BadInput, on every process, when it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -115,7 +123,7 @@ class Checkpointer:
             )
 
     def _agree(self, error: str | None, hashes: dict[str, str]) -> tuple[str | None, dict[str, str]]:
-        """The first error of any process, and the hashes of all."""
+        """Return the first error of any process, and the hashes of all, on every process the same."""
         if self.world == 1:
             return error, hashes
         every: list[tuple[str | None, dict[str, str]]] = [(None, {})] * self.world
@@ -142,7 +150,7 @@ class Checkpointer:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _write_aside(self, aside: Path, mine: dict[str, Tensor], progress: Progress) -> str | None:
-        """Why it could not be written, the same on every process, or None."""
+        """Write a checkpoint to `aside`; return why it could not be written, the same on every process, or None."""
         error, hashes = None, dict[str, str]()
         try:
             if self.rank == 0:
@@ -175,7 +183,7 @@ class Checkpointer:
 
 
 def _check_whole(folder: Path) -> None:
-    """Raises ValueError, KeyError, TypeError or OSError when a file is missing or damaged."""
+    """Raise ValueError, KeyError, TypeError or OSError when a file of the checkpoint is missing or damaged."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     hashes = state.pop("sha256")
     Progress(**state)
@@ -187,7 +195,7 @@ def _check_whole(folder: Path) -> None:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest checkpoint that is whole, or None. A damaged one is named in the log and passed over."""
+    """Return the newest checkpoint that is whole, or None. A damaged one is named in the log and passed over."""
     for folder in sorted((run / "checkpoints").glob("samples-*"), reverse=True):
         try:
             _check_whole(folder)
@@ -198,7 +206,9 @@ def latest(run: Path) -> Path | None:
 
 
 def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
-    """Progress and all tensors of a checkpoint that `latest` has found. Raises BadInput when it cannot be read."""
+    """Return progress and all tensors of a checkpoint that `latest` has found.
+
+    Raises BadInput when it cannot be read, as where nodes do not share the storage."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         del state["sha256"]
@@ -214,6 +224,3 @@ def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
             f"checkpoint {folder} cannot be read here ({error}): --output must lie on storage that all nodes share"
         ) from None
     return Progress(**state), tensors
-
-
-# ---------------------------------------------------------------------------------------------- the best

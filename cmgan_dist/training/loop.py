@@ -1,4 +1,4 @@
-"""The training loop: batches in, phases over them, validation, checkpoints.
+"""What happens in a run from its first batch to its last: phases over each batch, log, validation, checkpoints.
 
 Everything random is seeded from (seed, position, rank), and a checkpoint holds the rest of the state: a run that was
 killed and resumed ends bitwise like one that was not (on the same kind of CPU, with the same processes and threads).
@@ -35,11 +35,8 @@ from cmgan_dist.training.step import StepInputs, build_step_inputs
 log = logging.getLogger(__name__)
 
 
-# ---------------------------------------------------------------------------------------------- set-up
-
-
 def rate(config: OptimConfig, epoch: float, epochs: float) -> float:
-    """Factor of the learning rates at a point of the run; both in (fractional) epochs."""
+    """Return the factor of the learning rates at `epoch` of a run of `epochs`, both of which may be fractions."""
     warmup = min(1.0, (epoch + 1e-9) / config.warmup_epochs) if config.warmup_epochs else 1.0
     if config.schedule == "halve":
         return warmup * 0.5 ** math.floor(epoch / config.halve_every + 1e-9)
@@ -48,23 +45,17 @@ def rate(config: OptimConfig, epoch: float, epochs: float) -> float:
     return warmup
 
 
-# ---------------------------------------------------------------------------------------------- one batch
-
-
-# ---------------------------------------------------------------------------------------------- the run
-
-
 def train(config: Config, resume: str = "auto") -> int:
-    """Train `config` to its end or to a signal; returns the exit code. `resume`: auto goes on from the newest
-    checkpoint in config.output, never starts again and moves what is there aside.
+    """Train `config` to its end or to a signal, and return the exit code.
 
-    Raises BadInput before the first update for whatever the config, the data or an earlier run make impossible, and
-    later when too many samples are bad or a loss is not finite."""
+    `resume`: auto goes on from the newest checkpoint in config.output, never starts again and moves what is there
+    aside. Raises BadInput before the first update for whatever the config, the data or an earlier run make impossible,
+    and later when too many samples are bad or a loss is not finite."""
     return run_training(prepare(config, resume))
 
 
 def run_training(run: Run) -> int:
-    """Go on to the end or to a signal; returns the exit code.
+    """Go on with `run` to its end or to a signal, and return the exit code (EXIT_DONE or EXIT_SIGNALLED).
 
     Raises BadInput, which may be this process's alone, and LostProcess when another one is gone or does not answer."""
     progress, total = run.progress, run.total
@@ -72,11 +63,12 @@ def run_training(run: Run) -> int:
     clock = Clock(parallel.device)
     with recorder.started(progress.position, total):
         done = progress.position >= total
-        recorder.say(
-            f"{run.folder} is done: {total} samples, best validation score {progress.best:.4f}"
-            if done
-            else how_it_runs(run)
-        )
+        if done:
+            recorder.say(f"{run.folder} is done: {total} samples, best validation score {progress.best:.4f}")
+        else:
+            if progress.position:
+                recorder.say(f"resuming {run.folder} at sample {progress.position} of {total}")
+            recorder.say(how_it_trains(run))
         try:
             if not done:
                 parallel.watch_signals()
@@ -103,20 +95,20 @@ def run_training(run: Run) -> int:
     return EXIT_DONE if progress.position >= total else EXIT_SIGNALLED
 
 
-def how_it_runs(run: Run) -> str:
-    """Say where the run goes on, on how many processes and with what batches."""
+def how_it_trains(run: Run) -> str:
+    """Return in words how many processes train, on what, in which precision, and their part of each batch."""
     parallel, parts = run.parallel, run.config.optim.accumulate
-    position = run.progress.position
-    resuming = f"resuming {run.folder} at sample {position} of {run.total}\n" * bool(position)
     processes = f"{parallel.world} process{'es' * (parallel.world > 1)}"
+    each = micro_batch(run.config) // parallel.world
     how = f"{run.config.train.precision}{f', {parallel.kind}' * bool(parallel.kind)}"
-    each = micro_batch(run.config) // parallel.world * parts
-    batches = f"{each} samples a batch each{f' in {parts} parts' * (parts > 1)}"
-    return f"{resuming}{processes} on {parallel.device.type} ({how}), {batches}"
+    return (
+        f"{processes} on {parallel.device.type} ({how}), {each * parts} samples a batch each"
+        f"{f' in {parts} parts' * (parts > 1)}"
+    )
 
 
 def loop(run: Run, clock: Clock) -> None:
-    """Batches up to the end of the run or a signal."""
+    """Train on batch after batch up to the end of the run or a signal."""
     config = run.config
     table, parts = phase_table(config), config.optim.accumulate
     with (
@@ -132,21 +124,23 @@ def loop(run: Run, clock: Clock) -> None:
 
 
 def one_batch(run: Run, batches: list[Batch], table: list[Phase], clock: Clock) -> bool:
-    """One pass over the phase table, then what is due: log, validation, checkpoint. True when the run is to end."""
+    """Run the phase table over one batch, then what is due: log, validation, checkpoint.
+
+    `batches`: the micro-batches of one global batch. Return whether the run is to end."""
     config, progress = run.config, run.progress
     last = progress.position + config.stream.global_batch >= run.total
     log_now = last or run.due(config.train.log_every * config.stream.global_batch, ahead=True)
-    all_inputs, terms = run_phases(run, batches, table, clock, measure=log_now)
+    micro_batches, terms = run_phases(run, batches, table, clock, measure=log_now)
     for line in (line for batch in batches for line in batch.bad):
         log.warning("bad sample replaced: %s", line)
         run.bad += 1
 
     # --- agree on what happened
     losses = {name: value for name, value in terms.items() if name.startswith("loss/")}
-    wrong = not_finite(losses.values())
-    stopped, diverged = run.parallel.any_process(wrong)
+    bad_losses = not_finite(losses.values())
+    stopped, diverged = run.parallel.any_process(bad_losses)
     if any(diverged):
-        give_up(run, [name for name, flag in zip(losses, diverged, strict=True) if flag], wrong, batches)
+        give_up(run, [name for name, flag in zip(losses, diverged, strict=True) if flag], bad_losses, batches)
     progress.position += config.stream.global_batch
 
     # --- what is due now
@@ -154,7 +148,7 @@ def one_batch(run: Run, batches: list[Batch], table: list[Phase], clock: Clock) 
     save_now = last or stopped or run.due(run.samples(config.train.save_every))
     clock.lap("other")
     if log_now or save_now:
-        record_batch(run, all_inputs, terms, clock if log_now else None)
+        record_batch(run, micro_batches, terms, clock if log_now else None)
     run.recorder.show(progress.position, f"epoch {run.epoch:.0f} best {progress.best or 0:.4f}")
     scores = validate_now(run) if val_now else None
     clock.lap("validation")
@@ -170,32 +164,36 @@ def one_batch(run: Run, batches: list[Batch], table: list[Phase], clock: Clock) 
 def run_phases(
     run: Run, batches: list[Batch], table: list[Phase], clock: Clock, measure: bool
 ) -> tuple[list[StepInputs], dict[str, Tensor]]:
-    """Reseed from the position, set the rates, run the table: (inputs of each micro-batch, what was measured)."""
+    """Reseed from the position, set the learning rates and run the phase table.
+
+    Return the inputs of each micro-batch, in which the losses have left their statistics, and what `run_phase` returned
+    for all phases."""
     config, parallel, networks, position = run.config, run.parallel, run.networks, run.progress.position
     torch.manual_seed(mix(config.train.seed, position, parallel.rank, 8) >> 1)
     networks.set_rates(rate(config.optim, run.epoch, config.train.epochs))
     size = micro_batch(config)
-    all_inputs = [
-        build_step_inputs(batch, networks, config, parallel, position + i * size, run.multi)
-        for i, batch in enumerate(batches)
+    micro_batches = [
+        build_step_inputs(batch, networks, config, parallel, position + i * size) for i, batch in enumerate(batches)
     ]
     clock.lap("no-grad forward")
     terms: dict[str, Tensor] = {}
     for phase in table:
-        terms |= run_phase(phase, all_inputs, networks.engines, parallel.autocast, measure)
+        terms |= run_phase(phase, micro_batches, networks.engines, parallel.autocast, measure)
         clock.lap(phase.name)
     for key in {k for k in terms if k.startswith("skipped/")}:
         run.skipped[key] = run.skipped.get(key, 0) + terms.pop(key)
     if networks.average is not None:
         update_average(networks.average, networks.generator, config.train.ema)
-    return all_inputs, terms
+    return micro_batches, terms
 
 
-def record_batch(run: Run, all_inputs: list[StepInputs], terms: dict[str, Tensor], clock: Clock | None) -> None:
-    """Take the means over the processes of what the batch that has just ended measured, count its bad samples, and
-    with a `clock` write a line of metrics.jsonl."""
+def record_batch(run: Run, micro_batches: list[StepInputs], terms: dict[str, Tensor], clock: Clock | None) -> None:
+    """Average over the processes what the batch that has just ended measured, and count its bad samples.
+
+    With a `clock`, write a line of metrics.jsonl. Every process calls it."""
     progress, parallel = run.progress, run.parallel
-    stats = {k: sum(float(s.stats[k]) for s in all_inputs) / len(all_inputs) for k in all_inputs[0].stats}
+    names, parts = micro_batches[0].stats, len(micro_batches)
+    stats = {k: sum(float(inputs.stats[k]) for inputs in micro_batches) / parts for k in names}
     values = parallel.mean({"bad": float(run.bad), **{k: float(v) for k, v in terms.items()}, **stats})
     progress.bad_samples += round(values.pop("bad") * parallel.world)
     run.bad = 0
@@ -209,11 +207,14 @@ def record_batch(run: Run, all_inputs: list[StepInputs], terms: dict[str, Tensor
     run.recorder.line("train", progress.position, values, progress.epoch_samples)
 
 
-def give_up(run: Run, losses: list[str], wrong: Tensor, batches: list[Batch]) -> NoReturn:
-    """Save the state, in which no update by a loss that is not finite has been made, and raise BadInput, the same on
-    every process, naming phase, position and the samples of the processes that it came from."""
+def give_up(run: Run, losses: list[str], bad_losses: Tensor, batches: list[Batch]) -> NoReturn:
+    """Save the state, and raise BadInput that names the phase, the position and the samples of losses not finite.
+
+    In that state no update by such a loss has been made. `losses`: their names, on any process. `bad_losses`: bool,
+    which losses of this process they are; the samples named are those of the processes that have one. The error is the
+    same on every process."""
     parallel, progress = run.parallel, run.progress
-    mine = [key for batch in batches for key in batch.keys[: batch.size]] if bool(wrong.any()) else []
+    mine = [key for batch in batches for key in batch.keys[: batch.size]] if bool(bad_losses.any()) else []
     keys = [key for part in parallel.gather_objects(mine) for key in part]
     saved = run.checkpointer.path(progress.position)
     run.checkpointer.wait()
@@ -254,8 +255,9 @@ def keep_statistics(run: Run) -> None:
 
 
 def validate_now(run: Run) -> dict[str, float]:
-    """Embed and score the validation split; keep the generator when it is the best so far. Returns "score" and the
-    metrics, equal on every process."""
+    """Embed and score the validation split, and keep the generator when it is the best so far.
+
+    Return "score" and the metrics by name, equal on every process."""
     config, progress, recorder = run.config, run.progress, run.recorder
     embedded = embed_split(run.networks.eval_generator, run.val_reader, config, run.parallel)
     metrics = evaluate(embedded.common, zscore=config.eval.zscore, all_modal=False)

@@ -1,9 +1,28 @@
-"""The phase table: who trains, on what loss, how often. One generic loop runs it; no branch knows a phase by name.
+"""Who trains on what, in which order: the phase table of one batch, the losses of its phases, and one update.
 
-A batch is: one no-grad generator forward that serves all discriminator phases; D_T, D_I, D_CT, D_CI once each; then
-`generator_steps` times the generator, image side and text side in turn or both at once (recipe: Updates per batch).
-Losses of the generator go through the discriminators' bare modules, frozen, so that no gradient and no collective
-leaks into them.
+A batch is one no-grad generator forward that serves all discriminator phases (step.py); D_T, D_I, D_CT, D_CI once
+each; then `optim.generator_steps` times the generator, image and text in turn or both at once. That is the training of
+Peng, Qi & Yuan, "CM-GANs" (ACM TOMM 15(1), 2019; arXiv 1710.05106), with the choices that docs/reference.md lists. One
+generic loop runs the table; no branch knows a phase by name.
+
+Where each weight of `config.loss` is used; c is the common representation of a row, f its feature, r its
+reconstruction, c' and f' are those of its other modality; -> stands before what D shall say or is made to say:
+
+    phase       term                   weight                      function
+    D_I, D_T    D(f) -> real           1                           intra_discriminator_terms
+                D(r) -> fake           1
+    D_CI, D_CT  D(c, f) -> real        1                           inter_discriminator_terms
+                D(c', f) -> fake       1/2
+                mismatched -> fake     1/2
+    all four D  R1, WGAN-GP's penalty  r1, gradient_penalty        _penalties
+    G_I, G_T    D(c, f') -> real       inter, D is D_CT or D_CI    _modality_terms
+    (joint: G)  D(r) -> real           intra, D is D_I or D_T      _modality_terms
+                class of c             classification              _modality_terms
+                c near c'              contrastive                 _contrastive_terms
+                c near its class       class_contrastive           _contrastive_terms
+
+Losses of the generator go through the unwrapped discriminators, frozen, so that no gradient and no collective leaks
+into them.
 """
 
 from __future__ import annotations
@@ -11,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,19 +39,61 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.data.order import generator_for
 from cmgan_dist.distributed.engine import Engine
 from cmgan_dist.models.discriminators import InterDiscriminator
-from cmgan_dist.models.generator import ModalityOutput
+from cmgan_dist.models.generator import Modality, ModalityOutput
 from cmgan_dist.training import losses
 from cmgan_dist.training.step import StepInputs
 
 Terms = dict[str, Tensor]
-"""Weighted loss terms by name; their sum is minimised."""
+"""Weighted loss terms by name, a scalar each; their sum is minimised."""
+OTHER: dict[Modality, Modality] = {"image": "text", "text": "image"}
+"""The other modality of each."""
 
 
-# ---------------------------------------------------------------------------------------------- losses of the phases
+# ---------------------------------------------------------------------------------------------- discriminators
+
+
+def intra_discriminator_terms(inputs: StepInputs, modality: Modality) -> Terms:
+    """Return the loss terms of D_I or D_T: original features f -> real, reconstructions r -> fake.
+
+    With BCE, Peng, Qi & Yuan's intra-modality loss: mean[-log D(f)] + mean[-log(1 - D(r))]. It has weight 1, since a
+    discriminator trains on nothing else; `loss.intra` weighs the generator's part, and 0 leaves the phase out."""
+    name, own = f"d_{modality}", inputs.outputs[modality]
+    assert own.reconstruction is not None
+    real, fake = inputs.discriminators[name](own.feature, own.reconstruction).chunk(2)
+    _record(inputs, name, {"real": real, "fake": fake})
+    adversarial = _adversarial(inputs, real, [(fake, 1.0, None)])
+    return {"adversarial": adversarial, **_penalties(inputs, name, [own.feature], [own.reconstruction.dense])}
+
+
+def inter_discriminator_terms(inputs: StepInputs, modality: Modality) -> Terms:
+    """Return the loss terms of D_CI or D_CT: whose common representation goes with the feature f of `modality`?
+
+    The own c with f -> real; the other modality's c_m with f -> fake and a mismatched pair -> fake, half weight each.
+    With BCE, Peng, Qi & Yuan's inter-modality loss:
+    mean[-log D(c, f)] + 1/2 mean[-log(1 - D(c_m, f))] + 1/2 mean[-log(1 - D(mismatched))].
+    `loss.mismatch` says which feature is beside the mismatched common representation: its own (reference) or f
+    (conditional). The loss has weight 1; `loss.inter` weighs the generator's part, and 0 leaves the phase out."""
+    name, own, other = f"d_{modality}_inter", inputs.outputs[modality], inputs.outputs[OTHER[modality]]
+    drawn, feature = inputs.mismatched, own.feature
+    assert drawn is not None
+    conditional = inputs.config.loss.mismatch == "conditional"
+    beside = feature if conditional else drawn.feature[modality]
+    commons = torch.cat([own.common, other.common, drawn.common[modality].to(own.common.dtype)])
+    logits = inputs.discriminators[name](commons, [feature, feature, beside], [len(feature)] * 3)
+    real, fake, mismatched = logits.chunk(3)
+    _record(inputs, name, {"real": real, "fake": fake, "wrong": mismatched})
+    adversarial = _adversarial(inputs, real, [(fake, 0.5, None), (mismatched, 0.5, drawn.mask)])
+    between = ([own.common.float(), feature], [lambda: other.common, lambda: feature])
+    return {"adversarial": adversarial, **_penalties(inputs, name, *between)}
+
+
+def _adversarial(inputs: StepInputs, real: Tensor, fakes: losses.Fakes) -> Tensor:
+    """Return the discriminator's loss in the form of `loss.adversarial`."""
+    return losses.fused_discriminator_loss(inputs.config.loss.adversarial, real, fakes, inputs.config.model.kernels)
 
 
 def _record(inputs: StepInputs, name: str, groups: dict[str, Tensor]) -> None:
-    """Accuracy of each group of logits (real wants > 0, others < 0) and the margin real - fake."""
+    """Note the accuracy of each group of logits (real wants > 0, others < 0) and the margin real - fake."""
     with torch.no_grad():
         for group, logits in groups.items():
             right = logits > 0 if group == "real" else logits < 0
@@ -40,7 +102,9 @@ def _record(inputs: StepInputs, name: str, groups: dict[str, Tensor]) -> None:
 
 
 def _penalties(inputs: StepInputs, name: str, real: list[Tensor], fake: list[Callable[[], Tensor]]) -> Terms:
-    """R1 on real input, lazily, and WGAN-GP's penalty between real and fake, which only that builds."""
+    """Return R1 on real input, every `loss.r1_every` batches, and WGAN-GP's penalty between real and fake.
+
+    `real`: the discriminator's inputs, [B, ...] each; `fake` makes their counterparts, which only WGAN-GP needs."""
     config, module, terms = inputs.config.loss, inputs.discriminators[name], Terms()
 
     def call(inputs: list[Tensor]) -> Tensor:
@@ -52,8 +116,8 @@ def _penalties(inputs: StepInputs, name: str, real: list[Tensor], fake: list[Cal
             at = [x.detach().float().requires_grad_() for x in real]
             terms["r1"] = config.r1 * config.r1_every / 2 * losses.squared_gradient_norm(call(at), at)
         if config.adversarial == "wgan-gp":
-            rows = slice(inputs.first_row, inputs.first_row + len(real[0]))  # the same whatever the number of processes
-            draws = generator_for(inputs.config.train.seed, inputs.position, 9).random(inputs.total)[rows]
+            draws = generator_for(inputs.config.train.seed, inputs.position, 9).random(inputs.rows.total)
+            draws = draws[inputs.rows.own]  # the same for a row whatever the number of processes
             share = torch.from_numpy(draws).float()[:, None].to(real[0].device)
             ends = [(f().detach().float(), r.detach().float()) for r, f in zip(real, fake, strict=True)]
             at = [torch.lerp(f, r, share).requires_grad_() for f, r in ends]
@@ -61,83 +125,70 @@ def _penalties(inputs: StepInputs, name: str, real: list[Tensor], fake: list[Cal
     return terms
 
 
-def _discriminator_loss(inputs: StepInputs, real: Tensor, fakes: list[tuple[Tensor, float, Tensor | None]]) -> Tensor:
-    return losses.fused_discriminator_loss(inputs.config.loss.adversarial, real, fakes, inputs.config.model.kernels)
+# ---------------------------------------------------------------------------------------------- generator
 
 
-def intra(name: str, side: Callable[[StepInputs], ModalityOutput]) -> Callable[[StepInputs], Terms]:
-    """D_I, D_T: original feature -> 1, reconstruction -> 0."""
+def generator_terms(inputs: StepInputs, modalities: tuple[Modality, ...]) -> Terms:
+    """Return the weighted loss terms of the generator on the given modalities, by MODALITY_TERM and contrastive name.
 
-    def loss(inputs: StepInputs) -> Terms:
-        made = side(inputs)
-        assert made.reconstruction is not None
-        real, fake = inputs.discriminators[name](made.feature, made.reconstruction).chunk(2)
-        _record(inputs, name, {"real": real, "fake": fake})
-        adversarial = _discriminator_loss(inputs, real, [(fake, 1.0, None)])
-        return {"adversarial": adversarial, **_penalties(inputs, name, [made.feature], [made.reconstruction.dense])}
-
-    return loss
-
-
-def inter(
-    name: str, own: Callable[[StepInputs], ModalityOutput], other: Callable[[StepInputs], ModalityOutput], modality: str
-) -> Callable[[StepInputs], Terms]:
-    """D_CI, D_CT: (own common, feature) -> 1; (other's common, feature) -> 0 and mismatched -> 0, half weight each."""
-
-    def loss(inputs: StepInputs) -> Terms:
-        mine, theirs, wrong = own(inputs), other(inputs), inputs.wrong
-        assert wrong is not None
-        feature = mine.feature
-        wrong_common: Tensor = getattr(wrong, f"{modality}_common")
-        conditional = inputs.config.loss.mismatch == "conditional"
-        wrong_feature: Tensor = feature if conditional else getattr(wrong, f"{modality}_feature")
-        commons = torch.cat([mine.common, theirs.common, wrong_common.to(mine.common.dtype)])
-        rows = [len(feature)] * 3
-        logits = inputs.discriminators[name](commons, [feature, feature, wrong_feature], rows)
-        real, fake, mismatched = logits.chunk(3)
-        _record(inputs, name, {"real": real, "fake": fake, "wrong": mismatched})
-        adversarial = _discriminator_loss(inputs, real, [(fake, 0.5, None), (mismatched, 0.5, wrong.mask)])
-        between = ([mine.common.float(), feature], [lambda: theirs.common, lambda: feature])
-        return {"adversarial": adversarial, **_penalties(inputs, name, *between)}
-
-    return loss
+    The modality that does not train takes part in the contrastive terms by the no-grad forward's representations."""
+    config, classes = inputs.config.loss, inputs.labels is not None
+    made = inputs.generator[modalities[0] if len(modalities) == 1 else ""](
+        inputs.image if "image" in modalities else None,
+        inputs.text if "text" in modalities else None,
+        classify=classes and config.classification > 0,
+        decode=config.intra > 0,
+    )
+    outputs: dict[Modality, ModalityOutput | None] = {"image": made[0], "text": made[1]}
+    terms, commons = Terms(), dict[Modality, Tensor]()
+    for modality, output in outputs.items():
+        if output is not None:
+            found = _modality_terms(inputs, modality, output)
+            terms |= {f"{modality}_{name}": value for name, value in found.items()}
+        commons[modality] = (inputs.outputs[modality] if output is None else output).common
+    return terms | _contrastive_terms(inputs, commons["image"], commons["text"])
 
 
-def _generator_terms(
-    inputs: StepInputs, made: ModalityOutput, classes: bool, intra_name: str, inter_name: str, condition: Tensor
-) -> Terms:
-    """One side's generator terms: fool the other modality's inter discriminator and its own intra one, classify."""
+def _modality_terms(inputs: StepInputs, modality: Modality, output: ModalityOutput) -> Terms:
+    """Return one modality's terms of the generator: fool two discriminators, and classify.
+
+    inter, weight `loss.inter`: the other modality's inter-modality discriminator takes the own common representation
+    for the other's; with BCE mean[-log D_CT(c, f_text)] for images and mean[-log D_CI(c, f_image)] for texts.
+    intra, weight `loss.intra`: the own intra-modality discriminator takes the reconstruction for a feature.
+    classification, weight `loss.classification`: the semantic constraint, cross-entropy of the class logits."""
     config, terms = inputs.config.loss, Terms()
     if config.inter:
-        judge = inputs.unwrapped[inter_name]
-        assert isinstance(judge, InterDiscriminator)
-        if inter_name not in inputs.conditions:  # neither weights nor features change over the generator's steps
-            inputs.conditions[inter_name] = judge.condition(condition)
-        logits = judge(made.common, condition, [len(condition)], inputs.conditions[inter_name])
+        name, condition = f"d_{OTHER[modality]}_inter", inputs.outputs[OTHER[modality]].feature
+        discriminator = inputs.unwrapped[name]
+        assert isinstance(discriminator, InterDiscriminator)
+        if name not in inputs.conditions:  # neither weights nor features change over the generator's steps
+            inputs.conditions[name] = discriminator.condition(condition)
+        logits = discriminator(output.common, condition, [len(condition)], inputs.conditions[name])
         terms["inter"] = config.inter * losses.generator_loss(config.adversarial, logits)
     if config.intra:
-        assert made.reconstruction is not None
-        logits = inputs.unwrapped[intra_name](made.reconstruction)
+        assert output.reconstruction is not None
+        logits = inputs.unwrapped[f"d_{modality}"](output.reconstruction)
         terms["intra"] = config.intra * losses.generator_loss(config.adversarial, logits)
-    if classes and config.classification:
-        assert made.logits is not None
-        assert inputs.labels is not None
-        term = losses.classification(made.logits, inputs.labels, inputs.multi, config.label_smoothing)
+    if config.classification and inputs.labels is not None:
+        assert output.logits is not None
+        term = losses.classification(output.logits, inputs.labels, inputs.multi_label, config.label_smoothing)
         terms["classification"] = config.classification * term
         with torch.no_grad():
-            best = made.logits.argmax(1, keepdim=True)
-            inputs.stats[f"accuracy/class/{intra_name[2:]}"] = inputs.labels.gather(1, best).float().mean()
+            best = output.logits.argmax(1, keepdim=True)
+            inputs.stats[f"accuracy/class/{modality}"] = inputs.labels.gather(1, best).float().mean()
     return terms
 
 
 def _contrastive_terms(inputs: StepInputs, image: Tensor, text: Tensor) -> Terms:
-    """Pair-level and class-level contrastive terms between commons [B, E]; a detached side is given by one phase."""
+    """Return the pair-level and class-level terms, weights `loss.contrastive` and `loss.class_contrastive`.
+
+    `image`, `text`: common representations [B, E]; a modality that does not train comes without a gradient."""
     config, terms = inputs.config.loss, Terms()
     if not (config.contrastive or config.class_contrastive):
         return terms
     every_image, every_text = inputs.gather(image), inputs.gather(text)
     if config.contrastive:
-        term = losses.info_nce(image, text, every_image, every_text, inputs.first_row, config.temperature)
+        term = losses.info_nce(image, text, every_image, every_text, inputs.rows.first, config.temperature)
         terms["contrastive"] = config.contrastive * term
     if config.class_contrastive and inputs.labels is not None and inputs.all_labels is not None:
         positive = inputs.labels.float() @ inputs.all_labels.float().T > 0.5
@@ -147,95 +198,69 @@ def _contrastive_terms(inputs: StepInputs, image: Tensor, text: Tensor) -> Terms
     return terms
 
 
-def generator(sides: tuple[str, ...]) -> Callable[[StepInputs], Terms]:
-    """The generator on the given sides ("image", "text" or both)."""
-
-    def loss(inputs: StepInputs) -> Terms:
-        config = inputs.config.loss
-        classes = inputs.labels is not None
-        image, text = inputs.generator[sides[0] if len(sides) == 1 else ""](
-            inputs.image if "image" in sides else None,
-            inputs.text if "text" in sides else None,
-            classify=classes and config.classification > 0,
-            decode=config.intra > 0,
-        )
-        terms = Terms()
-        if image is not None:
-            made = _generator_terms(inputs, image, classes, "d_image", "d_text_inter", inputs.fake_text.feature)
-            terms |= {f"image_{k}": v for k, v in made.items()}
-        if text is not None:
-            made = _generator_terms(inputs, text, classes, "d_text", "d_image_inter", inputs.fake_image.feature)
-            terms |= {f"text_{k}": v for k, v in made.items()}
-        image_common = image.common if image is not None else inputs.fake_image.common
-        text_common = text.common if text is not None else inputs.fake_text.common
-        return terms | _contrastive_terms(inputs, image_common, text_common)
-
-    return loss
-
-
-# ---------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------------- table and update
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One row of the table."""
+    """One row of the phase table: one update of one module."""
 
     name: str
+    """The name in the log: D_T, D_I, D_CT, D_CI, G_I, G_T, or G for both modalities at once."""
     module: str
     """The module that trains and whose optimiser steps; every other module is frozen."""
     loss: Callable[[StepInputs], Terms]
+    """The loss terms whose sum the module minimises."""
 
 
 def phase_table(config: Config) -> list[Phase]:
-    """The phases of one batch in order."""
-    weights = config.loss
+    """Return the phases of one batch in order.
 
-    def image(inputs: StepInputs) -> ModalityOutput:
-        return inputs.fake_image
-
-    def text(inputs: StepInputs) -> ModalityOutput:
-        return inputs.fake_text
-
+    A weight of 0 for `loss.intra` or `loss.inter` leaves the discriminators of that kind out."""
     table = []
-    if weights.intra:
-        table += [Phase("D_T", "d_text", intra("d_text", text)), Phase("D_I", "d_image", intra("d_image", image))]
-    if weights.inter:
+    if config.loss.intra:
         table += [
-            Phase("D_CT", "d_text_inter", inter("d_text_inter", text, image, "text")),
-            Phase("D_CI", "d_image_inter", inter("d_image_inter", image, text, "image")),
+            Phase("D_T", "d_text", partial(intra_discriminator_terms, modality="text")),
+            Phase("D_I", "d_image", partial(intra_discriminator_terms, modality="image")),
+        ]
+    if config.loss.inter:
+        table += [
+            Phase("D_CT", "d_text_inter", partial(inter_discriminator_terms, modality="text")),
+            Phase("D_CI", "d_image_inter", partial(inter_discriminator_terms, modality="image")),
         ]
     if config.optim.update == "joint":
-        turn = [Phase("G", "generator", generator(("image", "text")))]
+        turn = [Phase("G", "generator", partial(generator_terms, modalities=("image", "text")))]
     else:
         turn = [
-            Phase("G_I", "generator", generator(("image",))),
-            Phase("G_T", "generator", generator(("text",))),
+            Phase("G_I", "generator", partial(generator_terms, modalities=("image",))),
+            Phase("G_T", "generator", partial(generator_terms, modalities=("text",))),
         ]
     return table + turn * config.optim.generator_steps
 
 
 def run_phase(
     phase: Phase,
-    all_inputs: list[StepInputs],
+    micro_batches: list[StepInputs],
     engines: dict[str, Engine],
     autocast: Callable[[], AbstractContextManager[object]],
     measure: bool = False,
 ) -> dict[str, Tensor]:
-    """One update of the phase's module from one or more micro-batches; returns loss terms (means over these) and what
-    the engine measured, detached. `measure`: the gradient norm also where nothing is clipped.
+    """Update the phase's module once, from the mean loss over one or more micro-batches.
 
-    A loss that is not finite leaves the parameters as they are; see `not_finite`."""
-    for name, module in all_inputs[0].unwrapped.items():  # the generator is only reached through its own phases
+    Return detached scalars: loss/PHASE/TERM, means over the micro-batches, and KEY/PHASE for each KEY that the engine
+    measured. `measure`: the gradient norm also where nothing is clipped. A loss that is not finite leaves the
+    parameters as they are; see `not_finite`."""
+    for name, module in micro_batches[0].unwrapped.items():  # the generator is only reached through its own phases
         module.requires_grad_(name == phase.module)
-    engine, share = engines[phase.module], 1 / len(all_inputs)
+    engine, share = engines[phase.module], 1 / len(micro_batches)
     engine.zero_grad()
     total, out = torch.zeros(()), dict[str, Tensor]()
-    for inputs in all_inputs:
-        with engine.accumulate(last=inputs is all_inputs[-1]):
+    for inputs in micro_batches:
+        with engine.accumulate(last=inputs is micro_batches[-1]):
             with autocast():
                 terms = phase.loss(inputs)
             loss = torch.stack([t.float() for t in terms.values()]).sum()
-            loss = loss * share if len(all_inputs) > 1 else loss
+            loss = loss * share if len(micro_batches) > 1 else loss
             engine.backward(loss)
         total = total.to(loss.device) + loss.detach()
         for key, value in terms.items():
@@ -245,5 +270,5 @@ def run_phase(
 
 
 def not_finite(losses: Iterable[Tensor]) -> Tensor:
-    """bool [losses]: which losses are NaN or Inf; no wait for the device."""
+    """Return bool [n]: which of n losses are NaN or Inf, without waiting for the device."""
     return ~torch.isfinite(torch.stack([loss.float() for loss in losses]))

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, trackers, the progress line."""
+"""What a run says of itself while it trains: metrics.jsonl, trackers, the progress line, where its time goes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cmgan_dist.files import write_atomic
 
 METRICS_NAME = "metrics.jsonl"
+"""The file of a run that has a JSON object a line: "kind" (train or val), "samples", "epoch" and what was measured."""
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl; a last line cut by a crash is left out."""
+    """Return the lines of RUN/metrics.jsonl, none without the file; a last line cut by a crash is left out."""
     path = run / METRICS_NAME
     if not path.is_file():
         return []
@@ -35,14 +36,14 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class Clock:
-    """Where the time of a run goes: each `lap` puts the time since the one before it under a name.
+    """A stopwatch for the parts of a run: each `lap` puts the time since the one before it under a name.
 
     On a GPU the laps are events, read only by `take`: between those the device is never waited for."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self.totals: dict[str, float] = {}
-        """Seconds since the start, of laps that were taken."""
+        """Seconds since the start by name of lap, of laps that were taken."""
         self._laps: list[tuple[str, float, torch.cuda.Event | None]] = []
         self._first: tuple[float, torch.cuda.Event | None] = self._now()
 
@@ -54,10 +55,11 @@ class Clock:
         return time.perf_counter(), event
 
     def lap(self, name: str) -> None:
+        """Put the time since the lap before under `name`."""
         self._laps.append((name, *self._now()))
 
     def take(self) -> dict[str, float]:
-        """ "time/NAME": seconds in all laps since the last call."""
+        """Return the seconds of all laps since the last call, by time/NAME."""
         if self.cuda:
             torch.cuda.synchronize()
         out: dict[str, float] = {}
@@ -74,7 +76,7 @@ class Clock:
         return out
 
     def summary(self) -> str:
-        """Shares of the time taken so far, the largest first."""
+        """Return in words the shares of the time taken so far, the largest first."""
         total = sum(self.totals.values())
         parts = sorted(self.totals.items(), key=lambda item: -item[1])
         return f"{total:.1f} s: " + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts)
@@ -82,8 +84,9 @@ class Clock:
 
 @contextlib.contextmanager
 def tracing(run: Path, rank: int, batches: int) -> Iterator[Callable[[], None]]:
-    """Gives what is to be called after each batch; `batches` of them, after the first ten, are traced by torch.profiler
-    to RUN/trace/rank-N.json."""
+    """Trace `batches` batches, after the first ten, by torch.profiler to RUN/trace/rank-N.json; 0 traces none.
+
+    The context gives a function that is to be called after each batch."""
     if not batches:
         yield lambda: None
         return
@@ -99,7 +102,7 @@ def tracing(run: Path, rank: int, batches: int) -> Iterator[Callable[[], None]]:
 
 
 class Recorder:
-    """Writes on the main process only; elsewhere every call does nothing."""
+    """Writes what a run says of itself, on the main process only: elsewhere its calls do nothing."""
 
     def __init__(self, run: Path, *, main: bool, track: Callable[[dict[str, float], int], None]) -> None:
         self.run, self.main, self.track = run, main, track
@@ -117,9 +120,9 @@ class Recorder:
 
     @contextlib.contextmanager
     def started(self, position: int, total: int) -> Iterator[None]:
-        """Open metrics.jsonl and the progress line; both are closed whatever happens.
+        """Open metrics.jsonl and the progress line of a run of `total` samples; both are closed whatever happens.
 
-        Lines beyond `position`, from a run that was cut, are dropped: they are made again."""
+        Lines beyond `position`, from a run that was cut, are dropped, since they are made again."""
         self._time, self._samples = time.monotonic(), position
         if not self.main:
             yield
@@ -133,14 +136,16 @@ class Recorder:
             os.fsync(self._file.fileno())
 
     def rate(self, position: int) -> float:
-        """Samples per second since the last call."""
+        """Return the samples per second since the last call, on all processes."""
         now = time.monotonic()
         rate = (position - self._samples) / max(now - self._time, 1e-9)
         self._time, self._samples = now, position
         return rate
 
     def line(self, kind: str, position: int, values: dict[str, Any], epoch_samples: int) -> None:
-        """One line of metrics.jsonl, flushed; NaN and Inf become null, which JSON has."""
+        """Write one line of metrics.jsonl, flushed, and give its numbers to the tracker as KIND/NAME.
+
+        NaN and Inf become null, as JSON has neither."""
         if not self.main:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -151,10 +156,11 @@ class Recorder:
         self.track(numbers, position)
 
     def show(self, position: int, note: str) -> None:
+        """Move the progress line to `position` samples, with `note` beside it."""
         if self.main:
             self.progress.update(self.task, completed=position, note=note)
 
     def say(self, text: str) -> None:
-        """A line for the reader that stays."""
+        """Print a line to stderr, above the progress line, where it stays."""
         if self.main:
             self.progress.console.print(text, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""A run made ready: its folder, data, networks and the checkpoint that it goes on from."""
+"""How a run is made ready: its folder, data and networks, and the checkpoint from which it goes on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_same_run(run: Path, config: Config, may_change: Sequence[str] = ()) ->
 
 
 def set_aside(run: Path) -> None:
-    """Move an earlier run in this folder to RUN/earlier-N: nothing is lost."""
+    """Move what an earlier run left in the folder `run` to RUN/earlier-N, so that nothing is lost."""
     inside = [p for p in run.iterdir() if not p.name.startswith("earlier-")] if run.is_dir() else []
     if not inside:
         return
@@ -66,7 +66,7 @@ def set_aside(run: Path) -> None:
 
 
 def make_vocabulary(readers: list[ShardReader], config: Config) -> Vocabulary:
-    """Words of the training split."""
+    """Return the vocabulary of the training split, by the words of its first VOCABULARY_SAMPLES samples."""
     samples = itertools.islice(itertools.chain.from_iterable(readers), VOCABULARY_SAMPLES)
     texts = [text for sample in samples if isinstance(sample.texts, list) for text in sample.texts]
     return Vocabulary.build(texts, config.model.text.min_count, config.model.text.vocabulary_size)
@@ -78,26 +78,27 @@ class Run:
 
     config: Config
     folder: Path
-    """RUN, where everything that the run writes lies."""
+    """The folder RUN, which holds everything that the run writes."""
     stream: Stream
+    """The batches of the training split."""
     val_reader: ShardReader
+    """The samples of the validation split."""
     parallel: Parallel
     networks: Networks
     recorder: Recorder
     checkpointer: Checkpointer
     progress: Progress
-    multi: bool
-    """Multi-label classes."""
+    """Where the run stands; the loop moves it on."""
     spec: ModelSpec
     """What best/ says of the model."""
     vocabulary: Vocabulary | None
-    """Words of the text CNN."""
+    """The words of the text CNN; None without one."""
     on_validation: Callable[[Run, dict[str, float]], None] | None = None
     """Called on every process after a validation and the checkpoint that is due with it; gets "score" and metrics."""
     bad: int = 0
     """Samples replaced on this process since the last log line."""
     skipped: dict[str, Tensor | float] = field(default_factory=dict)
-    """fp16: steps left out since the start of this process, per phase."""
+    """skipped/PHASE in fp16: steps left out since the start of this process."""
 
     @property
     def epoch(self) -> float:
@@ -110,21 +111,23 @@ class Run:
         return self.samples(self.config.train.epochs)
 
     def samples(self, epochs: float) -> int:
-        """Epochs in samples, whole global batches."""
+        """Return how many samples `epochs` are, in whole global batches."""
         batch = self.config.stream.global_batch
         return steps_for(epochs, self.stream.epoch_samples, batch) * batch
 
     def due(self, every: int, ahead: bool = False) -> bool:
-        """Whether the batch that has just ended (`ahead`: that is under way) crosses a multiple of `every` samples."""
+        """Return whether the batch that has just ended crosses a multiple of `every` samples.
+
+        `ahead`: the batch that is under way, in its place."""
         batch = self.config.stream.global_batch
         position = self.progress.position + batch * ahead
         return position // every > (position - batch) // every
 
 
 def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
-    """Everything up to the first batch. Raises BadInput for whatever config, data or an earlier run make impossible.
+    """Return the run of `config`, ready for its next batch; `resume` is auto or never, as in `loop.train`.
 
-    `may_change`: see `check_same_run`."""
+    `may_change`: see `check_same_run`. Raises BadInput for whatever config, data or an earlier run make impossible."""
     validate(config)
     run = Path(config.output)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -175,7 +178,6 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
             run, config.train.keep, rank=parallel.rank, world=parallel.world, group=parallel.new_group()
         ),
         progress=progress,
-        multi=data.label_kind == "multi",
         spec=spec,
         vocabulary=vocabulary,
     )

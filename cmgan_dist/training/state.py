@@ -1,4 +1,4 @@
-"""The modules of a run, what trains them, and their state."""
+"""What a run trains: its networks, the engines that train them, and all their tensors for a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from cmgan_dist.models.vocabulary import Vocabulary
 
 @dataclass
 class Networks:
-    """Modules of a run and what trains them."""
+    """The modules of a run and the engines that train them."""
 
     generator: Generator
     unwrapped: dict[str, nn.Module]
-    """The discriminators by name, without a wrapper."""
+    """The discriminators by name, without DDP or DeepSpeed around them."""
     engines: dict[str, Engine]
-    """Of the generator and of each discriminator."""
+    """What trains each module, by name: "generator" and the discriminators' names."""
     average: Generator | None
-    """EMA of the generator."""
+    """The exponential moving average of the generator, or None without `train.ema`."""
+    multi_label: bool
+    """Whether a sample of the data may have several classes, which decides on the classification loss."""
 
     @property
     def eval_generator(self) -> Generator:
@@ -37,11 +39,12 @@ class Networks:
         return self.average or self.generator
 
     def parts(self) -> dict[str, nn.Module]:
-        """What a checkpoint holds, by prefix."""
+        """Return the modules that a checkpoint holds, by the prefix of their tensors."""
         parts: dict[str, nn.Module] = {"generator": self.generator, **self.unwrapped}
         return parts if self.average is None else {**parts, "ema": self.average}
 
     def model_tensors(self) -> dict[str, Tensor]:
+        """Return parameters and buffers of all modules by name, without the generator's frozen backbones."""
         out: dict[str, Tensor] = {}
         for name, module in self.parts().items():
             state = stored_tensors(module) if isinstance(module, Generator) else module.state_dict()
@@ -49,24 +52,26 @@ class Networks:
         return out
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds, optimisers too. Every process calls it: under ZeRO it gathers."""
+        """Return all tensors that a checkpoint holds, the optimisers' too; every process calls it, as ZeRO gathers."""
         out = self.model_tensors()
         for name, engine in self.engines.items():
             out |= {f"optimizer/{name}/{k}": v for k, v in engine.state().items()}
         return out
 
     def set_rates(self, factor: float) -> None:
-        """Learning rates times `factor`."""
+        """Set all learning rates to `factor` times those in the config."""
         for engine in self.engines.values():
             engine.set_rate(factor)
 
     def release(self) -> None:
-        """Let go of wrapped modules: none may outlive the process group."""
+        """Drop the wrapped modules, none of which may outlive the process group."""
         for engine in self.engines.values():
             engine.release()
 
     def load(self, tensors: dict[str, Tensor], where: str) -> None:
-        """Raises BadInput when it is the checkpoint of another model."""
+        """Take over the tensors of a checkpoint; `where` names it in errors.
+
+        Raises BadInput when it is the checkpoint of another model."""
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -79,6 +84,10 @@ class Networks:
 
 
 def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None, parallel: Parallel) -> Networks:
+    """Return the networks of a config for data of the kind `spec`, on the device, with their engines.
+
+    `vocabulary` is for the text CNN. Every process starts with the same weights, by `train.seed`. Raises BadInput where
+    config and data do not fit together, or where DeepSpeed would not train what `config` asks for."""
     torch.manual_seed(config.train.seed)  # the same initial weights on every process
     generator = build_generator(config.model, spec, vocabulary)
     unwrapped = dict(
@@ -105,19 +114,19 @@ def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None
 
     of_generator = settings(optim.generator_lr, optim.generator_beta1, optim.weight_decay)
     of_discriminators = settings(optim.discriminator_lr, optim.discriminator_beta1)
-    sides: dict[str, nn.Module] | None = None
+    parts: dict[str, nn.Module] | None = None
     if optim.update == "alternate":
-        sides = {
+        parts = {
             "image": SingleModalityGenerator(generator, "image"),
             "text": SingleModalityGenerator(generator, "text"),
         }
-    engines = {"generator": parallel.engine(generator, of_generator, sides)}
+    engines = {"generator": parallel.engine(generator, of_generator, parts)}
     engines |= {name: parallel.engine(unwrapped[name], of_discriminators) for name in NAMES}
-    return Networks(generator, unwrapped, engines, average)
+    return Networks(generator, unwrapped, engines, average, multi_label=spec.label_kind == "multi")
 
 
 def update_average(average: Generator, generator: Generator, decay: float) -> None:
-    """EMA of parameters and running statistics."""
+    """Set `average` to decay * average + (1 - decay) * generator, parameters and running statistics."""
     with torch.no_grad():
         now = stored_tensors(generator)
         for name, value in stored_tensors(average).items():

@@ -1,4 +1,8 @@
-"""What the losses of one batch see."""
+"""What the losses of one batch see: the no-grad forward that all discriminators share, and the mismatched rows.
+
+Shapes: B rows of this process that are trained on, R rows of its batch (B, or 2B where mismatched rows follow), G rows
+of the global batch, F feature dimensions of a modality, E common, C classes.
+"""
 
 from __future__ import annotations
 
@@ -13,152 +17,159 @@ from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.order import generator_for
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.models.backbones import TextInput
-from cmgan_dist.models.generator import ModalityOutput
+from cmgan_dist.models.generator import Modality, ModalityOutput
 from cmgan_dist.training.state import Networks
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Which rows of the global batch are this process's: `count` of `total`, from `first` on."""
+
+    first: int
+    count: int
+    total: int
+
+    @property
+    def own(self) -> slice:
+        """This process's rows as a slice of the global batch."""
+        return slice(self.first, self.first + self.count)
 
 
 @dataclass
 class Mismatched:
-    """A mismatched sample per row: of another class, or any other pair where there are no classes."""
+    """A mismatched sample for each row: of another class, or any other pair where there are no classes."""
 
-    image_common: Tensor
-    text_common: Tensor
-    image_feature: Tensor
-    text_feature: Tensor
+    common: dict[Modality, Tensor]
+    """[B, E] of each modality: the common representations of the mismatched samples."""
+    feature: dict[Modality, Tensor]
+    """[B, F] of each modality: their features."""
     mask: Tensor | None
-    """bool [B]: rows that have one; None when all have."""
+    """bool [B]: the rows that have a mismatched sample; None when all have."""
 
 
 @dataclass
 class StepInputs:
-    """What the losses of one batch see. B rows are trained on; the first B of R rows when sampling is balanced."""
+    """What the losses of one batch see, on this process."""
 
     config: Config
     generator: dict[str, nn.Module]
-    """Called in training, by the side that trains ("" for both): under DDP where there are several processes."""
+    """What a generator phase calls, by the modality that it trains ("" for both): under DDP among several processes."""
     discriminators: dict[str, nn.Module]
-    """Likewise, by name."""
+    """What a discriminator's own phase calls, by name: under DDP among several processes."""
     unwrapped: dict[str, nn.Module]
-    """The discriminators without a wrapper."""
+    """The same discriminators without DDP, by name: what the generator's phases call."""
     gather: Callable[[Tensor], Tensor]
-    """Differentiable gather of rows over the processes."""
-    first_row: int
-    """Row of the global batch that this process's batch starts at."""
-    total: int
-    """Rows of the global batch."""
-    multi: bool
-    """Multi-label classes."""
+    """Gathers [B, ...] of every process into [G, ...], with the gradient of all."""
+    rows: RowRange
+    """Which rows of the global batch these are."""
+    multi_label: bool
+    """Whether a sample may have several classes."""
     image: Tensor
-    """[B, ...] what the generator takes: features, or raw images when the backbone is trained."""
+    """[B, ...]: the images that the generator takes: features, or raw ones when the backbone is trained."""
     text: TextInput
+    """[B, ...]: the texts that the generator takes, likewise features or tokens."""
     labels: Tensor | None
-    """bool [B, C]."""
+    """bool [B, C], or None without labels."""
     all_labels: Tensor | None
-    """bool [G, C] of all processes; None where no loss reads them."""
-    fake_image: ModalityOutput
-    """Image side of the no-grad forward, B rows."""
-    fake_text: ModalityOutput
-    wrong: Mismatched | None
-    """None when no loss needs it."""
+    """bool [G, C]: labels of the global batch; None where no loss reads them."""
+    outputs: dict[Modality, ModalityOutput]
+    """What the no-grad forward made of the B rows of each modality."""
     position: int
-    """Samples seen before this batch."""
+    """Samples of the run that came before this batch."""
+    mismatched: Mismatched | None = None
+    """The mismatched samples; None where no loss reads them."""
     stats: dict[str, Tensor] = field(default_factory=dict)
-    """Filled by the losses: accuracies and margins, for the log."""
+    """Accuracies and margins by name, for the log; the losses fill it."""
     conditions: dict[str, Tensor | None] = field(default_factory=dict)
-    """Filled by the generator's first step: the features' part of each inter-modality discriminator's hidden layer."""
+    """The features' part of each inter-modality discriminator's hidden layer, by name; the first generator step fills
+    it (`InterDiscriminator.condition`)."""
 
 
 def draw_mismatched(
-    labels: Tensor | None, all_labels: Tensor | None, first: int, rows: int, total: int, seed: int, position: int
+    labels: Tensor | None, all_labels: Tensor | None, rows: RowRange, seed: int, position: int
 ) -> tuple[Tensor, Tensor | None]:
-    """For each of this process's rows a row of the global batch that shares no class with it, uniformly.
+    """Draw for each of this process's rows a row of the global batch that shares no class with it, uniformly.
 
-    labels bool [B, C], all_labels bool [G, C]; without labels any other row. Returns (indices [B] into the global
-    batch, mask [B] of rows that have a candidate, or None when all have). The draw belongs to (seed, position, row):
-    it does not depend on the number of processes."""
-    draws = generator_for(seed, position, 7).random(total)[first : first + rows]
-    u = torch.from_numpy(draws)
+    `labels`: bool [B, C]; `all_labels`: bool [G, C]; without them any other row may come. Return (indices int64 [B]
+    into the global batch, mask bool [B] of the rows that have a candidate, or None when all have). The draw belongs to
+    (seed, position, row): it does not depend on the number of processes."""
+    u = torch.from_numpy(generator_for(seed, position, 7).random(rows.total)[rows.own])
     if labels is None or all_labels is None:
-        own = torch.arange(first, first + rows)
-        return (own + 1 + (u * (total - 1)).long()) % total, None
+        own = torch.arange(rows.total)[rows.own]
+        return (own + 1 + (u * (rows.total - 1)).long()) % rows.total, None
     allowed = (labels.float() @ all_labels.float().T < 0.5).cpu()  # [B, G]
     count = allowed.sum(1)
-    nth = (u * count).long().clamp(max=total)
-    index = (allowed.long().cumsum(1) <= nth[:, None]).sum(1).clamp(max=total - 1)
+    nth = (u * count).long().clamp(max=rows.total)
+    index = (allowed.long().cumsum(1) <= nth[:, None]).sum(1).clamp(max=rows.total - 1)
     mask = count > 0
     return index, None if bool(mask.all()) else mask
 
 
-def _rows(x: TextInput, first: int, stop: int) -> TextInput:
-    if isinstance(x, Mapping):
-        return {k: v[first:stop] for k, v in x.items()}
-    return x[first:stop]
-
-
 def build_step_inputs(
-    batch: Batch, networks: Networks, config: Config, parallel: Parallel, position: int, multi: bool
+    batch: Batch, networks: Networks, config: Config, parallel: Parallel, position: int
 ) -> StepInputs:
-    """Run the no-grad forward that serves all discriminator phases, and choose the mismatched samples."""
+    """Run the no-grad forward that serves all discriminator phases, and choose the mismatched samples.
+
+    `position`: samples of the run that came before `batch`. Every process calls it, each with its part of the global
+    batch."""
     size, generator, engines = batch.size, networks.generator, networks.engines
     image_raw = batch.image.to(parallel.device, non_blocking=True)
     text_raw = generator.text_backbone.tokenise(batch.text, parallel.device)
     with torch.no_grad(), parallel.autocast():
         image, text = generator.extract(image_raw, text_raw)
-        image_side, text_side = generator(image, text, classify=False, decode=config.loss.intra > 0)
-    fake_image, fake_text = image_side.rows(0, size), text_side.rows(0, size)
-    labels = batch.labels.to(parallel.device) if batch.labels is not None else None
-    first, total = parallel.rank * size, parallel.world * size
+        image_output, text_output = generator(image, text, classify=False, decode=config.loss.intra > 0)
+    labels = None if batch.labels is None else batch.labels.to(parallel.device)[:size]
     all_labels = None
-    if labels is not None:
-        labels = labels[:size]
-        if config.loss.class_contrastive or (config.loss.inter and not batch.has_mismatched):
-            all_labels = parallel.gather(labels.to(torch.uint8)).bool()
-    return StepInputs(
+    if labels is not None and (config.loss.class_contrastive or (config.loss.inter and not batch.has_mismatched)):
+        all_labels = parallel.gather(labels.to(torch.uint8)).bool()
+    inputs = StepInputs(
         config=config,
         generator=engines["generator"].wrapped,
         discriminators={name: engines[name].wrapped[""] for name in networks.unwrapped},
         unwrapped=networks.unwrapped,
         gather=parallel.gather_differentiable,
-        first_row=first,
-        total=total,
-        multi=multi,
+        rows=RowRange(parallel.rank * size, size, parallel.world * size),
+        multi_label=networks.multi_label,
         image=image[:size],
-        text=_rows(text, 0, size),
+        text=_first_rows(text, size),
         labels=labels,
         all_labels=all_labels,
-        fake_image=fake_image,
-        fake_text=fake_text,
-        wrong=_wrong(batch, image_side, text_side, labels, all_labels, first, total, config, parallel, position),
+        outputs={"image": image_output.rows(0, size), "text": text_output.rows(0, size)},
         position=position,
+    )
+    if config.loss.inter and batch.has_mismatched:
+        inputs.mismatched = _following_rows(image_output, text_output, size)
+    elif config.loss.inter:
+        inputs.mismatched = _fetched_rows(inputs, parallel)
+    return inputs
+
+
+def _first_rows(x: TextInput, size: int) -> TextInput:
+    if isinstance(x, Mapping):
+        return {k: v[:size] for k, v in x.items()}
+    return x[:size]
+
+
+def _following_rows(image: ModalityOutput, text: ModalityOutput, size: int) -> Mismatched:
+    """Return the mismatched rows that the stream drew: with balanced sampling they follow the batch's own B rows."""
+    image, text = image.rows(size, 2 * size), text.rows(size, 2 * size)
+    return Mismatched(
+        {"image": image.common, "text": text.common}, {"image": image.feature, "text": text.feature}, mask=None
     )
 
 
-def _wrong(
-    batch: Batch,
-    image: ModalityOutput,
-    text: ModalityOutput,
-    labels: Tensor | None,
-    all_labels: Tensor | None,
-    first: int,
-    total: int,
-    config: Config,
-    parallel: Parallel,
-    position: int,
-) -> Mismatched | None:
-    """The mismatched rows: drawn by the stream when sampling is balanced, else picked from the global batch."""
-    if not config.loss.inter:
-        return None
-    size = batch.size
-    if batch.has_mismatched:
-        rows = [side.rows(size, 2 * size) for side in (image, text)]
-        return Mismatched(rows[0].common, rows[1].common, rows[0].feature, rows[1].feature, None)
-    index, mask = draw_mismatched(labels, all_labels, first, size, total, config.train.seed, position)
+def _fetched_rows(inputs: StepInputs, parallel: Parallel) -> Mismatched:
+    """Draw the mismatched rows from the global batch, and fetch them from the processes that have them."""
+    config, image, text = inputs.config, inputs.outputs["image"], inputs.outputs["text"]
+    index, mask = draw_mismatched(inputs.labels, inputs.all_labels, inputs.rows, config.train.seed, inputs.position)
     columns = [image.common, text.common]
-    if config.loss.mismatch == "reference":
+    if config.loss.mismatch == "reference":  # else no loss reads their features
         columns += [image.feature, text.feature]
     joined = parallel.rows(torch.cat([c.float() for c in columns], 1), index)
     image_common, text_common, *features = joined.split([c.shape[1] for c in columns], 1)
     image_feature, text_feature = features or (image.feature, text.feature)
-    if mask is not None:
-        mask = mask.to(parallel.device)
-    return Mismatched(image_common, text_common, image_feature, text_feature, mask)
+    return Mismatched(
+        {"image": image_common, "text": text_common},
+        {"image": image_feature, "text": text_feature},
+        None if mask is None else mask.to(parallel.device),
+    )

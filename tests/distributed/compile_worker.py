@@ -1,6 +1,6 @@
-"""Shared layers compiled as one graph, statistics over all processes: equal to eager torch; see test_gradients.py.
+"""Compare shared layers compiled as one graph, statistics over all processes, with eager torch; see test_gradients.py.
 
-compile_worker.py torch|triton, the latter with TRITON_INTERPRET=1
+torchrun --nproc_per_node W tests/distributed/compile_worker.py torch|triton    (triton with TRITON_INTERPRET=1)
 """
 
 from __future__ import annotations

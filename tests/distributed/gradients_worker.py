@@ -1,6 +1,6 @@
-"""Each phase's gradients on W processes against one process with all rows, in the same run; see test_gradients.py.
+"""Compare each phase's gradients on W processes with those of one process with all rows; see test_gradients.py.
 
-gradients_worker.py CASE
+torchrun --nproc_per_node W tests/distributed/gradients_worker.py CASE
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def main() -> None:
             rng = torch.Generator().manual_seed(9)
             batch.image = torch.randint(256, (size, 32, 32, 4), generator=rng, dtype=torch.uint8)
 
-    def all_inputs(networks, using):  # type: ignore[no-untyped-def]
+    def micro_batches(networks, using):  # type: ignore[no-untyped-def]
         own = [part_of(batch, using.rank, using.world) for batch in batches]
-        return [build_step_inputs(b, networks, config, using, i * size, False) for i, b in enumerate(own)]
+        return [build_step_inputs(b, networks, config, using, i * size) for i, b in enumerate(own)]
 
-    mine, theirs = all_inputs(many, parallel), all_inputs(one, alone)
+    mine, theirs = micro_batches(many, parallel), micro_batches(one, alone)
     for phase in phase_table(config):
         terms = run_phase(phase, mine, many.engines, parallel.autocast)
         expected = run_phase(phase, theirs, one.engines, alone.autocast)

@@ -35,7 +35,7 @@ def test_an_overflow_in_one_discriminator_skips_only_its_step(monkeypatch: pytes
     assert all(e.scaler is not None for e in networks.engines.values())
     assert len({id(e.scaler) for e in networks.engines.values()}) == 5
     networks.unwrapped["d_image_inter"].out.weight.register_hook(lambda g: torch.full_like(g, math.inf))  # type: ignore[operator, union-attr]
-    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0, False)
+    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0)
     modules = {"generator": networks.generator, **networks.unwrapped}
     for phase in phase_table(config)[:6]:
         before = parameters(modules[phase.module])
@@ -56,7 +56,7 @@ def test_fp16_trains_as_fp32_does_within_its_precision() -> None:
         networks, parallel = set_up(config)
         parallel.precision = precision
         for step in range(5):
-            inputs = build_step_inputs(make_batch(seed=step), networks, config, parallel, step * 10, False)
+            inputs = build_step_inputs(make_batch(seed=step), networks, config, parallel, step * 10)
             terms: dict[str, Tensor] = {}
             for phase in phase_table(config):
                 terms |= run_phase(phase, [inputs], networks.engines, parallel.autocast)

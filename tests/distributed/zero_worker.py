@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO against DDP, step by step, in the same processes; see test_zero.py.
+"""Compare DeepSpeed ZeRO with DDP, step by step, in the same processes; see test_zero.py.
 
-zero_worker.py CASE
+torchrun --nproc_per_node W tests/distributed/zero_worker.py CASE
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STAGES: dict[str, dict[str, object]] = {
 
 
 def train(config: Config, parallel: Parallel, networks: Networks, first: int, stop: int) -> list[dict[str, float]]:
-    """Losses of steps first..stop, means over the processes."""
+    """Train the steps from `first` up to `stop`; return their losses, means over the processes."""
     out = []
     parts = config.optim.accumulate
     for step in range(first, stop):
@@ -44,12 +44,10 @@ def train(config: Config, parallel: Parallel, networks: Networks, first: int, st
             part_of(global_batch(ROWS // parts, 100 * step + i), parallel.rank, parallel.world) for i in range(parts)
         ]
         position = step * ROWS
-        all_inputs = [
-            build_step_inputs(b, networks, config, parallel, position + i, False) for i, b in enumerate(batches)
-        ]
+        micro_batches = [build_step_inputs(b, networks, config, parallel, position + i) for i, b in enumerate(batches)]
         terms: dict[str, torch.Tensor] = {}
         for phase in phase_table(config):
-            terms |= run_phase(phase, all_inputs, networks.engines, parallel.autocast)
+            terms |= run_phase(phase, micro_batches, networks.engines, parallel.autocast)
             if phase.module == "generator":  # its losses went through the discriminators
                 left = [
                     n
@@ -57,12 +55,13 @@ def train(config: Config, parallel: Parallel, networks: Networks, first: int, st
                     for p in d.parameters()
                     if p.grad is not None and p.grad.any()
                 ]
-                assert not left or parallel._zero is None, f"the generator left gradients in {left}"
+                assert not left or parallel.zero_config is None, f"the generator left gradients in {left}"
         out.append(parallel.mean({k: float(v) for k, v in terms.items() if k.startswith("loss/")}))
     return out
 
 
 def compare(a: list[dict[str, float]], b: list[dict[str, float]], what: str, tolerance: float) -> float:
+    """Check that the losses of each step are equal within `tolerance`; return the largest relative difference."""
     worst = 0.0
     for step, (left, right) in enumerate(zip(a, b, strict=True)):
         assert left.keys() == right.keys()
@@ -84,7 +83,7 @@ def main() -> None:
     expected += train(config, parallel, plain, HALF, STEPS)
     tolerance = 2e-2 if case == "bf16" else 1e-4
     for name, zero in STAGES.items():
-        parallel._zero = {"zero_optimization": zero}
+        parallel.zero_config = {"zero_optimization": zero}
         networks = build_networks(config, spec, None, parallel)
         found = train(config, parallel, networks, 0, HALF)
         worst = compare(expected[:HALF], found, name, tolerance)
@@ -96,18 +95,18 @@ def main() -> None:
             assert close, f"{name} {key}: {saved[key]} {value}"
         back = build_networks(config, spec, None, parallel)
         back.load(halfway, "DDP's")
-        parallel._zero = None
+        parallel.zero_config = None
         there = build_networks(config, spec, None, parallel)
         there.load(saved, "ZeRO's")
         following = expected[HALF : HALF + 8]
         compare(following, train(config, parallel, there, HALF, HALF + 8), "ZeRO to DDP", 3 * tolerance)
-        parallel._zero = {"zero_optimization": zero}
+        parallel.zero_config = {"zero_optimization": zero}
         compare(following, train(config, parallel, back, HALF, HALF + 8), "DDP to ZeRO", 3 * tolerance)
         more = train(config, parallel, networks, HALF, STEPS)
         worst = max(worst, compare(expected[HALF:], more, name, 3 * tolerance))
         for each in (networks, back, there):
             each.release()
-        parallel._zero = None
+        parallel.zero_config = None
         if parallel.main:
             print(f"{case}: {name} equals DDP on {parallel.world}, largest relative difference {worst:.1e}")
     plain.release()

@@ -1,4 +1,4 @@
-"""The fused cross-entropy compiled and run on a GPU."""
+"""The fused cross-entropy compiled and run on a GPU: all of tests/kernels/bce_cases.py."""
 
 from __future__ import annotations
 

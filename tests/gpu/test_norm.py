@@ -1,4 +1,4 @@
-"""The fused epilogue compiled and run on a GPU: every case of the interpreter's, and what only a GPU can show."""
+"""The fused BatchNorm compiled and run on a GPU: all of tests/kernels/norm_cases.py, and what only a GPU can show."""
 
 from __future__ import annotations
 

@@ -17,34 +17,35 @@ from triton.compiler import ASTSource
 from cmgan_dist.kernels.norm_triton import Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ROWS = {"x", "y", "dy", "dx", "real", "fake", "wrong"}
-"""Pointers to what the model computes in; all others are float32."""
+ROWS = {"x", "y", "dy", "dx", "real", "fake", "mismatched"}
+"""Pointers to rows in the dtype that the model computes in; the other pointers are float32."""
 POINTERS = ROWS | {
     *("moments", "stats", "weight", "bias", "running_mean", "running_var", "out", "sums", "dweight", "dbias"),
     *("loss", "grad"),
 }
 OTHERS = {"seed": "*i64", "mask": "*i1", "totals": "*fp64"}
-FLOATS = {"eps", "slope", "p", "momentum", "fake_weight", "wrong_weight"}
+FLOATS = {"eps", "slope", "p", "momentum", "fake_weight", "mismatched_weight"}
 ONES = {"n1", "groups", "parts", "splits", "steps"}
-"""May be 1."""
+"""Sizes that may be 1, which torch.compile then makes constants."""
 ALIGNED = {"x_stride", "dy_stride", "channels"}
-"""Multiples of 16, as for every width of the presets."""
+"""Sizes that are multiples of 16, as for every width of the presets."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel is on one architecture."""
+    """What one kernel takes on one architecture, and of which instructions it is made."""
 
     registers: int
-    """Per thread."""
+    """Registers of a thread."""
     stack: int
-    """Bytes per thread in local memory: spilled registers."""
+    """Bytes of a thread in local memory: spilled registers."""
     shared: int
-    """Bytes per block."""
+    """Bytes of a block in shared memory."""
     opcodes: dict[str, int]
-    """Count of each SASS instruction, with modifiers."""
+    """How often each SASS instruction, with its modifiers, stands in the code."""
 
     def count(self, pattern: str) -> int:
+        """Return how many instructions match the regular expression `pattern`."""
         return sum(n for name, n in self.opcodes.items() if re.match(pattern, name))
 
 
@@ -56,9 +57,10 @@ def _tool(name: str, *args: str) -> str:
 def compiled(
     kernel: Any, capability: int, dtype: str, tile: Tile, flags: tuple[str, ...], folder: Path, inductor: bool = False
 ) -> Compiled:
-    """`kernel` for sm_`capability` with rows in `dtype` (fp32, bf16, fp16); `flags`: constexprs that are true.
+    """Return `kernel` compiled for sm_`capability` with rows in `dtype` (fp32, bf16, fp16).
 
-    `inductor`: with the arguments as torch.compile passes them, floats in float64 and ones as constants."""
+    `flags`: the constexprs that are true. `folder`: where the cubin is written. `inductor`: with the arguments as
+    torch.compile passes them, floats in float64 and ones as constants."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes = {}

@@ -1,4 +1,5 @@
-"""The fused cross-entropy against torch's in float64; run by the interpreter and on a GPU, as norm_cases.py."""
+"""The fused cross-entropy against torch's in float64: one set of tests, run by Triton's interpreter
+(test_interpreter.py) and on a GPU (tests/gpu/test_bce.py)."""
 
 from __future__ import annotations
 
@@ -12,15 +13,15 @@ from tests.kernels.norm_cases import CHECKS, DEVICE, close
 
 
 @pytest.mark.parametrize("rows", [1, 3, 127, 1500])
-@pytest.mark.parametrize("kind", ["fake only", "wrong", "masked"])
+@pytest.mark.parametrize("kind", ["fake only", "mismatched", "masked"])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_value_and_gradient(rows: int, kind: str, scale: float) -> None:
     """Targets 1, 0, 0 with weights 1, 1/2, 1/2; logits of 1e4 overflow nothing."""
     torch.manual_seed(0)
     logits = (torch.randn(3 * rows, device=DEVICE) * scale).requires_grad_()
     mask = torch.rand(rows, device=DEVICE) > 0.3 if kind == "masked" else None
-    real, fake, wrong = logits.chunk(3)
-    fakes = [(fake, 0.5, None)] + ([] if kind == "fake only" else [(wrong, 0.5, mask)])
+    real, fake, mismatched = logits.chunk(3)
+    fakes = [(fake, 0.5, None)] + ([] if kind == "fake only" else [(mismatched, 0.5, mask)])
     ours = fused_discriminator_loss("bce", real, fakes, "triton")
     twin = logits.detach().double().requires_grad_()
     weight = torch.ones(3 * rows, dtype=torch.float64, device=DEVICE)
@@ -38,12 +39,12 @@ def test_value_and_gradient(rows: int, kind: str, scale: float) -> None:
 
 
 def test_opcheck() -> None:
-    real, fake, wrong = (torch.randn(9, device=DEVICE, requires_grad=True) for _ in range(3))
+    real, fake, mismatched = (torch.randn(9, device=DEVICE, requires_grad=True) for _ in range(3))
     mask = torch.rand(9, device=DEVICE) > 0.3
     for args in (
         (real, fake, None, None, 1.0, 0.0),
-        (real, fake, wrong, None, 0.5, 0.5),
-        (real, fake, wrong, mask, 0.5, 0.5),
+        (real, fake, mismatched, None, 0.5, 0.5),
+        (real, fake, mismatched, mask, 0.5, 0.5),
     ):
         torch.library.opcheck(discriminator_bce, args, test_utils=CHECKS)
 

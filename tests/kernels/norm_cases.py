@@ -1,5 +1,5 @@
-"""The fused epilogue against float64: one set of tests, run by Triton's interpreter (test_interpreter.py) and on a GPU
-(tests/gpu)."""
+"""The fused BatchNorm, LeakyReLU and dropout against float64: one set of tests, run by Triton's interpreter
+(test_interpreter.py) and on a GPU (tests/gpu/test_norm.py)."""
 
 from __future__ import annotations
 
@@ -179,13 +179,13 @@ def test_no_rows_at_all() -> None:
 @pytest.mark.parametrize("capacity", [1, 3, 9])
 def test_any_split_of_the_rows(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many programs share the reduction, also more than there are rows for."""
-    plan = norm_triton._Plan.of
+    plan = norm_triton.LaunchPlan.of
 
-    def forced(groups: Sequence[int], channels: int) -> norm_triton._Plan:
+    def forced(groups: Sequence[int], channels: int) -> norm_triton.LaunchPlan:
         made = plan(groups, channels)
-        return norm_triton._Plan(made.tile, made.column_blocks, -(-made.row_blocks // 3), capacity, 3, made.sizes)
+        return norm_triton.LaunchPlan(made.tile, made.column_blocks, -(-made.row_blocks // 3), capacity, 3, made.sizes)
 
-    monkeypatch.setattr(norm_triton._Plan, "of", staticmethod(forced))
+    monkeypatch.setattr(norm_triton.LaunchPlan, "of", staticmethod(forced))
     compare([100, 9], 20, torch.float32)
 
 

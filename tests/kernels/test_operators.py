@@ -82,7 +82,7 @@ def test_a_compiled_graph_of_the_torch_path_equals_eager() -> None:
 
 
 def test_the_path_is_said_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
-    dispatch._say.cache_clear()
+    dispatch.log_path.cache_clear()
     x = torch.randn(4, 8)
     with caplog.at_level(logging.INFO):
         for _ in range(3):

@@ -75,11 +75,11 @@ def test_discriminator_of_repeated_features_equals_that_of_the_concatenation(spe
     """Both ways of passing features; spectral normalisation still bounds the whole weight."""
     torch.manual_seed(1)
     module = InterDiscriminator(7, ModelConfig(common_dim=5, discriminator_dim=6, spectral_norm=spectral))
-    common, feature, wrong = torch.randn(12, 5), torch.randn(4, 7), torch.randn(4, 7)
+    common, feature, mismatched = torch.randn(12, 5), torch.randn(4, 7), torch.randn(4, 7)
     for _ in range(30):  # power iterations converge
-        module(common, [feature, feature, wrong], [4, 4, 4])
-    one = module(common, [feature, feature, wrong], [4, 4, 4])
-    other = module(common, torch.cat([feature, feature, wrong]), [4, 4, 4])
+        module(common, [feature, feature, mismatched], [4, 4, 4])
+    one = module(common, [feature, feature, mismatched], [4, 4, 4])
+    other = module(common, torch.cat([feature, feature, mismatched]), [4, 4, 4])
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     if spectral:
         assert abs(float(torch.linalg.matrix_norm(module.hidden.weight.detach(), 2)) - 1) < 1e-3

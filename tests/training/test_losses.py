@@ -12,12 +12,12 @@ from cmgan_dist.training import losses
 
 def test_bce_is_binary_cross_entropy_with_half_weights() -> None:
     torch.manual_seed(0)
-    real, fake, wrong = (torch.randn(9) * 4 for _ in range(3))
+    real, fake, mismatched = (torch.randn(9) * 4 for _ in range(3))
     mask = torch.tensor([True] * 6 + [False] * 3)
-    ours = losses.discriminator_loss("bce", real, [(fake, 0.5, None), (wrong, 0.5, mask)])
+    ours = losses.discriminator_loss("bce", real, [(fake, 0.5, None), (mismatched, 0.5, mask)])
     expected = F.binary_cross_entropy_with_logits(real, torch.ones(9))
     expected += 0.5 * F.binary_cross_entropy_with_logits(fake, torch.zeros(9))
-    expected += 0.5 * sum(-math.log(1 - torch.sigmoid(w.double()).item()) for w in wrong[:6]) / 9
+    expected += 0.5 * sum(-math.log(1 - torch.sigmoid(x.double()).item()) for x in mismatched[:6]) / 9
     torch.testing.assert_close(ours, expected.float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         losses.generator_loss("bce", fake), F.binary_cross_entropy_with_logits(fake, torch.ones(9))

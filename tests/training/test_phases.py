@@ -1,4 +1,4 @@
-"""The phase table: who trains in which phase, and against what."""
+"""The phase table trains one module a phase, on the published losses; mismatched rows are drawn as they should be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cmgan_dist.config.fields import Config, ModelConfig
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.models.generator import build_generator
 from cmgan_dist.training.phases import phase_table, run_phase
-from cmgan_dist.training.step import build_step_inputs, draw_mismatched
+from cmgan_dist.training.step import RowRange, build_step_inputs, draw_mismatched
 from tests.toy import make_batch, set_up, small
 
 CASES = [
@@ -31,7 +31,7 @@ def test_each_phase_changes_its_own_parameters_only(loss: dict[str, object], upd
     config = small(**loss)
     config.optim.update, config.optim.clip = update, 1.0  # type: ignore[assignment]
     networks, parallel = set_up(config)
-    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0, False)
+    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0)
     modules = {"generator": networks.generator, **networks.unwrapped}
     for phase in phase_table(config):
         before = {n: {k: p.detach().clone() for k, p in m.named_parameters()} for n, m in modules.items()}
@@ -54,12 +54,14 @@ def test_each_phase_changes_its_own_parameters_only(loss: dict[str, object], upd
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("loss", [{}, {"intra": 0.0}, {"classification": 0.0, "contrastive": 1.0}], ids=str)
-def test_one_side_holds_the_parameters_that_get_a_gradient(loss: dict[str, object], share: bool) -> None:
+def test_a_single_modality_generator_holds_the_parameters_that_get_a_gradient(
+    loss: dict[str, object], share: bool
+) -> None:
     """What DDP is told to send: one too few would stay different among processes, one too many stops the run."""
     config = small(**loss)
     config.optim.update, config.model.share_layers, config.model.share_classifier = "alternate", share, share
     networks, parallel = set_up(config)
-    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0, False)
+    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0)
     for phase in phase_table(config)[-2:]:
         run_phase(phase, [inputs], networks.engines, parallel.autocast)
         found = {name for name, p in networks.generator.named_parameters() if p.grad is not None}
@@ -78,16 +80,16 @@ def test_one_discriminator_step_against_plain_torch() -> None:
     """D_CI of the recipe written out: separate forwards, BCE, weights 1, 1/2, 1/2, Adam."""
     config = small(mismatch="conditional")
     networks, parallel = set_up(config)
-    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0, False)
+    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0)
     mine = copy.deepcopy(networks.unwrapped["d_image_inter"])
     optimizer = torch.optim.Adam(mine.parameters(), lr=1e-3, betas=(0.5, 0.999))
-    image, text, wrong = inputs.fake_image, inputs.fake_text, inputs.wrong
-    assert wrong is not None
+    image, text, mismatched = inputs.outputs["image"], inputs.outputs["text"], inputs.mismatched
+    assert mismatched is not None
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     ones, zeros = torch.ones(10), torch.zeros(10)
     loss = bce(mine(image.common, image.feature, [10]), ones)
     loss = loss + 0.5 * bce(mine(text.common, image.feature, [10]), zeros)
-    loss = loss + 0.5 * bce(mine(wrong.image_common, image.feature, [10]), zeros)
+    loss = loss + 0.5 * bce(mine(mismatched.common["image"], image.feature, [10]), zeros)
     loss.backward()
     optimizer.step()
     phase = next(p for p in phase_table(config) if p.name == "D_CI")
@@ -101,14 +103,14 @@ def test_one_generator_step_against_plain_torch() -> None:
     """G_I of the recipe written out."""
     config = small()
     networks, parallel = set_up(config)
-    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0, False)
+    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0)
     mine = copy.deepcopy(networks.generator)
-    side, _ = mine(inputs.image, None)
+    output, _ = mine(inputs.image, None)
     bce = torch.nn.functional.binary_cross_entropy_with_logits
-    loss = bce(networks.unwrapped["d_text_inter"](side.common, inputs.text, [10]), torch.ones(10))
-    loss = loss + bce(networks.unwrapped["d_image"](side.reconstruction.dense()), torch.ones(10))
+    loss = bce(networks.unwrapped["d_text_inter"](output.common, inputs.text, [10]), torch.ones(10))
+    loss = loss + bce(networks.unwrapped["d_image"](output.reconstruction.dense()), torch.ones(10))
     assert inputs.labels is not None
-    loss = loss + torch.nn.functional.cross_entropy(side.logits, inputs.labels.float().argmax(1))
+    loss = loss + torch.nn.functional.cross_entropy(output.logits, inputs.labels.float().argmax(1))
     loss.backward()
     torch.optim.Adam(mine.parameters(), lr=1e-3, betas=(0.5, 0.999)).step()
     phase = next(p for p in phase_table(config) if p.name == "G_I")
@@ -126,8 +128,8 @@ def test_image_and_text_share_the_same_storage() -> None:
     gradients = []
     for inputs in ((image, None), (None, text)):
         model.zero_grad()
-        sides = model(*inputs)
-        next(s for s in sides if s is not None).common.square().sum().backward()
+        outputs = model(*inputs)
+        next(output for output in outputs if output is not None).common.square().sum().backward()
         gradients.append(model.shared.linear[0].weight.grad.clone())
     assert len(model.shared.linear) == 1
     assert all(g.abs().sum() > 0 for g in gradients)
@@ -150,11 +152,11 @@ def test_joined_forward_equals_two_passes() -> None:
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_wrong_rows_share_no_class_and_are_uniform() -> None:
+def test_mismatched_rows_share_no_class_and_are_uniform() -> None:
     labels = torch.eye(3).bool()[torch.tensor([0, 0, 1, 2, 1, 0])]
     counts = torch.zeros(6, 6)
     for position in range(600):
-        index, mask = draw_mismatched(labels, labels, 0, 6, 6, 1, position)
+        index, mask = draw_mismatched(labels, labels, RowRange(0, 6, 6), 1, position)
         assert mask is None
         assert not (labels & labels[index]).any()
         counts[torch.arange(6), index] += 1
@@ -163,19 +165,20 @@ def test_wrong_rows_share_no_class_and_are_uniform() -> None:
     assert share[2, [0, 1, 3, 5]].sub(1 / 4).abs().max() < 0.08
 
 
-def test_wrong_rows_do_not_depend_on_the_number_of_processes() -> None:
+def test_mismatched_rows_do_not_depend_on_the_number_of_processes() -> None:
     labels = torch.eye(4).bool()[torch.arange(12) % 4]
-    whole, _ = draw_mismatched(labels, labels, 0, 12, 12, 5, 64)
-    parts = [draw_mismatched(labels[a : a + 4], labels, a, 4, 12, 5, 64)[0] for a in (0, 4, 8)]
+    everything, thirds = RowRange(0, 12, 12), [RowRange(first, 4, 12) for first in (0, 4, 8)]
+    whole, _ = draw_mismatched(labels, labels, everything, 5, 64)
+    parts = [draw_mismatched(labels[rows.own], labels, rows, 5, 64)[0] for rows in thirds]
     assert torch.equal(whole, torch.cat(parts))
-    free = [draw_mismatched(None, None, a, 4, 12, 5, 64)[0] for a in (0, 4, 8)]
-    assert torch.equal(draw_mismatched(None, None, 0, 12, 12, 5, 64)[0], torch.cat(free))
+    free = [draw_mismatched(None, None, rows, 5, 64)[0] for rows in thirds]
+    assert torch.equal(draw_mismatched(None, None, everything, 5, 64)[0], torch.cat(free))
     assert (torch.cat(free) != torch.arange(12)).all()
 
 
 def test_rows_without_another_class_are_masked() -> None:
     labels = torch.tensor([[1, 1], [1, 0], [0, 1]]).bool()
-    index, mask = draw_mismatched(labels, labels, 0, 3, 3, 0, 0)
+    index, mask = draw_mismatched(labels, labels, RowRange(0, 3, 3), 0, 0)
     assert mask is not None
     assert mask.tolist() == [False, True, True]
     assert index[1:].tolist() == [2, 1]
@@ -184,7 +187,7 @@ def test_rows_without_another_class_are_masked() -> None:
 def test_label_free_training_has_no_classifier() -> None:
     config = small()
     networks, parallel = set_up(config, classes=0)
-    inputs = build_step_inputs(make_batch(classes=0), networks, config, parallel, 0, False)
+    inputs = build_step_inputs(make_batch(classes=0), networks, config, parallel, 0)
     terms = {k for p in phase_table(config) for k in run_phase(p, [inputs], networks.engines, parallel.autocast)}
     assert not any("classification" in k for k in terms)
     assert not len(networks.generator.classifiers)
