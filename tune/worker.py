@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from cmgan_dist.config.load import from_yaml
 from cmgan_dist.errors import EXIT_BAD_INPUT, BadInput
+from cmgan_dist.retrieval.metrics import direction_scores
 from cmgan_dist.training.loop import run_training
 from cmgan_dist.training.recorder import read_metrics
 from cmgan_dist.training.run import Run, prepare
@@ -57,15 +58,6 @@ def write_line(pipe: int, message: dict[str, Any]) -> None:
     os.write(pipe, (json.dumps(message) + "\n").encode())
 
 
-def both_directions(values: dict[str, float]) -> dict[str, float]:
-    """Return MAP of each direction; for pairs without labels the mean of its recalls."""
-    scores = {}
-    for name in ("image_to_text", "text_to_image"):
-        keys = [k for k in values if k == f"map/{name}"] or [k for k in values if k.startswith(f"recall/{name}@")]
-        scores[name] = sum(values[k] for k in keys) / len(keys)
-    return scores
-
-
 def report(run: Run, pipe: int) -> None:
     """Report the last validation, wait for the answer, and end the process when it is not "go"."""
     lines = [line for line in read_metrics(run.folder) if line["kind"] == "val"]
@@ -76,7 +68,7 @@ def report(run: Run, pipe: int) -> None:
         {
             "score": lines[-1]["score"],
             "best": best["score"],
-            **both_directions(values),
+            **direction_scores(values),
             "samples": run.progress.position,
             "epoch": run.progress.position / run.progress.epoch_samples,
             "last": run.progress.position >= run.total,

@@ -245,9 +245,21 @@ def evaluate(
     return result
 
 
+def direction_scores(metrics: Mapping[str, object]) -> dict[str, float]:
+    """Return one score for "image_to_text" and "text_to_image" each: MAP, or without labels the mean of R@1, 5 and 10.
+
+    Raises BadInput when no image and text of the set share a class, so that there is no MAP."""
+    scores = {}
+    for name in ("image_to_text", "text_to_image"):
+        keys = [k for k in metrics if k == f"map/{name}"] or [k for k in metrics if k.startswith(f"recall/{name}@")]
+        values = [cast("float | None", metrics[k]) for k in keys]
+        if None in values:
+            raise BadInput("MAP cannot be measured, no image and text share a class: use a split with labelled samples")
+        scores[name] = sum(cast(list[float], values)) / len(values)
+    return scores
+
+
 def score_of(metrics: Mapping[str, object]) -> float:
-    """Return what validation maximises: MAP, mean of both directions; for pairs without labels the mean of R@1, 5,
-    10."""
-    keys = [k for k in metrics if k == "map/mean"] or [k for k in metrics if k.startswith("recall/")]
-    values = [cast(float, metrics[k]) for k in keys]
-    return sum(values) / len(values)
+    """Return what validation maximises: the mean of both directions' scores (`direction_scores`)."""
+    scores = direction_scores(metrics)
+    return sum(scores.values()) / len(scores)

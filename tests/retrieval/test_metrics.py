@@ -14,7 +14,17 @@ from torch import Tensor
 
 from cmgan_dist.errors import BadInput
 from cmgan_dist.retrieval import metrics
-from cmgan_dist.retrieval.metrics import Embeddings, common_space, evaluate, pair_ranks, rank_classes, top_k, zscore
+from cmgan_dist.retrieval.metrics import (
+    Embeddings,
+    common_space,
+    direction_scores,
+    evaluate,
+    pair_ranks,
+    rank_classes,
+    score_of,
+    top_k,
+    zscore,
+)
 
 
 def made(
@@ -225,3 +235,13 @@ def test_chunks_hold_a_bounded_number_of_similarities() -> None:
     sizes = [part.numel() for _, part in metrics.similarities(torch.randn(3000, 2), torch.randn(9000, 2))]
     assert sum(sizes) == 3000 * 9000
     assert max(sizes) <= metrics.CHUNK_ELEMENTS
+
+
+def test_validation_maximises_map_or_without_labels_recall() -> None:
+    labelled = {"map/image_to_text": 0.5, "map/text_to_image": 0.7, "recall/image_to_text@1": 0.0}
+    assert direction_scores(labelled) == {"image_to_text": 0.5, "text_to_image": 0.7}
+    assert score_of(labelled) == pytest.approx(0.6)
+    pairs = {f"recall/{d}@{k}": v for d, v in (("image_to_text", 0.2), ("text_to_image", 0.4)) for k in (1, 5, 10)}
+    assert score_of(pairs) == pytest.approx(0.3)
+    with pytest.raises(BadInput, match="no image and text share a class"):
+        score_of({"map/image_to_text": None, "map/text_to_image": None})
