@@ -167,7 +167,6 @@ def make_shard(options: Options, data: Path, output: Path, source: ShardInfo, se
     path = output / record_name(source.name)
     left_out: list[str] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         ledger.write(path, ledger.Record(source.sha256, settings))
         with open(data / source.name, "rb") as raw:
             samples = feature_samples(extractor(options), iter_samples(raw, source.name), source.name, left_out)

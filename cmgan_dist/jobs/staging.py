@@ -28,7 +28,10 @@ def staging(output: Path) -> Iterator[Path]:
 
 
 def write_staged(path: Path, data: bytes | str) -> None:
-    """Write a small file by way of `staging`: it is whole under its name or not there at all. Raises OSError."""
+    """Write a small file by way of `staging`: it is whole under its name or not there at all.
+
+    Missing folders are made. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with staging(path.parent) as folder:
         write_atomic(folder / path.name, data)
         os.replace(folder / path.name, path)

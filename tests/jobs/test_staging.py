@@ -32,8 +32,9 @@ def test_no_two_stages_share_a_name_and_none_stays(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="broken"):
         fail()
-    write_staged(tmp_path / "whole", "é")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("whole", "é".encode())]
+    write_staged(tmp_path / "part" / "whole", "é")
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "part").iterdir()] == [("whole", "é".encode())]
 
 
 def test_only_what_dead_processes_of_this_host_left_is_removed(tmp_path: Path) -> None:

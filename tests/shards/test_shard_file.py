@@ -37,6 +37,11 @@ def test_a_shard_is_its_tar_and_its_sidecar(tmp_path: Path) -> None:
     assert not has_index(tmp_path, info)
 
 
+def test_a_shard_may_lie_in_a_folder(tmp_path: Path) -> None:
+    assert write_shard(tmp_path, f"part/{NAME}", samples(2)) is not None
+    assert sorted(path.name for path in (tmp_path / "part").iterdir()) == [index_name(NAME), NAME]
+
+
 def test_two_writers_of_one_shard_leave_it_whole(tmp_path: Path) -> None:
     """The second begins and ends in the middle of the first."""
 
