@@ -17,7 +17,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     the last one wins. Missing folders are made. Raises OSError, leaving nothing behind, when writing fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}-{secrets.token_hex(8)}.tmp")
+    aside = path.with_name(f".{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}.tmp")
     try:
         with open(aside, "xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)

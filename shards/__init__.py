@@ -1,1 +1,1 @@
-"""Raw pairs -> WebDataset tars with a manifest: build, verify, stats, index, features."""
+"""Make data sets of WebDataset tars with a manifest, and look into them: build, verify, stats, index, features."""

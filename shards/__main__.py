@@ -1,4 +1,4 @@
-"""``python -m shards COMMAND``: see ``python -m shards --help``."""
+"""The command line ``python -m shards COMMAND``; ``python -m shards --help`` lists the commands."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ SOURCES: Table = {
 
 
 def usage() -> str:
+    """Return the help text: a line for each source and each command."""
     lines = [
         "usage: python -m shards COMMAND ... (each has --help)",
         "",
@@ -40,7 +41,7 @@ def usage() -> str:
 
 
 def _choose(table: Table, args: Sequence[str], what: str, more: Sequence[str] = ()) -> str:
-    """The first argument, which must be in the table or `more`. Raises BadInput."""
+    """Return the first argument. Raises BadInput when it is neither in the table nor in `more`."""
     choices = ", ".join([*more, *table])
     if not args:
         raise BadInput(f"name a {what}: {choices}")
@@ -50,6 +51,7 @@ def _choose(table: Table, args: Sequence[str], what: str, more: Sequence[str] = 
 
 
 def main(args: Sequence[str]) -> int | None:
+    """Run the command that `args` names and return its exit code (None is 0). Raises BadInput."""
     if (args and args[0] in ("-h", "--help")) or list(args) in (["build", "-h"], ["build", "--help"]):
         print(usage())
         return 0

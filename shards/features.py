@@ -1,50 +1,36 @@
-"""Raw shards -> shards of precomputed features, shard by shard, resumable.
+"""Encoded shards -> shards of precomputed features of the same names, shard by shard, resumable.
 
-The way of a sample: raw tar -> parse, decode -> batch -> backbones -> KEY.image.npy, KEY.text.npy and its label JSON
--> tar of the same name. What is not converted is copied as it is.
-
-Beside each tar stands ``train-000000.features.json``: what it was made from and how. The tar gets its name last, so a
-tar with its record is finished and a run that was killed goes on behind it."""
+Beside each tar lies its record, ``train-000000.features.json``: what it was made from and how. The record is written
+last, so a run that was killed goes on behind the last shard whose record agrees with its bytes."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import itertools
-import json
-import os
-import tarfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
-from torch import nn
 
-from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
-from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
-from cmgan_dist.data.sample import IMAGE_EXTENSIONS, parse_sample
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.files import sha256_of, write_atomic
+from cmgan_dist.files import sha256_of
+from cmgan_dist.jobs import ledger
 from cmgan_dist.jobs.local import parallel_map, usable_cores
-from cmgan_dist.models.backbones import ImageBackbone, TextBackbone, build_image_backbone, build_text_backbone
-from shards.pack import print_sizes
-from shards.scan import scan_shard
-from shards.shard_file import add_member
+from cmgan_dist.jobs.staging import remove_leftovers
+from cmgan_dist.models.backbones import TimmBackbone
+from cmgan_dist.models.weights import weights_sha256
+from shards.assemble import assemble, print_summary, write_manifest
+from shards.extract import Extractor, Options, extractor, feature_samples
+from shards.shard_file import has_index, write_shard
 
-IMAGE_MEMBERS = ("image.npy", *IMAGE_EXTENSIONS)
-TEXT_MEMBERS = ("text.npy", "txt")
-CPU_IMAGES = 8
-"""Images that a CPU takes at a time: with 64, half the time goes into fetching memory for activations."""
+Made = tuple[ShardInfo | None, list[str]]
+"""What was written for a source (None when no sample was good), and a line for each sample left out."""
 
 
 @dataclass
@@ -84,245 +70,15 @@ class FeaturesCommand:
     """Make shards anew that came from other data or other options, and remove those that have no source."""
 
     def run(self) -> None:
+        """Write the features. Raises BadInput as `write_features` does."""
         write_features(self)
 
 
-# ---------------------------------------------------------------------------------------------- extraction
+# ---------------------------------------------------------------------------------------------- settings
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a process needs to know; hashable, so that it loads its backbones once."""
-
-    image: tuple[str, str, int] | None
-    """(backbone, weights, image size); None: images are copied."""
-    text: tuple[str, str, int] | None
-    """(backbone, weights, max tokens); None: texts are copied."""
-    batch_size: int
-    dtype: Literal["float32", "float16"]
-    device: str
-    decode_threads: int
-    skip_bad: bool
-
-
-class Extractor:
-    """The backbones of a process."""
-
-    def __init__(self, options: Options) -> None:
-        """Raises BadInput when a backbone cannot be made."""
-        self.options = options
-        self.image: ImageBackbone | None = None
-        self.text: TextBackbone | None = None
-        if options.image is not None:
-            name, weights, size = options.image
-            self.image = build_image_backbone(ImageBackboneConfig(name, weights, image_size=size)).to(options.device)
-        if options.text is not None:
-            name, weights, tokens = options.text
-            self.text = build_text_backbone(TextBackboneConfig(name, weights, max_tokens=tokens)).to(options.device)
-        # One thread a process and no TF32: the same bytes for any number of cores, nearly the same on a GPU.
-        torch.set_num_threads(1)
-        torch.backends.cudnn.allow_tf32 = False
-        self.pool = ThreadPoolExecutor(options.decode_threads)
-
-    @torch.no_grad()
-    def images(self, images: list[np.ndarray]) -> np.ndarray:
-        """n times uint8 [size, size, 4] -> [n, F_i]."""
-        assert self.image is not None
-        batch = torch.from_numpy(np.stack(images)).to(self.options.device)
-        parts = batch.split(len(batch) if batch.is_cuda else CPU_IMAGES)
-        made: np.ndarray = torch.cat([self.image(part) for part in parts]).cpu().numpy()
-        return made
-
-    @torch.no_grad()
-    def texts(self, texts: list[str]) -> np.ndarray:
-        """m texts -> [m, F_t]; texts of like length go together, for little padding."""
-        assert self.text is not None
-        made = np.empty((len(texts), self.text.dim), np.float32)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for first in range(0, len(order), self.options.batch_size):
-            rows = order[first : first + self.options.batch_size]
-            tokens = self.text.tokenise([texts[i] for i in rows], self.options.device)
-            made[rows] = self.text(tokens).cpu().numpy()
-        return made
-
-
-extractor = lru_cache(maxsize=1)(Extractor)
-
-
-@dataclass
-class _Loaded:
-    key: str
-    members: dict[str, bytes]
-    image: np.ndarray | None
-    """uint8 [size, size, 4] when the image is to be converted."""
-    texts: list[str] | None
-    """When the texts are to be converted."""
-
-
-def _load(options: Options, key: str, members: dict[str, bytes]) -> _Loaded:
-    """Parse a sample and decode what is to be converted. Raises BadSample."""
-    sample = parse_sample(key, members)
-    loaded = _Loaded(key, members, None, None)
-    if options.image is not None:
-        if not isinstance(sample.image, bytes):
-            raise BadSample("has image features, the manifest says encoded images")
-        loaded.image = decode_image(sample.image, options.image[2])
-    if options.text is not None:
-        if not isinstance(sample.texts, list):
-            raise BadSample("has text features, the manifest says texts")
-        loaded.texts = sample.texts
-    return loaded
-
-
-def _npy(array: np.ndarray, dtype: str) -> bytes:
-    with np.errstate(over="ignore"):
-        array = array.astype(dtype)
-    if not np.isfinite(array).all():
-        raise BadSample(f"its features do not fit into {dtype} (NaN or Inf)")
-    out = io.BytesIO()
-    np.save(out, array, allow_pickle=False)
-    return out.getvalue()
-
-
-def _feature_members(
-    loaded: _Loaded, image: np.ndarray | None, text: np.ndarray | None, dtype: str
-) -> Iterator[tuple[str, bytes]]:
-    """(extension, bytes) of a sample's members in their order in the tar. Raises BadSample."""
-    members = loaded.members
-    if image is not None:
-        yield "image.npy", _npy(image, dtype)
-    else:
-        yield from ((e, members[e]) for e in IMAGE_MEMBERS if e in members)
-    if text is not None:
-        yield "text.npy", _npy(text, dtype)
-    else:
-        yield from ((e, members[e]) for e in TEXT_MEMBERS if e in members)
-    if "json" in members:
-        record = json.loads(members["json"])
-        if text is not None:
-            record.pop("texts", None)
-        if record:
-            yield "json", json.dumps(record, sort_keys=True, ensure_ascii=False).encode()
-
-
-def _feature_samples(
-    made: Extractor, samples: Iterable[tuple[str, int, dict[str, bytes]]], name: str, left_out: list[str]
-) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    """(key, members) of the good samples. Bad ones go to `left_out`; raises BadInput unless they are skipped."""
-    options = made.options
-
-    def good(key: str, work: Any, *args: Any) -> Any:
-        """``work(*args)``, or None for a bad sample."""
-        try:
-            return work(*args)
-        except BadSample as error:
-            message = f"{name} sample {key}: {error}"
-            if not options.skip_bad:
-                raise BadInput(f"{message}; mend it, or pass --skip-bad to leave such samples out") from None
-            left_out.append(message)
-            return None
-
-    samples = iter(samples)
-    while batch := list(itertools.islice(samples, options.batch_size)):
-        tries = [made.pool.submit(_load, options, key, members) for key, _, members in batch]
-        rows = [good(key, future.result) for (key, _, _), future in zip(batch, tries, strict=True)]
-        rows = [row for row in rows if row is not None]
-        if not rows:
-            continue
-        images = made.images([row.image for row in rows]) if options.image is not None else [None] * len(rows)
-        texts: list[np.ndarray | None] = [None] * len(rows)
-        if options.text is not None:
-            ends = np.cumsum([len(row.texts) for row in rows])
-            texts = list(np.split(made.texts([text for row in rows for text in row.texts]), ends[:-1]))
-        for row, image, text in zip(rows, images, texts, strict=True):
-            members = good(row.key, lambda *a: list(_feature_members(*a)), row, image, text, options.dtype)
-            if members is not None:
-                yield row.key, members
-
-
-# ---------------------------------------------------------------------------------------------- one shard
-
-
-def record_name(shard: str) -> str:
-    """``train-000000.tar`` -> ``train-000000.features.json``."""
-    return shard.removesuffix(".tar") + ".features.json"
-
-
-def write_shard(
-    options: Options, data: Path, output: Path, source: ShardInfo, settings: dict[str, Any]
-) -> tuple[ShardInfo | None, list[str]]:
-    """Write the features of a shard: the tar aside, its index, its record, then the tar's name.
-
-    Returns what was written (None: no good sample) and what was left out. Raises BadInput on a bad sample."""
-    if sha256_of(data / source.name) != source.sha256:
-        raise BadInput(f"{data / source.name} is not what its manifest says: see 'python -m shards verify {data}'")
-    made = extractor(options)
-    final = output / source.name
-    aside = output / f".{source.name}.{os.getpid()}.tmp"
-    left_out: list[str] = []
-    written = 0
-    try:
-        with open(data / source.name, "rb") as raw, open(aside, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
-                for key, members in _feature_samples(made, iter_samples(raw, source.name), source.name, left_out):
-                    written += 1
-                    for extension, content in members:
-                        add_member(tar, f"{key}.{extension}", content)
-            file.flush()
-            os.fsync(file.fileno())
-        if not written:
-            return None, left_out
-        scan = scan_shard(aside, source.name)
-        write_atomic(output / index_name(source.name), scan.index.to_bytes())
-        record = {"source": source.sha256, "settings": settings, "shard": asdict(scan.info), "left_out": left_out}
-        write_atomic(output / record_name(source.name), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        os.replace(aside, final)
-    except BadSample as error:
-        raise BadInput(f"{error}: see 'python -m shards verify {data}'") from None
-    except OSError as error:
-        raise BadInput(f"cannot write {final}: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
-    return scan.info, left_out
-
-
-def _finished(
-    output: Path, source: ShardInfo, settings: dict[str, Any], skip_bad: bool
-) -> tuple[ShardInfo, list[str]] | None:
-    """What an earlier run wrote for this source with these settings; None when there is no tar.
-
-    Raises BadInput when the tar was made otherwise."""
-    path = output / source.name
-    if not path.exists():
-        return None
-    try:
-        record = json.loads((output / record_name(source.name)).read_text(encoding="utf-8"))
-        same = (record["source"], record["settings"]) == (source.sha256, settings)
-        info, left_out = ShardInfo(**record["shard"]), list(record["left_out"])
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same or info.bytes != path.stat().st_size or (left_out and not skip_bad):
-        raise BadInput(
-            f"{path} was made from other data or with other options: "
-            "name a new --output, or pass --overwrite to make it anew"
-        )
-    return info, left_out
-
-
-# ---------------------------------------------------------------------------------------------- the whole output
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """A checksum of a module's parameters and buffers by name, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _options(command: FeaturesCommand, manifest: Manifest) -> tuple[Options, int]:
-    """(what a process needs to know, number of processes). Raises BadInput naming the flag."""
+def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Options, int]:
+    """Return what a process needs to know, and the number of processes. Raises BadInput naming the flag."""
     if command.batch_size < 1:
         raise BadInput(f"--batch-size is {command.batch_size}: it must be at least 1")
     if command.processes is not None and command.processes < 1:
@@ -352,19 +108,17 @@ def _options(command: FeaturesCommand, manifest: Manifest) -> tuple[Options, int
     return options, processes
 
 
-def _settings(made: Extractor) -> dict[str, Any]:
-    """What decides the bytes of a feature shard beside its source; goes into its record and the manifest."""
+def settings_of(made: Extractor) -> dict[str, Any]:
+    """Return what decides the bytes of a feature shard beside its source: the same on every machine, so no paths."""
     settings: dict[str, Any] = {"batch_size": made.options.batch_size, "dtype": made.options.dtype}
     for side, chosen, backbone, limit in (
         ("image", made.options.image, made.image, "image_size"),
         ("text", made.options.text, made.text, "max_tokens"),
     ):
         if chosen is not None and backbone is not None:
-            name, weights, size = chosen
-            shown = weights if weights.startswith(("package:", "hub")) else Path(weights).name
+            name, _, size = chosen
             settings[side] = {
                 "backbone": name,
-                "weights": shown,
                 "weights_sha256": weights_sha256(backbone),
                 limit: size,
                 "dim": backbone.dim,
@@ -372,102 +126,204 @@ def _settings(made: Extractor) -> dict[str, Any]:
     return settings
 
 
-def _remove_foreign(output: Path, names: set[str], overwrite: bool) -> None:
-    """Remove the tars that have no source in this data set. Raises BadInput rather than do that unasked."""
-    foreign = sorted(path for path in output.glob("*.tar") if path.name not in names)
-    if foreign and not overwrite:
+def details_of(made: Extractor, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the place of the weights and the normalisation, for the manifest: enough to build the
+    backbones again.
+
+    A place is "hub", "hub:NAME", "package:NAME" or the absolute path of a file or folder."""
+    details = dict(settings)
+    for side, chosen in (("image", made.options.image), ("text", made.options.text)):
+        if chosen is not None:
+            weights = chosen[1]
+            if weights != "hub" and not weights.startswith(("hub:", "package:")):
+                weights = str(Path(weights).absolute())
+            details[side] = {"backbone": chosen[0], "weights": weights, **settings[side]}
+    if isinstance(made.image, TimmBackbone):
+        details["image"] |= {"mean": made.image.mean, "std": made.image.std}
+    return details
+
+
+# ---------------------------------------------------------------------------------------------- one shard
+
+
+def record_name(shard: str) -> str:
+    """Return the name of a shard's record: ``train-000000.features.json`` for ``train-000000.tar``."""
+    return shard.removesuffix(".tar") + ".features.json"
+
+
+def make_shard(options: Options, data: Path, output: Path, source: ShardInfo, settings: dict[str, Any]) -> Made:
+    """Write the features of a shard: its tar and sidecar, then its record.
+
+    Raises BadInput when the source is not what its manifest says, at a bad sample unless the options skip them, and
+    when a file cannot be written."""
+    if sha256_of(data / source.name) != source.sha256:
+        raise BadInput(f"{data / source.name} is not what its manifest says: see 'python -m shards verify {data}'")
+    path = output / record_name(source.name)
+    left_out: list[str] = []
+    try:
+        ledger.write(path, ledger.Record(source.sha256, settings))
+        with open(data / source.name, "rb") as raw:
+            samples = feature_samples(extractor(options), iter_samples(raw, source.name), source.name, left_out)
+            info = write_shard(output, source.name, samples)
+        written = None if info is None else asdict(info)
+        ledger.write(path, ledger.Record(source.sha256, settings, True, written, left_out))
+    except BadSample as error:
+        raise BadInput(f"{error}: see 'python -m shards verify {data}'") from None
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        ledger.abandon(path)
+    return info, left_out
+
+
+def finished_shard(output: Path, source: ShardInfo, settings: dict[str, Any], skip_bad: bool) -> Made | None:
+    """Return what an earlier run wrote for this source with these settings, None when it is to be made.
+
+    A tar or sidecar that was damaged since is named on stdout. Raises BadInput when the tar was made otherwise."""
+    path = output / source.name
+    record = ledger.read(output / record_name(source.name))
+    ours = record is not None and record.is_of(source.sha256, settings)
+    if path.exists() and (not ours or (record is not None and record.left_out and not skip_bad)):
         raise BadInput(
-            f"{output} holds another data set ({foreign[0].name} has no source): "
-            "name a new --output, or pass --overwrite to remove it"
+            f"{path} was made from other data or with other options: "
+            "name a new --output, or pass --overwrite to make it anew"
         )
-    for path in foreign:
-        for other in (path, output / index_name(path.name), output / record_name(path.name)):
-            other.unlink(missing_ok=True)
+    if record is None or not ours or not record.finished or (record.left_out and not skip_bad):
+        return None
+    if record.written is None:
+        return None, record.left_out
+    info = ShardInfo(**record.written)
+    if not ledger.is_done(record, output):
+        if path.exists():
+            print(f"{path} is not what its record says: it is made anew")
+        return None
+    if not has_index(output, info):
+        print(f"{output / index_name(source.name)} is missing or damaged: {source.name} is made anew")
+        return None
+    return info, record.left_out
 
 
-def write_features(command: FeaturesCommand) -> Manifest:
-    """Write the feature shards of `command` and their manifest, which is returned. Raises BadInput."""
+# ---------------------------------------------------------------------------------------------- the whole output
+
+
+def _sources(command: FeaturesCommand, manifest: Manifest) -> list[ShardInfo]:
+    """Return the shards of a data set. Raises BadInput when one is missing, or the output is the data set itself."""
     data, output = command.data, command.output
-    manifest = load_manifest(data)
     if output.resolve() == data.resolve():
         raise BadInput(f"--output {output} is the data set itself: name another folder")
-    sources = [(split, shard) for split, shards in manifest.splits.items() for shard in shards]
-    for _, shard in sources:
+    sources = [shard for shards in manifest.splits.values() for shard in shards]
+    for shard in sources:
         if not (data / shard.name).is_file():
             raise BadInput(f"{data / shard.name} is in the manifest but not in the folder: restore it")
-    options, processes = _options(command, manifest)
     for side, asked, stored in (
         ("images", command.image_backbone, manifest.image),
         ("texts", command.text_backbone, manifest.text),
     ):
         if asked != "features" and stored == "features":
             print(f"the {side} of {data} are features already: copied as they are")
-    made = extractor(options)
-    settings = _settings(made)
+    return sources
 
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot make the output folder {output}: {error.strerror}") from None
-    _remove_foreign(output, {shard.name for _, shard in sources}, command.overwrite)
-    done: dict[str, tuple[ShardInfo | None, list[str]]] = {}
-    for _, shard in sources:
+
+def _remove(output: Path, shard: str) -> None:
+    for name in (shard, index_name(shard), record_name(shard)):
+        (output / name).unlink(missing_ok=True)
+
+
+def _tars(output: Path) -> Iterator[str]:
+    """Give the names of the tars in a folder and those below it, hidden folders apart."""
+    for path in sorted(output.rglob("*.tar")):
+        name = path.relative_to(output)
+        if not any(part.startswith(".") for part in name.parts):
+            yield name.as_posix()
+
+
+def _remove_foreign(output: Path, names: set[str], overwrite: bool) -> None:
+    """Remove the tars that have no source in this data set. Raises BadInput rather than do that unasked."""
+    foreign = [name for name in _tars(output) if name not in names]
+    if foreign and not overwrite:
+        raise BadInput(
+            f"{output} holds another data set ({foreign[0]} has no source): "
+            "name a new --output, or pass --overwrite to remove it"
+        )
+    for name in foreign:
+        _remove(output, name)
+
+
+def _find_done(command: FeaturesCommand, sources: list[ShardInfo], settings: dict[str, Any]) -> dict[str, Made]:
+    """Return what earlier runs finished, by shard; with `overwrite`, what was made otherwise is removed."""
+
+    def find(shard: ShardInfo) -> Made | None:
         try:
-            finished = _finished(output, shard, settings, command.skip_bad)
+            return finished_shard(command.output, shard, settings, command.skip_bad)
         except BadInput:
             if not command.overwrite:
                 raise
-            (output / shard.name).unlink()
-            continue
-        if finished is not None:
-            done[shard.name] = finished
-    for path in output.glob(".*.tmp"):
-        path.unlink()
+            _remove(command.output, shard.name)
+            return None
+        except OSError as error:
+            raise BadInput(f"cannot read {command.output / shard.name}: {error.strerror}") from None
 
-    todo = [shard for _, shard in sources if shard.name not in done]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        found = zip(sources, pool.map(find, sources), strict=True)
+        return {shard.name: made for shard, made in found if made is not None}
+
+
+def _make_shards(
+    command: FeaturesCommand, options: Options, processes: int, todo: list[ShardInfo], settings: dict[str, Any]
+) -> dict[str, Made]:
+    """Make the shards of `todo` and print the rate; returns what was made of each, by name."""
+    # Until the new manifest is written, the folder is not a data set.
+    (command.output / MANIFEST_NAME).unlink(missing_ok=True)
+    begun = time.monotonic()
+    made = parallel_map(
+        make_shard,
+        [(options, command.data, command.output, shard, settings) for shard in todo],
+        title="features",
+        unit_counts=[shard.samples for shard in todo],
+        processes=processes,
+    )
+    seconds = time.monotonic() - begun
+    count = sum(shard.samples for shard in todo)
+    print(f"{count} samples in {seconds:.0f} s, {count / seconds:.1f} samples/s")
+    return {shard.name: one for shard, one in zip(todo, made, strict=True)}
+
+
+def write_features(command: FeaturesCommand) -> Manifest:
+    """Write the feature shards of `command` and their manifest, which is returned. Raises BadInput.
+
+    Two runs may write one output at once: both make the shards that neither had finished, to the same bytes."""
+    manifest, output = load_manifest(command.data), command.output
+    sources = _sources(command, manifest)
+    options, processes = choose_options(command, manifest)
+    made = extractor(options)
+    settings = settings_of(made)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output)
+    except OSError as error:
+        raise BadInput(f"cannot make the output folder {output}: {error.strerror}") from None
+    _remove_foreign(output, {shard.name for shard in sources}, command.overwrite)
+    done = _find_done(command, sources, settings)
+    todo = [shard for shard in sources if shard.name not in done]
     if todo:
-        # Until the new manifest is written, the folder is not a data set.
-        (output / MANIFEST_NAME).unlink(missing_ok=True)
-        begun = time.monotonic()
-        results = parallel_map(
-            write_shard,
-            [(options, data, output, shard, settings) for shard in todo],
-            title="features",
-            unit_counts=[shard.samples for shard in todo],
-            processes=processes,
-        )
-        seconds = time.monotonic() - begun
-        done |= {shard.name: result for shard, result in zip(todo, results, strict=True)}
-        count = sum(shard.samples for shard in todo)
-        print(f"{count} samples in {seconds:.0f} s, {count / seconds:.1f} samples/s")
+        done |= _make_shards(command, options, processes, todo, settings)
 
-    splits: dict[str, list[ShardInfo]] = {split: [] for split in manifest.splits}
-    left_out: list[str] = []
-    for split, shard in sources:
-        info, messages = done[shard.name]
-        left_out += messages
-        if info is not None:
-            splits[split].append(info)
-    for split, infos in splits.items():
-        if not infos and manifest.splits[split]:
-            raise BadInput(f"split '{split}' of {data} has no samples: every one of it was bad")
-    written = Manifest(
+    left_out = [line for shard in sources for line in done[shard.name][1]]
+    written = assemble(
         name=manifest.name,
         label_kind=manifest.label_kind,
         classes=manifest.classes,
-        splits=splits,
-        image="features" if made.image is not None else manifest.image,
-        image_dim=made.image.dim if made.image is not None else manifest.image_dim,
-        text="features" if made.text is not None else manifest.text,
-        text_dim=made.text.dim if made.text is not None else manifest.text_dim,
+        splits={split: [done[shard.name][0] for shard in shards] for split, shards in manifest.splits.items()},
+        image_dim=manifest.image_dim if made.image is None else made.image.dim,
+        text_dim=manifest.text_dim if made.text is None else made.text.dim,
         attribution=manifest.attribution,
-        details={"source": str(data), **settings, "left_out": len(left_out), "raw": manifest.details},
+        details={
+            "source": str(command.data),
+            **details_of(made, settings),
+            "left_out": len(left_out),
+            "raw": manifest.details,
+        },
     )
-    write_atomic(output / MANIFEST_NAME, written.to_json())
-    print(f"wrote {output}" if todo else f"already written: {output}")
-    print_sizes(written)
-    if left_out:
-        print(f"left out {len(left_out)} bad samples:")
-        for message in left_out:
-            print(f"  {message}")
+    write_manifest(output, written)
+    print_summary(f"wrote {output}" if todo else f"already written: {output}", written, left_out=left_out)
     return written

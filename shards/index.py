@@ -13,12 +13,12 @@ from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, load_ma
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
-from shards.pack import print_sizes
+from shards.assemble import assemble, print_summary, write_manifest
 from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, scan_shard
 
 
 def split_of_shard(name: str) -> str:
-    """Split of a shard by its folder (``val/00000.tar``) or how its name begins (``val-00000.tar``), else train."""
+    """Return the split of a shard by its folder (``val/0.tar``) or how its name begins (``val-0.tar``), else train."""
     path = PurePosixPath(name)
     words = [part.lower() for part in path.parts[:-1]]
     stem = path.stem.lower()
@@ -29,7 +29,7 @@ def split_of_shard(name: str) -> str:
 
 
 def label_kind_of(samples: list[SampleFacts]) -> LabelKind:
-    """``none`` when no sample has a label, ``multi`` when one has several, else ``single``.
+    """Return ``none`` when no sample has a label, ``multi`` when one has several, else ``single``.
 
     Raises BadInput when some samples have one label and others none."""
     counts = [len(facts.labels) for facts in samples if not facts.fault]
@@ -43,7 +43,7 @@ def label_kind_of(samples: list[SampleFacts]) -> LabelKind:
 
 
 def _one_kind(what: str, dims: set[int | None]) -> int | None:
-    """The feature size that all samples share, None for encoded data. Raises BadInput when they differ."""
+    """Return the feature size that all samples share, None for encoded data. Raises BadInput when they differ."""
     if len(dims) > 1:
         found = ", ".join(sorted("encoded" if dim is None else f"features of {dim}" for dim in dims))
         raise BadInput(f"the samples' {what} are of different kinds: {found}")
@@ -74,14 +74,12 @@ class IndexCommand:
     """Processes that read shards (None: one a core)."""
 
     def run(self) -> None:
+        """Index the folder and print what was found. Raises BadInput as `index` does."""
         manifest, notes = self.index()
-        print(f"wrote {self.data / MANIFEST_NAME}")
-        print_sizes(manifest)
-        for note in notes:
-            print(note)
+        print_summary(f"wrote {self.data / MANIFEST_NAME}", manifest, notes=notes)
 
     def index(self) -> tuple[Manifest, list[str]]:
-        """Scan, write the sidecars and then the manifest; returns it and what should be known about it.
+        """Scan, write the sidecars and then the manifest; returns it and lines that the user should know.
 
         Raises BadInput on a folder without tars, a damaged or empty shard, or labels that do not fit."""
         if not self.data.is_dir():
@@ -107,14 +105,12 @@ class IndexCommand:
         text_dim = _one_kind("texts", {facts.text_dim for facts in good})
         kind = self.label_kind or label_kind_of(samples)
         splits = {split: [s.info for s in scans if split_of_shard(s.info.name) == split] for split in _splits(scans)}
-        manifest = Manifest(
+        manifest = assemble(
             name=self.name or (old.name if old else self.data.resolve().name),
             label_kind=kind,
             classes=[] if kind == "none" else self._class_names(good, old),
             splits=splits,
-            image="encoded" if image_dim is None else "features",
             image_dim=image_dim,
-            text="utf8" if text_dim is None else "features",
             text_dim=text_dim,
             attribution=self.attribution or (old.attribution if old else ""),
             details=old.details if old and old.splits == splits else {"source": "index"},
@@ -122,13 +118,13 @@ class IndexCommand:
         try:
             for scan in scans:
                 write_atomic(self.data / index_name(scan.info.name), scan.index.to_bytes())
-            write_atomic(self.data / MANIFEST_NAME, manifest.to_json())
         except OSError as error:
             raise BadInput(f"cannot write into {self.data}: {error.strerror}") from None
+        write_manifest(self.data, manifest)
         return manifest, notes
 
     def _old_manifest(self) -> Manifest | None:
-        """What a readable manifest says already. Raises BadInput when there is one and `overwrite` is off."""
+        """Return the manifest that is there, if it can be read. Raises BadInput at any when `overwrite` is off."""
         path = self.data / MANIFEST_NAME
         if not path.exists():
             return None
@@ -140,7 +136,7 @@ class IndexCommand:
             return None
 
     def _usable(self, scans: list[ShardScan]) -> tuple[list[ShardScan], list[str]]:
-        """The shards to index, and what was left out. Raises BadInput unless `skip_bad`."""
+        """Return the shards to index, and a line for each one left out. Raises BadInput at one unless `skip_bad`."""
         usable, notes = [], []
         for scan in scans:
             fault = scan.damage or ("" if scan.samples else f"{scan.info.name} has no samples")
@@ -155,7 +151,7 @@ class IndexCommand:
         return usable, notes
 
     def _class_names(self, samples: list[SampleFacts], old: Manifest | None) -> list[str]:
-        """Raises BadInput when a label is negative or has no name in the file."""
+        """Return the class names. Raises BadInput when a label is negative or has no name in the file."""
         found = {label for facts in samples for label in facts.labels}
         if not found:
             raise BadInput(f"no sample in {self.data} has a label: pass --label-kind none")

@@ -18,23 +18,27 @@ class Readable(Protocol):
     """Bytes that a worker process reads or makes."""
 
     def size(self) -> int:
-        """Bytes, for the plan of shards. Raises BadSample when there is nothing to read."""
+        """Return the number of bytes, for the plan of shards. Raises BadSample when there is nothing to read."""
 
     def read(self) -> bytes:
-        """Raises BadSample when it cannot."""
+        """Return the bytes. Raises BadSample when they cannot be read."""
 
 
 @dataclass(frozen=True)
 class FileBytes:
+    """The bytes of a whole file."""
+
     path: Path
 
     def size(self) -> int:
+        """Return the size of the file in bytes. Raises BadSample when there is no such file."""
         try:
             return self.path.stat().st_size
         except OSError as error:
             raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
 
     def read(self) -> bytes:
+        """Return the bytes of the file. Raises BadSample when it cannot be read."""
         try:
             return self.path.read_bytes()
         except OSError as error:
@@ -43,19 +47,24 @@ class FileBytes:
 
 @dataclass(frozen=True)
 class FileSlice:
-    """A member of an uncompressed archive."""
+    """The bytes of a member of an uncompressed archive."""
 
     path: Path
     start: int
     length: int
 
     def size(self) -> int:
+        """Return the number of bytes."""
         return self.length
 
     def read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.length)
+        """Return the bytes. Raises BadSample when the archive cannot be read."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.start)
+                return file.read(self.length)
+        except OSError as error:
+            raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +85,12 @@ class RawPair:
 
 @dataclass
 class RawPairs:
-    """What a source found."""
+    """What a source found, and what its manifest will say."""
 
     name: str
     label_kind: LabelKind
     classes: list[str]
-    records: Iterable[RawPair]
+    pairs: Iterable[RawPair]
     attribution: str
     details: dict[str, Any]
     """The source and its options, for the manifest; no paths, so that equal data gives an equal manifest."""
@@ -91,8 +100,10 @@ class RawPairs:
 
 
 def make_key(name: str) -> str:
-    """A sample's key from a relative path without its extension: slashes stay, dots in the base name become ``_``
-    because a WebDataset key ends at the base name's first dot. Raises BadInput when nothing is left of the name."""
+    """Return a sample's key, made from a relative path without its extension.
+
+    Slashes stay; dots in the base name become ``_``, because a WebDataset key ends at the base name's first dot.
+    Raises BadInput when nothing is left of the name."""
     path = PurePosixPath(name)
     parts = [part for part in path.parts if part not in ("/", "..", ".")]
     if not parts:
@@ -101,17 +112,17 @@ def make_key(name: str) -> str:
 
 
 def hash_number(text: str) -> int:
-    """32 bits that only the text decides: the first 8 hexadecimal digits of its sha256."""
+    """Return 32 bits that only the text decides: the first 8 hexadecimal digits of its sha256."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
 
 
 def hash_split(key: str, val: float, test: float) -> str:
-    """Split of a key by its hash: `test` and `val` are shares of all pairs."""
+    """Return the split of a key by its hash; `test` and `val` are shares of all pairs, the rest is train."""
     share = hash_number(key) / 2**32
     return "test" if share < test else "val" if share < test + val else "train"
 
 
 def check_shares(val: float, test: float) -> None:
-    """Raises BadInput unless the shares leave some pairs for train."""
+    """Check the shares of `hash_split`. Raises BadInput unless they leave some pairs for train."""
     if not (val >= 0 and test >= 0 and val + test < 1):
         raise BadInput(f"--val {val} and --test {test} must be shares that leave some pairs for train")

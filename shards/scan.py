@@ -32,7 +32,7 @@ SPLIT_ALIASES = {
 
 
 def check_image(data: bytes) -> tuple[str, int, int]:
-    """(member extension, width, height) of an encoded image that decodes to its last row. Raises BadSample."""
+    """Return (member extension, width, height) of an encoded image. Raises BadSample unless it decodes to its end."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -70,6 +70,8 @@ class SampleFacts:
 
 @dataclass
 class ShardScan:
+    """What one walk through a tar found."""
+
     info: ShardInfo
     index: ShardIndex
     samples: list[SampleFacts]
@@ -95,6 +97,7 @@ class _HashingReader:
 
 
 def sample_facts(key: str, members: dict[str, bytes], *, decode: bool) -> SampleFacts:
+    """Return the facts of a sample; with `decode`, its image is decoded. What cannot be used has a fault."""
     facts = SampleFacts(key, tuple(members))
     try:
         sample: Sample = parse_sample(key, members)
@@ -123,7 +126,7 @@ def sample_facts(key: str, members: dict[str, bytes], *, decode: bool) -> Sample
 def scan_shard(path: Path, name: str, decode: bool = False) -> ShardScan:
     """Read the tar at `path` to its end; `name` is the shard's in the manifest. With `decode`, every image is decoded.
 
-    Raises BadInput when the file cannot be read."""
+    A tar that breaks off is no error: the scan says where. Raises BadInput when the file cannot be read."""
     offsets: list[int] = []
     layouts: list[Layout] = []
     samples: list[SampleFacts] = []

@@ -1,4 +1,4 @@
-"""One shard: its members, its tar and its index sidecar."""
+"""A shard on disk: the members of its samples, its tar, and the index sidecar beside it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,30 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from cmgan_dist.data.index import index_name
+from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.manifest import LabelKind, ShardInfo
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
+from cmgan_dist.jobs.staging import staging
 from shards.pairs import RawPair, Readable
 from shards.scan import check_image, scan_shard
 
+Members = Iterable[tuple[str, bytes]]
+"""(extension, bytes) of a sample's members, in their order in the tar."""
+Result = TypeVar("Result")
 
-def _npy(array: np.ndarray) -> bytes:
-    array = np.ascontiguousarray(array, dtype=np.float32)
+
+def npy(array: np.ndarray, dtype: str = "float32") -> bytes:
+    """Return the ``.npy`` file of an array as `dtype`. Raises BadSample when a number is not finite in that type."""
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, dtype=dtype)
     if not np.isfinite(array).all():
-        raise BadSample("the features hold NaN or Inf")
+        raise BadSample(f"the features hold NaN or Inf, or numbers too large for {dtype}")
     out = io.BytesIO()
     np.save(out, array, allow_pickle=False)
     return out.getvalue()
@@ -45,96 +50,96 @@ def _read_texts(texts: tuple[str, ...] | Readable) -> tuple[str, ...]:
     return found
 
 
-def read_members(record: RawPair, label_kind: LabelKind, classes: int) -> dict[str, bytes]:
-    """Extension -> bytes of a sample's members, in their order in the tar. Raises BadSample."""
-    if any(not 0 <= label < classes for label in record.labels):
-        raise BadSample(f"label {list(record.labels)} is out of range: there are {classes} classes")
-    if label_kind == "single" and len(record.labels) != 1:
-        raise BadSample(f"has {len(record.labels)} labels, expected one")
-    members: dict[str, bytes] = {}
-    if isinstance(record.image, np.ndarray):
-        members["image.npy"] = _npy(record.image)
+def read_members(pair: RawPair, label_kind: LabelKind, classes: int) -> list[tuple[str, bytes]]:
+    """Read a raw pair and return its sample's `Members`; there are `classes` classes. Raises BadSample."""
+    if any(not 0 <= label < classes for label in pair.labels):
+        raise BadSample(f"label {list(pair.labels)} is out of range: there are {classes} classes")
+    if label_kind == "single" and len(pair.labels) != 1:
+        raise BadSample(f"has {len(pair.labels)} labels, expected one")
+    members: list[tuple[str, bytes]] = []
+    if isinstance(pair.image, np.ndarray):
+        members.append(("image.npy", npy(pair.image)))
     else:
-        data = record.image.read()
+        data = pair.image.read()
         extension, _, _ = check_image(data)
-        members[extension] = data
-    record_json: dict[str, Any] = {}
-    if isinstance(record.texts, np.ndarray):
-        members["text.npy"] = _npy(record.texts)
+        members.append((extension, data))
+    fields: dict[str, Any] = {}
+    if isinstance(pair.texts, np.ndarray):
+        members.append(("text.npy", npy(pair.texts)))
     else:
-        texts = _read_texts(record.texts)
+        texts = _read_texts(pair.texts)
         if len(texts) == 1:
-            members["txt"] = texts[0].encode()
+            members.append(("txt", texts[0].encode()))
         else:
-            record_json["texts"] = texts
+            fields["texts"] = texts
     if label_kind == "single":
-        record_json["label"] = record.labels[0]
+        fields["label"] = pair.labels[0]
     elif label_kind == "multi":
-        record_json["labels"] = record.labels
-    if record_json:
-        members["json"] = json.dumps(record_json, sort_keys=True, ensure_ascii=False).encode()
+        fields["labels"] = pair.labels
+    if fields:
+        members.append(("json", json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()))
     return members
 
 
-@dataclass(frozen=True)
-class PlannedShard:
-    name: str
-    split: str
-    records: list[RawPair]
+def try_sample(read: Callable[[], Result], where: str, skip_bad: bool, left_out: list[str]) -> Result | None:
+    """Return ``read()``, or None when it raises BadSample and `skip_bad` is on; `left_out` then gets a line.
 
-
-T = TypeVar("T")
-
-
-def _try_sample(record: RawPair, skip_bad: bool, left_out: list[str], read: Callable[[], T]) -> T | None:
-    """``read()``; a BadSample of it becomes a BadInput that names the pair, or with `skip_bad` a note and None."""
+    Raises BadInput naming `where` for a bad sample when `skip_bad` is off."""
     try:
         return read()
     except BadSample as error:
-        message = f"{record.where}: {error}"
+        message = f"{where}: {error}"
         if not skip_bad:
             raise BadInput(f"{message}; mend or remove it, or pass --skip-bad to leave such pairs out") from None
         left_out.append(message)
         return None
 
 
-def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # mtime, uid, gid are 0 and the owner's names empty unless set
-    member.size, member.mode = len(data), 0o644
-    tar.addfile(member, io.BytesIO(data))
+def _write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> int:
+    """Write a tar of (key, members) and flush it to disk; returns the number of samples.
+
+    The headers carry no time and no owner, so the same samples give the same bytes."""
+    count = 0
+    with open(path, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
+            for key, members in samples:
+                count += 1
+                for extension, data in members:
+                    header = tarfile.TarInfo(f"{key}.{extension}")
+                    header.size, header.mode = len(data), 0o644
+                    tar.addfile(header, io.BytesIO(data))
+        file.flush()
+        os.fsync(file.fileno())
+    return count
 
 
-def write_shard(
-    output: Path, shard: PlannedShard, label_kind: LabelKind, classes: int, skip_bad: bool
-) -> tuple[ShardInfo | None, list[str]]:
-    """Write the tar aside, fsync, rename; then its sidecar. A whole shard that an interrupted run left behind is kept.
+def write_shard(output: Path, name: str, samples: Iterable[tuple[str, Members]]) -> ShardInfo | None:
+    """Write the shard `name` of (key, members) and its index sidecar into the folder `output`.
 
-    Returns what was written (None: no good record) and what was left out. Raises BadInput on a bad record."""
-    final = output / shard.name
-    if final.exists():
-        scan = scan_shard(final, shard.name)
-        if not scan.damage and len(scan.samples) == len(shard.records):
-            write_atomic(output / index_name(shard.name), scan.index.to_bytes())
-            return scan.info, []
-    left_out: list[str] = []
-    aside = output / f".{shard.name}.{os.getpid()}.tmp"
+    The tar is written aside, flushed to disk and read back for its checksum and index. The sidecar gets its name first
+    and the tar last, so a tar that is there is whole and has its sidecar. Several processes may write one shard at
+    once: the last one wins. Returns None when there are no samples; then no file is written.
+    Raises BadInput when a file cannot be written, and whatever `samples` raises."""
+    final, index = output / name, output / index_name(name)
     try:
-        with open(aside, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
-                for record in shard.records:
-                    read = partial(read_members, record, label_kind, classes)
-                    members = _try_sample(record, skip_bad, left_out, read)
-                    for extension, data in (members or {}).items():
-                        add_member(tar, f"{record.key}.{extension}", data)
-            file.flush()
-            os.fsync(file.fileno())
-        if len(left_out) == len(shard.records):
-            return None, left_out
-        scan = scan_shard(aside, shard.name)
-        os.replace(aside, final)
-        write_atomic(output / index_name(shard.name), scan.index.to_bytes())
+        with staging(output) as folder:
+            if not _write_tar(folder / "tar", samples):
+                return None
+            scan = scan_shard(folder / "tar", name)
+            write_atomic(folder / "index", scan.index.to_bytes())
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / "index", index)
+            os.replace(folder / "tar", final)
     except OSError as error:
         raise BadInput(f"cannot write {final}: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
-    return scan.info, left_out
+    return scan.info
+
+
+def has_index(output: Path, shard: ShardInfo) -> bool:
+    """Return whether the sidecar of a shard can be read and lists as many samples as the shard has."""
+    name = index_name(shard.name)
+    try:
+        index = ShardIndex.from_bytes((output / name).read_bytes(), name)
+    except (FileNotFoundError, BadInput):
+        return False
+    return len(index) == shard.samples

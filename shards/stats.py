@@ -24,7 +24,7 @@ from cmgan_dist.data.sample import Sample, parse_sample
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.jobs.local import parallel_map
-from shards.pack import print_sizes
+from shards.assemble import print_sizes
 from shards.scan import SampleFacts, scan_shard
 
 
@@ -44,6 +44,7 @@ class StatsCommand:
     """Processes that read shards (None: one a core)."""
 
     def run(self) -> None:
+        """Print the tables and draw the grid. Raises BadInput when the data set or a flag is wrong."""
         if self.rows < 1 or self.columns < 1:
             raise BadInput("--rows and --columns must be at least 1")
         manifest = load_manifest(self.data)
@@ -66,7 +67,7 @@ class StatsCommand:
 
 
 def read_facts(data: Path, manifest: Manifest, processes: int | None) -> dict[str, list[SampleFacts]]:
-    """Split -> facts of its usable samples. Raises BadInput when a shard is missing or damaged."""
+    """Return split -> facts of its usable samples. Raises BadInput when a shard is missing or damaged."""
     listed = [(split, shard) for split, shards in manifest.splits.items() for shard in shards]
     tasks = [(data / shard.name, shard.name, manifest.image == "encoded") for _, shard in listed]
     facts: dict[str, list[SampleFacts]] = {split: [] for split in manifest.splits}
@@ -79,7 +80,7 @@ def read_facts(data: Path, manifest: Manifest, processes: int | None) -> dict[st
 
 
 def class_table(manifest: Manifest, facts: dict[str, list[SampleFacts]]) -> Table:
-    """Samples of each class in each split; with several labels a sample counts in each of its classes."""
+    """Return a table of the samples of each class in each split; a sample counts in each of its classes."""
     table = Table("class", *facts, "all", title="samples a class")
     counts = {split: Counter(label for one in found for label in one.labels) for split, found in facts.items()}
     for label, name in enumerate(manifest.classes):
@@ -89,7 +90,7 @@ def class_table(manifest: Manifest, facts: dict[str, list[SampleFacts]]) -> Tabl
 
 
 def length_table(facts: dict[str, list[SampleFacts]]) -> Table:
-    """Smallest, median and largest of what is measured in each split."""
+    """Return a table of the smallest, the median and the largest of what is measured in each split."""
     table = Table("", *facts, title="smallest / median / largest")
     measures: dict[str, Any] = {
         "captions an image": lambda one: [len(one.caption_lengths)] if one.caption_lengths else [],
@@ -110,11 +111,8 @@ def length_table(facts: dict[str, list[SampleFacts]]) -> Table:
     return table
 
 
-# ---------------------------------------------------------------------------------------------- picture grid
-
-
 def choose_samples(data: Path, manifest: Manifest, count: int) -> list[tuple[str, Sample]]:
-    """About `count` (split, sample) for the grid, the same ones on every call, the classes in turn."""
+    """Return about `count` (split, sample) for the grid, the same ones on every call, the classes in turn."""
     places = []
     for split, shards in manifest.splits.items():
         for shard in shards:
@@ -142,7 +140,7 @@ def choose_samples(data: Path, manifest: Manifest, count: int) -> list[tuple[str
 
 
 def fonts_for(text: str) -> tuple[list[str], list[str]]:
-    """(font families that together have the text's characters, those characters that no installed font has)."""
+    """Return font families that together have the text's characters, and the characters that no font has."""
     from matplotlib import font_manager
     from matplotlib.ft2font import FT2Font
 
@@ -200,7 +198,7 @@ def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: 
 
 
 def _caption(manifest: Manifest, split: str, sample: Sample) -> str:
-    """The classes or the split in brackets; below, the first text in at most three short lines."""
+    """Return the classes or the split in brackets, and below the first text in at most three short lines."""
     classes = ", ".join(manifest.classes[i] for i in sample.labels if i < len(manifest.classes))
     text = sample.texts[0] if isinstance(sample.texts, list) else f"text features {sample.texts.shape}"
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text) > len(text) / 4

@@ -24,6 +24,8 @@ FOUND_PROBLEMS = 1
 
 @dataclass
 class Report:
+    """What `verify` counted and found."""
+
     samples: int = 0
     shards: int = 0
     problems: list[str] = field(default_factory=list)
@@ -44,6 +46,7 @@ class VerifyCommand:
     """Processes that read shards (None: one a core)."""
 
     def run(self) -> int:
+        """Check the data set, print what was found and return the exit code. Raises BadInput as `verify` does."""
         report = verify(self.data, decode=self.decode, processes=self.processes)
         for line in report.problems:
             print(f"problem: {line}")
@@ -96,7 +99,7 @@ def _stray_files(data: Path, listed: set[str]) -> Iterator[str]:
 
 
 def _shard_problems(data: Path, listed: ShardInfo, scan: ShardScan) -> Iterator[str]:
-    """What is wrong with the file, its entry in the manifest and its sidecar."""
+    """Give a line for each thing wrong with a shard's file, its entry in the manifest and its sidecar."""
     name = listed.name
     if scan.info.bytes != listed.bytes:
         yield f"{name} has {scan.info.bytes} bytes, the manifest says {listed.bytes}"
@@ -141,7 +144,7 @@ def _sample_problems(manifest: Manifest, facts: SampleFacts) -> Iterator[str]:
 
 
 def _find_duplicates(scans: list[tuple[str, ShardScan]], report: Report) -> None:
-    """Equal keys and equal images: a problem across splits, a warning within one."""
+    """Report equal keys and equal images: a problem across splits, a warning within one."""
     for what, value_of in (("key", lambda facts: facts.key), ("image", lambda facts: facts.image_digest)):
         places: dict[str | bytes, list[tuple[str, str]]] = defaultdict(list)
         for split, scan in scans:

@@ -28,7 +28,7 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: p
     write_atomic(tmp_path / "a", b"x")
     (aside,), (final,) = seen
     assert final == "a"
-    assert aside.startswith(f".a.{socket.gethostname()}-")
+    assert aside.startswith(f".{socket.gethostname()}-{os.getpid()}-")
     assert aside.endswith(".tmp")
 
 

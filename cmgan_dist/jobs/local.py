@@ -1,4 +1,4 @@
-"""One function over many shards: in processes, with a progress bar, results in the order of the tasks."""
+"""One function over many shards in the processes of one machine, with a progress bar."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Result = TypeVar("Result")
 
 
 def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever: leave with it."""
+    """End this worker when its parent is killed; it would wait for work for ever."""
     parent = parent_process()
     if parent is not None:
         sentinel = parent.sentinel
@@ -44,7 +45,7 @@ def parallel_map(
     unit_counts: Sequence[int] | None = None,
     processes: int | None = None,
 ) -> list[Result]:
-    """``[function(*task) for task in tasks]`` over `processes` (None: one a core), whose number changes no result.
+    """Return ``[function(*task) for task in tasks]``, made in `processes` (None: one a core), which change no result.
 
     `unit_counts` [tasks] is how far each task moves the bar (None: by 1). The bar is drawn on a terminal only.
     `function` and the tasks must pickle: workers are spawned. Raises what the first failing task raised, in the order

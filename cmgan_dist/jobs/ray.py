@@ -1,4 +1,4 @@
-"""Ray: started here or joined."""
+"""A Ray cluster, started on this machine or joined."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def start_ray(address: str, least: int) -> None:
 
 
 def resources() -> tuple[float, float]:
-    """(CPUs, GPUs) of the cluster."""
+    """Return the numbers of CPUs and GPUs of the cluster."""
     import ray
 
     found = ray.cluster_resources()

@@ -1,1 +1,1 @@
-"""One small file per source of raw pairs: each has a build command whose `pairs` lists records lazily."""
+"""One small file per source of raw pairs: each has a build command whose `pairs` lists them lazily."""

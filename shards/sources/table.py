@@ -78,13 +78,14 @@ class TableCommand(BuildCommand):
     """Share of images in test, when there is no split column."""
 
     def pairs(self) -> RawPairs:
+        """List the images of the table. Raises BadInput naming the row or column that is wrong."""
         check_shares(self.val, self.test)
         images, multi, empty = self._merge()
         classes = sorted({name for image in images.values() for name in image.labels}, key=_class_order)
         index = {name: i for i, name in enumerate(classes)}
         kind: LabelKind = "multi" if multi else "single" if classes else "none"
 
-        def records() -> Iterator[RawPair]:
+        def raw_pairs() -> Iterator[RawPair]:
             for path, image in images.items():
                 key = make_key(Path(path).with_suffix("").as_posix())
                 yield RawPair(
@@ -102,7 +103,7 @@ class TableCommand(BuildCommand):
             name=self.name or self.input.stem,
             label_kind=kind,
             classes=classes,
-            records=records(),
+            pairs=raw_pairs(),
             attribution=self.attribution,
             details={"source": "table", "val": self.val, "test": self.test},
             expected_splits=tuple(named) or ("train", *hashed),
@@ -110,9 +111,9 @@ class TableCommand(BuildCommand):
         )
 
     def _merge(self) -> tuple[dict[str, _Image], bool, list[str]]:
-        """Image path -> its rows merged, whether any row had a list of labels, and the rows without text.
+        """Return image path -> its rows merged, whether any row had a list of labels, and the rows without text.
 
-        Raises BadInput, naming the row; at a row without text unless `skip_bad`."""
+        Raises BadInput naming the row, at a row without text only unless `skip_bad`."""
         images: dict[str, _Image] = {}
         multi = False
         empty: list[str] = []
@@ -146,7 +147,7 @@ class TableCommand(BuildCommand):
         return images, multi, empty
 
     def _columns(self, names: list[str]) -> dict[str, str]:
-        """Role -> column. Raises BadInput when an image or text column is not found, or a named one is missing."""
+        """Return role -> column. Raises BadInput when an image or text column or one that was named is missing."""
         found: dict[str, str] = {}
         for role, common in COMMON_NAMES.items():
             wanted = getattr(self, f"{role}_column")
@@ -162,7 +163,9 @@ class TableCommand(BuildCommand):
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(how a message names the row, column -> value). Rows count as an editor shows them: a CSV's header is row 1.
+    """Give (how a message names the row, column -> value) of each row.
+
+    Rows count as an editor shows them: a CSV's header is row 1.
 
     Raises BadInput when the file is missing, of another kind, not UTF-8 or damaged."""
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -219,7 +222,7 @@ def _as_texts(value: Any) -> list[str]:
 
 
 def _as_labels(value: Any) -> tuple[tuple[str, ...], bool]:
-    """(class names, whether the cell is a list). ``a|b`` and ``["a", "b"]`` are lists."""
+    """Return the class names and whether the cell is a list: ``a|b`` and ``["a", "b"]`` are."""
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = json.loads(value)
@@ -238,5 +241,5 @@ def _as_split(value: Any) -> str | None:
 
 
 def _class_order(name: str) -> tuple[int, str]:
-    """Numbers by value, before names."""
+    """Return a sort key that puts numbers by value, before names."""
     return (int(name), "") if name.isdecimal() else (1 << 62, name)

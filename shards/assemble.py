@@ -1,0 +1,81 @@
+"""The end of every command that makes a data set: its manifest, written last, and what is printed of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo
+from cmgan_dist.errors import BadInput
+from cmgan_dist.files import write_atomic
+
+
+def assemble(
+    *,
+    name: str,
+    label_kind: LabelKind,
+    classes: list[str],
+    splits: Mapping[str, Sequence[ShardInfo | None]],
+    image_dim: int | None,
+    text_dim: int | None,
+    attribution: str,
+    details: dict[str, Any],
+) -> Manifest:
+    """Return the manifest of the shards in `splits`; None stands for a shard without a good sample, which is not there.
+
+    `image_dim` and `text_dim` are the sizes of features, None for encoded images and for texts.
+    Raises BadInput when not one shard of a split has a sample."""
+    written = {split: [shard for shard in shards if shard is not None] for split, shards in splits.items()}
+    for split, shards in splits.items():
+        if shards and not written[split]:
+            raise BadInput(f"split '{split}' of {name} has no samples: every pair of it was bad, mend some")
+    return Manifest(
+        name=name,
+        label_kind=label_kind,
+        classes=classes,
+        splits=written,
+        image="encoded" if image_dim is None else "features",
+        image_dim=image_dim,
+        text="utf8" if text_dim is None else "features",
+        text_dim=text_dim,
+        attribution=attribution,
+        details=details,
+    )
+
+
+def write_manifest(output: Path, manifest: Manifest) -> None:
+    """Write the manifest, which makes the folder a data set: the shards and sidecars must be there.
+
+    Raises BadInput when it cannot be written."""
+    try:
+        write_atomic(output / MANIFEST_NAME, manifest.to_json())
+    except OSError as error:
+        raise BadInput(f"cannot write {output / MANIFEST_NAME}: {error.strerror}") from None
+
+
+def print_summary(
+    headline: str, manifest: Manifest, *, notes: Sequence[str] = (), left_out: Sequence[str] = ()
+) -> None:
+    """Print what a command did, the sizes of the splits and the notes; what was left out goes to stderr."""
+    print(headline)
+    print_sizes(manifest)
+    for note in notes:
+        print(note)
+    if left_out:
+        print(f"left out {len(left_out)} bad pairs:", file=sys.stderr)
+        for message in left_out:
+            print(f"  {message}", file=sys.stderr)
+
+
+def print_sizes(manifest: Manifest) -> None:
+    """Print a table of the samples, the shards and the MB of each split."""
+    table = Table("split", "samples", "shards", "MB", title=manifest.name)
+    for split, shards in manifest.splits.items():
+        size = sum(shard.bytes for shard in shards) / 1e6
+        table.add_row(split, str(manifest.samples(split)), str(len(shards)), f"{size:.1f}")
+    Console().print(table)

@@ -1,0 +1,52 @@
+"""Files that are not whole yet: who writes them, and when they may go."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cmgan_dist.jobs.staging import is_running, remove_leftovers, staging
+
+
+def ended_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_no_two_stages_share_a_name_and_none_stays(tmp_path: Path) -> None:
+    with staging(tmp_path) as one, staging(tmp_path) as two:
+        assert one != two
+        for folder in (one, two):
+            assert folder.name.startswith(f".{socket.gethostname()}-{os.getpid()}-")
+
+    def fail() -> None:
+        with staging(tmp_path) as folder:
+            (folder / "half").write_bytes(b"half")
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_what_dead_processes_of_this_host_left_is_removed(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    dead = ended_process()
+    parent = os.getppid()
+    names = [f".{host}-{dead}-abc_1.tmp", f".{host}-{parent}-abc_1.tmp", f".other-{host}-{dead}-abc_1.tmp", "mine.tmp"]
+    for name in names:
+        (tmp_path / "part" / name).mkdir(parents=True)
+        (tmp_path / "part" / name / "tar").write_bytes(b"half")
+    (tmp_path / "part" / f".{host}-{dead}-0f.tmp").write_bytes(b"half of a small file")
+    with staging(tmp_path) as own:
+        remove_leftovers(tmp_path)
+        assert own.exists()
+    assert {path.name for path in (tmp_path / "part").iterdir()} == set(names[1:])
+    assert is_running(os.getpid())
+    assert not is_running(dead)

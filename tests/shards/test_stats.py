@@ -1,0 +1,36 @@
+"""What stats prints and draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.stats import fonts_for
+from tests.shards.helpers import TEXTS, built, run
+
+
+def test_stats_prints_the_counts_and_draws_a_grid(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (raw / "train/cat/train00.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    built(raw, tmp_path / "out", "--attribution", "by us, CC0")
+    capsys.readouterr()
+    run("stats", tmp_path / "out", "--processes", 1, "--rows", 2, "--columns", 3)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["train", "40", "5", "0.2"] in rows
+    assert ["cat", "20", "3", "3", "26"] in rows
+    assert ["captions an image", "1 / 1 / 5", "1 / 1 / 1", "1 / 1 / 1"] in rows
+    assert ["image width", "24 / 24 / 24", "24 / 24 / 24", "24 / 24 / 24"] in rows
+    with Image.open(tmp_path / "out/stats.png") as image:
+        assert image.size[0] > image.size[1] > 300
+        assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_grid_fonts_cover_what_they_can_and_name_the_rest() -> None:
+    families, missing = fonts_for("Käfer дом 𒀀")
+    assert families[0] == "DejaVu Sans"
+    assert missing == ["𒀀"] or len(families) > 1
+    assert not {"ä", "д"} & set(missing)
