@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -40,11 +40,10 @@ from cmgan_dist.models.backbones import (
     build_image_backbone,
     build_text_backbone,
 )
-from cmgan_dist.models.generator import Generator, build_generator
+from cmgan_dist.models.generator import Generator, Modality, build_generator
 from cmgan_dist.models.vocabulary import Vocabulary
 from cmgan_dist.models.weights import weights_sha256
 
-Modality = Literal["image", "text"]
 BEST = "best"
 SPEC_NAME, MODEL_NAME, VOCABULARY_NAME = "model.json", "model.safetensors", "vocabulary.json"
 VERSION = 1

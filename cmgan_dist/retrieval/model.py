@@ -18,7 +18,8 @@ from torch import Tensor
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.models.backbones import ImageBackbone, TextBackbone
-from cmgan_dist.models.saved import Modality, Saved, load_backbone, load_generator, read_model
+from cmgan_dist.models.generator import Modality
+from cmgan_dist.models.saved import Saved, load_backbone, load_generator, read_model
 from cmgan_dist.retrieval.metrics import l2_normalise
 
 if TYPE_CHECKING:
