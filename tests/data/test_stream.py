@@ -30,7 +30,8 @@ from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample
 from cmgan_dist.data.stream import Stream
 from cmgan_dist.errors import BadInput, BadSample
-from tests.toy import index_tar, jpeg, make_features, npy, write_manifest, write_tar
+from tests.services import forked
+from tests.toy import environment, index_tar, jpeg, make_features, npy, write_manifest, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 16
@@ -599,10 +600,7 @@ def test_bad_samples_are_counted_in_metrics_and_named_in_the_log(tmp_path: Path)
     command = ["launchers/train.py", "--preset", "smoke", "--data", str(data), "--output", str(tmp_path / "run")]
     command += ["stream.global_batch=12", "stream.max_bad_share=0.2", "train.epochs=3", "train.log_every=1"]
     command += ["train.val_every=0", "train.tracker=none", "train.threads=1", "train.report=false"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env={**env, "COLUMNS": "300"}, capture_output=True, text=True, timeout=300
-    )
+    done = forked.run(command, {**environment(), "ACCELERATE_USE_CPU": "true", "COLUMNS": "300"})
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     counts = [line["bad_samples"] for line in lines if line["kind"] == "train"]

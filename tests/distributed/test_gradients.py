@@ -24,4 +24,4 @@ def test_gradients_of_many_processes_equal_those_of_one(case: str, processes: in
 def test_synchronised_statistics_leave_the_compiled_graph_whole(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs, gradients and running statistics of the compiled module equal those of eager torch operations."""
     monkeypatch.setenv("TRITON_INTERPRET", "1" if path == "triton" else "0")
-    assert f"{path}: one graph on 2" in run_workers("compile_worker.py", 2, path)
+    assert f"{path}: one graph on 2" in run_workers("compile_worker.py", 2, path, fresh=True)
