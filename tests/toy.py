@@ -18,11 +18,14 @@ from PIL import Image
 from cmgan_dist.config.fields import Config
 from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.index import Layout, ShardIndex, index_name
-from cmgan_dist.data.manifest import DataSpec, Manifest, ShardInfo
+from cmgan_dist.data.manifest import DataSpec, Manifest, ShardInfo, load_manifest
 from cmgan_dist.data.sample import parse_labels
 from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.files import sha256_of
+from cmgan_dist.models.generator import Generator, build_generator
+from cmgan_dist.models.saved import describe_model, save_model, stored_tensors
+from cmgan_dist.models.vocabulary import Vocabulary
 from cmgan_dist.training.checkpoint import latest, read_checkpoint
 from cmgan_dist.training.state import build_networks
 from tests.services import forked
@@ -275,3 +278,17 @@ def set_up(config: Config, classes: int = 3):  # type: ignore[no-untyped-def]
     spec = DataSpec([str(c) for c in range(classes)], "single" if classes else "none", 6, 5)
     parallel = Parallel()
     return build_networks(config, spec, None, parallel), parallel
+
+
+def save_untrained(run: Path, data: Path, config: Config, seed: int = 0) -> Generator:
+    """RUN/best of a generator as it is before training, fit for the data set in `data`; the generator, in eval mode."""
+    torch.manual_seed(seed)
+    manifest = load_manifest(data)
+    vocabulary = Vocabulary(["red", "green", "blue", "dog", "boat"]) if config.model.text.name == "cnn" else None
+    spec = DataSpec.of(manifest)
+    generator = build_generator(config.model, spec, vocabulary)
+    config.data = str(data)
+    described = describe_model(config, spec, generator, manifest.name, manifest.attribution, manifest.details)
+    stored = stored_tensors(generator)
+    save_model(run / "best", described, config, stored, progress={"best_position": 0}, vocabulary=vocabulary)
+    return generator.eval()

@@ -44,20 +44,11 @@ def confirm(
 
 def test_scores(runs: list[Path], split: str) -> dict[str, list[float]]:
     """{metric: [mean, standard deviation]} of the runs' best generators on `split`."""
-    from cmgan_dist.data.reader import ShardReader
-    from cmgan_dist.distributed.processes import Parallel
-    from cmgan_dist.models.saved import load_model
-    from cmgan_dist.retrieval.embed import embed_split
-    from cmgan_dist.retrieval.metrics import evaluate
+    from cmgan_dist.retrieval.evaluate import evaluate
 
     found: dict[str, list[float]] = {}
     for run in runs:
-        generator, config, _ = load_model(run)
-        parallel = Parallel(config.train.precision)
-        generator.to(parallel.device)
-        reader = ShardReader(config.data.split(",")[0], split, config.stream)
-        metrics = evaluate(embed_split(generator, reader, config, parallel).common, zscore=config.eval.zscore)
-        for key, value in metrics.items():
+        for key, value in evaluate(run, split=split).items():
             if isinstance(value, float):
                 found.setdefault(key, []).append(value)
     return {k: [statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0] for k, v in found.items()}

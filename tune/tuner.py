@@ -62,7 +62,7 @@ def slots(arguments: Arguments) -> int:
 
 
 def make_trainable(config: Config, arguments: Arguments, space: Space) -> Any:
-    from ray.tune import with_parameters, withresources
+    from ray.tune import with_parameters, with_resources
 
     from cmgan_dist.training.run import MAY_CHANGE
     from tune.trial import Trial
@@ -75,7 +75,7 @@ def make_trainable(config: Config, arguments: Arguments, space: Space) -> Any:
         threads=config.train.threads,
         may_change=tuple(may_change),
     )
-    return withresources(trainable, {"cpu": arguments.cpus, "gpu": arguments.gpus})
+    return with_resources(trainable, {"cpu": arguments.cpus, "gpu": arguments.gpus})
 
 
 def make_algorithm(space: Space, arguments: Arguments, validations: int, start: dict[str, Any]) -> tuple[Any, Any]:

@@ -160,22 +160,31 @@ class EvalBatch:
 
 
 def eval_batches(
-    reader: ShardReader, *, image_size: int, batch: int, first: int = 0, stop: int | None = None, threads: int = 2
+    reader: ShardReader,
+    *,
+    image_size: int,
+    batch: int,
+    first: int = 0,
+    stop: int | None = None,
+    threads: int = 2,
+    skip_bad: bool = False,
 ) -> Iterator[EvalBatch]:
     """Samples first..stop of a split in canonical order, not augmented.
 
-    A bad sample ends an evaluation: a figure over other samples than the split's would not be comparable.
-    Raises BadInput naming it."""
+    A bad sample ends an evaluation: a figure over other samples than the split's would not be comparable. With
+    `skip_bad` it is left out. Raises BadInput naming it."""
     decoder = SampleDecoder.of(reader.manifest, image_size, augment=False)
     starts = np.concatenate([[0], np.cumsum(reader.counts)])
     stop = int(starts[-1]) if stop is None else stop
 
-    def load(i: int, image: np.ndarray, labels: np.ndarray) -> tuple[Sample, list[str] | np.ndarray]:
+    def load(i: int, image: np.ndarray, labels: np.ndarray) -> tuple[Sample, list[str] | np.ndarray] | None:
         shard = int(np.searchsorted(starts, i, side="right")) - 1
         try:
             sample = reader.read(shard, i - int(starts[shard]))
             return sample, decoder(sample, reader.shards[shard].name, None, image, labels)
         except BadSample as error:
+            if skip_bad:
+                return None
             raise BadInput(
                 f"split '{reader.split}' of {reader.data} cannot be evaluated: {error}: "
                 f"run 'python -m shards verify {reader.data}'"
@@ -185,7 +194,13 @@ def eval_batches(
         for at in range(first, stop, batch):
             numbers = range(at, min(at + batch, stop))
             image, labels = decoder.empty(len(numbers))
-            rows = list(pool.map(load, numbers, image, labels))
+            loaded = list(pool.map(load, numbers, image, labels))
+            rows = [row for row in loaded if row is not None]
+            if len(rows) < len(loaded):
+                good = [row is not None for row in loaded]
+                image, labels = image[good], labels[good]
+            if not rows:
+                continue
             yield EvalBatch(
                 image=torch.from_numpy(image),
                 text=_stack_texts([t for _, texts in rows for t in texts]),

@@ -49,5 +49,5 @@ def resources() -> tuple[float, float]:
     """(CPUs, GPUs) of the cluster."""
     import ray
 
-    found = ray.clusterresources()
+    found = ray.cluster_resources()
     return found.get("CPU", 0.0), found.get("GPU", 0.0)

@@ -23,13 +23,13 @@ from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.vocabulary import BOUND, PAD, Vocabulary, load_word_vectors
 from cmgan_dist.models.weights import (
-    _LITE_MEAN,
-    _LITE_STD,
-    _first_line,
-    _in_package,
-    _is_lite,
-    _load_strictly,
-    _read_weights,
+    LITE_MEAN,
+    LITE_STD,
+    first_line,
+    in_package,
+    is_lite,
+    load_strictly,
+    read_weights,
 )
 
 TextInput = Tensor | Mapping[str, Tensor]
@@ -42,6 +42,8 @@ class _Backbone(nn.Module):
     dim: int
     """F."""
     trainable: bool
+    random = False
+    """Frozen at random weights, which nothing but their values brings back."""
 
     def __init__(self, dim: int, trainable: bool) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class ImageBackbone(_Backbone):
     def forward(self, image: Tensor) -> Tensor:
         """Images or features [B, F] -> float32 [B, F].
 
-        Images: uint8 [B, H, W, 4] as `imaging.decode_image` makes them, or [B, 3, H, W] of uint8 or of floats in 0..1.
+        Images: uint8 [B, H, W, 4] as `decode_image` makes them, or [B, 3, H, W] of uint8 or of floats in 0..1.
         """
         return image.float()
 
@@ -93,9 +95,6 @@ def _raw(texts: list[str] | Tensor) -> list[str]:
     return texts
 
 
-# ---------------------------------------------------------------------------------------------- packages and files
-
-
 # ---------------------------------------------------------------------------------------------- image: timm
 
 
@@ -122,21 +121,24 @@ class TimmBackbone(ImageBackbone):
             model = timm.create_model(name, pretrained=config.weights == "hub", num_classes=0, **size)
         except (OSError, RuntimeError, ValueError) as error:
             raise BadInput(
-                f"model.image: timm cannot make {name} with weights '{config.weights}' ({_first_line(error)}): "
+                f"model.image: timm cannot make {name} with weights '{config.weights}' ({first_line(error)}): "
                 "give the path of a file as model.image.weights"
             ) from None
         mean, std = model.default_cfg["mean"], model.default_cfg["std"]
         if config.weights not in ("", "hub"):
-            state = _read_weights(config.weights)
-            if _is_lite(state):
-                mean, std = _LITE_MEAN, _LITE_STD
-            _load_strictly(model, state, config.weights)
+            state = read_weights(config.weights)
+            if is_lite(state):
+                mean, std = LITE_MEAN, LITE_STD
+            load_strictly(model, state, config.weights)
         super().__init__(_output_dim(model, config), config.trainable)
         self.model = model
+        self.random = not config.weights and not config.trainable
         if config.checkpoint and config.trainable:
             _checkpoint_activations(model, name)
         self.register_buffer("scale", 1 / torch.tensor(std).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.mean, self.std = [float(x) for x in mean], [float(x) for x in std]
+        """Of each colour channel, for images in 0..1."""
         self.settle()
 
     def forward(self, image: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ def _output_dim(model: nn.Module, config: ImageBackboneConfig) -> int:
         made = model(torch.zeros(1, 3, config.image_size, config.image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise BadInput(
-            f"model.image.image_size is {config.image_size}: {config.name} cannot take it ({_first_line(error)})"
+            f"model.image.image_size is {config.image_size}: {config.name} cannot take it ({first_line(error)})"
         ) from None
     if not isinstance(made, Tensor) or made.ndim != 2:
         raise BadInput(f"model.image.name is '{config.name}', which does not make one vector of an image")
@@ -247,7 +249,7 @@ class SentenceEncoder(TextBackbone):
         """Raises BadInput naming the field."""
         weights = config.weights
         if weights.startswith("package:"):
-            where = str(_in_package(weights, ("modules.json",), "model.text.weights").parent)
+            where = str(in_package(weights, ("modules.json",), "model.text.weights").parent)
         elif weights.startswith("hub:"):
             where = weights.removeprefix("hub:")
         elif (Path(weights) / "modules.json").is_file():
@@ -264,7 +266,7 @@ class SentenceEncoder(TextBackbone):
         try:
             model = SentenceTransformer(where, device="cpu")
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            raise BadInput(f"model.text.weights: '{weights}' cannot be loaded ({_first_line(error)})") from None
+            raise BadInput(f"model.text.weights: '{weights}' cannot be loaded ({first_line(error)})") from None
         limit = model.max_seq_length
         model.max_seq_length = config.max_tokens if limit is None else min(limit, config.max_tokens)
         for module in model.modules():

@@ -207,9 +207,17 @@ class Generator(nn.Module):
         assert text is None or isinstance(text, Tensor)
         return image, text
 
-    def common(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, F_i] and [M, F_t] -> common representations [N, E] and [M, E]."""
-        return self.shared(self.image_encoder(image), self.text_encoder(text))
+    def project_images(self, features: Tensor) -> Tensor:
+        """Image features [N, F_i] -> common representations [N, E]."""
+        common, _ = self.shared(self.image_encoder(features), None)
+        assert common is not None
+        return common
+
+    def project_texts(self, features: Tensor) -> Tensor:
+        """Text features [M, F_t] -> common representations [M, E]."""
+        _, common = self.shared(None, self.text_encoder(features))
+        assert common is not None
+        return common
 
     def forward(
         self, image: Tensor | None, text: TextInput | None, *, classify: bool = True, decode: bool = True

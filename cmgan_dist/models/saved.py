@@ -1,46 +1,393 @@
-"""RUN/best: the trained generator as it is kept."""
+"""RUN/best: the trained generator with all that is needed to go from a raw picture or text to the common space.
+
+    best/model.json            classes, how features are made, config, how training stood, SHA-256 of every other file
+    best/model.safetensors     the generator's tensors, trained backbones included, and ``statistics/*`` (`Statistics`)
+    best/config.yaml           the whole Config
+    best/vocabulary.json       words of the text CNN, where there is one
+    best/backbones/image|text  weights of frozen backbones that were given as a file or folder
+
+The folder can be copied anywhere: weights in packages and on a hub are named and checked by their SHA-256.
+
+A save writes each changed file as NAME.new, then replaces model.json, then gives the files their names. Whenever it is
+killed, the checksums in model.json tell which of NAME and NAME.new belong to it, so one whole model is always there.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import os
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from cmgan_dist.config.fields import CONFIG_NAME, Config
-from cmgan_dist.config.load import load_config
+from cmgan_dist.config.fields import CONFIG_NAME, Config, ImageBackboneConfig
+from cmgan_dist.config.load import load_config, to_yaml
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import write_atomic
+from cmgan_dist.files import sha256_of, write_atomic
+from cmgan_dist.models.backbones import (
+    ImageBackbone,
+    TextBackbone,
+    TimmBackbone,
+    build_image_backbone,
+    build_text_backbone,
+)
 from cmgan_dist.models.generator import Generator, build_generator
 from cmgan_dist.models.vocabulary import Vocabulary
+from cmgan_dist.models.weights import weights_sha256
 
-MODEL = "model.safetensors"
+Modality = Literal["image", "text"]
+BEST = "best"
+SPEC_NAME, MODEL_NAME, VOCABULARY_NAME = "model.json", "model.safetensors", "vocabulary.json"
+VERSION = 1
+STATISTICS = ("image_mean", "image_std", "text_mean", "text_std")
+CAPTIONS = {"training": "one of a picture's captions is drawn each epoch", "evaluation": "every caption is an item"}
+LATER = ".new"
+"""Ending of a file that is written and waits for model.json."""
 
 
-def save_best(run: Path, tensors: dict[str, Tensor], facts: Mapping[str, object]) -> None:
-    """Replace RUN/best/model.safetensors in one step; `facts` go into its metadata."""
-    metadata = {k: str(v) for k, v in facts.items()}
-    packed = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata=metadata)
-    write_atomic(run / "best" / MODEL, packed)
+@dataclass
+class BackboneSpec:
+    """How the features of one modality are made from raw input."""
+
+    name: str
+    """A timm model, "sentence", "cnn", or "features" where nothing says how the features were made."""
+    dim: int
+    """F, the feature dimension."""
+    trained: bool = False
+    """Trained with the generator: its tensors are in model.safetensors."""
+    weights: str = ""
+    """"hub", "hub:NAME", "package:NAME", a path in best/, or the path on the machine of training; "" when trained."""
+    weights_sha256: str = ""
+    """Of the built backbone, by `weights_sha256`; "" when trained or not known."""
+    image_size: int | None = None
+    """Side of the square input in pixels."""
+    mean: list[float] | None = None
+    """Taken off each colour channel of an image in 0..1."""
+    std: list[float] | None = None
+    """Divides each colour channel after that."""
+    max_tokens: int | None = None
+    """Longer texts are cut."""
 
 
-def load_best(run: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(generator tensors, metadata) of RUN/best. Raises BadInput when there is none or it is damaged."""
-    path = run / "best" / MODEL
-    if not path.is_file():
-        raise BadInput(f"{run} has no best/{MODEL}: train it first, or name another run")
+@dataclass
+class ModelSpec:
+    """The contents of model.json."""
+
+    data: DataSpec
+    """Classes and kind of input of the data that the model was trained on."""
+    image: BackboneSpec
+    text: BackboneSpec
+    data_name: str = ""
+    attribution: str = ""
+    """Source and licence of the training data."""
+    captions: dict[str, str] = field(default_factory=lambda: dict(CAPTIONS))
+    """What is made of several captions of one picture."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """How training stood: "position" in samples, "best" validation score, "best_position", "epoch_samples"."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Path below best/ -> SHA-256 of the file."""
+
+
+@dataclass
+class Statistics:
+    """Mean and standard deviation of the training split's common representations, per modality, float64 [E] each."""
+
+    image_mean: Tensor
+    image_std: Tensor
+    text_mean: Tensor
+    text_std: Tensor
+
+
+@dataclass
+class Saved:
+    """A best/ folder that was read and whose files are what model.json says."""
+
+    folder: Path
+    spec: ModelSpec
+    config: Config
+    tensors: dict[str, Tensor]
+    """The generator's, by name."""
+    statistics: Statistics | None
+    """None until training has ended."""
+
+
+# ---------------------------------------------------------------------------------------------- what is kept
+
+
+def _backbone_spec(
+    modality: Modality, config: Config, backbone: ImageBackbone | TextBackbone, details: Mapping[str, Any]
+) -> BackboneSpec:
+    """`details`: what the data set's manifest says of the backbones that made its features."""
+    chosen = config.model.image if modality == "image" else config.model.text
+    dim = backbone.dim
+    if chosen.name == "features":
+        made = details.get(modality) or {}
+        if "backbone" not in made:
+            return BackboneSpec("features", dim)
+        names = [f.name for f in dataclasses.fields(BackboneSpec)]
+        return BackboneSpec(made["backbone"], **{k: v for k, v in made.items() if k in names} | {"dim": dim})
+    if backbone.trainable:  # a sentence encoder's tokeniser comes from where its first weights came from
+        spec = BackboneSpec(chosen.name, dim, True, chosen.weights if chosen.name == "sentence" else "")
+    else:
+        spec = BackboneSpec(chosen.name, dim, False, chosen.weights, weights_sha256(backbone))
+    if isinstance(chosen, ImageBackboneConfig):
+        spec.image_size = chosen.image_size
+    else:
+        spec.max_tokens = chosen.max_tokens
+    if isinstance(backbone, TimmBackbone):
+        spec.mean, spec.std = backbone.mean, backbone.std
+    return spec
+
+
+def describe_model(
+    config: Config, data: DataSpec, generator: Generator, name: str, attribution: str, details: Mapping[str, Any]
+) -> ModelSpec:
+    """Return what model.json says of a generator that is about to be trained.
+
+    `name`, `attribution` and `details` are those of the training data's manifest; its details tell which backbones made
+    the features of feature shards."""
+    return ModelSpec(
+        data=data,
+        image=_backbone_spec("image", config, generator.image_backbone, details),
+        text=_backbone_spec("text", config, generator.text_backbone, details),
+        data_name=name,
+        attribution=attribution,
+    )
+
+
+def keep_weights(best: Path, spec: ModelSpec) -> None:
+    """Copy the weights of frozen backbones that lie in a file or folder of this machine into best/backbones/.
+
+    Changes the spec's `weights` to the copy's path below best/, and adds its files to the spec's `files`. Weights that
+    are not on this machine stay named by their path. Raises BadInput when they cannot be copied."""
+    for modality, backbone in (("image", spec.image), ("text", spec.text)):
+        source = Path(backbone.weights)
+        if not backbone.weights or backbone.weights.startswith(("hub", "package:")) or not source.exists():
+            continue
+        kept = f"backbones/{modality}/{source.name}"
+        target = best / kept
+        try:
+            if not target.exists():
+                aside = target.with_name(f".{target.name}.tmp")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (shutil.copytree if source.is_dir() else shutil.copy2)(source, aside)
+                os.replace(aside, target)
+        except OSError as error:
+            raise BadInput(
+                f"weights {source} cannot be copied to {target} ({error.strerror}): free space there"
+            ) from None
+        backbone.weights = kept
+        files = sorted(p for p in target.rglob("*") if p.is_file()) if target.is_dir() else [target]
+        spec.files |= {p.relative_to(best).as_posix(): sha256_of(p) for p in files}
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def save_model(
+    best: Path,
+    spec: ModelSpec,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    *,
+    progress: Mapping[str, object],
+    vocabulary: Vocabulary | None = None,
+    statistics: Statistics | None = None,
+) -> None:
+    """Replace the model in the folder `best` in one step; the same model gives the same bytes.
+
+    `tensors`: `stored_tensors` of the generator. `progress`: how training stands. Raises BadInput when the folder
+    cannot be written."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if statistics is not None:
+        stored |= {f"statistics/{name}": getattr(statistics, name) for name in STATISTICS}
+    files = {MODEL_NAME: save(stored), CONFIG_NAME: to_yaml(config).encode()}
+    if vocabulary is not None:
+        files[VOCABULARY_NAME] = vocabulary.to_json().encode()
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    spec = dataclasses.replace(spec, files={**spec.files, **sums}, progress=dict(progress))
+    record = {"version": VERSION, **dataclasses.asdict(spec)}
     try:
-        with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        for name, content in files.items():
+            write_atomic(best / (name + LATER), content)
+        write_atomic(best / SPEC_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        for name in files:
+            os.replace(best / (name + LATER), best / name)
+    except OSError as error:
+        raise BadInput(
+            f"the best model could not be written to {best} ({error.strerror}): free space there and start again; the "
+            "one before is whole"
+        ) from None
+
+
+def stored_tensors(generator: Generator) -> dict[str, Tensor]:
+    """Return the state that a checkpoint and best/ hold: all but frozen backbones whose weights have a source.
+
+    A frozen backbone of random weights has none, so it is stored too."""
+    left_out = tuple(
+        f"{name}."
+        for name, backbone in (("image_backbone", generator.image_backbone), ("text_backbone", generator.text_backbone))
+        if not backbone.trainable and not backbone.random
+    )
+    return {k: v for k, v in generator.state_dict().items() if not k.startswith(left_out or ("\0",))}
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def best_folder(run: str | Path) -> Path:
+    """Return the folder with model.json: `run` itself or its best/. Raises BadInput when there is none."""
+    run = Path(run)
+    for folder in (run, run / BEST):
+        if (folder / SPEC_NAME).is_file():
+            return folder
+    if not run.is_dir():
+        raise BadInput(f"run folder {run} does not exist: train it first, or name another")
+    raise BadInput(f"{run} has no {BEST}/{SPEC_NAME}: train it first, or name another run")
+
+
+def _read_spec(path: Path) -> ModelSpec:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record.pop("version")
+        if version != VERSION:
+            raise BadInput(f"{path} has version {version}, this program reads {VERSION}: train again")
+        parts = {"data": DataSpec, "image": BackboneSpec, "text": BackboneSpec}
+        return ModelSpec(**{**record, **{name: kind(**record[name]) for name, kind in parts.items()}})
+    except BadInput:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} cannot be read ({error!r}): restore the best/ folder or train again") from None
+
+
+def _whole(folder: Path, name: str, expected: str | None) -> Path:
+    """The file that has the checksum `expected`: NAME, or NAME.new where a save was killed before its last step."""
+    for path in (folder / name, folder / (name + LATER)):
+        try:
+            if expected is not None and sha256_of(path) == expected:
+                return path
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise BadInput(f"{path} cannot be read ({error.strerror}): restore it or train again") from None
+    state = "is damaged: its checksum is not in" if (folder / name).exists() else "is missing, but named in"
+    raise BadInput(f"{folder / name} {state} {SPEC_NAME}: restore the best/ folder or train again")
+
+
+def read_model(run: str | Path) -> Saved:
+    """Read RUN/best, or a copy of that folder. Raises BadInput, naming the file, when one is missing or damaged."""
+    folder = best_folder(run)
+    spec = _read_spec(folder / SPEC_NAME)
+    path = _whole(folder, MODEL_NAME, spec.files.get(MODEL_NAME))
+    try:
+        tensors = load(path.read_bytes())
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path} cannot be read ({error}): restore it or train again") from None
+    found = {name: tensors.pop(f"statistics/{name}", None) for name in STATISTICS}
+    config = load_config(_whole(folder, CONFIG_NAME, spec.files.get(CONFIG_NAME)))
+    statistics = None if any(v is None for v in found.values()) else Statistics(**found)  # type: ignore[arg-type]
+    return Saved(folder, spec, config, tensors, statistics)
 
 
-def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
+# ---------------------------------------------------------------------------------------------- building
+
+
+def _vocabulary_of(saved: Saved) -> Vocabulary | None:
+    if saved.config.model.text.name != "cnn":
+        return None
+    return Vocabulary.load(_whole(saved.folder, VOCABULARY_NAME, saved.spec.files.get(VOCABULARY_NAME)))
+
+
+def _source_of(saved: Saved, modality: Modality) -> str:
+    """Where the weights of a frozen backbone are now. Raises BadInput when a copy in best/ is damaged."""
+    weights: str = getattr(saved.spec, modality).weights
+    kept = [name for name in saved.spec.files if name == weights or name.startswith(f"{weights}/")]
+    if not weights or not kept:
+        return weights
+    for name in kept:
+        _whole(saved.folder, name, saved.spec.files[name])
+    return str(saved.folder / weights)
+
+
+def _check_weights(saved: Saved, modality: Modality, backbone: ImageBackbone | TextBackbone) -> None:
+    expected = getattr(saved.spec, modality).weights_sha256
+    if expected and weights_sha256(backbone) != expected:
+        source = getattr(saved.spec, modality).weights
+        raise BadInput(
+            f"the {modality} backbone {getattr(saved.spec, modality).name} with weights '{source}' is not the one that "
+            f"{saved.folder} was trained with (its SHA-256 differs): install or restore those weights"
+        )
+
+
+def load_generator(saved: Saved, *, backbones: bool = True) -> Generator:
+    """Return the generator in eval mode, on the CPU.
+
+    `backbones`: with the backbones that it was trained with; False puts precomputed features in their place, [B, F]
+    each, so that no other weights are read. Raises BadInput when something does not fit together."""
+    config, spec, data = saved.config.model, saved.spec, saved.spec.data
+    config = dataclasses.replace(config, image=dataclasses.replace(config.image), text=dataclasses.replace(config.text))
+    tensors, vocabulary = saved.tensors, None
+    if backbones:
+        vocabulary = _vocabulary_of(saved)
+        stored = {m: any(k.startswith(f"{m}_backbone.") for k in tensors) for m in ("image", "text")}
+        config.image.weights = "" if stored["image"] else _source_of(saved, "image")
+        config.text.weights = "" if config.text.name == "cnn" else _source_of(saved, "text")
+    else:
+        config.image.name = config.text.name = "features"
+        data = dataclasses.replace(data, image_dim=spec.image.dim, text_dim=spec.text.dim)
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(("image_backbone.", "text_backbone."))}
+    generator = build_generator(config, data, vocabulary)
+    check_shapes(stored_tensors(generator), tensors, str(saved.folder))
+    generator.load_state_dict(tensors, strict=False)
+    if backbones:
+        for modality, chosen in (("image", config.image), ("text", config.text)):
+            if chosen.name != "features":
+                _check_weights(saved, modality, getattr(generator, f"{modality}_backbone"))  # type: ignore[arg-type]
+    return generator.eval()
+
+
+def load_backbone(saved: Saved, modality: Modality) -> ImageBackbone | TextBackbone:
+    """Return the backbone that makes a modality's features from raw input, in eval mode; alone, whatever the other is.
+
+    Also where training was on feature shards. Raises BadInput when nothing says how the features were made, or the
+    weights are not there or are others."""
+    spec: BackboneSpec = getattr(saved.spec, modality)
+    if spec.name == "features":
+        raise BadInput(
+            f"{saved.folder} takes {modality} features of {spec.dim} numbers and does not say what made them: encode "
+            f"arrays of such features, or train on features from 'python -m shards features'"
+        )
+    kept = {
+        k.removeprefix(f"{modality}_backbone."): v
+        for k, v in saved.tensors.items()
+        if k.startswith(f"{modality}_backbone.")
+    }
+    weights = "" if kept and spec.name != "sentence" else _source_of(saved, modality)
+    backbone: ImageBackbone | TextBackbone
+    if modality == "image":
+        size = spec.image_size or ImageBackboneConfig.image_size
+        backbone = build_image_backbone(ImageBackboneConfig(spec.name, weights, image_size=size))
+    else:
+        chosen = dataclasses.replace(saved.config.model.text, name=spec.name, weights=weights, trainable=spec.trained)
+        chosen.max_tokens = spec.max_tokens or chosen.max_tokens
+        backbone = build_text_backbone(chosen, vocabulary=_vocabulary_of(saved))
+    if kept:
+        check_shapes(backbone.state_dict(), kept, str(saved.folder))
+        backbone.load_state_dict(kept)
+    _check_weights(saved, modality, backbone)
+    return backbone.requires_grad_(False).eval()
+
+
+def check_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
     """Raises BadInput, naming the first difference, when `found` is the checkpoint of another model."""
     for name, tensor in expected.items():
         if name not in found:
@@ -53,38 +400,3 @@ def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], where: s
     for name in found:
         if name not in expected:
             raise BadInput(f"{where} is the checkpoint of another model: it has {name}; use the config it came with")
-
-
-SPEC_NAME = "data.json"
-VOCABULARY_NAME = "vocabulary.json"
-
-
-def load_model(run: Path) -> tuple[Generator, Config, DataSpec]:
-    """The best generator of a run. Raises BadInput when something is missing or does not fit together."""
-    if not run.is_dir():
-        raise BadInput(f"run folder {run} does not exist: train it first, or name another")
-    best = run / "best"
-    tensors, _ = load_best(run)
-    config = load_config(best / CONFIG_NAME)
-    path = best / SPEC_NAME
-    if not path.is_file():
-        raise BadInput(f"{path} does not exist: restore the best/ folder or train again")
-    spec = DataSpec(**json.loads(path.read_text(encoding="utf-8")))
-    vocabulary = None
-    if config.model.text.name == "cnn":
-        vocabulary = Vocabulary.load(best / VOCABULARY_NAME)
-        config.model.text.weights = ""  # the checkpoint holds the word vectors, the file may be gone
-    generator = build_generator(config.model, spec, vocabulary)
-    check_shapes(stored_tensors(generator), tensors, str(best))
-    generator.load_state_dict(tensors, strict=False)
-    return generator, config, spec
-
-
-def stored_tensors(generator: Generator) -> dict[str, Tensor]:
-    """The state that a checkpoint holds: all but frozen backbones, which their config brings back."""
-    frozen = tuple(
-        f"{name}."
-        for name, backbone in (("image_backbone", generator.image_backbone), ("text_backbone", generator.text_backbone))
-        if not backbone.trainable
-    )
-    return {k: v for k, v in generator.state_dict().items() if not k.startswith(frozen or ("\0",))}

@@ -16,7 +16,6 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import write_atomic
 
 PAD = 0
 """Id behind the end of a text."""
@@ -82,10 +81,9 @@ class Vocabulary:
         """Ids of the words of a text; [UNKNOWN] for a text without words."""
         return [self._ids.get(word, UNKNOWN) for word in split_words(text)] or [UNKNOWN]
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON; the same words give the same bytes."""
-        record = {"version": VERSION, "words": self.words}
-        write_atomic(path, json.dumps(record, ensure_ascii=False, indent=0) + "\n")
+    def to_json(self) -> str:
+        """Return what `load` reads; the same words give the same text."""
+        return json.dumps({"version": VERSION, "words": self.words}, ensure_ascii=False, indent=0) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:

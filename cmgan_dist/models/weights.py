@@ -1,20 +1,33 @@
-"""Weights of image backbones: where they lie, and the layouts of other libraries."""
+"""Weights of backbones: where they lie, their checksum, and the layouts of other libraries."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import pickle
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cmgan_dist.errors import BadInput
 
 
-def _in_package(weights: str, suffixes: tuple[str, ...], field: str) -> Path:
+def weights_sha256(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's parameters and buffers by name, dtype and shape, whatever file they came from.
+
+    Buffers that are not persistent do not count."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def in_package(weights: str, suffixes: tuple[str, ...], field: str) -> Path:
     """The only file with one of the names or suffixes that the package in ``package:NAME`` carries.
 
     Raises BadInput. The package's own code is not run."""
@@ -32,16 +45,16 @@ def _in_package(weights: str, suffixes: tuple[str, ...], field: str) -> Path:
     return found[0]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _read_weights(weights: str) -> dict[str, Tensor]:
+def read_weights(weights: str) -> dict[str, Tensor]:
     """The state of a model from a .pth or .safetensors file. Raises BadInput; code in the file is not run."""
     from timm.models import load_state_dict
 
     if weights.startswith("package:"):
-        path = _in_package(weights, (".pth", ".pt", ".safetensors"), "model.image.weights")
+        path = in_package(weights, (".pth", ".pt", ".safetensors"), "model.image.weights")
     else:
         path = Path(weights)
     if not path.is_file():
@@ -54,7 +67,7 @@ def _read_weights(weights: str) -> dict[str, Tensor]:
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it holds more than tensors")
     except _UNREADABLE_WEIGHTS as error:
-        raise BadInput(f"model.image.weights: {path} is not a file of weights ({_first_line(error)})") from None
+        raise BadInput(f"model.image.weights: {path} is not a file of weights ({first_line(error)})") from None
     return state
 
 
@@ -70,11 +83,11 @@ _UNREADABLE_WEIGHTS = (
 )
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], weights: str) -> None:
+def load_strictly(model: nn.Module, state: dict[str, Tensor], weights: str) -> None:
     """Load a state in which every key has its place and every place its key; a classifier's keys are left out.
 
     Raises BadInput naming the first keys that do not fit."""
-    if _is_lite(state):
+    if is_lite(state):
         state = _from_lite(model, state)
     elif "classifier.6.weight" in state and hasattr(model, "pre_logits"):
         state = _from_torchvision_vgg(state)
@@ -98,7 +111,7 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], weights: str) -> 
     model.load_state_dict(state)
 
 
-_LITE_MEAN, _LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
+LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
 """EfficientNet-lite is trained on (pixel - 127) / 128 (tensorflow/tpu, efficientnet/lite)."""
 _LITE_PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 _LITE_EXPANDING = {
@@ -113,7 +126,7 @@ _LITE_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_hea
 """Module names of EfficientNet-PyTorch -> timm's, in a block without and with expansion, and outside of blocks."""
 
 
-def _is_lite(state: dict[str, Tensor]) -> bool:
+def is_lite(state: dict[str, Tensor]) -> bool:
     """Keys of EfficientNet-PyTorch, and no squeeze-and-excitation: the lite variant."""
     return "_conv_stem.weight" in state and not any("._se_" in key for key in state)
 

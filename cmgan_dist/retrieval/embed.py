@@ -1,21 +1,27 @@
-"""Samples -> common representations, with a model in training or one loaded from a run."""
+"""Samples of a data set -> common representations, with a model in training or one loaded from a run.
+
+Shapes: n samples, m texts, E dimensions of the common space, F_i and F_t feature dimensions, C classes."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from cmgan_dist.config.fields import Config
-from cmgan_dist.data.batch import eval_batches
+from cmgan_dist.data.batch import EvalBatch, eval_batches
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.models.generator import Generator
+from cmgan_dist.models.saved import Statistics
 from cmgan_dist.retrieval.metrics import Embeddings
 
-if TYPE_CHECKING:  # at run time only where a gallery is made: it takes seconds to import
-    pass
+STATISTICS_BLOCKS, STATISTICS_SAMPLES = 64, 100_000
+"""Statistics are taken over all samples of a split, or over so many in blocks that lie evenly in a larger one."""
 
 
 @dataclass
@@ -28,29 +34,45 @@ class Embedded:
     keys: list[str]
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluating(generator: Generator) -> Iterator[None]:
+    """Eval mode and no gradients; the mode that the generator was in comes back."""
+    training = generator.training
+    generator.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        generator.train(training)
+
+
+def embed_batch(generator: Generator, batch: EvalBatch, parallel: Parallel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(common image [n, E], common text [m, E], image features [n, F_i], text features [m, F_t]), float32 on the CPU.
+
+    The generator must be in eval mode."""
+    image = generator.image_backbone(batch.image.to(parallel.device))
+    text = generator.text_backbone(generator.text_backbone.tokenise(batch.text, parallel.device))
+    with parallel.autocast():
+        made = (generator.project_images(image), generator.project_texts(text), image, text)
+    common_image, common_text, image, text = (x.float().cpu() for x in made)
+    return common_image, common_text, image, text
+
+
 def embed_split(generator: Generator, reader: ShardReader, config: Config, parallel: Parallel) -> Embedded:
-    """Every sample of the reader's split with all its texts, in canonical order, in eval mode; the same on every
-    process, each of which embeds a part. Raises BadInput at a bad sample."""
+    """Every sample of the reader's split with all its texts, in canonical order; the same on every process, each of
+    which embeds a part. Raises BadInput at a bad sample."""
     total = int(reader.counts.sum())
     first, stop = total * parallel.rank // parallel.world, total * (parallel.rank + 1) // parallel.world
-    generator.eval()
-    parts: list[tuple[torch.Tensor, ...]] = []
+    parts: list[tuple[Tensor, ...]] = []
     keys: list[str] = []
     done = first
-    for batch in eval_batches(
-        reader, image_size=config.model.image.image_size, batch=config.eval.batch, first=first, stop=stop
-    ):
-        image = generator.image_backbone(batch.image.to(parallel.device))
-        text = generator.text_backbone(generator.text_backbone.tokenise(batch.text, parallel.device))
-        with parallel.autocast():
-            common_image, common_text = generator.common(image, text)
-        labels = batch.labels if batch.labels is not None else torch.zeros(len(image), 0, dtype=torch.bool)
-        made = (common_image, common_text, image, text)
-        parts.append((*(t.float().cpu() for t in made), batch.owner + done, labels))
-        keys += batch.keys
-        done += len(batch.keys)
-    generator.train()
+    size = config.model.image.image_size
+    with evaluating(generator):
+        for batch in eval_batches(reader, image_size=size, batch=config.eval.batch, first=first, stop=stop):
+            labels = batch.labels if batch.labels is not None else torch.zeros(len(batch.keys), 0, dtype=torch.bool)
+            parts.append((*embed_batch(generator, batch, parallel), batch.owner + done, labels))
+            keys += batch.keys
+            done += len(batch.keys)
     gathered = parallel.gather_objects(([torch.cat(column) for column in zip(*parts, strict=True)], keys))
     columns = zip(*(tensors for tensors, _ in gathered if tensors), strict=True)
     common_image, common_text, image, text, owner, labels = (torch.cat(column) for column in columns)
@@ -60,3 +82,64 @@ def embed_split(generator: Generator, reader: ShardReader, config: Config, paral
         features=Embeddings(image, text, owner, known),
         keys=[key for _, part in gathered for key in part],
     )
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+Moments = tuple[int, Tensor, Tensor]
+"""Rows, their mean [E] and the sum of squared deviations from it [E], float64."""
+
+
+def _moments(x: Tensor) -> Moments:
+    x = x.double()
+    return len(x), x.mean(0), (x - x.mean(0)).square().sum(0)
+
+
+def _merged(a: Moments, b: Moments) -> Moments:
+    """The moments of both sets of rows (Chan, Golub & LeVeque, 1979)."""
+    (n, mean_a, square_a), (m, mean_b, square_b) = a, b
+    delta = mean_b - mean_a
+    return n + m, mean_a + delta * m / (n + m), square_a + square_b + delta.square() * n * m / (n + m)
+
+
+def _blocks(reader: ShardReader, samples: int) -> list[tuple[int, int]]:
+    """Ranges of samples that lie evenly in the reader's split and have about `samples` samples together."""
+    total = int(reader.counts.sum())
+    starts = [total * k // STATISTICS_BLOCKS for k in range(STATISTICS_BLOCKS + 1)]
+    most = -(-samples // STATISTICS_BLOCKS)
+    return [(a, min(b, a + most)) for a, b in itertools.pairwise(starts) if b > a]
+
+
+def common_statistics(
+    generator: Generator, readers: Sequence[ShardReader], config: Config, parallel: Parallel
+) -> Statistics:
+    """Mean and deviation of the common representations of a training split (of a mixture: of all its data sets).
+
+    The same bits on any number of processes, each of which embeds a part. Bad samples are left out, as training
+    replaces them."""
+    work = [(r, block) for r in readers for block in _blocks(r, STATISTICS_SAMPLES // len(readers))]
+    mine: list[tuple[int, Moments, Moments]] = []
+    with evaluating(generator):
+        for number in range(parallel.rank, len(work), parallel.world):
+            reader, (first, stop) = work[number]
+            batches = eval_batches(
+                reader,
+                image_size=config.model.image.image_size,
+                batch=config.eval.batch,
+                first=first,
+                stop=stop,
+                skip_bad=True,
+            )
+            made = [embed_batch(generator, batch, parallel)[:2] for batch in batches if batch.keys]
+            if made:
+                image, text = (torch.cat(column) for column in zip(*made, strict=True))
+                mine.append((number, _moments(image), _moments(text)))
+    every = sorted((m for part in parallel.gather_objects(mine) for m in part), key=lambda m: m[0])
+    _, image_all, text_all = every[0]
+    for _, image_moments, text_moments in every[1:]:
+        image_all, text_all = _merged(image_all, image_moments), _merged(text_all, text_moments)
+
+    def deviation(moments: Moments) -> Tensor:
+        return (moments[2] / moments[0]).sqrt()
+
+    return Statistics(image_all[1], deviation(image_all), text_all[1], deviation(text_all))

@@ -23,8 +23,8 @@ from cmgan_dist.data.order import mix
 from cmgan_dist.distributed.join import is_lost_process
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
 from cmgan_dist.files import write_atomic
-from cmgan_dist.models.saved import save_best, stored_tensors
-from cmgan_dist.retrieval.embed import embed_split
+from cmgan_dist.models.saved import BEST, read_model, save_model, stored_tensors
+from cmgan_dist.retrieval.embed import common_statistics, embed_split
 from cmgan_dist.retrieval.metrics import evaluate, score_of
 from cmgan_dist.training.phases import Phase, not_finite, phase_table, run_phase
 from cmgan_dist.training.recorder import Clock, tracing
@@ -71,41 +71,48 @@ def run_training(run: Run) -> int:
     parallel, recorder = run.parallel, run.recorder
     clock = Clock(parallel.device)
     with recorder.started(progress.position, total):
-        if progress.position >= total:
-            recorder.say(f"{run.folder} is done: {total} samples, best validation score {progress.best:.4f}")
-        else:
-            if progress.position:
-                recorder.say(f"resuming {run.folder} at sample {progress.position} of {total}")
-            processes = f"{parallel.world} process{'es' * (parallel.world > 1)}"
-            each = micro_batch(run.config) // parallel.world
-            parts = run.config.optim.accumulate
-            how = f"{run.config.train.precision}{f', {parallel.kind}' * bool(parallel.kind)}"
-            recorder.say(
-                f"{processes} on {parallel.device.type} ({how}), {each * parts} samples a batch each"
-                f"{f' in {parts} parts' * (parts > 1)}"
-            )
-            parallel.watch_signals()
-            try:
+        done = progress.position >= total
+        recorder.say(
+            f"{run.folder} is done: {total} samples, best validation score {progress.best:.4f}"
+            if done
+            else how_it_runs(run)
+        )
+        try:
+            if not done:
+                parallel.watch_signals()
                 loop(run, clock)
                 run.checkpointer.wait()
-            except RuntimeError as error:
-                if parallel.world == 1 or not is_lost_process(error):
-                    raise
-                raise LostProcess(
-                    f"process {parallel.rank} lost another process at sample {progress.position} "
-                    f"({str(error).splitlines()[0]}): start again to go on from the last checkpoint in {run.folder}"
-                ) from error
-            if progress.position < total:
-                where = f"sample {progress.position} of {total}"
-                recorder.say(f"saved at {where} after a signal: start again to go on")
-            elif parallel.main:
-                clock.lap("other")
-                clock.take()
-                recorder.say(f"time: {clock.summary()}")
-                recorder.say(f"done: {run.folder}")
+            if progress.position >= total:
+                keep_statistics(run)
+        except RuntimeError as error:
+            if parallel.world == 1 or not is_lost_process(error):
+                raise
+            raise LostProcess(
+                f"process {parallel.rank} lost another process at sample {progress.position} "
+                f"({str(error).splitlines()[0]}): start again to go on from the last checkpoint in {run.folder}"
+            ) from error
+        if progress.position < total:
+            recorder.say(f"saved at sample {progress.position} of {total} after a signal: start again to go on")
+        elif not done:
+            clock.lap("other")
+            clock.take()
+            recorder.say(f"time: {clock.summary()}")
+            recorder.say(f"done: {run.folder}")
     run.networks.release()
     parallel.close()
     return EXIT_DONE if progress.position >= total else EXIT_SIGNALLED
+
+
+def how_it_runs(run: Run) -> str:
+    """Say where the run goes on, on how many processes and with what batches."""
+    parallel, parts = run.parallel, run.config.optim.accumulate
+    position = run.progress.position
+    resuming = f"resuming {run.folder} at sample {position} of {run.total}\n" * bool(position)
+    processes = f"{parallel.world} process{'es' * (parallel.world > 1)}"
+    how = f"{run.config.train.precision}{f', {parallel.kind}' * bool(parallel.kind)}"
+    each = micro_batch(run.config) // parallel.world * parts
+    batches = f"{each} samples a batch each{f' in {parts} parts' * (parts > 1)}"
+    return f"{resuming}{processes} on {parallel.device.type} ({how}), {batches}"
 
 
 def loop(run: Run, clock: Clock) -> None:
@@ -225,6 +232,27 @@ def give_up(run: Run, losses: list[str], wrong: Tensor, batches: list[Batch]) ->
     )
 
 
+def keep_statistics(run: Run) -> None:
+    """Add the training split's statistics (`Statistics`) to the best model of a run that has ended, where they are not
+    there yet. Every process calls it; the generator that is evaluated has the best model's weights afterwards."""
+    saved = read_model(run.folder)
+    if saved.statistics is not None:
+        return
+    generator = run.networks.eval_generator
+    generator.load_state_dict(saved.tensors, strict=False)
+    statistics = common_statistics(generator, run.stream.readers, run.config, run.parallel)
+    if run.parallel.main:
+        save_model(
+            run.folder / BEST,
+            run.spec,
+            saved.config,
+            saved.tensors,
+            progress=saved.spec.progress,
+            vocabulary=run.vocabulary,
+            statistics=statistics,
+        )
+
+
 def validate_now(run: Run) -> dict[str, float]:
     """Embed and score the validation split; keep the generator when it is the best so far. Returns "score" and the
     metrics, equal on every process."""
@@ -235,7 +263,14 @@ def validate_now(run: Run) -> dict[str, float]:
     if progress.best is None or score > progress.best:
         progress.best, progress.best_position = score, progress.position
         if run.parallel.main:
-            save_best(run.folder, stored_tensors(run.networks.eval_generator), dataclasses.asdict(progress))
+            save_model(
+                run.folder / BEST,
+                run.spec,
+                run.config,
+                stored_tensors(run.networks.eval_generator),
+                progress=dataclasses.asdict(progress),
+                vocabulary=run.vocabulary,
+            )
     values = {"score": score} | {k: v for k, v in metrics.items() if isinstance(v, float)}
     recorder.line("val", progress.position, values, progress.epoch_samples)
     recorder.say(f"epoch {run.epoch:6.1f}  validation {score:.4f}  best {progress.best:.4f}")

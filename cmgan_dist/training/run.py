@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -24,7 +23,7 @@ from cmgan_dist.data.stream import Stream
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import write_atomic
-from cmgan_dist.models.saved import SPEC_NAME, VOCABULARY_NAME
+from cmgan_dist.models.saved import BEST, ModelSpec, describe_model, keep_weights
 from cmgan_dist.models.vocabulary import Vocabulary
 from cmgan_dist.training.checkpoint import Checkpointer, Progress, latest, read_checkpoint
 from cmgan_dist.training.recorder import Recorder
@@ -101,6 +100,10 @@ class Run:
     progress: Progress
     multi: bool
     """Multi-label classes."""
+    spec: ModelSpec
+    """What best/ says of the model."""
+    vocabulary: Vocabulary | None
+    """Words of the text CNN."""
     on_validation: Callable[[Run, dict[str, float]], None] | None = None
     """Called on every process after a validation and the checkpoint that is due with it; gets "score" and metrics."""
     bad: int = 0
@@ -151,9 +154,9 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE)
         config.train.precision, tracker, str(run), config.train.timeout_s, config.train.reduce_precision
     )
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // parallel.local_world))
-    spec = DataSpec.of(stream.manifest)
+    data = DataSpec.of(stream.manifest)
     vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
-    networks = build_networks(config, spec, vocabulary, parallel)
+    networks = build_networks(config, data, vocabulary, parallel)
     progress = Progress(epoch_samples=stream.epoch_samples)
     found: Path | None = None
     if resume == "auto":  # the first process looks, so that all take the same
@@ -166,12 +169,11 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE)
                 f"{stream.epoch_samples}: use the same data, another --output, or --resume never"
             )
         networks.load(tensors, str(found))
+    manifest = stream.manifest
+    spec = describe_model(config, data, networks.generator, manifest.name, manifest.attribution, manifest.details)
     if parallel.main:
         write_atomic(run / CONFIG_NAME, to_yaml(config))
-        write_atomic(run / "best" / CONFIG_NAME, to_yaml(config))
-        write_atomic(run / "best" / SPEC_NAME, json.dumps(dataclasses.asdict(spec), ensure_ascii=False) + "\n")
-        if vocabulary is not None:
-            vocabulary.save(run / "best" / VOCABULARY_NAME)
+        keep_weights(run / BEST, spec)
     parallel.start_trackers("tensorboard", {"preset": config.preset, "data": config.data})
     return Run(
         config=config,
@@ -185,5 +187,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = MAY_CHANGE)
             run, config.train.keep, rank=parallel.rank, world=parallel.world, group=parallel.new_group()
         ),
         progress=progress,
-        multi=spec.label_kind == "multi",
+        multi=data.label_kind == "multi",
+        spec=spec,
+        vocabulary=vocabulary,
     )

@@ -78,7 +78,7 @@ def unknown_preset(feature_data: Callable[..., Path], raw_data: Callable[..., Pa
     return ["launchers/train.py", "--preset", "refrence", "--data", str(tmp), "--output", str(tmp / "run")]
 
 
-def checkpoint_of_another_model(
+def changed_file_of_the_best_model(
     feature_data: Callable[..., Path], raw_data: Callable[..., Path], tmp: Path
 ) -> list[str]:
     data = feature_data()
@@ -102,7 +102,7 @@ CASES: list[tuple[Case, str]] = [
     (split_without_samples, "split 'val' of toy has no samples"),
     (unknown_flag, "Unrecognized options: --optim.generator-rate"),
     (unknown_preset, "unknown preset 'refrence': did you mean 'reference'?"),
-    (checkpoint_of_another_model, "is the checkpoint of another model: * is [[]64, 64[]], expected [[]32, 64[]]"),
+    (changed_file_of_the_best_model, "best/config.yaml is damaged: its checksum is not in model.json"),
 ]
 
 

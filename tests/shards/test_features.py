@@ -30,7 +30,7 @@ from cmgan_dist.data.sample import Sample, parse_sample
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.backbones import build_image_backbone
-from cmgan_dist.models.weights import _in_package
+from cmgan_dist.models.weights import in_package
 from shards.__main__ import main
 from shards.features import FeaturesCommand, write_features
 from shards.scan import scan_shard
@@ -114,7 +114,7 @@ def test_features_are_what_the_backbones_make(
     )
     out = data.parent / "out"
     image = build_image_backbone(ImageBackboneConfig("test_efficientnet", str(weights), image_size=48))
-    text = SentenceTransformer(str(_in_package(MINILM, ("modules.json",), "").parent), device="cpu")
+    text = SentenceTransformer(str(in_package(MINILM, ("modules.json",), "").parent), device="cpu")
 
     made = load_manifest(out)
     assert (made.image, made.image_dim, made.text, made.text_dim) == ("features", image.dim, "features", 384)

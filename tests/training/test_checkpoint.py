@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.models.saved import check_shapes, load_best, save_best
 from cmgan_dist.training.checkpoint import Checkpointer, Progress, latest, read_checkpoint, share_of
 
 
@@ -119,21 +118,3 @@ def test_processes_share_the_tensors_evenly() -> None:
     assert sorted(name for part in parts for name in part) == sorted(sizes)
     loads = [sum(sizes[name].numel() for name in part) for part in parts]
     assert max(loads) - min(loads) <= 11
-
-
-def test_best_there_and_back_and_damaged(tmp_path: Path) -> None:
-    save_best(tmp_path, {"w": torch.arange(3.0)}, Progress(640, 0.75, 640))
-    tensors, metadata = load_best(tmp_path)
-    assert tensors["w"].tolist() == [0, 1, 2]
-    assert metadata["best_position"] == "640"
-    path = tmp_path / "best" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(BadInput, match="cannot be read"):
-        load_best(tmp_path)
-
-
-def test_another_model_is_named() -> None:
-    with pytest.raises(BadInput, match=r"another model: w is \[3\], expected \[4\]"):
-        check_shapes({"w": torch.zeros(4)}, {"w": torch.zeros(3)}, "RUN")
-    with pytest.raises(BadInput, match="another model: it has no v"):
-        check_shapes({"v": torch.zeros(4)}, {"w": torch.zeros(3)}, "RUN")

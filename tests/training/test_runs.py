@@ -162,7 +162,7 @@ def test_pictures_and_texts_end_to_end(
     assert {"CCA", "chance"} <= record["baselines"].keys()
     assert "<img" in (run / "report.html").read_text()
     keys = load_file(run / "best" / "model.safetensors").keys()
-    assert any(k.startswith("image_backbone.") for k in keys) == trainable
+    assert any(k.startswith("image_backbone.") for k in keys)  # frozen, its random weights come from nowhere else
     assert any(k.startswith("text_backbone.") for k in keys)
 
 

@@ -1,0 +1,131 @@
+"""How good a trained run is on a split: embeddings, metrics, and baselines on the same features."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmgan_dist.data.manifest import DataSpec
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.errors import BadInput
+from cmgan_dist.models.saved import MODEL_NAME, Saved, load_generator, read_model
+from cmgan_dist.retrieval.embed import Embedded, embed_split
+from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
+
+RECORD_NAME, EMBEDDINGS_NAME = "evaluation.json", "embeddings.npz"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be evaluated: a run, and a split of a data set that fits it."""
+
+    saved: Saved
+    reader: ShardReader
+    zscore: bool
+    """Standardise common representations per modality over the split, as the CM-GANs authors do."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the answer: data, split, standardising, and checksums of the manifest and the model."""
+        manifest = self.reader.manifest.to_json()
+        return {
+            "data": self.reader.data,
+            "split": self.reader.split,
+            "zscore": self.zscore,
+            "manifest": hashlib.sha256(manifest.encode()).hexdigest(),
+            "model": self.saved.spec.files[MODEL_NAME],
+        }
+
+
+@dataclass
+class Evaluation:
+    """The answer, equal on every process."""
+
+    record: dict[str, Any]
+    """The contents of evaluation.json: "metrics" (`metrics.evaluate`), "baselines" {name: the same}, "classes", what
+    was asked, "seed" and "checkpoint"."""
+    embedded: Embedded
+
+    def embeddings_npz(self) -> bytes:
+        """Return a ``.npz`` file: image [N, E], text [M, E], text_owner [M], keys [N], labels [N, C] if there are."""
+        common, packed = self.embedded.common, io.BytesIO()
+        arrays = {"image": common.image, "text": common.text, "text_owner": common.text_owner}
+        if common.labels is not None:
+            arrays["labels"] = common.labels
+        keys = np.array(self.embedded.keys)
+        np.savez(packed, allow_pickle=False, keys=keys, **{k: v.numpy() for k, v in arrays.items()})
+        return packed.getvalue()
+
+
+def check_data(saved: Saved, reader: ShardReader) -> None:
+    """Raises BadInput, naming the first difference, unless the run can be evaluated on the reader's data."""
+    mine, theirs = saved.spec.data, DataSpec.of(reader.manifest)
+    for what, a, b in (("images", mine.image_dim, theirs.image_dim), ("texts", mine.text_dim, theirs.text_dim)):
+        if a != b:
+            said = [f"features of {dim} numbers" if dim is not None else "raw" for dim in (a, b)]
+            raise BadInput(
+                f"the {what} of {reader.data} are {said[1]}, those that {saved.folder} was trained on are {said[0]}: "
+                "name data of the same kind"
+            )
+    if mine.classes and theirs.classes and mine.classes != theirs.classes:
+        pairs = enumerate(zip(mine.classes, theirs.classes, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(mine.classes), len(theirs.classes)))
+        first = [names[at] if at < len(names) else "none" for names in (mine.classes, theirs.classes)]
+        raise BadInput(
+            f"{reader.data} has other classes than {saved.folder} was trained on (class {at} is '{first[1]}', not "
+            f"'{first[0]}'): name data with the same classes"
+        )
+
+
+def ask(run: str | Path, data: str = "", *, split: str = "test", zscore: bool | None = None) -> Question:
+    """Read the best model of a run and open the split on which it is to be evaluated.
+
+    `data`: folder or URL; "" is the data that the run was trained on (the first of a mixture). `zscore`: None takes the
+    run's eval.zscore. Raises BadInput when run or data cannot be read, or do not fit together."""
+    saved = read_model(run)
+    data = data or saved.config.data.split(",")[0]
+    if not data:
+        raise BadInput("--data is missing and the run names no data: name a folder of shards")
+    reader = ShardReader(data, split, saved.config.stream)
+    check_data(saved, reader)
+    return Question(saved, reader, saved.config.eval.zscore if zscore is None else zscore)
+
+
+def answer(question: Question, *, baselines: bool = True, parallel: Parallel | None = None) -> Evaluation:
+    """Embed the split and measure retrieval on it; every process calls it.
+
+    `baselines`: fit CCA and ridge on the same features of the training split, with settings from the validation split.
+    Raises BadInput at a bad sample."""
+    saved, reader, config = question.saved, question.reader, question.saved.config
+    parallel = parallel or Parallel(config.train.precision)
+    generator = load_generator(saved).to(parallel.device)
+    embedded = embed_split(generator, reader, config, parallel)
+    record: dict[str, Any] = {"metrics": evaluate_embeddings(embedded.common, zscore=question.zscore), "baselines": {}}
+    if baselines:
+        from cmgan_dist.retrieval.baselines import baseline_table  # scikit-learn takes a second to import
+
+        train, val = (
+            embed_split(generator, ShardReader(reader.data, s, config.stream), config, parallel).features
+            for s in (config.stream.train_split, config.stream.val_split)
+        )
+        record["baselines"] = baseline_table(train, val, embedded.features)
+    record |= {
+        "classes": saved.spec.data.classes,
+        **question.identity(),
+        "seed": config.train.seed,
+        "checkpoint": f"best, at sample {saved.spec.progress.get('best_position')} of training",
+    }
+    return Evaluation(record, embedded)
+
+
+def evaluate(run: str | Path, data: str = "", *, split: str = "test", zscore: bool | None = None) -> dict[str, Any]:
+    """Return the metrics of a run's best model on a split: MAP and recall of every direction by name.
+
+    Arguments and errors are those of `ask`."""
+    metrics: dict[str, Any] = answer(ask(run, data, split=split, zscore=zscore), baselines=False).record["metrics"]
+    return metrics

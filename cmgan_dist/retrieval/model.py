@@ -1,0 +1,175 @@
+"""A trained model in use: raw pictures or texts in, vectors of the common space out.
+
+Each modality goes alone: encoding texts reads no image backbone and no picture, and the other way round.
+
+Shapes: n items, E dimensions of the common space, F features of a backbone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmgan_dist.data.image import decode_image
+from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.models.backbones import ImageBackbone, TextBackbone
+from cmgan_dist.models.saved import Modality, Saved, load_backbone, load_generator, read_model
+from cmgan_dist.retrieval.metrics import l2_normalise
+
+if TYPE_CHECKING:
+    pass
+
+T = TypeVar("T")
+ImageItem = "str | Path | bytes | np.ndarray | Image"
+"""A file, its bytes, uint8 [H, W], [H, W, 3] or [H, W, 4], or a PIL image."""
+
+
+class Model:
+    """The best generator of a run with its backbones, in eval mode."""
+
+    def __init__(self, saved: Saved, device: str | torch.device = "auto") -> None:
+        """`device`: "auto" takes a GPU if there is one. Backbones are read when the first item comes."""
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        self.saved, self.device = saved, torch.device(found if device == "auto" else device)
+        self.generator = load_generator(saved, backbones=False).to(self.device)
+        self._backbones: dict[Modality, ImageBackbone | TextBackbone] = {}
+
+    @property
+    def dim(self) -> int:
+        """E, the dimension of the common space."""
+        return self.saved.config.model.common_dim
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in label order; empty when the model was trained on pairs without labels."""
+        return self.saved.spec.data.classes
+
+    def backbone(self, modality: Modality) -> ImageBackbone | TextBackbone:
+        """Return what makes features of "image" or "text". Raises BadInput when it is not known or not there."""
+        if modality not in self._backbones:
+            self._backbones[modality] = load_backbone(self.saved, modality).to(self.device)
+        return self._backbones[modality]
+
+    def encode_images(
+        self,
+        images: ImageItem | Iterable[ImageItem],  # type: ignore[valid-type]
+        *,
+        batch: int = 64,
+        standardise: bool = False,
+    ) -> np.ndarray:
+        """Pictures -> float32 [n, E], unit length; features float [n, F] of the model's own backbone work too.
+
+        `images`: one or many files, bytes, arrays or PIL images. `standardise`: take off the training split's mean and
+        divide by its deviation before, as a z-scored evaluation does. Raises BadInput naming the item that is no
+        picture by its position."""
+        if isinstance(images, np.ndarray) and images.dtype.kind == "f":
+            return self._encode("image", _batches(images, batch), lambda x: torch.from_numpy(x), standardise)
+        if isinstance(images, str | Path | bytes | np.ndarray) or hasattr(images, "tobytes"):
+            images = [images]
+        backbone = self.backbone("image")
+        size = self.saved.spec.image.image_size or 224
+
+        def features(part: Sequence[tuple[int, object]]) -> Tensor:
+            pixels = np.stack([_pixels(item, position, size) for position, item in part])
+            return backbone(torch.from_numpy(pixels).to(self.device))
+
+        items = list(enumerate(cast("Iterable[object]", images)))
+        return self._encode("image", _batches(items, batch), features, standardise)
+
+    def encode_texts(
+        self, texts: str | Iterable[str] | np.ndarray, *, batch: int = 64, standardise: bool = False
+    ) -> np.ndarray:
+        """Texts -> float32 [n, E], unit length; features float [n, F] of the model's own backbone work too.
+
+        `standardise`: as of `encode_images`. Raises BadInput naming the text that is empty by its position."""
+        if isinstance(texts, np.ndarray) and texts.dtype.kind == "f":
+            return self._encode("text", _batches(texts, batch), lambda x: torch.from_numpy(x), standardise)
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        for position, text in enumerate(listed):
+            if not isinstance(text, str) or not text.strip():
+                raise BadInput(f"text {position} is {text!r}: give a text that is not empty")
+        backbone = cast(TextBackbone, self.backbone("text"))
+        # of like length together, for little padding
+        order = sorted(range(len(listed)), key=lambda i: len(listed[i]))
+        made = self._encode(
+            "text",
+            _batches([listed[i].strip() for i in order], batch),
+            lambda part: backbone(backbone.tokenise(part, self.device)),
+            standardise,
+        )
+        out = np.empty_like(made)
+        out[order] = made
+        return out
+
+    @torch.no_grad()
+    def _encode(
+        self, modality: Modality, batches: Iterable[T], features: Callable[[T], Tensor], standardise: bool
+    ) -> np.ndarray:
+        project = self.generator.project_images if modality == "image" else self.generator.project_texts
+        parts = [torch.zeros(0, self.dim)]
+        for part in batches:
+            made = features(part).to(self.device)
+            expected = getattr(self.saved.spec, modality).dim
+            if made.ndim != 2 or made.shape[1] != expected:
+                raise BadInput(f"the {modality} features have shape {list(made.shape)}, expected [n, {expected}]")
+            parts.append(project(made.float()).float().cpu())
+        common = torch.cat(parts)
+        if standardise:
+            statistics = self.saved.statistics
+            if statistics is None:
+                raise BadInput(f"{self.saved.folder} has no statistics of its training split: train it to its end")
+            mean, std = getattr(statistics, f"{modality}_mean"), getattr(statistics, f"{modality}_std")
+            common = (common.double() - mean) / torch.where(std > 0, std, 1.0)
+        return l2_normalise(common).float().numpy()
+
+
+def load_model(run: str | Path, device: str | torch.device = "auto") -> Model:
+    """Load the best model of a run, or a copy of its best/ folder, for use.
+
+    Raises BadInput when a file is missing, damaged or of another version."""
+    return Model(read_model(run), device)
+
+
+def _batches(items: T, size: int) -> list[T]:
+    """`items`, a sequence or an array, in pieces of at most `size`."""
+    return [items[first : first + size] for first in range(0, len(items), size)]  # type: ignore[index, arg-type]
+
+
+def _pixels(item: object, position: int, size: int) -> np.ndarray:
+    """uint8 [size, size, 4] as a backbone takes it. Raises BadInput naming the item."""
+    named = f" ({item})" if isinstance(item, str | Path) else ""
+    try:
+        if isinstance(item, str | Path):
+            data = Path(item).read_bytes()
+        elif isinstance(item, bytes):
+            data = item
+        else:
+            data = _encoded(item)
+        return decode_image(data, size)
+    except OSError as error:
+        raise BadInput(f"image {position}{named} cannot be read ({error.strerror or error}): name a picture") from None
+    except BadSample as error:
+        raise BadInput(f"image {position}{named}: {error}; give a JPEG, PNG or WebP picture") from None
+
+
+def _encoded(item: object) -> bytes:
+    """An array or a PIL image as PNG without loss, so that every picture takes one way. Raises BadSample."""
+    from PIL import Image
+
+    if isinstance(item, np.ndarray):
+        if item.dtype != np.uint8 or item.ndim not in (2, 3) or not item.size:
+            raise BadSample(f"it is an array of {item.dtype} and shape {item.shape}, expected uint8 [H, W, 3]")
+        try:
+            item = Image.fromarray(item)
+        except TypeError as error:
+            raise BadSample(f"it is no picture ({error})") from None
+    if not isinstance(item, Image.Image):
+        raise BadSample(f"it is of type {type(item).__name__}, expected a file, bytes, an array or a PIL image")
+    out = io.BytesIO()
+    item.save(out, "PNG", compress_level=1)
+    return out.getvalue()

@@ -1,0 +1,91 @@
+"""A run is evaluated on data that fits it, alike on one process and several; other data is refused by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cmgan_dist
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.errors import BadInput
+from cmgan_dist.models.saved import load_generator, read_model
+from cmgan_dist.retrieval.embed import embed_split
+from cmgan_dist.retrieval.evaluate import ask
+from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
+from tests.toy import ROOT, environment, save_untrained, small_config, torchrun
+
+
+def test_the_metrics_are_those_of_the_embedded_split(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    data, config = feature_data(), small_config(8)
+    save_untrained(tmp_path / "run", data, config)
+    generator = load_generator(read_model(tmp_path / "run"))
+    for zscore in (True, False):
+        split = embed_split(generator, ShardReader(str(data), "test"), config, Parallel())
+        expected = evaluate_embeddings(split.common, zscore=zscore)
+        assert cmgan_dist.evaluate(tmp_path / "run", str(data), zscore=zscore) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dims": (9, 7)}, "the images of .* are features of 9 numbers, those that .* are features of 12 numbers"),
+        ({"dims": (12, 3)}, "the texts of .* are features of 3 numbers"),
+        ({"classes": 4}, r"has other classes than .* \(class 3 is 'class 3', not 'none'\)"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(
+    options: dict[str, object], said: str, feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    save_untrained(tmp_path / "run", feature_data(), small_config(8))
+    with pytest.raises(BadInput, match=said):
+        ask(tmp_path / "run", str(feature_data("other", **options)))
+
+
+def test_raw_data_is_refused_for_a_run_on_features(
+    feature_data: Callable[..., Path], raw_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    save_untrained(tmp_path / "run", feature_data(), small_config(8))
+    with pytest.raises(BadInput, match=r"are raw, those that .* are features of 12 numbers"):
+        ask(tmp_path / "run", str(raw_data()))
+
+
+def test_pairs_without_labels_are_evaluated_with_a_run_that_has_classes(
+    feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    save_untrained(tmp_path / "run", feature_data(), small_config(8))
+    metrics = cmgan_dist.evaluate(tmp_path / "run", str(feature_data("pairs", label_kind="none")))
+    assert "recall/image_to_text@5" in metrics
+    assert "map/mean" not in metrics
+
+
+def evaluate_run(run: Path, *words: str, processes: int = 1) -> dict[str, object]:
+    """The record that launchers/evaluate.py prints."""
+    start = torchrun(processes) if processes > 1 else [sys.executable]
+    command = [*start, str(ROOT / "launchers" / "evaluate.py"), str(run), "--json", "--no-baselines", *words]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    record: dict[str, object] = json.loads(done.stdout)
+    return record
+
+
+def test_two_processes_give_the_record_of_one_and_a_cut_record_is_made_anew(
+    feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    save_untrained(run, feature_data(), small_config(8))
+    one = evaluate_run(run)
+    with np.load(run / "embeddings.npz") as file:
+        first = dict(file)
+    (run / "evaluation.json").write_text('{"metrics": {"ma')
+    assert evaluate_run(run, processes=2) == one
+    with np.load(run / "embeddings.npz") as file:
+        for name, value in first.items():
+            np.testing.assert_array_equal(file[name], value)
+    assert json.loads((run / "evaluation.json").read_text()) == one

@@ -1,0 +1,171 @@
+"""A model in use: raw pictures and texts in, the same vectors as evaluation makes; one modality alone."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cmgan_dist
+from cmgan_dist.config.fields import Config
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.errors import BadInput
+from cmgan_dist.models.saved import load_generator, read_model
+from cmgan_dist.retrieval import model as model_module
+from cmgan_dist.retrieval.embed import common_statistics, embed_split
+from cmgan_dist.retrieval.metrics import l2_normalise
+from cmgan_dist.retrieval.model import load_model
+from tests.toy import save_untrained, small_config
+
+
+def raw_config() -> Config:
+    config = small_config(8)
+    config.model.image.name, config.model.image.image_size = "test_efficientnet", 32
+    config.model.text.name, config.model.text.channels = "cnn", 4
+    return config
+
+
+def unit(x: torch.Tensor) -> np.ndarray:
+    return l2_normalise(x).float().numpy()
+
+
+def test_raw_items_get_the_vectors_of_an_evaluation_after_the_data_is_gone(
+    raw_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    data, config = raw_data(), raw_config()
+    save_untrained(tmp_path / "run", data, config)
+    reader = ShardReader(str(data), "test")
+    samples = list(reader)
+    expected = embed_split(load_generator(read_model(tmp_path / "run")), reader, config, Parallel()).common
+    shutil.move(tmp_path / "run" / "best", tmp_path / "copy")
+    shutil.rmtree(data)
+    model = cmgan_dist.load(str(tmp_path / "copy"))
+    images = [s.image for s in samples if isinstance(s.image, bytes)]
+    texts = [t for s in samples if isinstance(s.texts, list) for t in s.texts]
+    for batch in (3, 64):
+        np.testing.assert_allclose(model.encode_images(images, batch=batch), unit(expected.image), atol=2e-6)
+        np.testing.assert_allclose(model.encode_texts(texts, batch=batch), unit(expected.text), atol=2e-6)
+    assert (model.dim, model.classes) == (8, ["class 0", "class 1", "class 2"])
+    made = model.encode_texts(texts)
+    assert made.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, atol=1e-6)
+
+
+def test_every_kind_of_picture_takes_one_way(raw_data: Callable[..., Path], tmp_path: Path) -> None:
+    data = raw_data()
+    save_untrained(tmp_path / "run", data, raw_config())
+    model = load_model(tmp_path / "run")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    (tmp_path / "a.png").write_bytes(out.getvalue())
+    kinds = [picture, np.asarray(picture), out.getvalue(), tmp_path / "a.png", str(tmp_path / "a.png")]
+    together = model.encode_images(kinds)
+    assert together.shape == (5, 8)
+    np.testing.assert_allclose(together, np.repeat(together[:1], 5, 0), atol=1e-6)
+    for one in kinds:
+        np.testing.assert_allclose(model.encode_images(one), together[:1], atol=1e-6)
+    assert model.encode_images([]).shape == (0, 8)
+
+
+def test_one_modality_reads_no_backbone_of_the_other(
+    raw_data: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_untrained(tmp_path / "run", raw_data(), raw_config())
+    asked: list[str] = []
+    load = model_module.load_backbone
+    monkeypatch.setattr(model_module, "load_backbone", lambda s, m: asked.append(m) or load(s, m))
+    model = load_model(tmp_path / "run")
+    model.encode_texts("a red dog")
+    model.encode_texts(["a green boat", "blue"])
+    assert asked == ["text"]
+
+
+def test_features_go_in_where_no_backbone_is_known(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    data, config = feature_data(), small_config(8)
+    save_untrained(tmp_path / "run", data, config)
+    reader = ShardReader(str(data), "val")
+    common = embed_split(load_generator(read_model(tmp_path / "run")), reader, config, Parallel())
+    model = load_model(tmp_path / "run")
+    made = model.encode_images(common.features.image.numpy())
+    np.testing.assert_allclose(made, unit(common.common.image), atol=1e-6)
+    np.testing.assert_allclose(model.encode_texts(common.features.text.numpy()), unit(common.common.text), atol=1e-6)
+    with pytest.raises(BadInput, match=r"image features have shape \[2, 5\], expected \[n, 12\]"):
+        model.encode_images(np.zeros((2, 5), np.float32))
+    with pytest.raises(BadInput, match="takes text features of 7 numbers and does not say what made them"):
+        model.encode_texts("a dog")
+    with pytest.raises(BadInput, match="no statistics of its training split"):
+        model.encode_images(np.zeros((2, 12), np.float32), standardise=True)
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        (b"not a picture", r"image 1: the image does not decode.*give a JPEG"),
+        ("nowhere.jpg", r"image 1 \(nowhere\.jpg\) cannot be read \(No such file"),
+        (np.zeros((4, 4, 7), np.uint8), r"image 1: it is no picture"),
+        (np.zeros((4, 4, 3), np.int64), r"image 1: it is an array of int64 and shape \(4, 4, 3\)"),
+        (17, "image 1: it is of type int"),
+    ],
+)
+def test_what_is_no_picture_is_named_by_its_position(
+    item: object, said: str, raw_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    save_untrained(tmp_path / "run", raw_data(), raw_config())
+    good = np.zeros((40, 40, 3), np.uint8)
+    with pytest.raises(BadInput, match=said):
+        load_model(tmp_path / "run").encode_images([good, item])
+
+
+@pytest.mark.parametrize("text", ["", "  ", 5])
+def test_an_empty_text_is_named_by_its_position(text: str, raw_data: Callable[..., Path], tmp_path: Path) -> None:
+    save_untrained(tmp_path / "run", raw_data(), raw_config())
+    with pytest.raises(BadInput, match="text 1 is"):
+        load_model(tmp_path / "run").encode_texts(["a dog", text])
+
+
+@pytest.mark.parametrize("most", [100_000, 32])
+def test_statistics_are_those_of_the_split(
+    most: int, feature_data: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against numpy over all rows, which 32 of 96 samples in even blocks come near to."""
+    monkeypatch.setattr("cmgan_dist.retrieval.embed.STATISTICS_SAMPLES", most)
+    data, config = feature_data(captions=2), small_config(8)
+    generator = save_untrained(tmp_path / "run", data, config)
+    reader = ShardReader(str(data), "train")
+    generator.train()
+    found = common_statistics(generator, [reader], config, Parallel())
+    assert generator.training
+    common = embed_split(generator, reader, config, Parallel()).common
+    for name, rows in (("image", common.image), ("text", common.text)):
+        exact = rows.double().numpy()
+        tolerance = {"rtol": 1e-5, "atol": 1e-7} if most > 96 else {"atol": 0.2}
+        np.testing.assert_allclose(getattr(found, f"{name}_mean").numpy(), exact.mean(0), **tolerance)
+        np.testing.assert_allclose(getattr(found, f"{name}_std").numpy(), exact.std(0), **tolerance)
+
+
+def test_statistics_leave_bad_samples_out(raw_data: Callable[..., Path], tmp_path: Path) -> None:
+    data, config = raw_data(spoil={3: "image", 7: "text"}), raw_config()
+    generator = save_untrained(tmp_path / "run", data, config)
+    statistics = common_statistics(generator, [ShardReader(str(data), "train")], config, Parallel())
+    assert torch.isfinite(statistics.image_mean).all()
+
+
+def test_standardising_takes_the_training_split_s_statistics(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    data, config = feature_data(), small_config(8)
+    generator = save_untrained(tmp_path / "run", data, config)
+    saved = read_model(tmp_path / "run")
+    saved.statistics = common_statistics(generator, [ShardReader(str(data), "train")], config, Parallel())
+    features = torch.randn(5, 7)
+    made = model_module.Model(saved).encode_texts(features.numpy(), standardise=True)
+    with torch.no_grad():
+        common = generator.project_texts(features).double()
+    expected = (common - saved.statistics.text_mean) / saved.statistics.text_std
+    np.testing.assert_allclose(made, unit(expected), atol=1e-5)
