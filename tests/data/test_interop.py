@@ -93,6 +93,7 @@ def test_plain_webdataset_reads_shards_with_several_captions(tmp_path: Path) -> 
             np.testing.assert_array_equal(np.asarray(sample["jpg"]), pixels(image))
 
 
+@pytest.mark.process
 def test_plain_webdataset_reads_what_build_packed(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", 13), ("val", 4)):
@@ -186,12 +187,14 @@ def test_shard_writer_s_output_is_indexed_and_read_like_webdataset_reads_it(by_s
             np.testing.assert_array_equal(np.asarray(sample["jpg"]), pixels(image))
 
 
+@pytest.mark.process
 def test_training_from_shard_writer_s_output(by_shard_writer: Path, tmp_path: Path) -> None:
     done = forked.run(["-m", "shards", "index", str(by_shard_writer), "--overwrite"], environment())
     assert done.returncode == 0, done.stderr
     assert_trained(train(by_shard_writer, tmp_path / "run"), steps=28 // 8)
 
 
+@pytest.mark.process
 def test_training_from_img2dataset_s_output(tmp_path: Path) -> None:
     folder = img2dataset(tmp_path / "laion")
     shards("index", folder, "--processes", 1)

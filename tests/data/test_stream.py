@@ -593,6 +593,7 @@ def features_with_faults(folder: Path) -> Path:
     return data
 
 
+@pytest.mark.process
 def test_bad_samples_are_counted_in_metrics_and_named_in_the_log(tmp_path: Path) -> None:
     data = features_with_faults(tmp_path / "data")
     config = StreamConfig(global_batch=12, max_bad_share=0.2)
@@ -735,6 +736,7 @@ def measured(script: str, *args: object) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.process
 @needs_proc
 def test_a_manifest_of_a_billion_samples_opens_in_seconds_below_a_gib(tmp_path: Path) -> None:
     """Opening a stream reads the manifest and nothing else: the shards of this one are empty files."""
@@ -757,6 +759,7 @@ def test_a_manifest_of_a_billion_samples_opens_in_seconds_below_a_gib(tmp_path: 
     assert found["opened"] + found["drawn"] < 60
 
 
+@pytest.mark.process
 @needs_proc
 def test_memory_does_not_grow_with_the_epochs() -> None:
     after = measured(LONG)["after"]
@@ -764,6 +767,7 @@ def test_memory_does_not_grow_with_the_epochs() -> None:
     assert after[-1] - after[3] < 12, after  # an epoch's order is 3 MiB: kept, 16 epochs of it would be 50
 
 
+@pytest.mark.process
 @needs_proc
 def test_memory_does_not_grow_with_the_samples_of_a_plan() -> None:
     """The order of a window is held, not that of an epoch."""

@@ -7,6 +7,8 @@ import pytest
 from tests.distributed.gradients_worker import CASES
 from tests.toy import run_workers
 
+pytestmark = pytest.mark.process
+
 SLOW = pytest.mark.slow
 FAST = ("reference", "wgan-gp", "gathered negatives", "accumulated", "trained backbone", "reduced in bf16")
 

@@ -15,6 +15,8 @@ from tests.distributed.zero_worker import CASES, STAGES
 from tests.services import forked
 from tests.toy import ROOT, environment, final_state, lines, run_workers, train_words
 
+pytestmark = pytest.mark.process
+
 SLOW = pytest.mark.slow
 
 

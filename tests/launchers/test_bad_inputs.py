@@ -11,6 +11,8 @@ import pytest
 from tests.services import forked
 from tests.toy import SMALL, environment, index_tar, write_manifest, write_tar
 
+pytestmark = pytest.mark.process
+
 Case = Callable[[Callable[..., Path], Callable[..., Path], Path], list[str]]
 
 

@@ -181,6 +181,7 @@ def test_two_nodes_and_one_train_like_two_processes_without_slurm(run: Run) -> N
     assert run.lines() == whole
 
 
+@pytest.mark.slow
 def test_zero_under_slurm(run: Run) -> None:
     run.set_epochs(3)
     words = ["--config", str(run.config), "--accelerate-config", str(ROOT / "launchers" / "configs" / "zero2.yaml")]
@@ -249,6 +250,7 @@ def test_before_the_time_limit_the_run_is_saved_and_queued_again(run: Run) -> No
     run.assert_equals_undisturbed(2)
 
 
+@pytest.mark.slow
 def test_requeue_by_hand_goes_on_even_with_resume_never(run: Run) -> None:
     (run.output / "checkpoints").mkdir(parents=True)
     (run.output / "checkpoints" / "old").touch()
@@ -291,6 +293,7 @@ def test_scancel_saves_ends_every_process_and_the_job_stays_away(run: Run) -> No
     assert run.cluster.run("squeue", "-h") == ""
 
 
+@pytest.mark.slow
 def test_decoding_processes_outlive_the_signal(cluster: Cluster, tmp_path: Path) -> None:
     """SLURM signals the processes that decode pictures too, and without them the batch in hand cannot end."""
     run = Run(cluster, tmp_path, make_raw(tmp_path / "raw"))
@@ -320,6 +323,7 @@ def test_a_killed_rank_ends_the_job_with_its_name(run: Run) -> None:
     assert "before a new checkpoint: the job ends" in run.out()
 
 
+@pytest.mark.slow
 def test_a_rank_killed_after_a_checkpoint_costs_one_more_start(run: Run) -> None:
     job = run.submit("--nodes=2")
     wait_for("checkpoint", lambda: run.position() > 0)
@@ -345,6 +349,7 @@ def test_a_lost_node_leaves_the_job_to_the_other(run: Run) -> None:
     assert len(run.lines()) == round(run.lines()[-1]["epoch"]) * EPOCH // BATCH
 
 
+@pytest.mark.slow
 def test_the_node_of_the_batch_script_is_lost_and_comes_back(run: Run) -> None:
     job = run.submit("--nodes=2")
     wait_for("checkpoint", lambda: run.position() > 0)
@@ -356,6 +361,7 @@ def test_the_node_of_the_batch_script_is_lost_and_comes_back(run: Run) -> None:
     run.assert_equals_undisturbed(2)
 
 
+@pytest.mark.slow
 def test_a_node_set_down_ends_a_job_that_may_not_be_queued_again(run: Run) -> None:
     job = run.submit("--nodes=2", "--no-requeue")
     run.wait_training()

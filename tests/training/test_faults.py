@@ -25,6 +25,8 @@ import torch
 from tests.services import forked, netns
 from tests.toy import ROOT, SMALL, environment, final_state, lines, npy, run_to_end, train_words, write_tar
 
+pytestmark = pytest.mark.process
+
 LIMIT = 240
 TRAIN = str(ROOT / "launchers" / "train.py")
 PAUSED = pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)

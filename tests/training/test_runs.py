@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from tests.services import forked
 from tests.toy import ROOT, command, environment, final_state, lines, run_to_end, train_words
 
+pytestmark = pytest.mark.process
+
 SLOW = pytest.mark.slow
 
 

@@ -25,6 +25,8 @@ from tests.toy import make_features
 from tune.options import Arguments
 from tune.search import search
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 OBJECT_STORE = 80 * 2**20
 RATES = "optim.generator_lr: {log: [5e-4, 5e-3]}\nloss.inter: {log: [0.1, 1.0]}\nmodel.dropout: {uniform: [0, 0.5]}\n"
