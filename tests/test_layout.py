@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 TOPS = ("cmgan_dist", "launchers", "shards", "tune")
+SHARDS_USE = {"errors", "files", "config", "jobs", "data", "models"}
+HELPERS = r"tests\.(toy|services(\..+)?|golden\.record|(\w+\.)?\w+_(cases|worker))"
+"""Modules under tests/ that others may import."""
 MAY_NAME = {
     "accelerate": ("cmgan_dist/distributed/",),
     "deepspeed": ("cmgan_dist/distributed/",),
@@ -77,14 +81,40 @@ def room(name: str) -> str:
     return name.split("/")[1].removesuffix(".py")
 
 
+def library(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(package of cmgan_dist, module) of each import of the library."""
+    for module in imported(tree):
+        first, *rest = module.split(".")
+        if first == "cmgan_dist" and rest and rest[0] in LEVEL:
+            yield rest[0], module
+
+
+def test_every_package_has_its_level() -> None:
+    names = {room(name) for name in parsed("cmgan_dist")} - {"__init__"}
+    assert names == LEVEL.keys()
+
+
 def test_imports_point_down_only() -> None:
     for name, tree in parsed("cmgan_dist").items():
-        for module in imported(tree):
-            first, *rest = module.split(".")
-            assert first not in ("launchers", "shards", "tune", "bench"), f"{name} imports {module}"
-            if first == "cmgan_dist" and rest and rest[0] in LEVEL and room(name) in LEVEL:
-                mine, theirs = room(name), rest[0]
-                assert mine == theirs or LEVEL[theirs] < LEVEL[mine], f"{name} imports {module}: not below it"
+        outside = [m for m in imported(tree) if m.split(".")[0] in ("launchers", "shards", "tune", "bench", "tests")]
+        assert not outside, f"{name} imports {outside}"
+        if room(name) == "__init__":  # the public names, of all levels
+            continue
+        mine = room(name)
+        for theirs, module in library(tree):
+            assert mine == theirs or LEVEL[theirs] < LEVEL[mine], f"{name} imports {module}: not below it"
+
+
+def test_shards_use_data_models_jobs_and_config_only() -> None:
+    for name, tree in parsed("shards").items():
+        for theirs, module in library(tree):
+            assert theirs in SHARDS_USE, f"{name} imports {module}"
+
+
+def test_imports_are_absolute() -> None:
+    for name, tree in parsed(*TOPS, "bench", "tests").items():
+        relative = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+        assert not relative, f"{name} imports from . in line {relative}"
 
 
 def test_no_files_import_each_other() -> None:
@@ -109,6 +139,15 @@ def test_models_kernels_and_losses_do_not_know_of_processes() -> None:
 def test_training_does_not_know_of_reports() -> None:
     for name, tree in parsed("cmgan_dist/training").items():
         assert not [module for module in imported(tree) if module.startswith("cmgan_dist.report")], name
+
+
+def test_tests_share_helpers_and_no_tests() -> None:
+    """What several tests need lies in tests/toy.py, tests/services/, or beside them in *_cases.py and *_worker.py."""
+    trees = parsed("tests")
+    modules = {name.removesuffix(".py").replace("/", ".") for name in trees}
+    for name, tree in trees.items():
+        for module in set(imported(tree)) & modules:
+            assert re.fullmatch(HELPERS, module), f"{name} imports {module}"
 
 
 def test_files_and_functions_are_short() -> None:
