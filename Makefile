@@ -1,5 +1,6 @@
-# make train: everything from nothing to a trained, evaluated model.  make test: what CI runs.
-# make test-all: the slow ones too.  make test-slurm: on a SLURM of two virtual nodes (root).  make bench-gpu: on a GPU.
+# make train: everything from nothing to a trained, evaluated model.  make quick: tests of what has changed.
+# make test, make test-slurm (a SLURM of two virtual nodes, root): what CI runs.  make test-all, make test-slurm-all: the
+# slow ones too.  make bench-gpu: on a GPU.
 PYTHON ?= python3
 BIN := .venv/bin
 DATA := data
@@ -7,7 +8,7 @@ RUN := runs/openmoji
 # One thread a test process: the tests start processes of their own.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: train test test-all test-slurm bench-gpu check clean
+.PHONY: train quick test test-all test-slurm test-slurm-all bench-gpu check clean
 
 .venv/.installed: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,6 +29,9 @@ check: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+quick: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.quick
+
 test: check
 	$(TEST) -n 2 --dist worksteal -m "not slow and not gpu and not slurm"
 
@@ -35,7 +39,10 @@ test-all: check
 	$(TEST) -n 2 --dist worksteal -m "not gpu and not slurm"
 
 test-slurm: .venv/.installed
-	$(TEST) -m slurm tests/slurm tests/tune
+	$(TEST) -n 2 --dist worksteal -m "slurm and not slow" tests/slurm tests/tune
+
+test-slurm-all: .venv/.installed
+	$(TEST) -n 2 --dist worksteal -m slurm tests/slurm tests/tune
 
 bench-gpu: .venv/.installed
 	$(BIN)/python -m bench.kernels

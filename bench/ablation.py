@@ -1,6 +1,6 @@
 """What each term brings: a preset and its ablations over seeds, beside CCA, ridge and chance on the same features.
 
-    python bench/ablation.py --preset openmoji --data data/openmoji-features [--seeds 5] [--jobs 2]
+    python -m bench.ablation --preset openmoji --data data/openmoji-features [--seeds 5] [--jobs 2]
 
 Each run is `launchers/train.py` and `launchers/evaluate.py` as a user calls them: validation picks the checkpoint, the
 test split is read once by the finished run. Finished runs in --work are not done again. Writes bench/results/NAME.json.
@@ -95,7 +95,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    arguments = parse(Arguments, sys.argv[1:], prog="bench/ablation.py")
+    arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.ablation")
     labelled = bool(json.loads((arguments.data / "manifest.json").read_text())["classes"])
     chosen = list(arguments.variants or (VARIANTS if labelled else PAIR_VARIANTS))
     for variant in chosen:

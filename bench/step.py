@@ -405,7 +405,7 @@ def main() -> None:
     if sys.argv[1:2] == ["worker"]:
         work(sys.argv[2:])
         return
-    arguments = parse(Arguments, sys.argv[1:], prog="bench.step")
+    arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.step")
     check_arguments(arguments)
     record: dict[str, Any] = {"rounds": arguments.rounds, "threads": arguments.threads or os.cpu_count()}
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""

@@ -1,15 +1,16 @@
-"""Fixtures: toy data sets in a temporary folder."""
+"""Fixtures: toy data sets in a temporary folder, and a SLURM cluster for those that need one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from tests.services.slurm import Cluster, running_cluster
 from tests.toy import make_features, make_raw
 
 torch.set_num_threads(1)
@@ -29,3 +30,10 @@ def feature_data(tmp_path: Path) -> Callable[..., Path]:
 def raw_data(tmp_path: Path) -> Callable[..., Path]:
     """make(name="raw", **options of make_raw) -> folder."""
     return lambda name="raw", **options: make_raw(tmp_path / name, **options)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A SLURM cluster for the session; without root or packages the tests are skipped and say why."""
+    with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster

@@ -25,6 +25,8 @@ def test_another_name_is_an_attribute_error() -> None:
         cmgan_dist.lod  # noqa: B018
 
 
+@pytest.mark.process
+@pytest.mark.process
 def test_importing_it_imports_nothing_heavy() -> None:
     code = "import sys, cmgan_dist; print(sorted({'torch', 'numpy', 'yaml', 'tyro', 'rich'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)

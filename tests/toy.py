@@ -34,6 +34,7 @@ from cmgan_dist.models.saved import describe_model, save_model, stored_tensors
 from cmgan_dist.models.vocabulary import Vocabulary
 from cmgan_dist.training.checkpoint import latest, read_checkpoint
 from cmgan_dist.training.state import build_networks
+from tests.services import forked
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -172,12 +173,16 @@ def torchrun(processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
 
-def run_workers(script: str, processes: int, *words: str, timeout: float = 400) -> str:
-    """tests/distributed/SCRIPT on that many processes; its stdout. It must end with 0."""
-    command = [*torchrun(processes), str(ROOT / "tests" / "distributed" / script), *words]
-    done = subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
-    )
+def run_workers(script: str, processes: int, *words: str, fresh: bool = False) -> str:
+    """tests/distributed/SCRIPT on that many processes; its stdout. It must end with 0.
+
+    `fresh`: by torchrun, for what must be set before torch is imported."""
+    command = [str(ROOT / "tests" / "distributed" / script), *words]
+    if fresh:
+        command = [*torchrun(processes), *command]
+        done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400)
+    else:
+        done = forked.run(command, environment(), processes, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -186,9 +191,14 @@ SMALL = ["--preset", "smoke", "stream.global_batch=16", "train.tracker=none", "t
 SMALL += ["train.report=false"]  # half of the time of a run as small as these
 
 
+def train_words(data: Path | str, run: Path, *extra: str) -> list[str]:
+    """launchers/train.py and its arguments."""
+    return [str(ROOT / "launchers" / "train.py"), *SMALL, "--data", str(data), "--output", str(run), *extra]
+
+
 def command(data: Path | str, run: Path, *extra: str, processes: int = 1, accelerate: bool = False) -> list[str]:
-    """launchers/train.py by torchrun, which is up in half the time, or by `accelerate launch`."""
-    script = [str(ROOT / "launchers" / "train.py"), *SMALL, "--data", str(data), "--output", str(run), *extra]
+    """launchers/train.py as a user starts it: by python, torchrun or `accelerate launch`."""
+    script = train_words(data, run, *extra)
     if accelerate:
         return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *script]
     if processes == 1:
@@ -196,11 +206,16 @@ def command(data: Path | str, run: Path, *extra: str, processes: int = 1, accele
     return [*torchrun(processes), *script]
 
 
-def run_to_end(*args: Any, expect: int = 0, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """`command` with its exit code checked."""
-    done = subprocess.run(command(*args, **kwargs), env=environment(), capture_output=True, text=True, timeout=300)
+def run_to_end(
+    data: Path | str, run: Path, *extra: str, expect: int = 0, processes: int = 1, accelerate: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """launchers/train.py to its end, forked or by `accelerate launch`, with its exit code checked."""
+    if accelerate:
+        words = command(data, run, *extra, processes=processes, accelerate=True)
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+    else:
+        done = forked.run(train_words(data, run, *extra), environment(), processes)
     assert done.returncode == expect, done.stderr[-3000:]
-    processes = kwargs.get("processes", 1)
     if not expect and "is done" not in done.stderr:
         assert f"{processes} process{'es' * (processes > 1)} on cpu" in done.stderr, "other processes than asked for"
     return done

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import tarfile
 import tracemalloc
 from collections.abc import Iterator
@@ -33,7 +30,8 @@ from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
 from shards.__main__ import main
 from shards.verify import verify
-from tests.toy import index_tar, jpeg, make_features, make_raw, npy, write_manifest, write_tar
+from tests.services import forked
+from tests.toy import environment, index_tar, jpeg, make_features, make_raw, npy, write_manifest, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 512
@@ -49,15 +47,8 @@ def train(data: Path, run: Path, *extra: str) -> list[dict[str, object]]:
     command = ["launchers/train.py", "--preset", "smoke", "--data", str(data), "--output", str(run)]
     command += ["model.image.name=resnet18", "model.image.image_size=32", "model.text.name=cnn"]
     command += ["stream.global_batch=8", "train.epochs=1", "train.log_every=1", "train.tracker=none", *extra]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command, "train.threads=1", "train.report=false"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    env = {**environment(), "ACCELERATE_USE_CPU": "true"}
+    done = forked.run([*command, "train.threads=1", "train.report=false"], env)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -102,6 +93,7 @@ def test_plain_webdataset_reads_shards_with_several_captions(tmp_path: Path) -> 
             np.testing.assert_array_equal(np.asarray(sample["jpg"]), pixels(image))
 
 
+@pytest.mark.process
 def test_plain_webdataset_reads_what_build_packed(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", 13), ("val", 4)):
@@ -111,10 +103,8 @@ def test_plain_webdataset_reads_what_build_packed(tmp_path: Path) -> None:
             (place / f"{split}.{i}.jpg").write_bytes(jpeg(rng))
             (place / f"{split}.{i}.txt").write_text(f"eine Katze, 猫 {split} {i}", encoding="utf-8")
     output = tmp_path / "packed"
-    command = [sys.executable, "-m", "shards", "build", "folder", str(tmp_path / "source"), "--output", str(output)]
-    done = subprocess.run(
-        [*command, "--processes", "1", "--shard-samples", "5"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["-m", "shards", "build", "folder", str(tmp_path / "source"), "--output", str(output)]
+    done = forked.run([*command, "--processes", "1", "--shard-samples", "5"], environment())
     assert done.returncode == 0, done.stderr
     manifest = load_manifest(output)
     assert [shard.samples for shard in manifest.splits["train"]] == [5, 5, 3]
@@ -197,13 +187,14 @@ def test_shard_writer_s_output_is_indexed_and_read_like_webdataset_reads_it(by_s
             np.testing.assert_array_equal(np.asarray(sample["jpg"]), pixels(image))
 
 
+@pytest.mark.process
 def test_training_from_shard_writer_s_output(by_shard_writer: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "shards", "index", str(by_shard_writer), "--overwrite"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forked.run(["-m", "shards", "index", str(by_shard_writer), "--overwrite"], environment())
     assert done.returncode == 0, done.stderr
     assert_trained(train(by_shard_writer, tmp_path / "run"), steps=28 // 8)
 
 
+@pytest.mark.process
 def test_training_from_img2dataset_s_output(tmp_path: Path) -> None:
     folder = img2dataset(tmp_path / "laion")
     shards("index", folder, "--processes", 1)

@@ -30,7 +30,8 @@ from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample
 from cmgan_dist.data.stream import Stream
 from cmgan_dist.errors import BadInput, BadSample
-from tests.toy import index_tar, jpeg, make_features, npy, write_manifest, write_tar
+from tests.services import forked
+from tests.toy import environment, index_tar, jpeg, make_features, npy, write_manifest, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 16
@@ -592,6 +593,7 @@ def features_with_faults(folder: Path) -> Path:
     return data
 
 
+@pytest.mark.process
 def test_bad_samples_are_counted_in_metrics_and_named_in_the_log(tmp_path: Path) -> None:
     data = features_with_faults(tmp_path / "data")
     config = StreamConfig(global_batch=12, max_bad_share=0.2)
@@ -599,10 +601,7 @@ def test_bad_samples_are_counted_in_metrics_and_named_in_the_log(tmp_path: Path)
     command = ["launchers/train.py", "--preset", "smoke", "--data", str(data), "--output", str(tmp_path / "run")]
     command += ["stream.global_batch=12", "stream.max_bad_share=0.2", "train.epochs=3", "train.log_every=1"]
     command += ["train.val_every=0", "train.tracker=none", "train.threads=1", "train.report=false"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env={**env, "COLUMNS": "300"}, capture_output=True, text=True, timeout=300
-    )
+    done = forked.run(command, {**environment(), "ACCELERATE_USE_CPU": "true", "COLUMNS": "300"})
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     counts = [line["bad_samples"] for line in lines if line["kind"] == "train"]
@@ -737,6 +736,7 @@ def measured(script: str, *args: object) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.process
 @needs_proc
 def test_a_manifest_of_a_billion_samples_opens_in_seconds_below_a_gib(tmp_path: Path) -> None:
     """Opening a stream reads the manifest and nothing else: the shards of this one are empty files."""
@@ -759,6 +759,7 @@ def test_a_manifest_of_a_billion_samples_opens_in_seconds_below_a_gib(tmp_path: 
     assert found["opened"] + found["drawn"] < 60
 
 
+@pytest.mark.process
 @needs_proc
 def test_memory_does_not_grow_with_the_epochs() -> None:
     after = measured(LONG)["after"]
@@ -766,6 +767,7 @@ def test_memory_does_not_grow_with_the_epochs() -> None:
     assert after[-1] - after[3] < 12, after  # an epoch's order is 3 MiB: kept, 16 epochs of it would be 50
 
 
+@pytest.mark.process
 @needs_proc
 def test_memory_does_not_grow_with_the_samples_of_a_plan() -> None:
     """The order of a window is held, not that of an epoch."""

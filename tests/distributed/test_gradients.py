@@ -7,6 +7,8 @@ import pytest
 from tests.distributed.gradients_worker import CASES
 from tests.toy import run_workers
 
+pytestmark = pytest.mark.process
+
 SLOW = pytest.mark.slow
 FAST = ("reference", "wgan-gp", "gathered negatives", "accumulated", "trained backbone", "reduced in bf16")
 
@@ -24,4 +26,4 @@ def test_gradients_of_many_processes_equal_those_of_one(case: str, processes: in
 def test_synchronised_statistics_leave_the_compiled_graph_whole(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs, gradients and running statistics of the compiled module equal those of eager torch operations."""
     monkeypatch.setenv("TRITON_INTERPRET", "1" if path == "triton" else "0")
-    assert f"{path}: one graph on 2" in run_workers("compile_worker.py", 2, path)
+    assert f"{path}: one graph on 2" in run_workers("compile_worker.py", 2, path, fresh=True)

@@ -10,18 +10,27 @@ from pathlib import Path
 
 import pytest
 
+from launchers.slurm.node import zero_environment
 from tests.distributed.zero_worker import CASES, STAGES
-from tests.toy import ROOT, SMALL, environment, final_state, lines, run_workers
+from tests.services import forked
+from tests.toy import ROOT, environment, final_state, lines, run_workers, train_words
+
+pytestmark = pytest.mark.process
 
 SLOW = pytest.mark.slow
 
 
-def launch(data: Path, run: Path, config: str, *extra: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch --config_file launchers/configs/CONFIG launchers/train.py`, as a user would."""
-    file = ROOT / "launchers" / "configs" / config
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    command += ["--num_processes", str(processes), str(ROOT / "launchers" / "train.py"), *SMALL]
-    command += ["--data", str(data), "--output", str(run), *extra]
+def launch(
+    data: Path, run: Path, config: str, *extra: str, processes: int = 2, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """launchers/train.py with launchers/configs/CONFIG; `fresh`: by `accelerate launch --config_file`, as a user would.
+
+    Forked it has the environment that `accelerate launch` gives (tests/slurm/test_node.py compares the two)."""
+    file, words = str(ROOT / "launchers" / "configs" / config), train_words(data, run, *extra)
+    if not fresh:
+        return forked.run(words, {**environment(), **zero_environment(file)}, processes, timeout=400)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
+    command += ["--num_processes", str(processes), *words]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400, check=False)
 
 
@@ -42,7 +51,7 @@ def test_the_shipped_configurations_and_a_checkpoint_from_one_to_another(
     """ZeRO-2 with the optimiser on the CPU, killed halfway by its length; DDP on one process goes on."""
     data, run = feature_data(), tmp_path / "run"
     extra = ["optim.update=joint", "train.epochs=4", "train.save_every=1", "train.keep=10"]
-    done = launch(data, run, "zero2_offload.yaml", *extra)
+    done = launch(data, run, "zero2_offload.yaml", *extra, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "DeepSpeed ZeRO-2" in done.stderr
     plain = tmp_path / "plain"

@@ -332,8 +332,19 @@ class Exchange:
         own.copy_(torch.stack(sent or [own] * self.world).sum(0))
 
 
-@pytest.mark.parametrize("rows", [[[5, 3], [4, 6]], [[7, 0], [1, 9]], [[3, 3]] * 9])
-@pytest.mark.parametrize(("mean", "std"), [(100.0, 2.0), (1e4, 1e-1)])
+MANY = pytest.param([[3, 3]] * 9, 1e4, 1e-1, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("rows", "mean", "std"),
+    [
+        ([[5, 3], [4, 6]], 100.0, 2.0),
+        ([[5, 3], [4, 6]], 1e4, 1e-1),
+        ([[7, 0], [1, 9]], 1e4, 1e-1),
+        ([[3, 3]] * 9, 100.0, 2.0),
+        MANY,
+    ],
+)
 def test_synchronised_statistics(
     rows: list[list[int]], mean: float, std: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.toy import ROOT, SMALL, environment, index_tar, write_manifest, write_tar
+from tests.services import forked
+from tests.toy import SMALL, environment, index_tar, write_manifest, write_tar
+
+pytestmark = pytest.mark.process
 
 Case = Callable[[Callable[..., Path], Callable[..., Path], Path], list[str]]
 
 
 def run(args: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *args], capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment(), check=False
-    )
+    return forked.run(args, environment(), timeout=120)
 
 
 def train(data: Path | str, run_folder: Path, *extra: str) -> list[str]:

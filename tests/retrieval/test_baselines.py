@@ -126,7 +126,7 @@ def test_chance_equals_the_mean_of_shuffled_embeddings() -> None:
     owner = torch.tensor([0, 0, 1, 2, 2, 2, 4, 5, 6, 7, 8, 9])
     labels = torch.rand(10, 3, generator=g) < 0.4
     runs = []
-    for _ in range(600):
+    for _ in range(300):
         image, text = torch.randn(10, 5, generator=g), torch.randn(12, 5, generator=g)
         runs.append(evaluate(Embeddings(image, text, owner, labels), zscore=False, map_ks=(3,), recall_ks=(1, 4)))
     expected = chance(Embeddings(image, text, owner, labels), map_ks=(3,), recall_ks=(1, 4))

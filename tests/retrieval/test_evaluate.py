@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +17,8 @@ from cmgan_dist.models.saved import load_generator, read_model
 from cmgan_dist.retrieval.embed import embed_split
 from cmgan_dist.retrieval.evaluate import ask
 from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
-from tests.toy import ROOT, environment, save_untrained, small_config, torchrun
+from tests.services import forked
+from tests.toy import ROOT, environment, save_untrained, small_config
 
 
 def test_the_metrics_are_those_of_the_embedded_split(feature_data: Callable[..., Path], tmp_path: Path) -> None:
@@ -67,14 +66,15 @@ def test_pairs_without_labels_are_evaluated_with_a_run_that_has_classes(
 
 def evaluate_run(run: Path, *words: str, processes: int = 1) -> dict[str, object]:
     """The record that launchers/evaluate.py prints."""
-    start = torchrun(processes) if processes > 1 else [sys.executable]
-    command = [*start, str(ROOT / "launchers" / "evaluate.py"), str(run), "--json", "--no-baselines", *words]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    command = [str(ROOT / "launchers" / "evaluate.py"), str(run), "--json", "--no-baselines", *words]
+    done = forked.run(command, environment(), processes)
     assert done.returncode == 0, done.stderr
     record: dict[str, object] = json.loads(done.stdout)
     return record
 
 
+@pytest.mark.process
+@pytest.mark.process
 def test_two_processes_give_the_record_of_one_and_a_cut_record_is_made_anew(
     feature_data: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -6,11 +6,14 @@ Each slurmd runs in a session of its own; nothing of an installed SLURM's config
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ CONFIG = """
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -69,13 +73,16 @@ def install() -> str:
     if shutil.which("apt-get") is None:
         return "slurm-wlm and munge are not installed and there is no apt-get"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (
-        ["apt-get", "update"],
-        ["apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge"],
-    ):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
-        if done.returncode:
-            return f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}"
+    with open(Path(tempfile.gettempdir()) / "cmgan-dist-slurm-install", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's processes install one after the other; the second finds it done
+        for command in (["update"], ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]):
+            if all(shutil.which(p) for p in PROGRAMS):
+                return ""
+            done = subprocess.run(
+                ["apt-get", *command], env=environment, capture_output=True, text=True, timeout=400, check=False
+            )
+            if done.returncode:
+                return f"apt-get {' '.join(command)} failed: {done.stderr.strip()[-300:]}"
     return ""
 
 
@@ -125,6 +132,8 @@ class Cluster:
         for name in ("state", "run", "log", "munge", *(f"spool/{n}" for n in NODES)):
             (self.base / name).mkdir(parents=True)
         ports = {"port": free_port(), "port1": free_port(), "port2": free_port()}
+        # jobs meet at a port that is their number's: two clusters on this machine must not count alike
+        ports["first_job"] = random.randrange(1, 5) * 1000 + os.getpid() % 1000
         text = CONFIG.format(host=socket.gethostname().split(".")[0], base=self.base, **ports)
         (self.base / "slurm.conf").write_text(text)
         (self.base / "owner.pid").write_text(str(os.getpid()))

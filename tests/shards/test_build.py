@@ -147,11 +147,12 @@ def is_running(pid: str) -> bool:
         return False
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for workers in /proc")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_build_leaves_no_half_shard_and_a_second_run_completes(tmp_path: Path, processes: int) -> None:
     slow = picture(1, 1600, "JPEG")  # small to write, slow to decode
-    for i in range(96):
+    for i in range(64):
         path = tmp_path / f"raw/c/{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(slow + str(i).encode())  # behind the picture's end
@@ -173,7 +174,7 @@ def test_killed_build_leaves_no_half_shard_and_a_second_run_completes(tmp_path: 
         time.sleep(0.01)
 
     left = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
-    assert 2 <= len(left) < 12
+    assert 2 <= len(left) < 8
     assert not (output / "manifest.json").exists()
     for name in left:
         scan = scan_shard(output / name, name)

@@ -169,6 +169,7 @@ def test_wrong_tars_and_manifests_end_as_one_sentence(tmp_path: Path, capsys: py
     assert "manifest.json is not a manifest" in error_of(capsys, "stats", folder)
 
 
+@pytest.mark.process
 def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     def command(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

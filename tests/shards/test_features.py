@@ -239,7 +239,7 @@ def test_a_modality_without_a_backbone_is_copied(
 # ---------------------------------------------------------------------------------------------- again and again
 
 
-SPLITS = dict.fromkeys(("train", "val", "test", "more", "other", "last"), 24)
+SPLITS = dict.fromkeys(("train", "val", "test", "more", "other", "last"), 10)
 
 
 def finished_tars(folder: Path) -> dict[str, int]:
@@ -248,6 +248,7 @@ def finished_tars(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path, record in records.items() if record and record.finished}
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on_to_the_same_bytes(
     raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], weights: Path
 ) -> None:
@@ -276,6 +277,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert finished.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}.items()
 
 
+@pytest.mark.process
 def test_processes_do_not_change_a_byte(raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand]) -> None:
     data = raw_data(counts={"train": 9, "test": 5})
     options = {"text_backbone": "features"}

@@ -1,4 +1,4 @@
-"""A SLURM cluster for the session; without root or packages the tests are skipped and say why."""
+"""What the SLURM tests share; the cluster is of tests/conftest.py."""
 
 from __future__ import annotations
 
@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.slurm import Cluster, running_cluster, wait_for
+from tests.services.slurm import Cluster, wait_for
 from tests.toy import make_features
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
 
 
 @pytest.fixture

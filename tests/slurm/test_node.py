@@ -59,6 +59,7 @@ def test_exit_code_of_a_node(codes: list[int], expected: int) -> None:
     assert combined(codes) == expected
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "launchers" / "configs").glob("*.yaml")))
 def test_deepspeed_is_asked_for_as_accelerate_launch_asks(name: str, tmp_path: Path) -> None:
     file = ROOT / "launchers" / "configs" / name
@@ -83,6 +84,7 @@ def test_a_file_that_is_no_accelerate_config(tmp_path: Path) -> None:
             zero_environment(str(tmp_path / f"{name}.yaml"))
 
 
+@pytest.mark.process
 def test_a_signal_to_every_process_saves(feature_data: Callable[..., Path], tmp_path: Path) -> None:
     """As SLURM signals: all at once and more than once, here while they start."""
     run = tmp_path / "run"

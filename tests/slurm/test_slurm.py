@@ -169,7 +169,7 @@ def test_two_nodes_and_one_train_like_two_processes_without_slurm(run: Run) -> N
     run.wait(run.submit("--nodes=2"))
     assert "start 1, on node[1-2]" in run.out()
     assert "2 processes on cpu" in run.log(0)
-    assert "node1: done: report" in run.out().replace(f"{run.output}", "")
+    assert f"node1: report: {run.output}/report.html" in run.out()
     assert sorted(p.name for p in (run.output / "logs").iterdir()) == ["rank-00000.log", "rank-00001.log"]
     run.assert_equals_undisturbed(2)
     whole = run.lines()
@@ -181,6 +181,7 @@ def test_two_nodes_and_one_train_like_two_processes_without_slurm(run: Run) -> N
     assert run.lines() == whole
 
 
+@pytest.mark.slow
 def test_zero_under_slurm(run: Run) -> None:
     run.set_epochs(3)
     words = ["--config", str(run.config), "--accelerate-config", str(ROOT / "launchers" / "configs" / "zero2.yaml")]
@@ -291,6 +292,7 @@ def test_scancel_saves_ends_every_process_and_the_job_stays_away(run: Run) -> No
     assert run.cluster.run("squeue", "-h") == ""
 
 
+@pytest.mark.slow
 def test_decoding_processes_outlive_the_signal(cluster: Cluster, tmp_path: Path) -> None:
     """SLURM signals the processes that decode pictures too, and without them the batch in hand cannot end."""
     run = Run(cluster, tmp_path, make_raw(tmp_path / "raw"))
@@ -345,6 +347,7 @@ def test_a_lost_node_leaves_the_job_to_the_other(run: Run) -> None:
     assert len(run.lines()) == round(run.lines()[-1]["epoch"]) * EPOCH // BATCH
 
 
+@pytest.mark.slow
 def test_the_node_of_the_batch_script_is_lost_and_comes_back(run: Run) -> None:
     job = run.submit("--nodes=2")
     wait_for("checkpoint", lambda: run.position() > 0)
@@ -356,6 +359,7 @@ def test_the_node_of_the_batch_script_is_lost_and_comes_back(run: Run) -> None:
     run.assert_equals_undisturbed(2)
 
 
+@pytest.mark.slow
 def test_a_node_set_down_ends_a_job_that_may_not_be_queued_again(run: Run) -> None:
     job = run.submit("--nodes=2", "--no-requeue")
     run.wait_training()

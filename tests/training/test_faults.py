@@ -22,8 +22,10 @@ import psutil
 import pytest
 import torch
 
-from tests.services import netns
-from tests.toy import ROOT, SMALL, environment, final_state, lines, npy, run_to_end, write_tar
+from tests.services import forked, netns
+from tests.toy import ROOT, SMALL, environment, final_state, lines, npy, run_to_end, train_words, write_tar
+
+pytestmark = pytest.mark.process
 
 LIMIT = 240
 TRAIN = str(ROOT / "launchers" / "train.py")
@@ -223,9 +225,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(
 
 def run_bad(data: Path, run: Path, processes: int) -> str:
     extra: list[Any] = ["train.epochs=3", "optim.update=joint", "loss.classification=0", "loss.contrastive=1"]
-    launch = [sys.executable, TRAIN] if processes == 1 else elastic(0)
-    command = [*launch, *SMALL, "--data", str(data), "--output", str(run), *extra]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False)
+    done = forked.run(train_words(data, run, *extra), environment(), processes, LIMIT)
     assert done.returncode != 0
     return done.stderr
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.services.faulty_server import FaultyServer
 from tests.toy import final_state, run_to_end
+
+pytestmark = pytest.mark.process
 
 
 def test_training_from_a_url_equals_training_from_the_folder(feature_data: Callable[..., Path], tmp_path: Path) -> None:

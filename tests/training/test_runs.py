@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.toy import ROOT, command, environment, final_state, lines, run_to_end
+from tests.services import forked
+from tests.toy import ROOT, command, environment, final_state, lines, run_to_end, train_words
+
+pytestmark = pytest.mark.process
 
 SLOW = pytest.mark.slow
 
@@ -23,7 +26,8 @@ def test_kill_9_and_resume_ends_bitwise_like_an_undisturbed_run(
     feature_data: Callable[..., Path], tmp_path: Path
 ) -> None:
     data = feature_data(splits={"train": [70, 26], "val": [24]}, captions=3)
-    extra = ["train.epochs=30", "train.save_every=2", "train.val_every=3", "model.dropout=0.3", "train.ema=0.9"]
+    epochs = 18
+    extra = [f"train.epochs={epochs}", "train.save_every=1", "train.val_every=3", "model.dropout=0.3", "train.ema=0.9"]
     run_to_end(data, tmp_path / "whole", *extra)
     killed = tmp_path / "killed"
     process = subprocess.Popen(command(data, killed, *extra), env=environment(), stderr=subprocess.DEVNULL)
@@ -35,7 +39,7 @@ def test_kill_9_and_resume_ends_bitwise_like_an_undisturbed_run(
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = max(int(p.name.split("-")[1]) for p in (killed / "checkpoints").glob("samples-*"))
-    assert before < 30 * 96
+    assert before < epochs * 96
     run_to_end(data, killed, *extra)
     a, b = final_state(tmp_path / "whole"), final_state(killed)
     assert a.keys() == b.keys()
@@ -51,12 +55,12 @@ def test_a_finished_run_says_so_and_another_config_is_refused(
     feature_data: Callable[..., Path], tmp_path: Path
 ) -> None:
     data, run = feature_data(), tmp_path / "run"
-    run_to_end(data, run)
+    run_to_end(data, run, "train.epochs=1")
     assert not (run / "report.html").exists()
     stamp = (run / "best" / "model.safetensors").stat().st_mtime_ns
-    assert "is done" in run_to_end(data, run).stderr
+    assert "is done" in run_to_end(data, run, "train.epochs=1").stderr
     assert (run / "best" / "model.safetensors").stat().st_mtime_ns == stamp
-    refused = run_to_end(data, run, "model.common_dim=32", expect=2)
+    refused = run_to_end(data, run, "train.epochs=1", "model.common_dim=32", expect=2)
     assert "was trained with model.common_dim 64, not 32" in refused.stderr
     run_to_end(data, run, "--resume", "never", "model.common_dim=32", "train.report=true")
     assert (run / "earlier-1" / "best" / "model.safetensors").exists()
@@ -68,16 +72,16 @@ def test_a_finished_run_says_so_and_another_config_is_refused(
 def test_a_signal_saves_and_exits_with_85(number: int, feature_data: Callable[..., Path], tmp_path: Path) -> None:
     data, run = feature_data(), tmp_path / "run"
     extra = ["train.epochs=5000", "train.val_every=0", "train.save_every=5000"]
-    process = subprocess.Popen(command(data, run, *extra), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = forked.Forked(train_words(data, run, *extra), environment())
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 85, errors
-    assert "saved at sample" in errors
+    os.kill(process.pid, number)
+    done = process.wait(60)
+    assert done.returncode == 85, done.stderr
+    assert "saved at sample" in done.stderr
     assert len(list((run / "checkpoints").glob("samples-*"))) == 1
 
 
@@ -108,7 +112,7 @@ def test_two_processes_equal_one(part: str, feature_data: Callable[..., Path], t
 def test_two_processes_without_labels_and_with_multi_labels(feature_data: Callable[..., Path], tmp_path: Path) -> None:
     for kind in ("none", "multi"):
         data = feature_data(name=kind, label_kind=kind, captions=2)
-        run_to_end(data, tmp_path / f"run-{kind}", "loss.contrastive=1.0", processes=2)
+        run_to_end(data, tmp_path / f"run-{kind}", "loss.contrastive=1.0", "train.epochs=1", processes=2)
         score = lines(tmp_path / f"run-{kind}", "val")[-1]
         assert ("map/mean" in score) == (kind == "multi")
 
@@ -130,14 +134,7 @@ def test_what_one_process_alone_finds_is_said(feature_data: Callable[..., Path],
     data = feature_data(splits={"train": [60, 60], "val": [24]})
     path = data / "train-000001.tar"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 100])
-    done = subprocess.run(
-        command(data, tmp_path / "run", "train.epochs=40", processes=2),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = forked.run(train_words(data, tmp_path / "run", "train.epochs=40"), environment(), processes=2)
     assert done.returncode != 0
     assert "error: " in done.stderr
     assert "the shard is truncated at byte" in done.stderr
@@ -158,9 +155,8 @@ def test_pictures_and_texts_end_to_end(
     """Text CNN from its own vocabulary, a timm model frozen or trained, decoding workers; then evaluated."""
     data, run = raw_data(), tmp_path / "run"
     extra = ["model.image.name=resnet18", "model.image.image_size=32", "model.text.name=cnn", "stream.workers=2"]
-    run_to_end(data, run, *extra, f"model.image.trainable={trainable}", processes=processes, accelerate=processes > 1)
-    evaluate = [sys.executable, str(ROOT / "launchers" / "evaluate.py"), str(run), "--json"]
-    done = subprocess.run(evaluate, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    run_to_end(data, run, *extra, f"model.image.trainable={trainable}", processes=processes)
+    done = forked.run([str(ROOT / "launchers" / "evaluate.py"), str(run), "--json"], environment())
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["metrics"]["texts"] > record["metrics"]["images"] == 16

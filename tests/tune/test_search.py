@@ -20,9 +20,12 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from cmgan_dist.errors import BadInput
+from tests.services import forked
 from tests.toy import make_features
 from tune.options import Arguments
 from tune.search import search
+
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECT_STORE = 80 * 2**20
@@ -64,9 +67,8 @@ def read(output: Path) -> dict[str, Any]:
 
 def train(config: Path, output: Path, *extra: str) -> list[float]:
     """Validation scores of launchers/train.py with a config file."""
-    command = [sys.executable, str(ROOT / "launchers" / "train.py"), "--config", str(config), "--output", str(output)]
-    command += ["train.threads=1", "train.report=false", *extra]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    words = [str(ROOT / "launchers" / "train.py"), "--config", str(config), "--output", str(output)]
+    done = forked.run([*words, "train.threads=1", "train.report=false", *extra], environment())
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["score"] for line in lines if line["kind"] == "val"]
@@ -94,9 +96,9 @@ def test_a_small_search_ends_in_a_config_that_trains_to_the_same_scores(
     assert config["optim"]["generator_lr"] == best["values"]["optim.generator_lr"]
     assert train(output / "best.yaml", tmp_path / "again") == [score for _, score in best["curve"]]
     # the test split was read for the best: by the folder that it left
-    command = [sys.executable, str(ROOT / "launchers" / "evaluate.py"), str(output / "best")]
-    command += ["--json", "--no-baselines"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    words = [str(ROOT / "launchers" / "evaluate.py"), str(output / "best"), "--json", "--no-baselines"]
+    done = forked.run(words, environment())
+    assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout.splitlines()[-1])["metrics"]
     assert found["test"]["scores"]["map/mean"] == [pytest.approx(metrics["map/mean"], abs=1e-12), 0.0]
     report = (output / "report.html").read_text()

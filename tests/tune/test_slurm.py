@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.services.slurm import PROGRAMS, Cluster, running_cluster, wait_for
+from tests.services.slurm import Cluster, wait_for
 from tests.toy import make_features
 
 pytestmark = pytest.mark.slurm
@@ -23,17 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launchers" / "slurm" / "search.sbatch"
 
 
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    missing = [p for p in PROGRAMS if shutil.which(p) is None]
-    if missing:
-        pytest.skip(f"no SLURM: {', '.join(missing)} (make test-slurm installs it)")
-    with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
-
-
-def submit(slurm: Cluster, folder: Path, options: list[str], *words: str) -> str:
-    environment = {**slurm.environment, "CMGAN_PYTHON": sys.executable, "CMGAN_ROOT": str(ROOT), "RAY_CPUS": "1"}
+def submit(cluster: Cluster, folder: Path, options: list[str], *words: str) -> str:
+    environment = {**cluster.environment, "CMGAN_PYTHON": sys.executable, "CMGAN_ROOT": str(ROOT), "RAY_CPUS": "1"}
     command = ["sbatch", "--parsable", "--nodes=2", f"--output={folder}/job.out", *options, str(SCRIPT), *words]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
@@ -46,28 +36,28 @@ def words(folder: Path, data: Path, epochs: int, trials: int) -> list[str]:
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
-def wait(slurm: Cluster, job: str, what: str, check: Callable[[], Any], folder: Path, seconds: float = 300) -> None:
+def wait(cluster: Cluster, job: str, what: str, check: Callable[[], Any], folder: Path, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not check():
         said = (folder / "job.out").read_text() if (folder / "job.out").exists() else ""
         assert time.monotonic() < deadline, f"no {what}: {said[-3000:]}"
-        assert slurm.state(job) not in ("FAILED", "NODE_FAIL"), said[-3000:]
+        assert cluster.state(job) not in ("FAILED", "NODE_FAIL"), said[-3000:]
         time.sleep(0.2)
 
 
-def test_a_search_runs_on_both_nodes_and_goes_on_after_its_time_limit(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_search_runs_on_both_nodes_and_goes_on_after_its_time_limit(cluster: Cluster, tmp_path: Path) -> None:
     data = make_features(tmp_path / "data")
-    job = submit(slurm, tmp_path, [], *words(tmp_path, data, 2000, 2))
+    job = submit(cluster, tmp_path, [], *words(tmp_path, data, 2000, 2))
     files = tmp_path / "search" / "search"
 
     def validated() -> bool:
         texts = [f.read_text() for f in files.glob("*/result.json")] if files.is_dir() else []
         return len(texts) == 2 and all(text.count("\n") >= 3 for text in texts)
 
-    wait(slurm, job, "three validations of both trials", validated, tmp_path)
-    slurm.run("scancel", "--batch", "--signal=USR1", job)  # what SLURM does before the time limit
-    wait(slurm, job, "second start", lambda: slurm.job(job)["Restarts"] == "1", tmp_path)
-    wait(slurm, job, "end", lambda: slurm.state(job) == "COMPLETED", tmp_path, 500)
+    wait(cluster, job, "three validations of both trials", validated, tmp_path)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # what SLURM does before the time limit
+    wait(cluster, job, "second start", lambda: cluster.job(job)["Restarts"] == "1", tmp_path)
+    wait(cluster, job, "end", lambda: cluster.state(job) == "COMPLETED", tmp_path, 500)
     said = (tmp_path / "job.out").read_text()
     assert "the job is queued again" in said
     found = json.loads((tmp_path / "search" / "trials.json").read_text())
@@ -77,9 +67,9 @@ def test_a_search_runs_on_both_nodes_and_goes_on_after_its_time_limit(slurm: Clu
     assert os.path.exists(tmp_path / "search" / "best.yaml")
 
 
-def test_bad_input_ends_the_job_with_its_sentence(slurm: Cluster, tmp_path: Path) -> None:
-    job = submit(slurm, tmp_path, [], *words(tmp_path, tmp_path / "nowhere", 20, 2))
-    wait_for("failure", lambda: slurm.state(job) == "FAILED", 200)
-    assert slurm.job(job)["ExitCode"] == "2:0"
+def test_bad_input_ends_the_job_with_its_sentence(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, [], *words(tmp_path, tmp_path / "nowhere", 20, 2))
+    wait_for("failure", lambda: cluster.state(job) == "FAILED", 200)
+    assert cluster.job(job)["ExitCode"] == "2:0"
     assert "nowhere" in (tmp_path / "job.out").read_text()
-    wait_for("end of Ray", lambda: not slurm.training(), 60)
+    wait_for("end of Ray", lambda: not cluster.training(), 60)
