@@ -115,7 +115,7 @@ def show(figures: dict[str, Any], confirmed: list[tuple[str, dict[str, Any], dic
 
 def main() -> None:
     """Run both searches, compare them, and write and print the figures."""
-    arguments = parse(Arguments, sys.argv[1:], prog="bench/search.py")
+    arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.search")
     many = [f"--trials={arguments.trials}", f"--reduction={arguments.reduction}"]
     confirm = [f"--confirm={arguments.confirm}", f"--confirm-top={arguments.confirm_top}"]
     asha = search(arguments, "asha", *many, *confirm)

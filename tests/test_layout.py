@@ -23,7 +23,7 @@ LEVELS = [
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 TOPS = ("cmgan_dist", "launchers", "shards", "tune")
 SHARDS_USE = {"errors", "files", "config", "jobs", "data", "models"}
-HELPERS = r"tests\.(toy|services(\..+)?|golden\.record|(\w+\.)?\w+_(cases|worker))"
+HELPERS = r"tests\.(toy|services(\..+)?|golden\.record|(\w+\.)?(\w+_(cases|worker)))"
 """Modules under tests/ that others may import."""
 MAY_NAME = {
     "accelerate": ("cmgan_dist/distributed/",),
@@ -142,7 +142,7 @@ def test_training_does_not_know_of_reports() -> None:
 
 
 def test_tests_share_helpers_and_no_tests() -> None:
-    """What several tests need lies in tests/toy.py, tests/services/, or beside them in *_cases.py and *_worker.py."""
+    """What several tests need lies in tests/toy.py, tests/services/, or helpers.py, *_cases.py, *_worker.py beside."""
     trees = parsed("tests")
     modules = {name.removesuffix(".py").replace("/", ".") for name in trees}
     for name, tree in trees.items():
