@@ -142,7 +142,7 @@ def test_training_does_not_know_of_reports() -> None:
 
 
 def test_tests_share_helpers_and_no_tests() -> None:
-    """What several tests need lies in tests/toy.py, tests/services/, or helpers.py, *_cases.py, *_worker.py beside."""
+    """What several tests need lies in tests/toy.py, tests/services/, or *_cases.py, *_worker.py beside."""
     trees = parsed("tests")
     modules = {name.removesuffix(".py").replace("/", ".") for name in trees}
     for name, tree in trees.items():
