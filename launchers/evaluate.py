@@ -36,8 +36,9 @@ class Arguments:
     """Fit CCA and ridge on the same features and put them beside."""
     again: bool = False
     """Evaluate even if RUN/evaluation.json is of this checkpoint, data and split."""
-    zscore: bool = True
-    """Standardise common representations per modality over the split, as the authors do."""
+    zscore: bool | None = None
+    """Standardise common representations per modality over the split, as the authors do; left out, as the run's
+    eval.zscore says."""
 
 
 def main() -> None:
@@ -47,27 +48,27 @@ def main() -> None:
     from cmgan_dist.distributed.processes import Parallel
     from cmgan_dist.files import write_atomic
     from cmgan_dist.report.run import write_report
-    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, answer, ask
+    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, open_task, run_task
     from cmgan_dist.retrieval.gallery import gallery_items
 
     run = arguments.run
     start_all_processes()
-    question = ask(run, arguments.data, split=arguments.split, zscore=arguments.zscore)
-    asked = question.identity() | {"pictures": arguments.pictures}
+    task = open_task(run, arguments.data, split=arguments.split, zscore=arguments.zscore)
+    asked = task.identity() | {"pictures": arguments.pictures}
     known = known_record(run / RECORD_NAME)
     complete = bool(known.get("baselines")) or not arguments.baselines
     if asked == {k: known.get(k) for k in asked} and complete and not arguments.again:
         print("already evaluated (--again does it anew)", file=sys.stderr)
         show(known, run / "report.html", arguments.json)
         return
-    parallel = Parallel(question.saved.config.train.precision)
-    found = answer(question, baselines=arguments.baselines, parallel=parallel)
+    parallel = Parallel(task.saved.config.train.precision)
+    found = run_task(task, baselines=arguments.baselines, parallel=parallel)
     if parallel.main:
         record = found.record | asked
         try:
             write_atomic(run / EMBEDDINGS_NAME, found.embeddings_npz())
             write_atomic(run / RECORD_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-            report = write_report(run, gallery_items(question.reader, arguments.pictures))
+            report = write_report(run, gallery_items(task.reader, arguments.pictures))
         except OSError as error:
             raise BadInput(f"{run} cannot be written ({error.strerror}): make it writable or free space") from None
         show(record, report, arguments.json)

@@ -26,7 +26,6 @@ def test_another_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.process
-@pytest.mark.process
 def test_importing_it_imports_nothing_heavy() -> None:
     code = "import sys, cmgan_dist; print(sorted({'torch', 'numpy', 'yaml', 'tyro', 'rich'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
@@ -44,3 +43,20 @@ def test_a_config_is_trained_evaluated_and_used(feature_data: Callable[..., Path
     assert 0 < metrics["map/mean"] <= 1
     assert model.saved.statistics is not None
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_training_without_a_place_or_with_a_mistyped_resume_touches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    config = cmgan_dist.preset("smoke")
+    with pytest.raises(cmgan_dist.BadInput, match="--data is missing"):
+        cmgan_dist.train(config, resume="never")
+    config.data = "somewhere"
+    with pytest.raises(cmgan_dist.BadInput, match="--output is missing"):
+        cmgan_dist.train(config, resume="never")
+    config.output = str(tmp_path)
+    with pytest.raises(cmgan_dist.BadInput, match="resume is 'atuo', expected auto or never"):
+        cmgan_dist.train(config, resume="atuo")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

@@ -143,8 +143,8 @@ class LossConfig:
     adversarial: Annotated[Literal["bce", "hinge", "wgan-gp"], Mutable] = "bce"
     """Form of all adversarial losses."""
     mismatch: Annotated[Literal["reference", "conditional"], Mutable] = "reference"
-    """Mismatched input of the inter-modality discriminators: (wrong common, wrong feature) as in the published code,
-    or (wrong common, right feature)."""
+    """Mismatched input of the inter-modality discriminators: (mismatched common, mismatched feature) as in the
+    published code, or (mismatched common, the row's own feature)."""
     intra: Weight = 1.0
     """Generator: fool the intra-modality discriminators with reconstructions."""
     inter: Weight = 1.0
@@ -233,7 +233,7 @@ class TrainConfig:
     threads: Annotated[int, Range(0, 4096), Resumable] = 0
     """CPU threads per process; 0 shares the cores among the local processes."""
     report: Annotated[bool, Resumable] = True
-    """Write OUTPUT/report.html at the end."""
+    """Whether the launcher writes OUTPUT/report.html at the end."""
     tracker: Annotated[Literal["tensorboard", "wandb", "none"], Resumable] = "tensorboard"
     """Where metrics go beside metrics.jsonl."""
 

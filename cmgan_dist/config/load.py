@@ -26,6 +26,8 @@ def validate(config: Config) -> Config:
     """Check what a config alone can tell and return it. Raises BadInput naming the field."""
     for path, setting in settings().items():
         _check_numbers(path, get_value(config, path), setting)
+    _from_dict(Config, dataclasses.asdict(config), "")  # types and choices, as of a config from a file
+    preset(config.preset)
     _check_batch(config)
     _check_splits(config)
     if not any(getattr(config.loss, name) for name in LOSS_TERMS):
@@ -34,6 +36,13 @@ def validate(config: Config) -> Config:
     if not config.model.text.kernel_sizes:
         raise BadInput("model.text.kernel_sizes is empty: name the width of one convolution or more")
     return config
+
+
+def check_places(config: Config) -> None:
+    """Raises BadInput when the config names no data or no output."""
+    for name in ("data", "output"):
+        if not getattr(config, name):
+            raise BadInput(f"--{name} is missing: name a folder, see launchers/train.py --help")
 
 
 def _check_numbers(path: str, value: Any, setting: Setting) -> None:

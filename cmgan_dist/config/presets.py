@@ -99,7 +99,7 @@ def wikipedia_tuned() -> Config:
 
 
 def pairs() -> Config:
-    """Captioned pictures without labels, on precomputed features: no classifier, `wrong` is any other pair."""
+    """Captioned pictures without labels, on precomputed features: no classifier, any other pair is mismatched."""
     config = features()
     config.preset = "pairs"
     config.model.hidden_dim, config.model.common_dim = 1024, 512

@@ -137,11 +137,14 @@ class TimmBackbone(ImageBackbone):
         self.random = not config.weights and not config.trainable
         if config.checkpoint and config.trainable:
             _checkpoint_activations(model, name)
+        self.set_normalisation([float(x) for x in mean], [float(x) for x in std])
+        self.settle()
+
+    def set_normalisation(self, mean: list[float], std: list[float]) -> None:
+        """Take `mean` off each colour channel of an image in 0..1, and divide by `std`."""
+        self.mean, self.std = mean, std
         self.register_buffer("scale", 1 / torch.tensor(std).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.mean, self.std = [float(x) for x in mean], [float(x) for x in std]
-        """Of each colour channel, for images in 0..1."""
-        self.settle()
 
     def forward(self, image: Tensor) -> Tensor:
         if image.dtype == torch.uint8:

@@ -363,6 +363,7 @@ def load_generator(saved: Saved, *, backbones: bool = True) -> Generator:
     check_shapes(stored_tensors(generator), tensors, str(saved.folder))
     generator.load_state_dict(tensors, strict=False)
     if backbones:
+        _set_normalisation(generator.image_backbone, spec.image)
         for modality, chosen in (("image", config.image), ("text", config.text)):
             if chosen.name != "features":
                 _check_weights(saved, modality, getattr(generator, f"{modality}_backbone"))  # type: ignore[arg-type]
@@ -398,7 +399,14 @@ def load_backbone(saved: Saved, modality: Modality) -> ImageBackbone | TextBackb
         check_shapes(backbone.state_dict(), kept, str(saved.folder))
         backbone.load_state_dict(kept)
     _check_weights(saved, modality, backbone)
+    _set_normalisation(backbone, spec)
     return backbone.requires_grad_(False).eval()
+
+
+def _set_normalisation(backbone: ImageBackbone | TextBackbone, spec: BackboneSpec) -> None:
+    """Normalise images as in training: trained weights do not tell what the first ones were made with."""
+    if isinstance(backbone, TimmBackbone) and spec.mean is not None and spec.std is not None:
+        backbone.set_normalisation(spec.mean, spec.std)
 
 
 def check_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:

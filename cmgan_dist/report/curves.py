@@ -114,7 +114,7 @@ def discriminator_section(train: list[dict[str, Any]]) -> Section | None:
         return None
     columns = len(accuracies)
     figure, axes = grid(columns * 2 if margins else columns, columns, 2.5, rows=2 if margins else 1, sharex=True)
-    colours = {"real": COLOURS[2], "fake": COLOURS[3], "wrong": COLOURS[5]}
+    colours = {"real": COLOURS[2], "fake": COLOURS[3], "mismatched": COLOURS[5]}
     for column, (name, groups) in enumerate(accuracies.items()):
         axis = axes[column]
         axis.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
@@ -132,7 +132,7 @@ def discriminator_section(train: list[dict[str, Any]]) -> Section | None:
     if margins:
         axes[columns].set_ylabel("margin (logits)")
     read = (
-        "Above: the share of real, fake and mismatched (wrong) inputs that each discriminator judges rightly. Below: "
+        "Above: the share of real, fake and mismatched inputs that each discriminator judges rightly. Below: "
         "its mean logit for real minus that for fake. Near 0.5 and 0 it cannot tell them apart; at 1 with a growing "
         "margin it has won, and its gradient says little to the generator."
     )

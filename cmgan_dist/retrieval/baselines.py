@@ -15,7 +15,16 @@ import numpy as np
 import torch
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.retrieval.metrics import CHUNK_ELEMENTS, Embeddings, add_map, add_means, directions, evaluate, mean
+from cmgan_dist.retrieval.metrics import (
+    CHUNK_ELEMENTS,
+    Embeddings,
+    add_map,
+    add_means,
+    directions,
+    evaluate,
+    mean,
+    score_of,
+)
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Tried on validation; in units of the mean feature variance."""
@@ -114,14 +123,6 @@ def _cca_choices(train: Embeddings, dims: Sequence[int], ridges: Sequence[float]
             yield widest.first(d)
 
 
-def _score(projected: Embeddings) -> float:
-    """What the choice maximises: mean MAP of both directions, or without labels mean recall at 1, 5, 10."""
-    result = evaluate(projected, all_modal=False)
-    if projected.labels is not None:
-        return result["map/mean"] or 0.0
-    return float(np.mean([value for key, value in result.items() if key.startswith("recall/")]))
-
-
 def baseline_table(
     train: Embeddings,
     val: Embeddings,
@@ -146,7 +147,7 @@ def baseline_table(
     candidates["ridge image to text"] = (ridge_image_to_text(image, text, ridge) for ridge in ridges)
     table = {}
     for name, projections in candidates.items():
-        best = max(projections, key=lambda projection: _score(projection(val)))
+        best = max(projections, key=lambda projection: score_of(evaluate(projection(val), all_modal=False)))
         table[name] = {**evaluate(best(test)), "settings": best.settings}
     table["chance"] = chance(test)
     return table

@@ -22,8 +22,8 @@ RECORD_NAME, EMBEDDINGS_NAME = "evaluation.json", "embeddings.npz"
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question names what is to be evaluated: a run, and a split of a data set that fits it."""
+class EvaluationTask:
+    """A task names what is to be evaluated: a run, and a split of a data set that fits it."""
 
     saved: Saved
     reader: ShardReader
@@ -31,7 +31,7 @@ class Question:
     """Standardise common representations per modality over the split, as the CM-GANs authors do."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the answer: data, split, standardising, and checksums of the manifest and the model."""
+        """Return what decides the result: data, split, standardising, and checksums of the manifest and the model."""
         manifest = self.reader.manifest.to_json()
         return {
             "data": self.reader.data,
@@ -44,7 +44,7 @@ class Question:
 
 @dataclass
 class Evaluation:
-    """An evaluation is the answer to a `Question`; it is equal on every process."""
+    """An evaluation holds what a task gave; it is equal on every process."""
 
     record: dict[str, Any]
     """The contents of evaluation.json: "metrics" (`metrics.evaluate`), "baselines" {name: the same}, "classes", what
@@ -82,7 +82,7 @@ def check_data(saved: Saved, reader: ShardReader) -> None:
         )
 
 
-def ask(run: str | Path, data: str = "", *, split: str = "test", zscore: bool | None = None) -> Question:
+def open_task(run: str | Path, data: str = "", *, split: str = "test", zscore: bool | None = None) -> EvaluationTask:
     """Read the best model of a run and open the split on which it is to be evaluated.
 
     `data`: folder or URL; "" is the data that the run was trained on (the first of a mixture). `zscore`: None takes the
@@ -93,19 +93,19 @@ def ask(run: str | Path, data: str = "", *, split: str = "test", zscore: bool | 
         raise BadInput("--data is missing and the run names no data: name a folder of shards")
     reader = ShardReader(data, split, saved.config.stream)
     check_data(saved, reader)
-    return Question(saved, reader, saved.config.eval.zscore if zscore is None else zscore)
+    return EvaluationTask(saved, reader, saved.config.eval.zscore if zscore is None else zscore)
 
 
-def answer(question: Question, *, baselines: bool = True, parallel: Parallel | None = None) -> Evaluation:
+def run_task(task: EvaluationTask, *, baselines: bool = True, parallel: Parallel | None = None) -> Evaluation:
     """Embed the split and measure retrieval on it; every process calls it.
 
     `baselines`: fit CCA and ridge on the same features of the training split, with settings from the validation split.
     Raises BadInput at a bad sample."""
-    saved, reader, config = question.saved, question.reader, question.saved.config
+    saved, reader, config = task.saved, task.reader, task.saved.config
     parallel = parallel or Parallel(config.train.precision)
     generator = load_generator(saved).to(parallel.device)
     embedded = embed_split(generator, reader, config, parallel)
-    record: dict[str, Any] = {"metrics": evaluate_embeddings(embedded.common, zscore=question.zscore), "baselines": {}}
+    record: dict[str, Any] = {"metrics": evaluate_embeddings(embedded.common, zscore=task.zscore), "baselines": {}}
     if baselines:
         from cmgan_dist.retrieval.baselines import baseline_table  # scikit-learn takes a second to import
 
@@ -116,7 +116,7 @@ def answer(question: Question, *, baselines: bool = True, parallel: Parallel | N
         record["baselines"] = baseline_table(train, val, embedded.features)
     record |= {
         "classes": saved.spec.data.classes,
-        **question.identity(),
+        **task.identity(),
         "seed": config.train.seed,
         "checkpoint": f"best, at sample {saved.spec.progress.get('best_position')} of training",
     }
@@ -126,6 +126,8 @@ def answer(question: Question, *, baselines: bool = True, parallel: Parallel | N
 def evaluate(run: str | Path, data: str = "", *, split: str = "test", zscore: bool | None = None) -> dict[str, Any]:
     """Return the metrics of a run's best model on a split: MAP and recall of every direction by name.
 
-    Arguments and errors are those of `ask`."""
-    metrics: dict[str, Any] = answer(ask(run, data, split=split, zscore=zscore), baselines=False).record["metrics"]
+    Arguments and errors are those of `open_task`."""
+    metrics: dict[str, Any] = run_task(open_task(run, data, split=split, zscore=zscore), baselines=False).record[
+        "metrics"
+    ]
     return metrics

@@ -2,7 +2,7 @@
 from the newest checkpoint that is whole.
 
 RUN/checkpoints/samples-000000012800/     torch.distributed.checkpoint; every process writes its share of the tensors
-    __R_0.distcp          generator/..., D/..., ema/..., optimizer/... of process R (frozen backbones are not stored)
+    __R_0.distcp          generator/..., d_image/..., ema/..., optimizer/... of process R (no frozen backbones)
     .metadata             which tensor lies where
     state.json            position, best score, sha256 of the files
 RUN/best/

@@ -81,7 +81,7 @@ def inter_discriminator_terms(inputs: StepInputs, modality: Modality) -> Terms:
     commons = torch.cat([own.common, other.common, drawn.common[modality].to(own.common.dtype)])
     logits = inputs.discriminators[name](commons, [feature, feature, beside], [len(feature)] * 3)
     real, fake, mismatched = logits.chunk(3)
-    _record(inputs, name, {"real": real, "fake": fake, "wrong": mismatched})
+    _record(inputs, name, {"real": real, "fake": fake, "mismatched": mismatched})
     adversarial = _adversarial(inputs, real, [(fake, 0.5, None), (mismatched, 0.5, drawn.mask)])
     between = ([own.common.float(), feature], [lambda: other.common, lambda: feature])
     return {"adversarial": adversarial, **_penalties(inputs, name, *between)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmgan_dist.config.fields import CONFIG_NAME, Config, micro_batch
-from cmgan_dist.config.load import load_config, to_yaml, validate
+from cmgan_dist.config.load import check_places, load_config, to_yaml, validate
 from cmgan_dist.config.paths import get_value, settings
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.order import steps_for
@@ -129,6 +129,9 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
 
     `may_change`: see `check_same_run`. Raises BadInput for whatever config, data or an earlier run make impossible."""
     validate(config)
+    check_places(config)
+    if resume not in ("auto", "never"):
+        raise BadInput(f"resume is {resume!r}, expected auto or never")
     run = Path(config.output)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     size = config.model.image.image_size

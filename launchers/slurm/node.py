@@ -31,8 +31,9 @@ import yaml
 
 from cmgan_dist.config.cli import parse_arguments
 from cmgan_dist.config.fields import Config, micro_batch
+from cmgan_dist.config.load import check_places
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
-from launchers.train import check_places, train_and_report
+from launchers.train import train_and_report
 
 FLAG = "--processes-per-node"
 STOP = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}

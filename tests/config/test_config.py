@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -296,7 +297,7 @@ def test_help_shows_docstring_type_default_and_range(
         "--model.text.kernel-sizes [INT [INT ...]] cnn: widths of the convolutions in words. (default: 3 4 5, from",
         "--optim.generator-steps INT Generator updates per batch, after one update of each discriminator. (default: 1,",
         "--train.tracker {tensorboard,wandb,none} Where metrics go beside metrics.jsonl. (default: tensorboard)",
-        "--train.report, --train.no-report Write OUTPUT/report.html at the end. (default: True)",
+        "--train.report, --train.no-report Whether the launcher writes OUTPUT/report.html at the end. (default: True)",
     ):
         assert shown in text
     assert "Annotated" not in text
@@ -319,3 +320,19 @@ def test_bad_command_lines_get_one_sentence(args: list[str], sentence: str) -> N
     with pytest.raises(BadInput, match=sentence) as caught:
         parse_arguments(args)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("loss.adversarial", "bec", "loss.adversarial is 'bec', expected one of bce, hinge, wgan-gp"),
+        ("train.precision", "fp61", "train.precision is 'fp61'"),
+        ("model.input_norm", "bacth", "model.input_norm is 'bacth'"),
+        ("stream.augment", "no", "stream.augment is 'no', expected bool"),
+        ("data", Path("here"), "data is PosixPath"),
+        ("preset", "zzz", "unknown preset 'zzz'"),
+    ],
+)
+def test_a_config_made_in_python_is_checked_like_one_from_a_file(field: str, value: object, said: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(said)):
+        validate(with_values(preset("smoke"), {field: value}))

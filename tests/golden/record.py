@@ -1,6 +1,6 @@
 """Golden curves: the losses of the first 50 batches of every preset on toy data.
 
-    python tests/golden/record.py            write tests/golden/PRESET.json anew (say why in the commit message)
+    python -m tests.golden.record [PRESET ...]   write tests/golden/PRESET.json anew (say why in the commit message)
 
 A change that should only make things faster must leave them where they are.
 """
@@ -14,15 +14,14 @@ from pathlib import Path
 
 import torch
 
+from cmgan_dist.config.fields import Config
+from cmgan_dist.config.presets import PRESETS, preset
+from cmgan_dist.errors import run_main
+from cmgan_dist.training.loop import train
+from cmgan_dist.training.recorder import read_metrics
+from tests.toy import make_features, make_raw
+
 GOLDEN = Path(__file__).resolve().parent
-sys.path.insert(0, str(GOLDEN.parents[1]))
-
-from cmgan_dist.config.fields import Config  # noqa: E402
-from cmgan_dist.config.presets import PRESETS, preset  # noqa: E402
-from cmgan_dist.training.loop import train  # noqa: E402
-from cmgan_dist.training.recorder import read_metrics  # noqa: E402
-from tests.toy import make_features, make_raw  # noqa: E402
-
 STEPS = 50
 
 
@@ -55,10 +54,14 @@ def curve(name: str) -> dict[str, list[float]]:
 
 
 def main() -> None:
+    """Write the curves of the presets that the command line names, or of all."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
     for name in sys.argv[1:] or PRESETS:
         (GOLDEN / f"{name}.json").write_text(json.dumps(curve(name)) + "\n")
         print(f"{name}: recorded with torch {torch.__version__}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,6 +18,7 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models import saved as saved_module
+from cmgan_dist.models.backbones import TimmBackbone
 from cmgan_dist.models.generator import Generator, build_generator
 from cmgan_dist.models.saved import (
     BackboneSpec,
@@ -262,3 +263,18 @@ def test_the_details_of_feature_shards_name_the_backbones(feature_data: Callable
     spec = describe_model(config, FEATURES, generator, "toy", "", {"image": made})
     assert (spec.image.name, spec.image.weights, spec.image.weights_sha256) == ("resnet18", "/w.pth", "ab")
     assert (spec.image.image_size, spec.text.name) == (96, "features")
+
+
+def test_a_trained_backbone_is_normalised_as_in_training(tmp_path: Path) -> None:
+    """Its weights do not tell: those of efficientnet-lite want other numbers than timm's default."""
+    config = raw_config()
+    config.model.image.trainable = True
+    generator = build_generator(config.model, RAW, Vocabulary(["a"]))
+    assert isinstance(generator.image_backbone, TimmBackbone)
+    generator.image_backbone.set_normalisation([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    spec = describe_model(config, RAW, generator, "toy", "", {})
+    save_model(tmp_path, spec, config, stored_tensors(generator), progress={}, vocabulary=Vocabulary(["a"]))
+    saved, image = read_model(tmp_path), torch.randint(0, 255, (3, 32, 32, 4), dtype=torch.uint8)
+    expected = generator.eval().image_backbone(image)
+    for found in (load_generator(saved).image_backbone, load_backbone(saved, "image")):
+        torch.testing.assert_close(found(image), expected)

@@ -108,7 +108,7 @@ def save_training(run: Path, labels: bool = True) -> None:
     for i in range(1, 41):
         line = {"kind": "train", "samples": 64 * i, "epoch": i / 10, "lr": 1e-3, "samples_per_s": 900.0}
         line |= {"loss/D_CI/bce": 1 / i, "loss/image_generator/adversarial": 1.0, "loss/image_generator/class": None}
-        line |= {f"accuracy/D_CI/{group}": 0.5 for group in ("real", "fake", "wrong")}
+        line |= {f"accuracy/D_CI/{group}": 0.5 for group in ("real", "fake", "mismatched")}
         lines.append(line | {"margin/D_CI": 0.1 * i, "accuracy/class/image": 0.9})
     for i, value in enumerate((0.2, 0.5, 0.4), 1):
         keys = ("map/image_to_text", "map/text_to_image", "map/mean") if labels else ()

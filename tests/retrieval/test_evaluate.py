@@ -15,7 +15,7 @@ from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.saved import load_generator, read_model
 from cmgan_dist.retrieval.embed import embed_split
-from cmgan_dist.retrieval.evaluate import ask
+from cmgan_dist.retrieval.evaluate import open_task
 from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
 from tests.services import forked
 from tests.toy import ROOT, environment, save_untrained, small_config
@@ -44,7 +44,7 @@ def test_data_that_does_not_fit_is_refused(
 ) -> None:
     save_untrained(tmp_path / "run", feature_data(), small_config(8))
     with pytest.raises(BadInput, match=said):
-        ask(tmp_path / "run", str(feature_data("other", **options)))
+        open_task(tmp_path / "run", str(feature_data("other", **options)))
 
 
 def test_raw_data_is_refused_for_a_run_on_features(
@@ -52,7 +52,7 @@ def test_raw_data_is_refused_for_a_run_on_features(
 ) -> None:
     save_untrained(tmp_path / "run", feature_data(), small_config(8))
     with pytest.raises(BadInput, match=r"are raw, those that .* are features of 12 numbers"):
-        ask(tmp_path / "run", str(raw_data()))
+        open_task(tmp_path / "run", str(raw_data()))
 
 
 def test_pairs_without_labels_are_evaluated_with_a_run_that_has_classes(
