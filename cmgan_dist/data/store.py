@@ -125,6 +125,7 @@ class FileStore:
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, None when there is none. Raises BadInput when that cannot be found out."""
         try:
+            self.filesystem.invalidate_cache()  # other processes write too
             return int(self.filesystem.size(f"{self.path}/{name}"))
         except FileNotFoundError:
             return None

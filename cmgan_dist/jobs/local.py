@@ -53,9 +53,10 @@ def parallel_map(
 ) -> list[Result]:
     """Return ``[function(*task) for task in tasks]``, made in `processes` (None: one a core), which change no result.
 
-    `unit_counts` [tasks] is how far each task moves the bar (None: by 1). A bar is drawn on a terminal; elsewhere a line
-    a minute tells how far the work is. `function` and the tasks must pickle: workers are spawned. Raises what the first failing task raised, in the order
-    of the tasks, after the tasks that had begun; BadInput when a worker was killed."""
+    `unit_counts` [tasks] is how far each task moves the bar (None: by 1). A bar is drawn on a terminal; elsewhere a
+    line a minute tells how far the work is. `function` and the tasks must pickle: workers are spawned. Raises what the
+    first failing task raised, in the order of the tasks, after the tasks that had begun; BadInput when a worker was
+    killed."""
     if processes is not None and processes < 1:
         raise BadInput(f"--processes is {processes}: it must be at least 1")
     processes = min(processes or usable_cores(), max(len(tasks), 1))

@@ -88,7 +88,7 @@ class Model:
             return self._encode("image", _batches(images, batch), lambda x: torch.from_numpy(x), standardise)
         if isinstance(images, str | Path | bytes | np.ndarray) or hasattr(images, "tobytes"):
             images = [images]
-        backbone = self.backbone("image")
+        backbone = cast(ImageBackbone, self.backbone("image"))
         size = self.saved.spec.image.image_size or 224
 
         def features(part: Sequence[tuple[int, object]]) -> Tensor:
