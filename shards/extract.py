@@ -22,13 +22,18 @@ from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS, parse_sample
 from cmgan_dist.errors import BadSample
-from cmgan_dist.models.backbones import ImageBackbone, TextBackbone, build_image_backbone, build_text_backbone
+from cmgan_dist.models.backbones import (
+    ImageBackbone,
+    TextBackbone,
+    build_image_backbone,
+    build_text_backbone,
+    image_features,
+    text_features,
+)
 from shards.shard_file import npy, try_sample
 
 IMAGE_MEMBERS = ("image.npy", *IMAGE_EXTENSIONS)
 TEXT_MEMBERS = ("text.npy", "txt")
-CPU_IMAGES = 8
-"""Images that a CPU takes at a time: with 64, half the time goes into fetching memory for activations."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +70,18 @@ class Extractor:
         torch.backends.cudnn.allow_tf32 = False
         self.pool = ThreadPoolExecutor(options.decode_threads)
 
-    @torch.no_grad()
     def images(self, images: list[np.ndarray]) -> np.ndarray:
         """Return the features float32 [n, F_i] of n images, each uint8 [size, size, 4]."""
         assert self.image is not None
         batch = torch.from_numpy(np.stack(images)).to(self.options.device)
-        parts = batch.split(len(batch) if batch.is_cuda else CPU_IMAGES)
-        made: np.ndarray = torch.cat([self.image(part) for part in parts]).cpu().numpy()
+        made: np.ndarray = image_features(self.image, batch).cpu().numpy()
         return made
 
-    @torch.no_grad()
     def texts(self, texts: list[str]) -> np.ndarray:
-        """Return the features float32 [m, F_t] of m texts; texts of like length go together, for little padding."""
+        """Return the features float32 [m, F_t] of m texts."""
         assert self.text is not None
-        made = np.empty((len(texts), self.text.dim), np.float32)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for first in range(0, len(order), self.options.batch_size):
-            rows = order[first : first + self.options.batch_size]
-            tokens = self.text.tokenise([texts[i] for i in rows], self.options.device)
-            made[rows] = self.text(tokens).cpu().numpy()
+        features = text_features(self.text, texts, self.options.device, self.options.batch_size)
+        made: np.ndarray = features.cpu().numpy()
         return made
 
 

@@ -172,9 +172,25 @@ class EvalBatch:
     """int64 [m]: row of the sample that each text belongs to."""
     labels: Tensor | None
     """bool [n, C], or None without labels."""
-    keys: list[str]
+    numbers: list[int]
+    """Number of each of the n samples in its split."""
     samples: list[Sample]
     """The n samples as they are stored."""
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the n samples."""
+        return [sample.key for sample in self.samples]
+
+
+def batch_ranges(counts: np.ndarray, batch: int) -> list[tuple[int, int]]:
+    """Return the ranges of a split's samples that make its batches, at most `batch` samples each.
+
+    `counts`: int64 [shards], samples of each shard. Batches begin anew in each shard, so that which samples are in one
+    does not depend on what else is embedded."""
+    ends = np.cumsum(counts).tolist()
+    shards = zip([0, *ends], ends, strict=False)
+    return [(first, min(first + batch, end)) for start, end in shards for first in range(start, end, batch)]
 
 
 def eval_batches(
@@ -185,45 +201,47 @@ def eval_batches(
     first: int = 0,
     stop: int | None = None,
     threads: int = 2,
-    skip_bad: bool = False,
+    left_out: list[str] | None = None,
 ) -> Iterator[EvalBatch]:
     """Yield the samples first..stop of a split, to its end where `stop` is None, in canonical order, not augmented.
 
-    `batch`: samples at a time, which `threads` threads decode. Raises BadInput that names the first bad sample: a
-    figure over other samples than the split's would not be comparable. With `skip_bad` bad samples are left out."""
+    `batch`: samples at a time, which `threads` threads decode; batches begin anew in each shard (`batch_ranges`).
+    Raises BadInput that names the first bad sample: a figure over other samples than the split's would not be
+    comparable. With `left_out` bad samples are left out, and a line for each is added to it."""
     decoder = SampleDecoder.of(reader.manifest, image_size, augment=False)
     starts = np.concatenate([[0], np.cumsum(reader.counts)])
     stop = int(starts[-1]) if stop is None else stop
+    inside = np.clip(starts, first, stop)
 
-    def load(i: int, image: np.ndarray, labels: np.ndarray) -> tuple[Sample, list[str] | np.ndarray] | None:
+    def load(i: int, image: np.ndarray, labels: np.ndarray) -> tuple[int, Sample, list[str] | np.ndarray] | str:
         shard = int(np.searchsorted(starts, i, side="right")) - 1
         try:
             sample = reader.read(shard, i - int(starts[shard]))
-            return sample, decoder(sample, reader.shards[shard].name, None, image, labels)
+            return i, sample, decoder(sample, reader.shards[shard].name, None, image, labels)
         except BadSample as error:
-            if skip_bad:
-                return None
+            if left_out is not None:
+                return str(error)
             raise BadInput(
                 f"split '{reader.split}' of {reader.data} cannot be evaluated: {error}: "
                 f"run 'python -m shards verify {reader.data}'"
             ) from None
 
     with ThreadPoolExecutor(threads) as pool:
-        for at in range(first, stop, batch):
-            numbers = range(at, min(at + batch, stop))
-            image, labels = decoder.empty(len(numbers))
-            loaded = list(pool.map(load, numbers, image, labels))
-            rows = [row for row in loaded if row is not None]
-            if len(rows) < len(loaded):
-                good = [row is not None for row in loaded]
+        for a, b in batch_ranges(np.diff(inside), batch):
+            image, labels = decoder.empty(b - a)
+            loaded = list(pool.map(load, range(first + a, first + b), image, labels))
+            rows = [row for row in loaded if not isinstance(row, str)]
+            if left_out is not None and len(rows) < len(loaded):
+                left_out += [row for row in loaded if isinstance(row, str)]
+                good = [not isinstance(row, str) for row in loaded]
                 image, labels = image[good], labels[good]
             if not rows:
                 continue
             yield EvalBatch(
                 image=torch.from_numpy(image),
-                text=stack_texts([t for _, texts in rows for t in texts]),
-                owner=torch.tensor([i for i, (_, texts) in enumerate(rows) for _ in texts]),
+                text=stack_texts([t for _, _, texts in rows for t in texts]),
+                owner=torch.tensor([i for i, (_, _, texts) in enumerate(rows) for _ in texts]),
                 labels=torch.from_numpy(labels) if decoder.classes else None,
-                keys=[sample.key for sample, _ in rows],
-                samples=[sample for sample, _ in rows],
+                numbers=[number for number, _, _ in rows],
+                samples=[sample for _, sample, _ in rows],
             )

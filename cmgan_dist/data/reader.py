@@ -17,11 +17,29 @@ from cmgan_dist.data.cache import open_store
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest
 from cmgan_dist.data.sample import Sample, parse_sample
+from cmgan_dist.data.store import ShardStore
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
 
 PIECE = 1 << 18
 """Bytes that are read at a time where samples follow each other; much more is slower: fresh memory each time."""
+
+
+def open_data_set(data: str, config: StreamConfig | None = None) -> tuple[ShardStore, Manifest]:
+    """Return the files of a data set, and what it holds.
+
+    `data`: folder or URL; `config` says how a URL is read and where its shards are kept. Raises BadInput when the data
+    set cannot be read."""
+    remote = config or StreamConfig()
+    store = open_store(
+        data,
+        cache=remote.cache or None,
+        cache_bytes=int(remote.cache_gib * 2**30),
+        retries=remote.retries,
+        timeout_s=remote.timeout_s,
+    )
+    manifest = store.read(MANIFEST_NAME).decode("utf-8", "replace")
+    return store, Manifest.from_json(manifest, store.location(MANIFEST_NAME))
 
 
 class ShardReader:
@@ -34,17 +52,8 @@ class ShardReader:
 
         At most `open_files` shards are open and `indexes` sidecars in memory at a time. Raises BadInput when the data
         set cannot be read or the split is missing, empty or incomplete."""
-        remote = config or StreamConfig()
-        self.store = open_store(
-            data,
-            cache=remote.cache or None,
-            cache_bytes=int(remote.cache_gib * 2**30),
-            retries=remote.retries,
-            timeout_s=remote.timeout_s,
-        )
+        self.store, self.manifest = open_data_set(data, config)
         self.data, self.split = data, split
-        manifest = self.store.read(MANIFEST_NAME).decode("utf-8", "replace")
-        self.manifest = Manifest.from_json(manifest, self.store.location(MANIFEST_NAME))
         self.shards = self.manifest.shards(split)
         for shard in self.shards:
             if shard.samples == 0:

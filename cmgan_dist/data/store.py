@@ -105,7 +105,7 @@ class FileStore:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise BadInput(f"{self.flag} {self.url} cannot be read ({error}): use another place") from None
+            raise self._unreadable(error) from None
         return found
 
     def write(self, name: str, data: bytes | str) -> None:
@@ -116,8 +116,41 @@ class FileStore:
             if self.local:
                 write_atomic(f"{self.path}/{name}", data)
             else:
-                self.filesystem.makedirs(self.path, exist_ok=True)
-                self.filesystem.pipe_file(f"{self.path}/{name}", data.encode() if isinstance(data, str) else data)
+                target = f"{self.path}/{name}"
+                self.filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self.filesystem.pipe_file(target, data.encode() if isinstance(data, str) else data)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file, None when there is none. Raises BadInput when that cannot be found out."""
+        try:
+            self.filesystem.invalidate_cache()  # other processes write too
+            return int(self.filesystem.size(f"{self.path}/{name}"))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def names(self) -> list[str]:
+        """Return the names of all files in the folder and those below it, sorted; [] when there is no folder.
+
+        Raises BadInput when they cannot be listed."""
+        try:
+            self.filesystem.invalidate_cache()
+            found = self.filesystem.find(self.path)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise self._unreadable(error) from None
+        return sorted(path[len(self.path) + 1 :] for path in found)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there. Raises BadInput when it cannot be removed."""
+        try:
+            self.filesystem.rm_file(f"{self.path}/{name}")
+        except FileNotFoundError:
+            return
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -130,6 +163,9 @@ class FileStore:
                 self.filesystem.put_file(str(file), target)
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def _unreadable(self, error: OSError) -> BadInput:
+        return BadInput(f"{self.flag} {self.url} cannot be read ({error}): use another place")
 
     def _unwritable(self, error: OSError) -> BadInput:
         return BadInput(f"{self.flag} {self.url} cannot be written ({error}): use another place")

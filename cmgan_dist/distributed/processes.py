@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cmgan_dist.distributed.engine import AdamSettings, Engine
 from cmgan_dist.distributed.join import JOIN_S, is_lost_process, join_torchrun, name_gloo_interface, take_zero_config
+from cmgan_dist.distributed.precision import autocast
 from cmgan_dist.distributed.sync_norm import synchronise_statistics
 from cmgan_dist.errors import LostProcess
 
@@ -179,9 +180,7 @@ class Parallel:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which forward passes run: torch.autocast to `precision`, or nothing in fp32."""
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        return autocast(self.device, self.precision)
 
     def gather(self, x: Tensor) -> Tensor:
         """Gather x [B, ...] of every process into [W * B, ...] in rank order, without a gradient.

@@ -30,25 +30,45 @@ class Record:
     """`WRITTEN` of the file; None when the source gave nothing to write."""
     left_out: list[str] = field(default_factory=list)
     """A line for each sample that was left out."""
+    beside: list[dict[str, Any]] = field(default_factory=list)
+    """`WRITTEN` of each other file that belongs to the one in `written`."""
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """`WRITTEN` of every file that was written."""
+        return ([] if self.written is None else [self.written]) + self.beside
 
     def is_of(self, source: str, settings: dict[str, Any]) -> bool:
         """Return whether the record is of a job with this source and these settings."""
         return (self.source, self.settings) == (source, settings)
 
 
+def parse(text: str | bytes) -> Record | None:
+    """Return the record in the text of a file, None when it is no record."""
+    try:
+        record = Record(**json.loads(text))
+        known = all(isinstance(one, dict) and set(one) == WRITTEN for one in record.files)
+    except (ValueError, TypeError):
+        return None
+    return record if known and isinstance(record.left_out, list) else None
+
+
+def text_of(record: Record) -> str:
+    """Return the text of a record's file; `parse` reads it."""
+    return json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n"
+
+
 def read(path: Path) -> Record | None:
     """Return the record at `path`, None when there is none or it is no record."""
     try:
-        record = Record(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return parse(path.read_bytes())
+    except OSError:
         return None
-    written_is_known = record.written is None or (isinstance(record.written, dict) and set(record.written) == WRITTEN)
-    return record if written_is_known and isinstance(record.left_out, list) else None
 
 
 def write(path: Path, record: Record) -> None:
     """Write a record: it is whole under its name or not there at all. Raises OSError when it cannot be written."""
-    write_atomic(path, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(path, text_of(record))
 
 
 def abandon(path: Path) -> None:
@@ -61,11 +81,13 @@ def abandon(path: Path) -> None:
 def is_done(record: Record, folder: Path) -> bool:
     """Return whether the job ended and what it wrote lies in `folder`, the same to the byte.
 
-    Raises OSError when the file is there and cannot be read."""
-    if not record.finished or record.written is None:
-        return record.finished
-    path = folder / record.written["name"]
+    Raises OSError when a file is there and cannot be read."""
+
+    def is_whole(written: dict[str, Any]) -> bool:
+        path = folder / written["name"]
+        return path.stat().st_size == written["bytes"] and sha256_of(path) == written["sha256"]
+
     try:
-        return path.stat().st_size == record.written["bytes"] and sha256_of(path) == record.written["sha256"]
+        return record.finished and all(is_whole(written) for written in record.files)
     except FileNotFoundError:
         return False

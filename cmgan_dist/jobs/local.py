@@ -1,10 +1,13 @@
-"""One function over many shards in the processes of one machine, with a progress bar."""
+"""One function over many shards in the processes of one machine, with a progress bar, or a line every minute."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
@@ -17,6 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cmgan_dist.errors import BadInput
 
 Result = TypeVar("Result")
+Advance = Callable[[int], None]
+"""Says how many more units are done."""
+LINE_EVERY_S = 60.0
 
 
 def usable_cores() -> int:
@@ -47,27 +53,25 @@ def parallel_map(
 ) -> list[Result]:
     """Return ``[function(*task) for task in tasks]``, made in `processes` (None: one a core), which change no result.
 
-    `unit_counts` [tasks] is how far each task moves the bar (None: by 1). The bar is drawn on a terminal only.
-    `function` and the tasks must pickle: workers are spawned. Raises what the first failing task raised, in the order
-    of the tasks, after the tasks that had begun; BadInput when a worker was killed."""
+    `unit_counts` [tasks] is how far each task moves the bar (None: by 1). A bar is drawn on a terminal; elsewhere a
+    line a minute tells how far the work is. `function` and the tasks must pickle: workers are spawned. Raises what the
+    first failing task raised, in the order of the tasks, after the tasks that had begun; BadInput when a worker was
+    killed."""
     if processes is not None and processes < 1:
         raise BadInput(f"--processes is {processes}: it must be at least 1")
     processes = min(processes or usable_cores(), max(len(tasks), 1))
     counts = unit_counts if unit_counts is not None else [1] * len(tasks)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task(title, total=sum(counts))
+    with progress_of(title, sum(counts)) as advance:
         if processes == 1:
             results = []
             for task, count in zip(tasks, counts, strict=True):
                 results.append(function(*task))
-                progress.advance(bar, count)
+                advance(count)
             return results
         with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_end_with_parent) as pool:
             futures = [pool.submit(function, *task) for task in tasks]
             for future, count in zip(futures, counts, strict=True):
-                future.add_done_callback(_advance(progress, bar, count))
+                future.add_done_callback(_on_success(advance, count))
             try:
                 return [future.result() for future in futures]
             except BrokenProcessPool:
@@ -78,5 +82,47 @@ def parallel_map(
                 pool.shutdown(cancel_futures=True)
 
 
-def _advance(progress: Progress, bar: Any, count: int) -> Callable[[Future[Any]], None]:
-    return lambda future: progress.advance(bar, 0 if future.cancelled() else count)
+def _on_success(advance: Advance, count: int) -> Callable[[Future[Any]], None]:
+    return lambda future: advance(0 if future.cancelled() else count)
+
+
+@contextlib.contextmanager
+def progress_of(title: str, total: int) -> Iterator[Advance]:
+    """Give a function that is told how many more of `total` units are done; any thread may call it.
+
+    On a terminal it moves a bar. Elsewhere stderr gets a line every minute, with the rate and the time left."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            bar = progress.add_task(title, total=total)
+            yield lambda count: progress.advance(bar, count)
+        return
+    lock, ended, begun, done = threading.Lock(), threading.Event(), time.monotonic(), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+
+    def report() -> None:
+        while not ended.wait(LINE_EVERY_S):
+            print(progress_line(title, done, total, time.monotonic() - begun), file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield advance
+    finally:
+        ended.set()
+        thread.join()
+
+
+def progress_line(title: str, done: int, total: int, seconds: float) -> str:
+    """Return what is told of work of which `done` of `total` units took `seconds`."""
+    if not done:
+        return f"{title}: 0 of {total}"
+    rate = done / seconds
+    minutes = (total - done) / rate / 60
+    left = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.0f} min"
+    return f"{title}: {done} of {total}, {rate:.1f} a second, {left} left"

@@ -34,6 +34,10 @@ from cmgan_dist.models.weights import (
 
 TextInput = Tensor | Mapping[str, Tensor]
 """Features [B, F], or tokens: tensors whose first dimension is B."""
+CPU_IMAGES = 8
+"""Images that a CPU takes at a time: with 64, half the time goes into fetching memory for activations."""
+TEXTS = 64
+"""Texts that a backbone takes at a time."""
 
 # timm and sentence_transformers take seconds to import: only the backbones that need them do.
 
@@ -329,3 +333,32 @@ def build_text_backbone(
     if config.name not in builders:
         raise BadInput(f"model.text.name is '{config.name}', expected features, cnn or sentence")
     return builders[config.name]()
+
+
+# ---------------------------------------------------------------------------------------------- many items, no gradient
+
+
+@torch.no_grad()
+def image_features(backbone: ImageBackbone, images: Tensor) -> Tensor:
+    """Return the features float32 [n, F] of n images, or of n features, which are on the backbone's device.
+
+    A CPU takes few images at a time, which is twice as fast."""
+    pieces = images.split(CPU_IMAGES) if images.ndim > 2 and not images.is_cuda else [images]
+    return torch.cat([backbone(piece) for piece in pieces])
+
+
+@torch.no_grad()
+def text_features(
+    backbone: TextBackbone, texts: list[str] | Tensor, device: torch.device | str, size: int = TEXTS
+) -> Tensor:
+    """Return the features float32 [m, F] of m texts, or of features [m, F], on `device`.
+
+    `size` texts go at a time, those of like length together, for little padding."""
+    if isinstance(texts, Tensor):
+        return backbone(backbone.tokenise(texts, device))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    made = torch.empty(len(texts), backbone.dim, device=device)
+    for first in range(0, len(order), size):
+        rows = order[first : first + size]
+        made[rows] = backbone(backbone.tokenise([texts[i] for i in rows], device))
+    return made

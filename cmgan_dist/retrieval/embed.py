@@ -8,17 +8,21 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cmgan_dist.config.fields import Config
-from cmgan_dist.data.batch import EvalBatch, eval_batches
+from cmgan_dist.data.batch import EvalBatch, batch_ranges, eval_batches
 from cmgan_dist.data.reader import ShardReader
-from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.models.backbones import image_features, text_features
 from cmgan_dist.models.generator import Generator
 from cmgan_dist.models.saved import Statistics
 from cmgan_dist.retrieval.metrics import Embeddings
+
+if TYPE_CHECKING:
+    from cmgan_dist.distributed.processes import Parallel
 
 STATISTICS_BLOCKS, STATISTICS_SAMPLES = 64, 100_000
 """Statistics are taken over all samples of a split, or over so many in blocks that lie evenly in a larger one."""
@@ -34,6 +38,17 @@ class Embedded:
     keys: list[str]
 
 
+class Place(Protocol):
+    """Where forward passes run, and in which precision: a `Parallel`, or a `Model`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device on which the generator is."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which projections run."""
+
+
 @contextlib.contextmanager
 def evaluating(generator: Generator) -> Iterator[None]:
     """Put the generator into eval mode and make no gradients; at the end the mode that it was in comes back."""
@@ -46,23 +61,45 @@ def evaluating(generator: Generator) -> Iterator[None]:
         generator.train(training)
 
 
-def embed_batch(generator: Generator, batch: EvalBatch, parallel: Parallel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.no_grad()
+def embed_images(generator: Generator, images: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """Return common representations [n, E] and features [n, F_i], float32, on the CPU.
+
+    `images`: n images or features, as the generator's image backbone takes them. It must be in eval mode."""
+    features = image_features(generator.image_backbone, images.to(place.device))
+    with place.autocast():
+        common = generator.project_images(features)
+    return common.float().cpu(), features.float().cpu()
+
+
+@torch.no_grad()
+def embed_texts(generator: Generator, texts: Tensor | list[str], place: Place) -> tuple[Tensor, Tensor]:
+    """Return common representations [m, E] and features [m, F_t], float32, on the CPU.
+
+    `texts`: m texts or features, as the generator's text backbone takes them. It must be in eval mode."""
+    features = text_features(generator.text_backbone, texts, place.device)
+    with place.autocast():
+        common = generator.project_texts(features)
+    return common.float().cpu(), features.float().cpu()
+
+
+def embed_batch(generator: Generator, batch: EvalBatch, place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return common image [n, E], common text [m, E], image features [n, F_i] and text features [m, F_t], float32, on
     the CPU. The generator must be in eval mode."""
-    image = generator.image_backbone(batch.image.to(parallel.device))
-    text = generator.text_backbone(generator.text_backbone.tokenise(batch.text, parallel.device))
-    with parallel.autocast():
-        made = (generator.project_images(image), generator.project_texts(text), image, text)
-    common_image, common_text, image, text = (x.float().cpu() for x in made)
+    common_image, image = embed_images(generator, batch.image, place)
+    common_text, text = embed_texts(generator, batch.text, place)
     return common_image, common_text, image, text
 
 
 def embed_split(generator: Generator, reader: ShardReader, config: Config, parallel: Parallel) -> Embedded:
     """Embed every sample of the reader's split with all its texts, in canonical order.
 
-    Each process embeds a part, and every process gets the whole. Raises BadInput at a bad sample."""
-    total = int(reader.counts.sum())
-    first, stop = total * parallel.rank // parallel.world, total * (parallel.rank + 1) // parallel.world
+    Each process embeds some of the batches, and every process gets the whole; any number of processes gives the same
+    bits. Raises BadInput at a bad sample."""
+    ranges = batch_ranges(reader.counts, config.eval.batch)
+    mine = [len(ranges) * rank // parallel.world for rank in (parallel.rank, parallel.rank + 1)]
+    edges = [first for first, _ in ranges] + [int(reader.counts.sum())]
+    first, stop = edges[mine[0]], edges[mine[1]]
     parts: list[tuple[Tensor, ...]] = []
     keys: list[str] = []
     done = first
@@ -128,9 +165,9 @@ def common_statistics(
                 batch=config.eval.batch,
                 first=first,
                 stop=stop,
-                skip_bad=True,
+                left_out=[],
             )
-            made = [embed_batch(generator, batch, parallel)[:2] for batch in batches if batch.keys]
+            made = [embed_batch(generator, batch, parallel)[:2] for batch in batches]
             if made:
                 image, text = (torch.cat(column) for column in zip(*made, strict=True))
                 mine.append((number, _moments(image), _moments(text)))

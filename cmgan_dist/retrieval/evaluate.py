@@ -62,16 +62,24 @@ class Evaluation:
         return packed.getvalue()
 
 
+def check_kinds(saved: Saved, data: str, theirs: DataSpec, *, raw_fits: bool = False) -> None:
+    """Compare what a run takes with the images and texts of the data set `data`. Raises BadInput where they differ.
+
+    `raw_fits`: raw images and texts fit any run, because its backbones make features of them."""
+    mine = saved.spec.data
+    for what, a, b in (("images", mine.image_dim, theirs.image_dim), ("texts", mine.text_dim, theirs.text_dim)):
+        if a != b and not (raw_fits and b is None):
+            said = [f"features of {dim} numbers" if dim is not None else "raw" for dim in (a, b)]
+            raise BadInput(
+                f"the {what} of {data} are {said[1]}, those that {saved.folder} was trained on are {said[0]}: "
+                "name data of the same kind"
+            )
+
+
 def check_data(saved: Saved, reader: ShardReader) -> None:
     """Compare a run with a data set. Raises BadInput, naming the first difference, unless it can be evaluated on it."""
     mine, theirs = saved.spec.data, DataSpec.of(reader.manifest)
-    for what, a, b in (("images", mine.image_dim, theirs.image_dim), ("texts", mine.text_dim, theirs.text_dim)):
-        if a != b:
-            said = [f"features of {dim} numbers" if dim is not None else "raw" for dim in (a, b)]
-            raise BadInput(
-                f"the {what} of {reader.data} are {said[1]}, those that {saved.folder} was trained on are {said[0]}: "
-                "name data of the same kind"
-            )
+    check_kinds(saved, reader.data, theirs)
     if mine.classes and theirs.classes and mine.classes != theirs.classes:
         pairs = enumerate(zip(mine.classes, theirs.classes, strict=False))
         at = next((i for i, (a, b) in pairs if a != b), min(len(mine.classes), len(theirs.classes)))

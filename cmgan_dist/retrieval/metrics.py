@@ -22,6 +22,8 @@ from torch import Tensor
 from cmgan_dist.errors import BadInput
 
 GRID = 2.0**26
+UNIT = 2.0**-20
+"""A float32 vector whose length is as near to 1 as this has unit length already, and was rounded since."""
 CHUNK_ELEMENTS = 1 << 21
 """Similarities held at a time when no chunk is given: 16 MiB, and about ten times that while they are ranked."""
 RECALL_LEVELS = 101
@@ -82,13 +84,24 @@ def l2_normalise(x: Tensor) -> Tensor:
     return x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
 
 
+def unit_vectors(x: Tensor) -> Tensor:
+    """Return the rows of x [n, E] at unit length, float32, as embeddings are stored; a row of zeros stays so.
+
+    Rows that have unit length already keep their bits."""
+    is_unit = (x.double().norm(dim=1, keepdim=True) - 1).abs() <= UNIT
+    return torch.where(is_unit, x.float(), l2_normalise(x).float())
+
+
 def common_space(data: Embeddings, zscored: bool = True) -> tuple[Tensor, Tensor]:
-    """Return image [N, E] and text [M, E] at unit length, z-scored per modality before if asked (as the CM-GANs authors
-    do). Raises BadInput when their dimensions differ."""
+    """Return image [N, E] and text [M, E], float64, at unit length, z-scored per modality before if asked (as the
+    CM-GANs authors do); if not, they are rounded to float32, so that stored embeddings give the same figures.
+
+    Raises BadInput when their dimensions differ."""
     if data.image.shape[1] != data.text.shape[1]:
         raise BadInput(f"image has {data.image.shape[1]} dimensions, text {data.text.shape[1]}: project them first")
-    prepare = zscore if zscored else Tensor.double
-    return l2_normalise(prepare(data.image)), l2_normalise(prepare(data.text))
+    if zscored:
+        return l2_normalise(zscore(data.image)), l2_normalise(zscore(data.text))
+    return unit_vectors(data.image).double(), unit_vectors(data.text).double()
 
 
 def similarities(query: Tensor, gallery: Tensor, chunk: int | None = None) -> Iterator[tuple[slice, Tensor]]:

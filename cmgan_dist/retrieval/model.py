@@ -6,26 +6,30 @@ Shapes: n items, E dimensions of the common space, F features of a backbone."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cmgan_dist.data.image import decode_image
+from cmgan_dist.distributed.precision import autocast
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.models.backbones import ImageBackbone, TextBackbone
-from cmgan_dist.models.generator import Modality
+from cmgan_dist.models.backbones import ImageBackbone, TextBackbone, image_features, text_features
+from cmgan_dist.models.generator import Generator, Modality
 from cmgan_dist.models.saved import Saved, load_backbone, load_generator, read_model
-from cmgan_dist.retrieval.metrics import l2_normalise
+from cmgan_dist.retrieval.metrics import unit_vectors
 
 if TYPE_CHECKING:
     pass
 
 T = TypeVar("T")
+LOT = 16
+"""Batches of texts that are sorted by their length together."""
 ImageItem = "str | Path | bytes | np.ndarray | Image"
 """A file, its bytes, uint8 [H, W], [H, W, 3] or [H, W, 4], or a PIL image."""
 
@@ -56,6 +60,18 @@ class Model:
             self._backbones[modality] = load_backbone(self.saved, modality).to(self.device)
         return self._backbones[modality]
 
+    def generator_for(self, raw: Sequence[Modality]) -> Generator:
+        """Return the generator as it takes raw input of the modalities `raw`, and features of the others.
+
+        Raises BadInput as `backbone` does."""
+        for modality in raw:
+            setattr(self.generator, f"{modality}_backbone", self.backbone(modality))
+        return self.generator
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which an evaluation of the run projects features."""
+        return autocast(self.device, self.saved.config.train.precision)
+
     def encode_images(
         self,
         images: ImageItem | Iterable[ImageItem],  # type: ignore[valid-type]
@@ -72,12 +88,12 @@ class Model:
             return self._encode("image", _batches(images, batch), lambda x: torch.from_numpy(x), standardise)
         if isinstance(images, str | Path | bytes | np.ndarray) or hasattr(images, "tobytes"):
             images = [images]
-        backbone = self.backbone("image")
+        backbone = cast(ImageBackbone, self.backbone("image"))
         size = self.saved.spec.image.image_size or 224
 
         def features(part: Sequence[tuple[int, object]]) -> Tensor:
             pixels = np.stack([_pixels(item, position, size) for position, item in part])
-            return backbone(torch.from_numpy(pixels).to(self.device))
+            return image_features(backbone, torch.from_numpy(pixels).to(self.device))
 
         items = list(enumerate(cast("Iterable[object]", images)))
         return self._encode("image", _batches(items, batch), features, standardise)
@@ -95,17 +111,8 @@ class Model:
             if not isinstance(text, str) or not text.strip():
                 raise BadInput(f"text {position} is {text!r}: give a text that is not empty")
         backbone = cast(TextBackbone, self.backbone("text"))
-        # of like length together, for little padding
-        order = sorted(range(len(listed)), key=lambda i: len(listed[i]))
-        made = self._encode(
-            "text",
-            _batches([listed[i].strip() for i in order], batch),
-            lambda part: backbone(backbone.tokenise(part, self.device)),
-            standardise,
-        )
-        out = np.empty_like(made)
-        out[order] = made
-        return out
+        lots = _batches([text.strip() for text in listed], LOT * batch)
+        return self._encode("text", lots, lambda lot: text_features(backbone, lot, self.device, batch), standardise)
 
     @torch.no_grad()
     def _encode(
@@ -126,7 +133,7 @@ class Model:
                 raise BadInput(f"{self.saved.folder} has no statistics of its training split: train it to its end")
             mean, std = getattr(statistics, f"{modality}_mean"), getattr(statistics, f"{modality}_std")
             common = (common.double() - mean) / torch.where(std > 0, std, 1.0)
-        return l2_normalise(common).float().numpy()
+        return unit_vectors(common).numpy()
 
 
 def load_model(run: str | Path, device: str | torch.device = "auto") -> Model:

@@ -61,6 +61,18 @@ def test_what_is_written_is_read_again(url: str, tmp_path: Path) -> None:
         assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.json", "b"}
 
 
+def test_files_are_listed_measured_and_removed(url: str) -> None:
+    store = FileStore(url, "--output")
+    assert (store.names(), store.size("a")) == ([], None)
+    for name in ("b", "part/0.npy", "a"):
+        store.write(name, name)
+    assert store.names() == ["a", "b", "part/0.npy"]
+    assert store.size("part/0.npy") == 10
+    store.remove("part/0.npy")
+    store.remove("part/0.npy")
+    assert store.names() == ["a", "b"]
+
+
 def test_a_folder_is_put_with_all_its_files(url: str, tmp_path: Path) -> None:
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "log").write_text("x")

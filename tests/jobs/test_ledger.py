@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ def test_done_means_the_same_bytes(tmp_path: Path, done: Record) -> None:
     assert not ledger.is_done(done, tmp_path)
     assert ledger.is_done(Record("source", SETTINGS, True), tmp_path)  # there was nothing to write
     assert not ledger.is_done(Record("source", SETTINGS), tmp_path)
+
+
+def test_files_beside_must_be_whole_too(tmp_path: Path, done: Record) -> None:
+    (tmp_path / "b").write_bytes(b"more")
+    beside = [{"name": "b", "samples": 1, "bytes": 4, "sha256": sha256_of(tmp_path / "b")}]
+    both = replace(done, beside=beside)
+    ledger.write(tmp_path / "a.json", both)
+    assert ledger.read(tmp_path / "a.json") == both
+    assert ledger.is_done(both, tmp_path)
+    (tmp_path / "b").write_bytes(b"mere")
+    assert not ledger.is_done(both, tmp_path)
 
 
 def test_a_failed_job_leaves_no_record_but_anothers(tmp_path: Path, done: Record) -> None:

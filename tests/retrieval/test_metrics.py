@@ -19,10 +19,12 @@ from cmgan_dist.retrieval.metrics import (
     common_space,
     direction_scores,
     evaluate,
+    l2_normalise,
     pair_ranks,
     rank_classes,
     score_of,
     top_k,
+    unit_vectors,
     zscore,
 )
 
@@ -246,3 +248,14 @@ def test_validation_maximises_map_or_without_labels_recall() -> None:
     assert score_of(pairs) == pytest.approx(0.3)
     with pytest.raises(BadInput, match="no image and text share a class"):
         score_of({"map/image_to_text": None, "map/text_to_image": None})
+
+
+@pytest.mark.parametrize("dim", [2, 8, 64])
+def test_stored_unit_vectors_keep_their_bits(dim: int) -> None:
+    x = torch.randn(5000, dim, generator=torch.Generator().manual_seed(dim)) * 7
+    x[3] = 0
+    once = unit_vectors(x)
+    assert once.dtype == torch.float32
+    assert torch.equal(unit_vectors(once), once)
+    torch.testing.assert_close(once, l2_normalise(x).float(), rtol=0, atol=0)
+    assert torch.equal(once[3], torch.zeros(dim))

@@ -1,0 +1,173 @@
+"""One part of a source (`embed_source`) -> its files of embeddings (`embeddings`), by one process.
+
+Shapes: n images and m texts of the part, E dimensions of the common space."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cmgan_dist.data.batch import EvalBatch
+from cmgan_dist.data.store import FileStore
+from cmgan_dist.errors import BadInput
+from cmgan_dist.jobs import ledger
+from cmgan_dist.models.generator import Modality
+from cmgan_dist.models.saved import MODEL_NAME, read_model
+from cmgan_dist.retrieval.embed import embed_images, embed_texts, evaluating
+from cmgan_dist.retrieval.embed_source import Part, Reading, Source, open_source
+from cmgan_dist.retrieval.embeddings import ITEMS, write_shard
+from cmgan_dist.retrieval.metrics import unit_vectors
+from cmgan_dist.retrieval.model import Model
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to know; hashable, so that it loads the model once."""
+
+    run: str
+    model: str
+    """SHA-256 of best/model.safetensors."""
+    kind: str
+    location: str
+    output: str
+    batch: int
+    dtype: str
+    device: str
+    threads: int
+    """Threads that decode images."""
+    skip_bad: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the bytes of a part's files beside its source: the same on every machine."""
+        return {"model": self.model, "batch": self.batch, "dtype": self.dtype}
+
+
+class Worker:
+    """The model and the source of one process."""
+
+    def __init__(self, job: Job) -> None:
+        """Load them. Raises BadInput when they cannot be read, or the run has another model by now."""
+        saved = read_model(job.run)
+        if saved.spec.files[MODEL_NAME] != job.model:
+            raise BadInput(f"{saved.folder} was replaced while it was in use: start again when its training has ended")
+        self.source = open_source(job.kind, job.location, saved.config.stream)
+        self.model = Model(saved, job.device)
+        self.generator = self.model.generator_for(raw_modalities(self.source))
+        size = saved.spec.image.image_size or saved.config.model.image.image_size
+        self.reading = Reading(job.batch, size, job.threads)
+        self.job = job
+
+    def project(self, part: Part, left_out: list[str]) -> tuple[list[Entry], dict[Modality, torch.Tensor]]:
+        """Return the samples of a part and their common representations, image [n, E] and text [m, E].
+
+        A modality without any is not there. Raises BadInput at a bad sample unless the job skips them; a line for each
+        is added to `left_out`."""
+        entries: list[Entry] = []
+        made: dict[Modality, list[torch.Tensor]] = {modality: [] for modality in self.source.modalities}
+        with evaluating(self.generator):
+            for batch in self.source.batches(part, self.reading, left_out):
+                self._check(left_out)
+                if "image" in made:
+                    made["image"].append(embed_images(self.generator, batch.image, self.model)[0])
+                if "text" in made:
+                    made["text"].append(embed_texts(self.generator, batch.text, self.model)[0])
+                entries += entries_of(batch)
+        self._check(left_out)
+        return entries, {modality: torch.cat(rows) for modality, rows in made.items() if rows}
+
+    def _check(self, left_out: Sequence[str]) -> None:
+        if left_out and not self.job.skip_bad:
+            location = self.job.location
+            raise BadInput(f"{location}: {left_out[0]}: mend it, or pass --skip-bad to leave such samples out")
+
+
+worker_of = lru_cache(maxsize=1)(Worker)
+"""``worker_of(job)`` returns the process's Worker, which is loaded once."""
+
+
+def raw_modalities(source: Source) -> list[Modality]:
+    """Return which modalities of a source are pictures and texts, and not features."""
+    return [m for m in source.modalities if getattr(source.spec, f"{m}_dim") is None]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: a process a core is faster, and the bits do not depend on the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is kept of a sample beside its vectors."""
+
+    number: int
+    """Its number in the part."""
+    key: str
+    captions: list[str | None]
+    """One for each text; None where texts are features."""
+    labels: tuple[int, ...]
+
+
+def entries_of(batch: EvalBatch) -> list[Entry]:
+    """Return what is kept of each sample of a batch."""
+
+    def plain(text: object) -> str | None:
+        """A text as UTF-8 can hold it: what is none becomes "?"."""
+        return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else None
+
+    return [
+        Entry(number, plain(sample.key) or "", [plain(text) for text in sample.texts], sample.labels)
+        for number, sample in zip(batch.numbers, batch.samples, strict=True)
+    ]
+
+
+def items_of(entries: Sequence[Entry], part: Part, modalities: Sequence[Modality]) -> pa.Table:
+    """Return the table ITEMS: a row for each image, then for each text."""
+    rows: list[tuple[Any, ...]] = []
+    if "image" in modalities:
+        rows += [("image", e.key, None, row, e.labels, part.origin, e.number) for row, e in enumerate(entries)]
+    if "text" in modalities:
+        owners = range(len(entries)) if "image" in modalities else [-1] * len(entries)
+        rows += [
+            ("text", e.key, caption, owner, e.labels, part.origin, e.number)
+            for owner, e in zip(owners, entries, strict=True)
+            for caption in e.captions
+        ]
+    columns = list(zip(*rows, strict=True)) or [()] * len(ITEMS)
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, ITEMS, strict=True)], schema=ITEMS)
+
+
+def embed_part(job: Job, part: Part) -> list[str]:
+    """Write the files of a part, its record last; return a line for each sample that was left out.
+
+    Raises BadInput at a bad sample unless the job skips them, when the part cannot be read, and when a file cannot be
+    written."""
+    left_out: list[str] = []
+    with one_thread():
+        worker = worker_of(job)
+        entries, common = worker.project(part, left_out)
+        vectors = {modality: _stored(rows, job, part) for modality, rows in common.items()}
+        items = items_of(entries, part, worker.source.modalities)
+        record = ledger.Record(worker.source.checksum(part), job.settings, left_out=left_out)
+    write_shard(FileStore(job.output, "--output"), part.name, vectors, items, record)
+    return left_out
+
+
+def _stored(common: torch.Tensor, job: Job, part: Part) -> np.ndarray:
+    """Return common representations [n, E] as they are stored. Raises BadInput when they are not finite."""
+    if not torch.isfinite(common).all():
+        raise BadInput(f"the vectors of {part.origin} are not finite: the model in {job.run} has diverged, use another")
+    return unit_vectors(common).numpy().astype(job.dtype)

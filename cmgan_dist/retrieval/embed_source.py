@@ -1,0 +1,314 @@
+"""What is embedded: the shards of a data set, a folder of pictures without texts, or a file of texts without pictures.
+
+Each source is cut into parts, which processes embed one at a time: its shards, or so many pictures or texts. A part
+gives batches (`EvalBatch`) that begin anew in it, so that its vectors do not depend on who embeds what else.
+
+Shapes: n images and m texts of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cmgan_dist.config.fields import StreamConfig
+from cmgan_dist.data.batch import EvalBatch, eval_batches
+from cmgan_dist.data.image import decode_image
+from cmgan_dist.data.manifest import DataSpec, natural_splits
+from cmgan_dist.data.reader import ShardReader, open_data_set
+from cmgan_dist.data.sample import IMAGE_EXTENSIONS, Sample
+from cmgan_dist.data.store import LocalStore
+from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.files import sha256_of
+from cmgan_dist.models.generator import Modality
+from cmgan_dist.retrieval.embeddings import SourceIdentity
+
+PICTURES, TEXTS = 1000, 10_000
+"""Pictures and texts of a part."""
+FLAGS = {"shards": "--data", "pictures": "--pictures", "texts": "--texts"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a source; it travels to the process that embeds it."""
+
+    name: str
+    """Name of its files without their endings."""
+    split: str
+    """"" where the source has no splits."""
+    origin: str
+    """Name of the tar, or of the cut of pictures or texts."""
+    items: int
+    """Samples, pictures or texts."""
+    place: tuple[Any, ...]
+    """Where its source finds it."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How batches are read."""
+
+    batch: int
+    """Samples, pictures or texts at a time."""
+    image_size: int
+    """Side of decoded images in pixels."""
+    threads: int
+    """Threads that decode images."""
+
+
+class Source(ABC):
+    """What is embedded, in parts that have an order."""
+
+    modalities: tuple[Modality, ...]
+    """What it has, of "image" and "text"."""
+    classes: Sequence[str] = ()
+    attribution = ""
+
+    def __init__(self, kind: str, location: str) -> None:
+        """`kind`: a key of FLAGS. `location`: URL, or absolute path."""
+        self.identity = SourceIdentity(kind, location)
+
+    @property
+    def location(self) -> str:
+        """URL, or absolute path."""
+        return self.identity.location
+
+    @property
+    def spec(self) -> DataSpec:
+        """Return what kind of images and texts it has."""
+        return DataSpec(list(self.classes), "none", None, None)
+
+    @abstractmethod
+    def parts(self, splits: Sequence[str]) -> list[Part]:
+        """Return the parts in canonical order, of the named splits only where `splits` names some.
+
+        Raises BadInput when there is nothing to embed."""
+
+    @abstractmethod
+    def checksum(self, part: Part) -> str:
+        """Return a SHA-256 that differs when anything in the part does. Raises BadInput when it cannot be read."""
+
+    @abstractmethod
+    def batches(self, part: Part, reading: Reading, left_out: list[str]) -> Iterator[EvalBatch]:
+        """Yield the part's batches; bad samples are left out, and a line for each is added to `left_out`.
+
+        `numbers` of a batch are those in the part. Raises BadInput when the part cannot be read."""
+
+
+def open_source(kind: str, location: str, stream: StreamConfig) -> Source:
+    """Return the source at a folder, file or URL; `stream` says how a URL is read.
+
+    Raises BadInput when it cannot be read."""
+    sources: dict[str, Callable[[str, str, StreamConfig], Source]]
+    sources = {"shards": ShardSource, "pictures": PictureSource, "texts": TextSource}
+    if "://" not in location:
+        location = os.path.abspath(location)
+    return sources[kind](kind, location, stream)
+
+
+class ShardSource(Source):
+    """A data set in a folder or at a URL; its parts are its shards."""
+
+    modalities = ("image", "text")
+
+    def __init__(self, kind: str, location: str, stream: StreamConfig) -> None:
+        super().__init__(kind, location)
+        self.store, self.manifest = open_data_set(location, stream)
+        self.classes, self.attribution = self.manifest.classes, self.manifest.attribution
+        self._reader = lru_cache(lambda split: ShardReader(location, split, stream))
+
+    @property
+    def spec(self) -> DataSpec:
+        return DataSpec.of(self.manifest)
+
+    def parts(self, splits: Sequence[str]) -> list[Part]:
+        chosen = [s for s in self.manifest.splits if s in splits] if splits else list(self.manifest.splits)
+        for split in splits:
+            self.manifest.shards(split)
+        found = []
+        for split in chosen:
+            shards = self._reader(split).shards if self.manifest.samples(split) else []
+            for number, shard in enumerate(shards):
+                name = shard.name.removesuffix(".tar")
+                found.append(Part(name, split, shard.name, shard.samples, (number, shard.sha256)))
+        if not found:
+            raise BadInput(f"{self.location} has no samples in {', '.join(natural_splits(chosen))}: pack some")
+        return found
+
+    def checksum(self, part: Part) -> str:
+        return str(part.place[1])
+
+    def batches(self, part: Part, reading: Reading, left_out: list[str]) -> Iterator[EvalBatch]:
+        number, sha256 = part.place
+        if isinstance(self.store, LocalStore) and sha256_of(self.store.folder / part.origin) != sha256:
+            raise BadInput(
+                f"{self.store.location(part.origin)} is not what its manifest says: "
+                f"see 'python -m shards verify {self.location}'"
+            )
+        reader = self._reader(part.split)
+        first = int(reader.counts[:number].sum())
+        for batch in eval_batches(
+            reader,
+            image_size=reading.image_size,
+            batch=reading.batch,
+            first=first,
+            stop=first + part.items,
+            threads=reading.threads,
+            left_out=left_out,
+        ):
+            yield dataclasses.replace(batch, numbers=[number - first for number in batch.numbers])
+        reader.close()
+
+
+class PictureSource(Source):
+    """A folder of pictures and the folders in it; its parts are 1000 pictures each, in the order of their paths."""
+
+    modalities = ("image",)
+
+    def __init__(self, kind: str, location: str, stream: StreamConfig) -> None:
+        super().__init__(kind, location)
+        self.folder = Path(location)
+        if not self.folder.is_dir():
+            raise BadInput(f"--pictures {location} is no folder: name one with .jpg, .png or .webp files")
+
+    def parts(self, splits: Sequence[str]) -> list[Part]:
+        found = sorted(_pictures_in(self.folder))
+        if not found:
+            raise BadInput(f"--pictures {self.folder} has no .jpg, .png or .webp files: name another folder")
+        cuts = [found[first : first + PICTURES] for first in range(0, len(found), PICTURES)]
+        names = [f"pictures-{number:06d}" for number in range(len(cuts))]
+        return [Part(name, "", name, len(cut), tuple(cut)) for name, cut in zip(names, cuts, strict=True)]
+
+    def checksum(self, part: Part) -> str:
+        made = hashlib.sha256()
+        for key in part.place:
+            try:
+                made.update(f"{key}\0{sha256_of(self.folder / key)}\n".encode("utf-8", "surrogateescape"))
+            except OSError as error:
+                raise BadInput(f"{self.folder / key} cannot be read ({error.strerror}): restore it") from None
+        return made.hexdigest()
+
+    def batches(self, part: Part, reading: Reading, left_out: list[str]) -> Iterator[EvalBatch]:
+        def load(key: str, out: np.ndarray) -> str | None:
+            try:
+                decode_image((self.folder / key).read_bytes(), reading.image_size, out=out)
+            except (BadSample, OSError) as error:
+                return f"{key}: {error}"
+            return None
+
+        with ThreadPoolExecutor(reading.threads) as pool:
+            for first in range(0, part.items, reading.batch):
+                keys = part.place[first : first + reading.batch]
+                images = np.empty((len(keys), reading.image_size, reading.image_size, 4), np.uint8)
+                wrong = list(pool.map(load, keys, images))
+                left_out += [line for line in wrong if line is not None]
+                good = [row for row, line in enumerate(wrong) if line is None]
+                if good:
+                    yield _one_modality(
+                        torch.from_numpy(images[good]),
+                        [Sample(keys[row], b"", [], ()) for row in good],
+                        [first + row for row in good],
+                    )
+
+
+def _pictures_in(folder: Path) -> Iterator[str]:
+    """Give the paths from `folder` of the pictures in it and in the folders below, linked ones too; hidden ones apart.
+
+    Raises BadInput when a link leads round in a circle."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            link = Path(place, name)
+            if link.is_symlink() and Path(place).resolve().is_relative_to(link.resolve()):
+                raise BadInput(f"--pictures: {link} leads to a folder that it is in: remove the link")
+        for name in files:
+            if not name.startswith(".") and Path(name).suffix.lower()[1:] in IMAGE_EXTENSIONS:
+                yield Path(place, name).relative_to(folder).as_posix()
+
+
+class TextSource(Source):
+    """A UTF-8 file of one text a line, or ``.jsonl`` of ``{"key": ..., "text": ...}``; its parts are 10,000 lines each.
+
+    The key of a text without one is the number of its line, from 1."""
+
+    modalities = ("text",)
+
+    def __init__(self, kind: str, location: str, stream: StreamConfig) -> None:
+        super().__init__(kind, location)
+        self.file = Path(location)
+        if not self.file.is_file():
+            raise BadInput(f"--texts {location} is no file: name one with a text a line")
+
+    def parts(self, splits: Sequence[str]) -> list[Part]:
+        starts, lines, end = [0], 0, 0
+        with open(self.file, "rb") as opened:
+            for line in opened:
+                if lines and lines % TEXTS == 0:
+                    starts.append(end)
+                lines, end = lines + 1, end + len(line)
+        if not lines:
+            raise BadInput(f"--texts {self.file} is empty: name a file with a text a line")
+        found = []
+        for number, (start, stop) in enumerate(zip(starts, [*starts[1:], end], strict=True)):
+            name, first = f"texts-{number:06d}", number * TEXTS
+            found.append(Part(name, "", name, min(TEXTS, lines - first), (start, stop, first)))
+        return found
+
+    def _bytes(self, part: Part) -> bytes:
+        start, stop, _ = part.place
+        try:
+            with open(self.file, "rb") as opened:
+                opened.seek(start)
+                return opened.read(stop - start)
+        except OSError as error:
+            raise BadInput(f"--texts {self.file} cannot be read ({error.strerror}): restore it") from None
+
+    def checksum(self, part: Part) -> str:
+        return hashlib.sha256(self._bytes(part)).hexdigest()
+
+    def batches(self, part: Part, reading: Reading, left_out: list[str]) -> Iterator[EvalBatch]:
+        lines = self._bytes(part).removesuffix(b"\n").split(b"\n")
+        for first in range(0, len(lines), reading.batch):
+            samples, numbers = [], []
+            for row, line in enumerate(lines[first : first + reading.batch], first):
+                number = part.place[2] + row + 1
+                try:
+                    key, text = self._parse(line, str(number))
+                except BadSample as error:
+                    left_out.append(f"line {number}: {error}")
+                    continue
+                samples.append(Sample(key, b"", [text], ()))
+                numbers.append(row)
+            if samples:
+                yield _one_modality(torch.empty(0), samples, numbers)
+
+    def _parse(self, line: bytes, number: str) -> tuple[str, str]:
+        """Return key and text of a line. Raises BadSample."""
+        try:
+            text: Any = line.decode("utf-8").removeprefix("\ufeff")
+            key: Any = number
+            if self.file.suffix == ".jsonl":
+                record = json.loads(text)
+                key, text = str(record.get("key", number)), record.get("text")
+        except (ValueError, RecursionError, AttributeError) as error:
+            expected = "a JSON object" if self.file.suffix == ".jsonl" else "UTF-8"
+            raise BadSample(f"is not {expected} ({error})") from None
+        if not isinstance(text, str) or not text.strip():
+            raise BadSample("has no text")
+        return key, text.strip()
+
+
+def _one_modality(images: torch.Tensor, samples: list[Sample], numbers: list[int]) -> EvalBatch:
+    texts = [text for sample in samples for text in sample.texts]
+    return EvalBatch(images, texts, torch.arange(len(texts)), None, numbers, samples)
