@@ -35,12 +35,21 @@ class BadSample(ValueError):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: bad input ends as one sentence on stderr and exit code 2."""
+    """Run a command's `main` and exit: bad input, and a file that cannot be read or written, end as one sentence on
+    stderr and exit code 2."""
     try:
         code = main()
     except BadInput as error:
         if not error.everywhere or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_LOST
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or str(error)
+        print(f"error: {named}{reason}: check the path, its permissions and the free space", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import socket
 from pathlib import Path
+from typing import Any
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text holds. Raises ValueError when it is not JSON, not UTF-8, or nested without bound."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:

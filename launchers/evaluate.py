@@ -6,6 +6,7 @@ python launchers/evaluate.py RUN --data DIR --split test [--json]
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import tyro
 
 from cmgan_dist.config.cli import log_to_stderr, parse
 from cmgan_dist.errors import BadInput, run_main
+from cmgan_dist.files import parse_json
 
 
 @dataclass
@@ -57,10 +59,13 @@ def main() -> None:
     asked = task.identity() | {"pictures": arguments.pictures}
     known = known_record(run / RECORD_NAME)
     complete = bool(known.get("baselines")) or not arguments.baselines
-    if asked == {k: known.get(k) for k in asked} and complete and not arguments.again:
+    if asked == {k: known.get(k) for k in asked} and complete and "metrics" in known and not arguments.again:
+        if int(os.environ.get("RANK", "0")):
+            return
         print("already evaluated (--again does it anew)", file=sys.stderr)
         show(known, run / "report.html", arguments.json)
         return
+    pictures = gallery_items(task.reader, arguments.pictures)  # first: a wrong folder is said before the work
     parallel = Parallel(task.saved.config.train.precision)
     found = run_task(task, baselines=arguments.baselines, parallel=parallel)
     if parallel.main:
@@ -68,7 +73,7 @@ def main() -> None:
         try:
             write_atomic(run / EMBEDDINGS_NAME, found.embeddings_npz())
             write_atomic(run / RECORD_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-            report = write_report(run, gallery_items(task.reader, arguments.pictures))
+            report = write_report(run, pictures)
         except OSError as error:
             raise BadInput(f"{run} cannot be written ({error.strerror}): make it writable or free space") from None
         show(record, report, arguments.json)
@@ -78,7 +83,7 @@ def main() -> None:
 def known_record(path: Path) -> dict[str, Any]:
     """Return an earlier evaluation; {} where there is none or it is damaged, so that it is made anew."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

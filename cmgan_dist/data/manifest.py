@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import parse_json
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -83,7 +84,7 @@ class Manifest:
 
         Raises BadInput when the text is not a manifest of this version."""
         try:
-            record = json.loads(text)
+            record = parse_json(text)
             version = record.pop("version")
             splits = {k: [ShardInfo(**s) for s in v] for k, v in record.pop("splits").items()}
             manifest = cls(splits=splits, **record)

@@ -32,7 +32,7 @@ from cmgan_dist.config.fields import CONFIG_NAME, Config, ImageBackboneConfig
 from cmgan_dist.config.load import load_config, to_yaml
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import sha256_of, write_atomic
+from cmgan_dist.files import parse_json, sha256_of, write_atomic
 from cmgan_dist.models.backbones import (
     ImageBackbone,
     TextBackbone,
@@ -129,11 +129,12 @@ def _backbone_spec(
     chosen = config.model.image if modality == "image" else config.model.text
     dim = backbone.dim
     if chosen.name == "features":
-        made = details.get(modality) or {}
-        if "backbone" not in made:
+        made = details.get(modality) if isinstance(details, dict) else None
+        names = ("backbone", "weights", "weights_sha256")
+        if not isinstance(made, dict) or not all(isinstance(made.get(name), str) for name in names):
             return BackboneSpec("features", dim)
-        names = [f.name for f in dataclasses.fields(BackboneSpec)]
-        return BackboneSpec(made["backbone"], **{k: v for k, v in made.items() if k in names} | {"dim": dim})
+        known = ("weights", "weights_sha256", "image_size", "max_tokens", "mean", "std")
+        return BackboneSpec(made["backbone"], dim, **{k: made[k] for k in known if k in made})
     if backbone.trainable:  # a sentence encoder's tokeniser comes from where its first weights came from
         spec = BackboneSpec(chosen.name, dim, True, chosen.weights if chosen.name == "sentence" else "")
     else:
@@ -170,7 +171,7 @@ def keep_weights(best: Path, spec: ModelSpec) -> None:
     is there already is kept. Weights that are not on this machine stay named by their path. Raises BadInput when they
     cannot be copied."""
     for modality, backbone in (("image", spec.image), ("text", spec.text)):
-        source = Path(backbone.weights)
+        source = Path(backbone.weights).resolve()
         kept = f"backbones/{modality}/{source.name}"
         target = best / kept
         named = not backbone.weights or backbone.weights == "hub" or backbone.weights.startswith(("hub:", "package:"))
@@ -229,11 +230,11 @@ def save_model(
         files[VOCABULARY_NAME] = vocabulary.to_json().encode()
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     spec = dataclasses.replace(spec, files={**spec.files, **sums}, progress=dict(progress))
-    record = {"version": VERSION, **dataclasses.asdict(spec)}
     try:
+        _finish_save(best)
         for name, content in files.items():
             write_atomic(best / (name + LATER), content)
-        write_atomic(best / SPEC_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(best / SPEC_NAME, spec_json(spec))
         for name in files:
             os.replace(best / (name + LATER), best / name)
     except OSError as error:
@@ -241,6 +242,28 @@ def save_model(
             f"the best model could not be written to {best} ({error.strerror}): free space there and start again; the "
             "one before is whole"
         ) from None
+
+
+def _finish_save(best: Path) -> None:
+    """Give the files of a save that was killed after model.json their names: the next save writes over NAME.new."""
+    try:
+        files = _read_spec(best / SPEC_NAME).files
+    except BadInput:  # there is none yet, or none that could be used
+        return
+    for name, checksum in files.items():
+        later = best / (name + LATER)
+        if later.is_file() and sha256_of(later) == checksum:
+            os.replace(later, best / name)
+
+
+def spec_json(spec: ModelSpec) -> str:
+    """Return the text of model.json, which carries a checksum of itself."""
+    record = {"version": VERSION, **dataclasses.asdict(spec)}
+    return json.dumps({**record, "sha256": _record_sha256(record)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _record_sha256(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def stored_tensors(generator: Generator) -> dict[str, Tensor]:
@@ -271,10 +294,13 @@ def best_folder(run: str | Path) -> Path:
 
 def _read_spec(path: Path) -> ModelSpec:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version = record.pop("version")
+        record = parse_json(path.read_bytes())
+        version, checksum = record["version"], record.pop("sha256")
         if version != VERSION:
             raise BadInput(f"{path} has version {version}, this program reads {VERSION}: train again")
+        if _record_sha256(record) != checksum:
+            raise ValueError("its checksum is another")
+        del record["version"]
         parts = {"data": DataSpec, "image": BackboneSpec, "text": BackboneSpec}
         return ModelSpec(**{**record, **{name: kind(**record[name]) for name, kind in parts.items()}})
     except BadInput:

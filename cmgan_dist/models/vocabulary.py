@@ -16,6 +16,7 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import parse_json
 
 PAD = 0
 """The id that fills a text up behind its end."""
@@ -90,7 +91,7 @@ class Vocabulary:
     def load(cls, path: str | Path) -> Vocabulary:
         """Return the vocabulary in the file `path`. Raises BadInput when it is missing or is not a vocabulary."""
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = parse_json(Path(path).read_bytes())
             version, words = record["version"], record["words"]
         except OSError as error:
             raise BadInput(f"vocabulary {path} cannot be read ({error.strerror}): restore it or train again") from None

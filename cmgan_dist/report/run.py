@@ -11,7 +11,6 @@ Made from what lies in the run's folder; a part that is not there yet is left ou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import matplotlib as mpl
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import write_atomic
+from cmgan_dist.files import parse_json, write_atomic
 from cmgan_dist.report.curves import discriminator_section, loss_section, validation_section
 from cmgan_dist.report.found import (
     example_section,
@@ -77,7 +76,7 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        evaluation = parse_json(path.read_bytes())
     except ValueError as error:
         raise BadInput(f"{path} is not JSON ({error}): evaluate the run again") from None
     if not isinstance(evaluation, dict):

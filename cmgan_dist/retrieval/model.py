@@ -25,13 +25,14 @@ from cmgan_dist.models.saved import Saved, load_backbone, load_generator, read_m
 from cmgan_dist.retrieval.metrics import unit_vectors
 
 if TYPE_CHECKING:
-    pass
+    from PIL.Image import Image
+
+    ImageItem = str | Path | bytes | np.ndarray | Image
+    """A file, its bytes, uint8 [H, W], [H, W, 3] or [H, W, 4], or a PIL image."""
 
 T = TypeVar("T")
 LOT = 16
 """Batches of texts that are sorted by their length together."""
-ImageItem = "str | Path | bytes | np.ndarray | Image"
-"""A file, its bytes, uint8 [H, W], [H, W, 3] or [H, W, 4], or a PIL image."""
 
 
 class Model:
@@ -74,38 +75,40 @@ class Model:
 
     def encode_images(
         self,
-        images: ImageItem | Iterable[ImageItem],  # type: ignore[valid-type]
+        images: ImageItem | Iterable[ImageItem] | np.ndarray | Tensor,
         *,
         batch: int = 64,
         standardise: bool = False,
     ) -> np.ndarray:
-        """Pictures -> float32 [n, E], unit length; features float [n, F] of the model's own backbone work too.
+        """Return the vectors of pictures, float32 [n, E], of unit length; features [n, F] are taken too.
 
         `images`: one or many files, bytes, arrays or PIL images. `standardise`: take off the training split's mean and
         divide by its deviation before, as a z-scored evaluation does. Raises BadInput naming the item that is no
         picture by its position."""
-        if isinstance(images, np.ndarray) and images.dtype.kind == "f":
-            return self._encode("image", _batches(images, batch), lambda x: torch.from_numpy(x), standardise)
+        _check_batch(batch)
+        if (rows := _features(images)) is not None:
+            return self._encode("image", _batches(rows, batch), torch.from_numpy, standardise)
         if isinstance(images, str | Path | bytes | np.ndarray) or hasattr(images, "tobytes"):
-            images = [images]
+            images = [cast("ImageItem", images)]
         backbone = cast(ImageBackbone, self.backbone("image"))
         size = self.saved.spec.image.image_size or 224
 
         def features(part: Sequence[tuple[int, object]]) -> Tensor:
-            pixels = np.stack([_pixels(item, position, size) for position, item in part])
+            pixels = np.stack([pixels_of(item, size, position) for position, item in part])
             return image_features(backbone, torch.from_numpy(pixels).to(self.device))
 
         items = list(enumerate(cast("Iterable[object]", images)))
         return self._encode("image", _batches(items, batch), features, standardise)
 
     def encode_texts(
-        self, texts: str | Iterable[str] | np.ndarray, *, batch: int = 64, standardise: bool = False
+        self, texts: str | Iterable[str] | np.ndarray | Tensor, *, batch: int = 64, standardise: bool = False
     ) -> np.ndarray:
-        """Texts -> float32 [n, E], unit length; features float [n, F] of the model's own backbone work too.
+        """Return the vectors of texts, float32 [n, E], of unit length; features [n, F] are taken too.
 
         `standardise`: as of `encode_images`. Raises BadInput naming the text that is empty by its position."""
-        if isinstance(texts, np.ndarray) and texts.dtype.kind == "f":
-            return self._encode("text", _batches(texts, batch), lambda x: torch.from_numpy(x), standardise)
+        _check_batch(batch)
+        if (rows := _features(texts)) is not None:
+            return self._encode("text", _batches(rows, batch), torch.from_numpy, standardise)
         listed = [texts] if isinstance(texts, str) else list(texts)
         for position, text in enumerate(listed):
             if not isinstance(text, str) or not text.strip():
@@ -143,13 +146,35 @@ def load_model(run: str | Path, device: str | torch.device = "auto") -> Model:
     return Model(read_model(run), device)
 
 
+def _check_batch(batch: int) -> None:
+    """Raises BadInput unless `batch` is a whole number above 0."""
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise BadInput(f"batch is {batch!r}, expected a whole number above 0")
+
+
+def _features(items: object) -> np.ndarray | None:
+    """Return an array or tensor of features as float32 [n, F], None for other items.
+
+    Raises BadInput when they are of another shape or not finite."""
+    rows = items.detach().cpu().numpy() if isinstance(items, Tensor) else items
+    if not isinstance(rows, np.ndarray) or rows.dtype.kind != "f":
+        return None
+    if rows.ndim != 2:
+        raise BadInput(f"the features have shape {list(rows.shape)}, expected [n, F]")
+    if not np.isfinite(rows).all():
+        raise BadInput("the features hold NaN or Inf")
+    return np.ascontiguousarray(rows, dtype=np.float32)
+
+
 def _batches(items: T, size: int) -> list[T]:
     """`items`, a sequence or an array, in pieces of at most `size`."""
     return [items[first : first + size] for first in range(0, len(items), size)]  # type: ignore[index, arg-type]
 
 
-def _pixels(item: object, position: int, size: int) -> np.ndarray:
-    """uint8 [size, size, 4] as a backbone takes it. Raises BadInput naming the item."""
+def pixels_of(item: object, size: int, position: int = 0) -> np.ndarray:
+    """Return a picture of any kind as uint8 [size, size, 4], as a backbone takes it.
+
+    Raises BadInput naming the item by its `position`."""
     named = f" ({item})" if isinstance(item, str | Path) else ""
     try:
         if isinstance(item, str | Path):
@@ -167,7 +192,7 @@ def _pixels(item: object, position: int, size: int) -> np.ndarray:
 
 def _encoded(item: object) -> bytes:
     """An array or a PIL image as PNG without loss, so that every picture takes one way. Raises BadSample."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if isinstance(item, np.ndarray):
         if item.dtype != np.uint8 or item.ndim not in (2, 3) or not item.size:
@@ -178,6 +203,12 @@ def _encoded(item: object) -> bytes:
             raise BadSample(f"it is no picture ({error})") from None
     if not isinstance(item, Image.Image):
         raise BadSample(f"it is of type {type(item).__name__}, expected a file, bytes, an array or a PIL image")
-    out = io.BytesIO()
-    item.save(out, "PNG", compress_level=1)
+    try:
+        item = ImageOps.exif_transpose(item)
+        out = io.BytesIO()
+        (item if item.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else item.convert("RGB")).save(
+            out, "PNG", compress_level=1
+        )
+    except (OSError, ValueError, SystemError) as error:  # closed, empty, or of a mode that has no colours
+        raise BadSample(f"it is no picture ({error})") from None
     return out.getvalue()

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import sha256_of, write_atomic
+from cmgan_dist.files import parse_json, sha256_of, write_atomic
 
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: meant so
@@ -184,7 +184,7 @@ class Checkpointer:
 
 def _check_whole(folder: Path) -> None:
     """Raise ValueError, KeyError, TypeError or OSError when a file of the checkpoint is missing or damaged."""
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    state = parse_json((folder / STATE).read_bytes())
     hashes = state.pop("sha256")
     Progress(**state)
     for name, expected in hashes.items():
@@ -210,7 +210,7 @@ def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
 
     Raises BadInput when it cannot be read, as where nodes do not share the storage."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = parse_json((folder / STATE).read_bytes())
         del state["sha256"]
         reader = dcp.FileSystemReader(folder)
         tensors = {

@@ -63,6 +63,8 @@ def run_training(run: Run) -> int:
     clock = Clock(parallel.device)
     with recorder.started(progress.position, total):
         done = progress.position >= total
+        if done and progress.best is None:  # its best model is gone
+            validate_now(run)
         if done:
             recorder.say(f"{run.folder} is done: {total} samples, best validation score {progress.best:.4f}")
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -15,23 +16,35 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cmgan_dist.files import write_atomic
+from cmgan_dist.files import parse_json, write_atomic
+
+log = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 """The file of a run that has a JSON object a line: "kind" (train or val), "samples", "epoch" and what was measured."""
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of RUN/metrics.jsonl, none without the file; a last line cut by a crash is left out."""
+    """Return the lines of RUN/metrics.jsonl, none without the file; a last line cut by a crash is left out.
+
+    Other damaged lines are left out too, and the log says which."""
     path = run / METRICS_NAME
     if not path.is_file():
         return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    content = path.read_bytes().split(b"\n")
+    for number, line in enumerate(content[:-1] if content[-1] == b"" else content, 1):
         try:
-            lines.append(json.loads(line))
+            record = parse_json(line)
         except ValueError:
-            break
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("samples"), int) and isinstance(record.get("kind"), str):
+            lines.append(record)
+        elif number < len(content):
+            damaged.append(number)
+    if damaged:
+        log.warning("%s: %d damaged lines are left out, the first is line %d", path, len(damaged), damaged[0])
     return lines
 
 

@@ -24,7 +24,8 @@ from cmgan_dist.data.stream import Stream
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import write_atomic
-from cmgan_dist.models.saved import BEST, ModelSpec, describe_model, keep_weights
+from cmgan_dist.jobs.staging import remove_leftovers
+from cmgan_dist.models.saved import BEST, ModelSpec, describe_model, keep_weights, read_model
 from cmgan_dist.models.vocabulary import Vocabulary
 from cmgan_dist.training.checkpoint import Checkpointer, Progress, latest, read_checkpoint
 from cmgan_dist.training.recorder import Recorder
@@ -58,7 +59,7 @@ def set_aside(run: Path) -> None:
     inside = [p for p in run.iterdir() if not p.name.startswith("earlier-")] if run.is_dir() else []
     if not inside:
         return
-    target = run / f"earlier-{sum(1 for _ in run.glob('earlier-*')) + 1}"
+    target = next(path for n in itertools.count(1) if not (path := run / f"earlier-{n}").exists())
     target.mkdir()
     for path in inside:
         shutil.move(path, target / path.name)
@@ -124,6 +125,36 @@ class Run:
         return position // every > (position - batch) // every
 
 
+def best_is_whole(run: Path) -> bool:
+    """Return whether RUN/best can be read; where it cannot, the log says why and that it is made anew."""
+    try:
+        read_model(run)
+    except BadInput as error:
+        log.warning("%s: a model is kept there again by the next validation", error)
+        return False
+    return True
+
+
+def go_on(run: Path, networks: Networks, epoch_samples: int, parallel: Parallel) -> Progress | None:
+    """Load the newest whole checkpoint of a run into its networks and return where it stands; None where there is none.
+
+    Every process calls it; the first one looks, so that all take the same. Raises BadInput when the checkpoint is of
+    another model, or its epochs have other samples than `epoch_samples`."""
+    found: Path | None = parallel.gather_objects(latest(run) if parallel.main else None)[0]
+    if found is None:
+        return None
+    progress, tensors = read_checkpoint(found)
+    if progress.epoch_samples != epoch_samples:
+        raise BadInput(
+            f"{run} was trained on epochs of {progress.epoch_samples} samples, the data has {epoch_samples}: use the "
+            "same data, another --output, or --resume never"
+        )
+    networks.load(tensors, str(found))
+    if not parallel.gather_objects(not parallel.main or best_is_whole(run))[0]:
+        progress.best = None  # the next validation keeps what it finds
+    return progress
+
+
 def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     """Return the run of `config`, ready for its next batch; `resume` is auto or never, as in `loop.train`.
 
@@ -151,22 +182,13 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     data = DataSpec.of(stream.manifest)
     vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
     networks = build_networks(config, data, vocabulary, parallel)
-    progress = Progress(epoch_samples=stream.epoch_samples)
-    found: Path | None = None
-    if resume == "auto":  # the first process looks, so that all take the same
-        found = parallel.gather_objects(latest(run) if parallel.main else None)[0]
-    if found is not None:
-        progress, tensors = read_checkpoint(found)
-        if progress.epoch_samples != stream.epoch_samples:
-            raise BadInput(
-                f"{run} was trained on epochs of {progress.epoch_samples} samples, {config.data} has "
-                f"{stream.epoch_samples}: use the same data, another --output, or --resume never"
-            )
-        networks.load(tensors, str(found))
+    progress = go_on(run, networks, stream.epoch_samples, parallel) if resume == "auto" else None
+    progress = progress or Progress(epoch_samples=stream.epoch_samples)
     manifest = stream.manifest
     spec = describe_model(config, data, networks.generator, manifest.name, manifest.attribution, manifest.details)
     if parallel.main:
         write_atomic(run / CONFIG_NAME, to_yaml(config))
+        remove_leftovers(run)
         keep_weights(run / BEST, spec)
     parallel.start_trackers("tensorboard", {"preset": config.preset, "data": config.data})
     return Run(

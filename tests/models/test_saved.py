@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,42 @@ def test_a_save_killed_anywhere_leaves_one_whole_model(
     assert (after is not None) == (step > 4)
 
 
+@pytest.mark.parametrize("first", range(5))
+@pytest.mark.parametrize("second", range(6))
+def test_two_saves_killed_one_after_the_other_leave_one_whole_model(
+    first: int, second: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one begins by ending the first, whose tensors may lie in a file that it would write over."""
+    save(tmp_path, seed=1)
+    replace = os.replace
+    for seed, step in ((2, first), (3, second)):
+        calls = iter(range(100))
+
+        def dying(source: object, target: object, calls: Iterator[int] = calls, step: int = step) -> None:
+            if next(calls) == step:
+                raise KeyboardInterrupt
+            replace(source, target)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(os, "replace", dying)
+        with contextlib.suppress(KeyboardInterrupt):
+            save(tmp_path, seed=seed)
+        monkeypatch.undo()
+    saved = read_model(tmp_path)
+    found, expected = load_generator(saved).state_dict(), build(saved.spec.progress["position"]).state_dict()
+    assert all(torch.equal(v, found[k]) for k, v in expected.items())
+
+
+def test_every_flipped_bit_of_model_json_is_found(tmp_path: Path) -> None:
+    save(tmp_path)
+    path = tmp_path / "model.json"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with contextlib.suppress(BadInput):
+            saved = read_model(tmp_path)
+            pytest.fail(f"byte {at} was taken as {saved.spec}")
+
+
 def build(seed: int) -> Generator:
     torch.manual_seed(seed)
     return build_generator(small_config(10).model, FEATURES, None)
@@ -157,7 +194,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     save(tmp_path)
     record = json.loads((tmp_path / "model.json").read_text())
     (tmp_path / "model.json").write_text(json.dumps(record | {"version": 7}))
-    with pytest.raises(BadInput, match="has version 7"):
+    with pytest.raises(BadInput, match="has version 7, this program reads 1"):
         read_model(tmp_path)
 
 

@@ -81,7 +81,7 @@ def test_ridges_equal_scikit_learn() -> None:
 def test_table_beats_chance_and_chooses_on_validation_only(captions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     train, val, test = (features(n, seed, captions=captions) for n, seed in ((300, 1), (80, 2), (100, 3)))
     scored = []
-    monkeypatch.setattr(baselines, "_score", lambda projected: scored.append(len(projected.image)) or 0.0)
+    monkeypatch.setattr(baselines, "score_of", lambda metrics: scored.append(metrics["images"]) or 0.0)
     baseline_table(train, val, test)
     assert set(scored) == {80}
     monkeypatch.undo()

@@ -21,7 +21,7 @@ from cmgan_dist.models.saved import load_generator, read_model
 from cmgan_dist.retrieval import model as model_module
 from cmgan_dist.retrieval.embed import common_statistics, embed_split
 from cmgan_dist.retrieval.metrics import l2_normalise
-from cmgan_dist.retrieval.model import load_model
+from cmgan_dist.retrieval.model import load_model, pixels_of
 from tests.toy import save_untrained, small_config
 
 
@@ -169,3 +169,41 @@ def test_standardising_takes_the_training_split_s_statistics(feature_data: Calla
         common = generator.project_texts(features).double()
     expected = (common - saved.statistics.text_mean) / saved.statistics.text_std
     np.testing.assert_allclose(made, unit(expected), atol=1e-5)
+
+
+def test_pictures_in_memory_are_turned_and_coloured_like_files(raw_data: Callable[..., Path], tmp_path: Path) -> None:
+    save_untrained(tmp_path / "run", raw_data(), raw_config())
+    model = load_model(tmp_path / "run")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    slope = np.linspace(0, 255, 96).astype(np.uint8)
+    across, down = np.tile(slope, (64, 1)), np.tile(slope[:64, None], (1, 96))
+    picture = Image.fromarray(np.stack([across, down, np.zeros_like(down)], 2))
+    out = io.BytesIO()
+    picture.save(out, "JPEG", exif=exif, quality=100, subsampling=0)
+    turned = Image.open(io.BytesIO(out.getvalue()))
+    pixels = pixels_of(out.getvalue(), 32)
+    assert np.abs(pixels_of(turned, 32).astype(int) - pixels).max() < 12
+    assert np.abs(pixels_of(picture, 32).astype(int) - pixels).max() > 100
+    for mode in ("CMYK", "YCbCr", "L", "P", "RGBA", "1", "HSV"):
+        assert model.encode_images(picture.convert(mode)).shape == (1, 8)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1.5, True])
+def test_a_batch_is_a_whole_number_above_0(batch: int, feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    save_untrained(tmp_path / "run", feature_data(), small_config(8))
+    with pytest.raises(BadInput, match="batch is"):
+        load_model(tmp_path / "run").encode_images(np.zeros((3, 12), np.float32), batch=batch)
+
+
+def test_features_may_be_tensors_of_any_layout_and_must_be_finite(
+    feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    save_untrained(tmp_path / "run", feature_data(), small_config(8))
+    model, rows = load_model(tmp_path / "run"), np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
+    expected = model.encode_texts(rows)
+    for same in (torch.from_numpy(rows), rows[::-1][::-1], rows.astype(">f4"), rows.astype(np.float64)):
+        np.testing.assert_allclose(model.encode_texts(same), expected, atol=1e-6)
+    for wrong, said in ((rows * np.nan, "NaN or Inf"), (rows[0], r"shape \[7\]")):
+        with pytest.raises(BadInput, match=said):
+            model.encode_texts(wrong)

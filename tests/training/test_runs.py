@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cmgan_dist.models.saved import read_model
 from tests.services import forked
 from tests.toy import ROOT, command, environment, final_state, lines, run_to_end, train_words
 
@@ -193,3 +195,21 @@ def test_compiled_networks_train_what_eager_ones_do(feature_data: Callable[..., 
         run_to_end(data, run, *extra, "train.compile=true", processes=processes)
         for a, b in zip(lines(run, "train"), eager, strict=True):
             assert all(abs(a[k] - b[k]) < 1e-3 * max(1, abs(b[k])) for k in b if k.startswith("loss/")), (a, b)
+
+
+@pytest.mark.parametrize("damage", ["gone", "flipped"])
+def test_a_best_model_that_is_gone_is_made_again_by_the_next_start(
+    damage: str, feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    data, run = feature_data(), tmp_path / "run"
+    run_to_end(data, run, "train.epochs=2")
+    model = run / "best" / "model.safetensors"
+    if damage == "gone":
+        shutil.rmtree(run / "best")
+    else:
+        content = bytearray(model.read_bytes())
+        content[-1] ^= 1
+        model.write_bytes(content)
+    done = run_to_end(data, run, "train.epochs=2")
+    assert "is kept there again" in " ".join(done.stderr.split())
+    assert read_model(run).statistics is not None
