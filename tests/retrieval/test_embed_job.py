@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import cmgan_dist
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.saved import load_generator, read_model, save_model, stored_tensors
 from cmgan_dist.models.weights import weights_sha256
 from cmgan_dist.retrieval import embed_source
 from cmgan_dist.retrieval.embeddings import EmbeddingSet
+from cmgan_dist.retrieval.evaluate import answer, ask
+from cmgan_dist.retrieval.metrics import common_space
 from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
 from cmgan_dist.retrieval.model import load_model
 from tests.retrieval.embed_cases import embedded, files, of_split, raw_run, whole
@@ -45,8 +46,13 @@ def test_figures_are_those_of_an_evaluation_to_the_last_digit(
     run, data = features if kind == "features" else raw_run(tmp_path, name="raw_run")
     made = whole(run, tmp_path / "emb", data=data)
     for split in ("train", "test"):
-        expected = cmgan_dist.evaluate(run, str(data), split=split, zscore=False)
-        assert evaluate_embeddings(of_split(made, split), zscore=False) == expected
+        asked = ask(run, str(data), split=split, zscore=False)
+        expected = answer(asked, baselines=False)
+        assert evaluate_embeddings(of_split(made, split), zscore=False) == expected.record["metrics"]
+        for mine, theirs in zip(
+            common_space(of_split(made, split), False), common_space(expected.embedded.common, False), strict=True
+        ):
+            assert torch.equal(mine, theirs)
 
 
 def test_items_say_what_each_vector_is_of(tmp_path: Path) -> None:
