@@ -1,0 +1,137 @@
+"""Search an index by a text or a picture.
+
+python launchers/search.py INDEX "a red heart" [-k 10] [--modality image|text] [--classes a,b] [--run RUN] [--json]
+python launchers/search.py INDEX --image FILE
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from cmgan_dist.config.cli import parse
+from cmgan_dist.errors import BadInput, run_main
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cmgan_dist.retrieval.index import Hit, Index
+
+WIDE = 200
+"""Columns of a table that goes to a file or a pipe."""
+JOINERS = "\u200d"
+"""Not printable by itself, and part of many emoji."""
+
+
+@dataclass
+class Arguments:
+    """Print the items of an index that lie nearest to a text or a picture."""
+
+    index: Annotated[Path, tyro.conf.Positional]
+    """Folder of the index."""
+    text: Annotated[str, tyro.conf.Positional] = ""
+    """Text to search by."""
+    image: str = ""
+    """Picture to search by: a JPEG, PNG or WebP file."""
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
+    """Number of items."""
+    modality: Literal["", "image", "text"] = ""
+    """Only images, or only texts."""
+    classes: str = ""
+    """Only items of one of these classes, separated by commas."""
+    run: str = ""
+    """Run, or copy of its best/ folder, whose model encodes the query; the one that the index names when left out."""
+    json: bool = False
+    """Print JSON on stdout instead of a table."""
+
+
+def main() -> None:
+    arguments = parse(Arguments, sys.argv[1:], prog="launchers/search.py")
+    if bool(arguments.text.strip()) == bool(arguments.image):
+        raise BadInput("give a text or --image FILE to search by, one of them: see launchers/search.py --help")
+    if arguments.k < 1:
+        raise BadInput(f"-k is {arguments.k}: it must be at least 1")
+    from cmgan_dist.retrieval.index import Index
+
+    index = Index.open(arguments.index)
+    classes = [name.strip() for name in arguments.classes.split(",")] if arguments.classes else None
+    modality = arguments.modality or None
+    index.items.allowed(modality, tuple(classes) if classes else None)  # a wrong class is said before seconds pass
+    hits = index.search(encode(index, arguments), arguments.k, modality=modality, classes=classes)[0]
+    if arguments.json:
+        print(json.dumps(record_of(index, hits)))  # ASCII: no control character reaches a terminal
+    else:
+        show(index, hits)
+
+
+def encode(index: Index, arguments: Arguments) -> np.ndarray:
+    """Return the query's vector [1, E]. Raises BadInput when the index's model is not there, or cannot encode it."""
+    run = arguments.run or index.manifest.model["run"]
+    if not arguments.run and not Path(run).is_dir():
+        raise BadInput(f"the model of {arguments.index} is not at {run!r} any more: name its run by --run")
+    # after the cheap checks: torch and its friends take seconds to import
+    from cmgan_dist.models.saved import read_model
+    from cmgan_dist.retrieval.model import Model
+
+    saved = read_model(run)
+    index.check_model(saved)
+    model = Model(saved)
+    return model.encode_images(arguments.image) if arguments.image else model.encode_texts(arguments.text)
+
+
+def above_chance(index: Index, score: float) -> float:
+    """Return how many standard deviations a score lies above the mean of random items."""
+    mean, std = index.chance
+    return (score - mean) / std if std > 0 else 0.0
+
+
+def record_of(index: Index, hits: list[Hit]) -> dict[str, Any]:
+    """Return what --json prints."""
+    mean, std = index.chance
+    found = [
+        {"rank": rank, "above_chance": above_chance(index, hit.score), **asdict(hit)}
+        for rank, hit in enumerate(hits, 1)
+    ]
+    return {"chance": {"mean": mean, "std": std}, "recall": index.manifest.recall, "hits": found}
+
+
+def printable(text: str) -> str:
+    """Return a text as a terminal may show it: control characters, and others that cannot be seen, as escapes."""
+    spaced = " ".join(text.split())
+    return "".join(c if c.isprintable() or c in JOINERS else ascii(c)[1:-1] for c in spaced)
+
+
+def show(index: Index, hits: list[Hit]) -> None:
+    """Print a table of the hits, and say so when the best is no better than chance would give."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("#", "score", "chance"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("", "key", "caption", "classes"):
+        table.add_column(name, overflow="ellipsis", no_wrap=name == "")
+    for rank, hit in enumerate(hits, 1):
+        words = (hit.modality, hit.key, hit.caption or "", ", ".join(hit.labels))
+        figures = (str(rank), f"{hit.score:.3f}", f"{above_chance(index, hit.score):+.1f} σ")
+        table.add_row(*figures, *(Text(printable(word)) for word in words))
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDE
+    console.print(table)
+    by_chance = math.sqrt(2 * math.log(max(len(index), 2)))  # the most of so many normal draws
+    if not hits:
+        print("no item fits --modality and --classes", file=sys.stderr)
+    elif above_chance(index, hits[0].score) < by_chance:
+        print(f"nothing is near: the best of {len(index)} random items is at +{by_chance:.1f} σ", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(main)
