@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from cmgan_dist.config.cli import log_to_stderr, parse
-from cmgan_dist.errors import run_main
+from cmgan_dist.errors import BadInput, run_main
 
 
 @dataclass
@@ -64,9 +64,12 @@ def main() -> None:
     found = answer(question, baselines=arguments.baselines, parallel=parallel)
     if parallel.main:
         record = found.record | asked
-        write_atomic(run / EMBEDDINGS_NAME, found.embeddings_npz())
-        write_atomic(run / RECORD_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        report = write_report(run, gallery_items(question.reader, arguments.pictures))
+        try:
+            write_atomic(run / EMBEDDINGS_NAME, found.embeddings_npz())
+            write_atomic(run / RECORD_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            report = write_report(run, gallery_items(question.reader, arguments.pictures))
+        except OSError as error:
+            raise BadInput(f"{run} cannot be written ({error.strerror}): make it writable or free space") from None
         show(record, report, arguments.json)
     parallel.close()
 

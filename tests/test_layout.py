@@ -162,3 +162,9 @@ def test_files_and_functions_are_short() -> None:
                 if length > MOST_IN_FUNCTION:
                     long[name].append(f"{node.name} has {length} lines")
     assert not long
+
+
+def test_contributing_names_every_file() -> None:
+    said = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in parsed(*TOPS):
+        assert Path(name).name in said or name.startswith("shards/sources/") or name.endswith("__init__.py"), name

@@ -166,27 +166,42 @@ def describe_model(
 def keep_weights(best: Path, spec: ModelSpec) -> None:
     """Copy the weights of frozen backbones that lie in a file or folder of this machine into best/backbones/.
 
-    Changes the spec's `weights` to the copy's path below best/, and adds its files to the spec's `files`. Weights that
-    are not on this machine stay named by their path. Raises BadInput when they cannot be copied."""
+    Changes the spec's `weights` to the copy's path below best/, and adds its files to the spec's `files`. A copy that
+    is there already is kept. Weights that are not on this machine stay named by their path. Raises BadInput when they
+    cannot be copied."""
     for modality, backbone in (("image", spec.image), ("text", spec.text)):
         source = Path(backbone.weights)
-        if not backbone.weights or backbone.weights.startswith(("hub", "package:")) or not source.exists():
-            continue
         kept = f"backbones/{modality}/{source.name}"
         target = best / kept
+        named = not backbone.weights or backbone.weights == "hub" or backbone.weights.startswith(("hub:", "package:"))
+        if named or not (source.exists() or target.exists()):
+            continue
         try:
-            if not target.exists():
-                aside = target.with_name(f".{target.name}.tmp")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                (shutil.copytree if source.is_dir() else shutil.copy2)(source, aside)
-                os.replace(aside, target)
+            if source.exists() and _sums(source) != _sums(target):
+                _copy(source, target)
         except OSError as error:
-            raise BadInput(
-                f"weights {source} cannot be copied to {target} ({error.strerror}): free space there"
-            ) from None
+            why = error.strerror or str(error)
+            raise BadInput(f"weights {source} cannot be copied to {target} ({why}): free space there") from None
         backbone.weights = kept
-        files = sorted(p for p in target.rglob("*") if p.is_file()) if target.is_dir() else [target]
-        spec.files |= {p.relative_to(best).as_posix(): sha256_of(p) for p in files}
+        spec.files |= {f"{kept}{name}": checksum for name, checksum in _sums(target).items()}
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """ "" or "/NAME" -> SHA-256 of a file, or of each file below a folder; {} where there is nothing."""
+    if path.is_dir():
+        return {f"/{p.relative_to(path).as_posix()}": sha256_of(p) for p in sorted(path.rglob("*")) if p.is_file()}
+    return {"": sha256_of(path)} if path.exists() else {}
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Put a copy of a file or folder in the place of `target`; what a killed copy left is overwritten."""
+    aside = target.with_name(f".{target.name}.tmp")
+    for leftover in (aside, target):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    (shutil.copytree if source.is_dir() else shutil.copy2)(source, aside)
+    os.replace(aside, target)
 
 
 # ---------------------------------------------------------------------------------------------- writing

@@ -20,6 +20,8 @@ from cmgan_dist.errors import BadInput
 from cmgan_dist.models import saved as saved_module
 from cmgan_dist.models.generator import Generator, build_generator
 from cmgan_dist.models.saved import (
+    BackboneSpec,
+    ModelSpec,
     Statistics,
     check_shapes,
     describe_model,
@@ -193,6 +195,25 @@ def test_weights_of_a_file_are_kept_and_checked(tmp_path: Path) -> None:
     kept.write_bytes(kept.read_bytes()[:-1])
     with pytest.raises(BadInput, match=r"mine\.pth is damaged"):
         load_backbone(saved, "image")
+
+
+def test_kept_weights_follow_the_source_and_outlive_it(tmp_path: Path) -> None:
+    for kind in ("file", "folder"):
+        source, best = tmp_path / kind, tmp_path / f"best of {kind}"
+        spec = ModelSpec(RAW, BackboneSpec("x", 3), BackboneSpec("x", 3, weights=str(source)))
+        for content in ("first", "second"):  # a run that is resumed after the weights were replaced
+            if kind == "folder":
+                source.mkdir(exist_ok=True)
+            (source / "config.json" if kind == "folder" else source).write_text(content)
+            spec.text.weights = str(source)
+            keep_weights(best, spec)
+            kept = best / "backbones" / "text" / kind
+            assert (kept / "config.json" if kind == "folder" else kept).read_text() == content
+        source.rename(tmp_path / f"{kind} gone")
+        spec.text.weights, files = str(source), dict(spec.files)
+        keep_weights(best, spec)
+        assert (spec.text.weights, spec.files) == (f"backbones/text/{kind}", files)
+        assert list(files) == [f"backbones/text/{kind}" + "/config.json" * (kind == "folder")]
 
 
 def test_other_weights_under_the_same_name_are_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shards.helpers import fill
+from tests.toy import fill_folder
 
 
 @pytest.fixture
@@ -14,4 +14,4 @@ def raw(tmp_path: Path) -> Path:
     """Two classes in three split folders: 40, 6 and 6 pairs."""
     sizes = {"train": 20, "dev": 3, "test": 3}
     names = [f"{s}/{c}/{s}{i:02d}" for s, count in sizes.items() for c in ("cat", "dog") for i in range(count)]
-    return fill(tmp_path / "raw", names)
+    return fill_folder(tmp_path / "raw", names)

@@ -25,15 +25,15 @@ from cmgan_dist.errors import BadInput
 from shards.pairs import make_key
 from shards.scan import scan_shard
 from shards.verify import verify
-from tests.shards.helpers import (
-    REPOSITORY,
+from tests.toy import (
+    ROOT,
     TEXTS,
-    built,
-    files,
-    fill,
+    build_folder,
+    files_of,
+    fill_folder,
     picture,
-    run,
-    samples,
+    run_shards,
+    samples_of,
     shard_samples,
     table_rows,
     write_table,
@@ -43,9 +43,9 @@ from tests.shards.helpers import (
 
 
 def test_one_and_two_processes_write_the_same_bytes(raw: Path, tmp_path: Path) -> None:
-    built(raw, tmp_path / "one")
-    run("build", "folder", raw, "--output", tmp_path / "two", "--processes", 2, "--shard-samples", 8)
-    one, two = files(tmp_path / "one"), files(tmp_path / "two")
+    build_folder(raw, tmp_path / "one")
+    run_shards("build", "folder", raw, "--output", tmp_path / "two", "--processes", 2, "--shard-samples", 8)
+    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
     assert list(one) == list(two)
     assert len([name for name in one if name.endswith(".tar")]) == 5 + 1 + 1
     for name, data in one.items():
@@ -58,13 +58,13 @@ def test_copied_input_with_other_times_gives_the_same_bytes(raw: Path, tmp_path:
     for path in copy.rglob("*.png"):
         os.utime(path, (1, 1))
         path.chmod(0o600)
-    built(raw, tmp_path / "one")
-    built(copy, tmp_path / "two")
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+    build_folder(raw, tmp_path / "one")
+    build_folder(copy, tmp_path / "two")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
 def test_tar_headers_carry_no_time_and_no_owner(raw: Path, tmp_path: Path) -> None:
-    built(raw, tmp_path / "out")
+    build_folder(raw, tmp_path / "out")
     with tarfile.open(tmp_path / "out/train-000000.tar") as tar:
         for member in tar:
             assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o644)
@@ -72,7 +72,7 @@ def test_tar_headers_carry_no_time_and_no_owner(raw: Path, tmp_path: Path) -> No
 
 
 def test_shards_are_random_samples_of_their_split(raw: Path, tmp_path: Path) -> None:
-    manifest = built(raw, tmp_path / "out")
+    manifest = build_folder(raw, tmp_path / "out")
     assert [s.samples for s in manifest.splits["train"]] == [8] * 5
     per_shard = [
         {label for _, (_, labels) in shard_samples(tmp_path / "out", shard.name).items() for label in labels}
@@ -86,7 +86,7 @@ def test_shards_are_random_samples_of_their_split(raw: Path, tmp_path: Path) -> 
 
 def test_a_shard_closes_before_its_byte_limit(raw: Path, tmp_path: Path) -> None:
     limit = 1000
-    run("build", "folder", raw, "--output", tmp_path / "out", "--processes", 1, "--shard-mib", limit / 2**20)
+    run_shards("build", "folder", raw, "--output", tmp_path / "out", "--processes", 1, "--shard-mib", limit / 2**20)
     shards = load_manifest(tmp_path / "out").splits["train"]
     assert len(shards) > 5
     for shard in shards:
@@ -96,7 +96,7 @@ def test_a_shard_closes_before_its_byte_limit(raw: Path, tmp_path: Path) -> None
 
 
 def test_plain_webdataset_reads_the_shards(raw: Path, tmp_path: Path) -> None:
-    manifest = built(raw, tmp_path / "out")
+    manifest = build_folder(raw, tmp_path / "out")
     urls = [str(tmp_path / "out" / shard.name) for shard in manifest.splits["train"]]
     read = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
     assert len(read) == 40
@@ -107,7 +107,7 @@ def test_plain_webdataset_reads_the_shards(raw: Path, tmp_path: Path) -> None:
 
 
 def test_sidecar_offsets_cut_out_each_sample(raw: Path, tmp_path: Path) -> None:
-    built(raw, tmp_path / "out")
+    build_folder(raw, tmp_path / "out")
     data = (tmp_path / "out/train-000000.tar").read_bytes()
     index = ShardIndex.from_bytes((tmp_path / "out/train-000000.index.npz").read_bytes(), "index")
     expected = shard_samples(tmp_path / "out", "train-000000.tar")
@@ -124,18 +124,18 @@ def test_sidecar_offsets_cut_out_each_sample(raw: Path, tmp_path: Path) -> None:
 def test_sidecars_of_another_version_are_written_anew(raw: Path, tmp_path: Path) -> None:
     """By the command that made the data as by the one that the sentence names; the manifest stays as it was."""
     out = tmp_path / "out"
-    details = built(raw, out).details
+    details = build_folder(raw, out).details
     path = out / "train-000000.index.npz"
-    good = files(out)
+    good = files_of(out)
     with np.load(path) as arrays:  # version 1 had no number and no layouts
         first = {name: arrays[name] for name in ("offsets", "label_starts", "label_values")}
     np.savez(path, **first)
     with pytest.raises(BadInput, match=r"index\.npz is of another version: run 'python -m shards index --overwrite'"):
         ShardReader(str(out), "train").read(0, 0)
-    built(raw, out)
-    assert files(out) == good
+    build_folder(raw, out)
+    assert files_of(out) == good
     np.savez(path, **first)
-    run("index", out, "--overwrite", "--processes", 1)
+    run_shards("index", out, "--overwrite", "--processes", 1)
     assert path.read_bytes() == good[path.name]
     assert load_manifest(out).details == details
 
@@ -160,7 +160,7 @@ def test_killed_build_leaves_no_half_shard_and_a_second_run_completes(tmp_path: 
     options = ["--shard-samples", "8", "--processes", str(processes)]
     command = [sys.executable, "-m", "shards", "build", "folder", str(tmp_path / "raw"), *options, "--output"]
     output = tmp_path / "out"
-    build = subprocess.Popen([*command, str(output)], cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    build = subprocess.Popen([*command, str(output)], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(list(output.glob("*.tar"))) < 2:
         assert build.poll() is None
@@ -180,48 +180,48 @@ def test_killed_build_leaves_no_half_shard_and_a_second_run_completes(tmp_path: 
         scan = scan_shard(output / name, name)
         assert (scan.damage, len(scan.samples)) == ("", 8)
 
-    run(*command[3:], output)
+    run_shards(*command[3:], output)
     assert verify(output).problems == []
     assert {name: (output / name).stat().st_mtime_ns for name in left} == left  # whole shards are kept
-    run(*command[3:], tmp_path / "whole")
-    assert files(output) == files(tmp_path / "whole")
+    run_shards(*command[3:], tmp_path / "whole")
+    assert files_of(output) == files_of(tmp_path / "whole")
 
 
 def test_same_arguments_are_not_packed_again_and_others_need_overwrite(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    built(raw, output)
+    build_folder(raw, output)
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
-    built(raw, output)
+    build_folder(raw, output)
     assert "already packed" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
     with pytest.raises(BadInput, match="--overwrite"):
-        run("build", "folder", raw, "--output", output, "--shard-samples", 20, "--processes", 1)
+        run_shards("build", "folder", raw, "--output", output, "--shard-samples", 20, "--processes", 1)
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
-    run("build", "folder", raw, "--output", output, "--shard-samples", 20, "--processes", 1, "--overwrite")
+    run_shards("build", "folder", raw, "--output", output, "--shard-samples", 20, "--processes", 1, "--overwrite")
     assert len(load_manifest(output).splits["train"]) == 2
     assert verify(output).problems == []  # no shard of the first packing is left
 
     (raw / "train/cat/train00.txt").write_text("another text, longer")
     with pytest.raises(BadInput, match="--overwrite"):
-        run("build", "folder", raw, "--output", output, "--shard-samples", 20, "--processes", 1)
+        run_shards("build", "folder", raw, "--output", output, "--shard-samples", 20, "--processes", 1)
 
 
 def test_a_lost_shard_is_packed_again(raw: Path, tmp_path: Path) -> None:
-    built(raw, tmp_path / "out")
-    before = files(tmp_path / "out")
+    build_folder(raw, tmp_path / "out")
+    before = files_of(tmp_path / "out")
     (tmp_path / "out/train-000002.tar").unlink()
-    built(raw, tmp_path / "out")
-    assert files(tmp_path / "out") == before
+    build_folder(raw, tmp_path / "out")
+    assert files_of(tmp_path / "out") == before
 
 
 def test_foreign_tars_are_not_replaced(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.tar").write_bytes(b"mine")
     with pytest.raises(BadInput, match="another data set"):
-        built(raw, tmp_path / "out")
+        build_folder(raw, tmp_path / "out")
 
 
 def test_skip_bad_counts_and_lists(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +229,7 @@ def test_skip_bad_counts_and_lists(raw: Path, tmp_path: Path, capsys: pytest.Cap
     (raw / "train/cat/train01.txt").unlink()
     (raw / "train/dog/train02.txt").write_text(" \n")
     (raw / "train/dog/train03.txt").write_bytes(b"caf\xe9")
-    manifest = built(raw, tmp_path / "out", "--skip-bad")
+    manifest = build_folder(raw, tmp_path / "out", "--skip-bad")
     assert manifest.samples("train") == 36
     assert manifest.details["left_out"] == 4
     error = capsys.readouterr().err
@@ -251,32 +251,32 @@ def test_a_key_has_no_dot_in_its_base_name(name: str, key: str) -> None:
 
 def test_folder_keeps_all_texts_in_any_script(tmp_path: Path) -> None:
     names = [f"train/{c}/{i}" for c in ("猫", "chien d'été") for i in range(3)]
-    fill(tmp_path / "raw", names)
+    fill_folder(tmp_path / "raw", names)
     (tmp_path / "raw/train/猫/0.txt").write_text("\n".join(TEXTS), encoding="utf-8-sig")
-    manifest = built(tmp_path / "raw", tmp_path / "out")
+    manifest = build_folder(tmp_path / "raw", tmp_path / "out")
     assert manifest.classes == ["chien d'été", "猫"]
-    found = samples(tmp_path / "out")
+    found = samples_of(tmp_path / "out")
     assert found["train/猫/0"] == (TEXTS, (1,))
     assert found["train/猫/1"] == (["a 1"], (1,))
     assert verify(tmp_path / "out").problems == []
 
 
 def test_flat_folder_is_split_by_hash_without_labels(tmp_path: Path) -> None:
-    fill(tmp_path / "raw", [f"n{i}" for i in range(60)])
-    manifest = built(tmp_path / "raw", tmp_path / "a", "--val", 0.2, "--test", 0.3)
+    fill_folder(tmp_path / "raw", [f"n{i}" for i in range(60)])
+    manifest = build_folder(tmp_path / "raw", tmp_path / "a", "--val", 0.2, "--test", 0.3)
     assert (manifest.label_kind, manifest.classes, list(manifest.splits)) == ("none", [], ["train", "val", "test"])
-    before = {split: set(samples(tmp_path / "a", split)) for split in manifest.splits}
-    fill(tmp_path / "raw", [f"more{i}" for i in range(20)])
-    built(tmp_path / "raw", tmp_path / "b", "--val", 0.2, "--test", 0.3)
+    before = {split: set(samples_of(tmp_path / "a", split)) for split in manifest.splits}
+    fill_folder(tmp_path / "raw", [f"more{i}" for i in range(20)])
+    build_folder(tmp_path / "raw", tmp_path / "b", "--val", 0.2, "--test", 0.3)
     for split, keys in before.items():
-        assert keys <= set(samples(tmp_path / "b", split))  # more pairs move none to another split
-    everything = built(tmp_path / "raw", tmp_path / "c", "--val", 0, "--test", 0)
+        assert keys <= set(samples_of(tmp_path / "b", split))  # more pairs move none to another split
+    everything = build_folder(tmp_path / "raw", tmp_path / "c", "--val", 0, "--test", 0)
     assert list(everything.splits) == ["train"]
 
 
 def test_the_extension_in_the_tar_is_that_of_the_bytes(raw: Path, tmp_path: Path) -> None:
     (raw / "train/cat/train00.png").write_bytes(picture(5, kind="WEBP"))
-    built(raw, tmp_path / "out")
+    build_folder(raw, tmp_path / "out")
     data = b"".join(shard.read_bytes() for shard in (tmp_path / "out").glob("train-*.tar"))
     assert b"train/cat/train00.webp" in data
     assert b"train/cat/train00.png" not in data
@@ -288,11 +288,11 @@ def test_the_extension_in_the_tar_is_that_of_the_bytes(raw: Path, tmp_path: Path
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_table_of_each_kind_gives_the_same_samples(tmp_path: Path, kind: str) -> None:
     table = write_table(tmp_path / f"pairs.{kind}", table_rows(tmp_path))
-    run("build", "table", table, "--output", tmp_path / "out", "--processes", 1)
+    run_shards("build", "table", table, "--output", tmp_path / "out", "--processes", 1)
     manifest = load_manifest(tmp_path / "out")
     assert (manifest.label_kind, manifest.classes) == ("multi", ["a", "b"])
     assert {split: manifest.samples(split) for split in manifest.splits} == {"train": 8, "val": 1, "test": 1}
-    found = samples(tmp_path / "out")
+    found = samples_of(tmp_path / "out")
     assert found["img/0"] == ([TEXTS[0], 'a second, "quoted"\ncaption'], (1,))
     assert found["img/3"] == ([TEXTS[3]], (0, 1))
     assert verify(tmp_path / "out").problems == []
@@ -305,8 +305,8 @@ def test_table_columns_by_name_and_json_labels(tmp_path: Path) -> None:
     ]
     table = write_table(tmp_path / "t.csv", rows)
     names = ["--image-column", "where", "--text-column", "what", "--label-column", "kinds"]
-    run("build", "table", table, "--output", tmp_path / "out", *names, "--processes", 1, "--val", 0, "--test", 0)
-    found = samples(tmp_path / "out")
+    run_shards("build", "table", table, "--output", tmp_path / "out", *names, "--processes", 1, "--val", 0, "--test", 0)
+    found = samples_of(tmp_path / "out")
     assert (found["img/0"][1], found["img/1"][1]) == ((), (0, 1))
     assert load_manifest(tmp_path / "out").label_kind == "multi"
 
@@ -315,6 +315,6 @@ def test_table_with_numbers_for_classes_orders_them_by_value(tmp_path: Path) -> 
     rows = [{**row, "label": str(i)} for i, row in enumerate(table_rows(tmp_path)[:10])]
     for i in (2, 3):
         rows[i]["label"] = str(i * 10)
-    run("build", "table", write_table(tmp_path / "t.csv", rows), "--output", tmp_path / "out", "--processes", 1)
+    run_shards("build", "table", write_table(tmp_path / "t.csv", rows), "--output", tmp_path / "out", "--processes", 1)
     manifest = load_manifest(tmp_path / "out")
     assert (manifest.label_kind, manifest.classes[-2:]) == ("single", ["20", "30"])

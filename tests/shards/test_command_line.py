@@ -11,23 +11,14 @@ import pytest
 
 from cmgan_dist.errors import run_main
 from shards.__main__ import COMMANDS, SOURCES, main
-from tests.shards.helpers import (
-    REPOSITORY,
-    fill,
-    img2dataset,
-    picture,
-    run,
-    table_rows,
-    write_table,
-    write_tar,
-)
+from tests.toy import ROOT, fill_folder, img2dataset, picture, run_shards, table_rows, write_members, write_table
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     """The one sentence with which a command ends, exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run_main(lambda: run(*args))
+        run_main(lambda: run_shards(*args))
     error = capsys.readouterr().err
     assert stop.value.code == 2, error
     assert error.startswith("error: ")
@@ -102,7 +93,7 @@ def test_wrong_folders_end_as_one_sentence(raw: Path, tmp_path: Path, capsys: py
 
 
 def test_splits_without_samples_end_as_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fill(tmp_path / "raw", ["only"])
+    fill_folder(tmp_path / "raw", ["only"])
     build = ("build", "folder", tmp_path / "raw", "--output", tmp_path / "out", "--processes", 1)
     assert "has no samples" in error_of(capsys, *build)
     assert "must be shares" in error_of(capsys, *build, "--val", 0.6, "--test", 0.6)
@@ -112,7 +103,15 @@ def test_splits_without_samples_end_as_one_sentence(tmp_path: Path, capsys: pyte
     shutil.copy(tmp_path / "raw/only.png", tmp_path / "raw/class/b.png")
     assert "stands beside the class folder 'class'" in error_of(capsys, *build)
     (tmp_path / "file").write_text("")
-    build = ("build", "folder", fill(tmp_path / "good", list("abcdef")), "--output", tmp_path / "file", "--val", 0)
+    build = (
+        "build",
+        "folder",
+        fill_folder(tmp_path / "good", list("abcdef")),
+        "--output",
+        tmp_path / "file",
+        "--val",
+        0,
+    )
     assert "cannot write into the output folder" in error_of(capsys, *build, "--test", 0, "--processes", 1)
 
 
@@ -154,12 +153,12 @@ def test_wrong_tars_and_manifests_end_as_one_sentence(tmp_path: Path, capsys: py
     (tmp_path / "none").mkdir()
     assert "holds no .tar files" in error_of(capsys, "index", tmp_path / "none")
     assert "has no manifest.json" in error_of(capsys, "verify", tmp_path / "none")
-    write_tar(tmp_path / "empty/0.tar", {})
+    write_members(tmp_path / "empty/0.tar", {})
     assert "0.tar has no samples" in error_of(capsys, "index", tmp_path / "empty", "--processes", 1)
-    write_tar(tmp_path / "bad/0.tar", {"a.txt": b"x"})
+    write_members(tmp_path / "bad/0.tar", {"a.txt": b"x"})
     assert "no sample in" in error_of(capsys, "index", tmp_path / "bad", "--processes", 1)
     folder = img2dataset(tmp_path / "good")
-    run("index", folder, "--processes", 1)
+    run_shards("index", folder, "--processes", 1)
     assert "exists already" in error_of(capsys, "index", folder, "--processes", 1)
     assert "--processes is 0" in error_of(capsys, "verify", folder, "--processes", 0)
     cut_tar = folder / "00001.tar"
@@ -173,7 +172,7 @@ def test_wrong_tars_and_manifests_end_as_one_sentence(tmp_path: Path, capsys: py
 def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     def command(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "shards", *args], cwd=REPOSITORY, capture_output=True, text=True, check=False
+            [sys.executable, "-m", "shards", *args], cwd=ROOT, capture_output=True, text=True, check=False
         )
 
     wrong = command("verify", str(tmp_path / "nowhere"))

@@ -11,27 +11,29 @@ from cmgan_dist.data.index import ShardIndex
 from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.errors import BadInput
 from shards.verify import verify
-from tests.shards.helpers import TEXTS, img2dataset, picture, run, samples, write_tar
+from tests.toy import TEXTS, img2dataset, picture, run_shards, samples_of, write_members
 
 
 def test_index_reads_img2dataset_output(tmp_path: Path) -> None:
     folder = img2dataset(tmp_path / "laion")
-    run("index", folder, "--processes", 1)
+    run_shards("index", folder, "--processes", 1)
     manifest = load_manifest(folder)
     assert (manifest.name, manifest.label_kind, manifest.classes) == ("laion", "none", [])
     assert [(s.name, s.samples) for s in manifest.splits["train"]] == [("00000.tar", 4), ("00001.tar", 4)]
     assert verify(folder, processes=1).problems == []
-    assert samples(folder)["000010002"] == ([TEXTS[2]], ())
+    assert samples_of(folder)["000010002"] == ([TEXTS[2]], ())
 
 
 def test_index_takes_splits_from_names_and_folders(tmp_path: Path) -> None:
     def shard(name: str, number: int, label: int) -> None:
         record = json.dumps({"label": label}).encode()
-        write_tar(tmp_path / name, {f"{number}.png": picture(number), f"{number}.txt": b"x", f"{number}.json": record})
+        write_members(
+            tmp_path / name, {f"{number}.png": picture(number), f"{number}.txt": b"x", f"{number}.json": record}
+        )
 
     for number, name in enumerate(["train-0.tar", "part/b.tar", "validation_00.tar", "test/0.tar", "testament.tar"]):
         shard(name, number, number % 3)
-    run("index", tmp_path, "--processes", 1)
+    run_shards("index", tmp_path, "--processes", 1)
     manifest = load_manifest(tmp_path)
     assert {split: [s.name for s in shards] for split, shards in manifest.splits.items()} == {
         "train": ["part/b.tar", "testament.tar", "train-0.tar"],
@@ -43,13 +45,13 @@ def test_index_takes_splits_from_names_and_folders(tmp_path: Path) -> None:
     assert verify(tmp_path, processes=1).problems == []
 
     (tmp_path / "names.txt").write_text("Katze\nHund\nMaus\n")
-    run("index", tmp_path, "--classes", tmp_path / "names.txt", "--overwrite", "--processes", 1)
+    run_shards("index", tmp_path, "--classes", tmp_path / "names.txt", "--overwrite", "--processes", 1)
     assert load_manifest(tmp_path).classes == ["Katze", "Hund", "Maus"]
-    run("index", tmp_path, "--overwrite", "--processes", 1)
+    run_shards("index", tmp_path, "--overwrite", "--processes", 1)
     assert load_manifest(tmp_path).classes == ["Katze", "Hund", "Maus"]  # kept, not counted anew
     (tmp_path / "names.txt").write_text("Katze\nHund\n")
     with pytest.raises(BadInput, match="label 2 is out of range: there are 2 classes"):
-        run("index", tmp_path, "--classes", tmp_path / "names.txt", "--overwrite", "--processes", 1)
+        run_shards("index", tmp_path, "--classes", tmp_path / "names.txt", "--overwrite", "--processes", 1)
 
 
 def test_index_sees_several_labels_and_refuses_some_without(tmp_path: Path) -> None:
@@ -59,16 +61,16 @@ def test_index_sees_several_labels_and_refuses_some_without(tmp_path: Path) -> N
             found |= {f"{i}.png": picture(i), f"{i}.txt": b"x", f"{i}.json": json.dumps(record).encode()}
         return found
 
-    write_tar(tmp_path / "multi/0.tar", members([{"labels": [2, 0]}, {"labels": [1]}, {"labels": []}]))
-    run("index", tmp_path / "multi", "--processes", 1)
+    write_members(tmp_path / "multi/0.tar", members([{"labels": [2, 0]}, {"labels": [1]}, {"labels": []}]))
+    run_shards("index", tmp_path / "multi", "--processes", 1)
     manifest = load_manifest(tmp_path / "multi")
     assert (manifest.label_kind, len(manifest.classes)) == ("multi", 3)
     index = ShardIndex.from_bytes((tmp_path / "multi/0.index.npz").read_bytes(), "0")
     assert [index.labels(i) for i in range(3)] == [(0, 2), (1,), ()]
 
-    write_tar(tmp_path / "some/0.tar", members([{"label": 0}, {}]))
+    write_members(tmp_path / "some/0.tar", members([{"label": 0}, {}]))
     with pytest.raises(BadInput, match="1 of 2 samples have no label"):
-        run("index", tmp_path / "some", "--processes", 1)
+        run_shards("index", tmp_path / "some", "--processes", 1)
 
 
 def test_index_leaves_damaged_shards_out_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,8 +78,8 @@ def test_index_leaves_damaged_shards_out_when_told(tmp_path: Path, capsys: pytes
     data = (folder / "00001.tar").read_bytes()
     (folder / "00001.tar").write_bytes(data[:2000])
     with pytest.raises(BadInput, match=r"00001\.tar is truncated at byte 2000"):
-        run("index", folder, "--processes", 1)
+        run_shards("index", folder, "--processes", 1)
     assert not (folder / "manifest.json").exists()
-    run("index", folder, "--skip-bad", "--processes", 1)
+    run_shards("index", folder, "--skip-bad", "--processes", 1)
     assert [s.name for s in load_manifest(folder).splits["train"]] == ["00000.tar", "00002.tar"]
     assert "left out 00001.tar" in capsys.readouterr().out

@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 
 from shards.stats import fonts_for
-from tests.shards.helpers import TEXTS, built, run
+from tests.toy import TEXTS, build_folder, run_shards
 
 
 def test_stats_prints_the_counts_and_draws_a_grid(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (raw / "train/cat/train00.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    built(raw, tmp_path / "out", "--attribution", "by us, CC0")
+    build_folder(raw, tmp_path / "out", "--attribution", "by us, CC0")
     capsys.readouterr()
-    run("stats", tmp_path / "out", "--processes", 1, "--rows", 2, "--columns", 3)
+    run_shards("stats", tmp_path / "out", "--processes", 1, "--rows", 2, "--columns", 3)
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert ["train", "40", "5", "0.2"] in rows
     assert ["cat", "20", "3", "3", "26"] in rows

@@ -11,13 +11,13 @@ import pytest
 
 from cmgan_dist.data.tar import iter_samples
 from shards.verify import verify
-from tests.shards.helpers import built, picture, re_sum, rewrite, run, shard_samples
+from tests.toy import build_folder, picture, re_sum, rewrite_tar, run_shards, shard_samples
 
 
 def test_verify_is_clean_after_build(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    built(raw, tmp_path / "out")
+    build_folder(raw, tmp_path / "out")
     capsys.readouterr()
-    assert run("verify", tmp_path / "out", "--processes", 1) == 0
+    assert run_shards("verify", tmp_path / "out", "--processes", 1) == 0
     assert capsys.readouterr().out.endswith("52 samples in 7 shards, 0 problems, 0 warnings\n")
 
 
@@ -34,31 +34,31 @@ def flip(folder: Path) -> None:
 
 
 def orphan(folder: Path) -> None:
-    rewrite(folder / "train-000001.tar", {}, {"lonely.txt": b"a text"})
+    rewrite_tar(folder / "train-000001.tar", {}, {"lonely.txt": b"a text"})
     re_sum(folder)
 
 
 def no_text(folder: Path) -> None:
     name = next(iter(shard_samples(folder, "train-000001.tar")))
-    rewrite(folder / "train-000001.tar", {f"{name}.txt": None})
+    rewrite_tar(folder / "train-000001.tar", {f"{name}.txt": None})
     re_sum(folder)
 
 
 def corrupt_image(folder: Path) -> None:
     name = next(iter(shard_samples(folder, "train-000001.tar")))
-    rewrite(folder / "train-000001.tar", {f"{name}.png": picture(1)[:60]})
+    rewrite_tar(folder / "train-000001.tar", {f"{name}.png": picture(1)[:60]})
     re_sum(folder)
 
 
 def label_out_of_range(folder: Path) -> None:
     name = next(iter(shard_samples(folder, "train-000001.tar")))
-    rewrite(folder / "train-000001.tar", {f"{name}.json": b'{"label": 7}'})
+    rewrite_tar(folder / "train-000001.tar", {f"{name}.json": b'{"label": 7}'})
     re_sum(folder)
 
 
 def label_missing(folder: Path) -> None:
     name = next(iter(shard_samples(folder, "train-000001.tar")))
-    rewrite(folder / "train-000001.tar", {f"{name}.json": None})
+    rewrite_tar(folder / "train-000001.tar", {f"{name}.json": None})
     re_sum(folder)
 
 
@@ -69,13 +69,13 @@ def _first_image(folder: Path) -> bytes:
 
 def same_image(folder: Path) -> None:
     extra = {"copy.png": _first_image(folder), "copy.txt": b"a copy", "copy.json": b'{"label": 0}'}
-    rewrite(folder / "train-000001.tar", {}, extra)
+    rewrite_tar(folder / "train-000001.tar", {}, extra)
     re_sum(folder)
 
 
 def same_key(folder: Path) -> None:
     key = next(iter(shard_samples(folder, "test-000000.tar")))
-    rewrite(
+    rewrite_tar(
         folder / "train-000001.tar", {}, {f"{key}.png": picture(9), f"{key}.txt": b"x", f"{key}.json": b'{"label": 0}'}
     )
     re_sum(folder)
@@ -84,7 +84,9 @@ def same_key(folder: Path) -> None:
 def features_among_images(folder: Path) -> None:
     out = io.BytesIO()
     np.save(out, np.ones(5, np.float32))
-    rewrite(folder / "train-000001.tar", {}, {"f.image.npy": out.getvalue(), "f.txt": b"x", "f.json": b'{"label": 0}'})
+    rewrite_tar(
+        folder / "train-000001.tar", {}, {"f.image.npy": out.getvalue(), "f.txt": b"x", "f.json": b'{"label": 0}'}
+    )
     re_sum(folder)
 
 
@@ -143,17 +145,17 @@ def unfinished(folder: Path) -> None:
 def test_verify_finds_each_planted_fault(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], plant, expected: str
 ) -> None:
-    built(raw, tmp_path / "out")
+    build_folder(raw, tmp_path / "out")
     plant(tmp_path / "out")
     capsys.readouterr()
-    assert run("verify", tmp_path / "out", "--processes", 1) == 1
+    assert run_shards("verify", tmp_path / "out", "--processes", 1) == 1
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
     assert any(expected in line for line in problems), problems
 
 
 def test_a_duplicate_within_a_split_is_a_warning(raw: Path, tmp_path: Path) -> None:
     shutil.copy(raw / "train/cat/train00.png", raw / "train/cat/train01.png")
-    built(raw, tmp_path / "out")
+    build_folder(raw, tmp_path / "out")
     report = verify(tmp_path / "out", processes=1)
     assert report.problems == []
     assert len(report.warnings) == 1
