@@ -1,4 +1,5 @@
-# make train: everything from nothing to a trained, evaluated model.  make quick: tests of what has changed.
+# make train: everything from nothing to a trained, evaluated model.  make serve: a search page over it.
+# make quick: tests of what has changed.
 # make test, make test-slurm (a SLURM of two virtual nodes, root): what CI runs.  make test-all, make test-slurm-all: the
 # slow ones too.  make bench-gpu: on a GPU.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ RUN := runs/openmoji
 # One thread a test process: the tests start processes of their own.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: train quick test test-all test-slurm test-slurm-all bench-gpu check clean
+.PHONY: train serve quick test test-all test-slurm test-slurm-all bench-gpu check clean
 
 .venv/.installed: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -23,6 +24,11 @@ train: .venv/.installed
 	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		launchers/train.py --preset openmoji --data $(DATA)/openmoji-features --output $(RUN)
 	$(BIN)/python launchers/evaluate.py $(RUN) --split test
+
+serve: .venv/.installed
+	$(BIN)/python launchers/embed.py $(RUN) --data $(DATA)/openmoji --output $(RUN)-embeddings
+	$(BIN)/python launchers/index.py $(RUN)-embeddings --output $(RUN)-index
+	$(BIN)/python launchers/serve.py $(RUN)-index --title OpenMoji
 
 check: .venv/.installed
 	$(BIN)/ruff check .

@@ -52,7 +52,7 @@ _UPRIGHT: dict[int, tuple[bool, int, int]] = {
 }
 """EXIF orientation (EXIF 2.3, tag 274) -> what makes the picture upright: rows for columns, then the steps in which
 rows and columns are read."""
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 """What Pillow raises on damaged files."""
 
 
@@ -80,7 +80,7 @@ def decode_image(
         raise BadSample(f"the image has more than {MAX_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
         raise BadSample("the image does not decode (unknown format: expected JPEG, PNG or WebP)") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         if isinstance(error, BadSample):
             raise
         raise BadSample(f"the image does not decode ({error})") from None
@@ -125,7 +125,7 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) where there is none or its block is damaged: the pixels are good."""
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (*_UNREADABLE, KeyError, TypeError):
+    except (*UNREADABLE, KeyError, TypeError):
         return 1
     return value if value in _UPRIGHT else 1
 
@@ -173,7 +173,7 @@ def _decode(data: bytes, image: Image.Image | None, shape: tuple[int, int], eigh
             if "premature" in str(error).lower():  # Pillow would fill up a picture whose cut end bears an end marker
                 raise BadSample(f"the image does not decode ({error})") from None
             # odd but perhaps readable, such as bytes behind the end: Pillow decides
-    pixels = np.array(_to_rgb(image or open_image(data)).convert("RGBX"))
+    pixels = np.array(to_rgb(image or open_image(data)).convert("RGBX"))
     if pixels.shape[1::-1] != shape:
         raise BadSample(
             f"the image does not decode ({pixels.shape[1]} x {pixels.shape[0]} pixels, not as its header says)"
@@ -196,7 +196,7 @@ def _resize(pixels: np.ndarray, size: int, side: float | None = None) -> np.ndar
     return pixels.view("<u4")[..., 0]
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode as RGB, transparency on white."""
     if image.mode.startswith("I"):  # 16 bits of grey; convert() would clip them to 8
         grey = np.clip(np.asarray(image), 0, 65535) >> 8

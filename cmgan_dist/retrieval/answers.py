@@ -1,0 +1,192 @@
+"""What a search is asked and answers, as plain values: checks of what came, hits as JSON, scores against chance.
+
+A `Searcher` answers one question at a time; threads, bounds and HTTP are those of ``serve.py``. E is the dimension of
+the common space."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.retrieval.pictures import Pictures, PicturesOf, thumbnail
+
+T = TypeVar("T")
+Wanted = Literal["image", "text", "any", "each"]
+"""Items of one modality, the best of both, or as many of each."""
+
+MOST_CHARACTERS = 2000
+"""Of a text that is searched with."""
+NEAR = 2.0
+"""Standard deviations above chance from which on the best hit counts as near."""
+REMEMBERED = 500
+"""Texts, and pictures, that were searched with and whose vectors are kept."""
+
+
+class NotThere(BadInput):
+    """What is asked for by its name is not there."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How many hits of what kind a search shall find."""
+
+    k: int
+    modality: Wanted
+    classes: tuple[str, ...]
+    """Names, or several with commas between, as `chosen_classes` takes them."""
+
+
+def checked_text(text: str) -> str:
+    """Return a text to search with. Raises BadInput when it is empty or too long."""
+    if not text.strip():
+        raise BadInput("text is empty: give some words")
+    if len(text) > MOST_CHARACTERS:
+        raise BadInput(f"text has {len(text)} characters: give at most {MOST_CHARACTERS}")
+    return text.strip()
+
+
+def chosen_classes(given: Iterable[str], known: Sequence[str]) -> list[str] | None:
+    """Return the classes to filter by, None for all. Each value is a class, or several with commas between.
+
+    Raises BadInput when one is not known."""
+    names: list[str] = []
+    for value in given:
+        names += [value] if value in known else [name for part in value.split(",") if (name := part.strip())]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise BadInput(f"class {unknown[0]!r} is unknown: ask /api/info for the names")
+    return list(dict.fromkeys(names)) or None
+
+
+def above_chance(score: float, chance: tuple[float, float]) -> float | None:
+    """Return by how many standard deviations a score lies above chance; None where chance does not vary.
+
+    `chance`: (mean, standard deviation) of scores between random items."""
+    mean, deviation = chance
+    return (score - mean) / deviation if deviation > 0 else None
+
+
+def hit_record(
+    hit: Any, chance: tuple[float, float], pictures: Pictures | None, *, scored: bool = True
+) -> dict[str, Any]:
+    """Return an `Index` hit as JSON.
+
+    "picture" is the id whose thumbnail shows the hit, None where there is none; "texts" are what a picture's sample
+    says of it. `scored`: False for hits of no search."""
+    shown = hit.id if hit.modality == "image" else hit.owner
+    has_picture = pictures is not None and shown >= 0
+    texts = [hit.caption] if hit.caption is not None else []
+    if pictures is not None and pictures.local and not texts:
+        texts = pictures.texts(hit.shard, hit.row, hit.key)
+    record = {"id": hit.id, "modality": hit.modality, "key": hit.key, "texts": texts, "labels": list(hit.labels)}
+    record |= {"picture": shown if has_picture else None, "shard": hit.shard, "row": hit.row}
+    if scored:
+        record |= {"score": hit.score, "above_chance": above_chance(hit.score, chance)}
+    return record
+
+
+def is_near(hits: Sequence[Any], chance: tuple[float, float]) -> bool:
+    """Return whether the best hit is further above chance than chance itself reaches now and then."""
+    scores = [above_chance(hit.score, chance) for hit in hits]
+    return any(score is None or score >= NEAR for score in scores)
+
+
+class Searcher:
+    """An index with the model that encodes queries and, where they are there, the raw pictures. One thread at a time
+    may search; `thumbnail` may be called by others."""
+
+    def __init__(self, index: Any, model: Any, pictures_of: PicturesOf) -> None:
+        """`index`: an `Index`. `model`: what has encode_texts and encode_images, as `Model`."""
+        self.index, self.model, self.pictures_of = index, model, pictures_of
+        mean, deviation = index.chance
+        self.chance = (float(mean), float(deviation))
+        self.counts = {modality: len(index.items.allowed(modality, None)) for modality in ("image", "text")}
+        self._texts: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._queries: OrderedDict[str, tuple[np.ndarray, bytes]] = OrderedDict()
+        """Token -> (vector, thumbnail) of a picture that was searched with."""
+
+    def find_text(self, text: str, ask: Ask) -> dict[str, Any]:
+        """Return the answer to a search by text."""
+        if text not in self._texts:
+            _remember(self._texts, text, self.model.encode_texts([text])[0])
+        return self._find(self._texts[text], ask, {"text": text})
+
+    def find_upload(self, data: bytes, ask: Ask) -> dict[str, Any]:
+        """Return the answer to a search by an encoded picture, with a token by which `find_known` knows it.
+
+        Raises BadInput when it is no picture."""
+        token = hashlib.sha256(data).hexdigest()[:32]
+        if token not in self._queries:
+            try:
+                small = thumbnail(data)
+            except BadSample as error:
+                raise BadInput(f"the upload cannot be used: {error}; give another picture") from None
+            _remember(self._queries, token, (self.model.encode_images([data])[0], small))
+        return self.find_known(token, ask)
+
+    def find_known(self, token: str, ask: Ask) -> dict[str, Any]:
+        """Return the answer to a search by a picture that was given before. Raises NotThere as `known_query`."""
+        return self._find(self.known_query(token)[0], ask, {"picture": token})
+
+    def known_query(self, token: str) -> tuple[np.ndarray, bytes]:
+        """Return (vector, thumbnail) of a picture that was searched with. Raises NotThere when it is not kept."""
+        if token not in self._queries:
+            raise NotThere("the server does not know this picture any more: give it again")
+        self._queries.move_to_end(token)
+        return self._queries[token]
+
+    def find_similar(self, id: int, ask: Ask) -> dict[str, Any]:
+        """Return what lies near an item, which comes as the query. Raises NotThere when there is no such item."""
+        query = {"item": self._record(self._hit(id), scored=False)}
+        return self._find(np.asarray(self.index.vector(id), np.float32), ask, query, without=id)
+
+    def listed(self, offset: int, limit: int, modality: str | None, classes: tuple[str, ...]) -> dict[str, Any]:
+        """Return the items offset..offset+limit of those that fit, in the order of their ids."""
+        chosen = chosen_classes(classes, self.index.classes)
+        ids = self.index.items.allowed(modality, chosen and tuple(chosen))
+        hits = [self.index.get(int(id)) for id in ids[offset : offset + limit]]
+        records = [self._record(hit, scored=False) for hit in hits]
+        return {"hits": records, "offset": offset, "total": len(ids)}
+
+    def thumbnail(self, id: int, side: int) -> bytes:
+        """Return the small JPEG of an item. Raises NotThere where there is no such item, or no picture of it."""
+        hit, pictures = self._hit(id), self.pictures_of(id)
+        try:
+            if pictures is None:
+                raise BadSample("the raw data are not here")
+            return thumbnail(pictures.read(hit.shard, hit.row, hit.key), side)
+        except BadSample as error:
+            raise NotThere(f"item {id} has no picture to show: {error}") from None
+
+    def _hit(self, id: int) -> Any:
+        try:
+            return self.index.get(id)
+        except BadInput:
+            raise NotThere(f"item {id} is not in the index: browse for those that are") from None
+
+    def _record(self, hit: Any, *, scored: bool = True) -> dict[str, Any]:
+        return hit_record(hit, self.chance, self.pictures_of(hit.id), scored=scored)
+
+    def _find(self, vector: np.ndarray, ask: Ask, query: dict[str, Any], without: int = -1) -> dict[str, Any]:
+        """Return the answer to a search by `vector`, float32 [E], but for the item `without`."""
+        classes = chosen_classes(ask.classes, self.index.classes)
+        modalities = {"each": ("image", "text"), "any": (None,)}.get(ask.modality, (ask.modality,))
+        hits = []
+        for modality in modalities:
+            found = self.index.search(vector[None], ask.k + (without >= 0), modality=modality, classes=classes)[0]
+            hits += [hit for hit in found if hit.id != without][: ask.k]
+        records = [self._record(hit) for hit in hits]
+        return {"query": query, "hits": records, "near": is_near(hits, self.chance)}
+
+
+def _remember(kept: OrderedDict[str, T], key: str, value: T) -> None:
+    """Keep a value, and the newest REMEMBERED only."""
+    kept[key] = value
+    while len(kept) > REMEMBERED:
+        kept.popitem(last=False)

@@ -1,0 +1,228 @@
+"""The pictures of an index, as people see them: read from where they lie, made small, kept in memory up to a bound.
+
+An index holds vectors and captions, no pictures. They come from the raw shards by (shard, row), or from the folder of
+pictures that was embedded by their path below it; a key is hostile input and never leads out of that folder."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from cmgan_dist.data.cache import open_store
+from cmgan_dist.data.image import MAX_PIXELS, UNREADABLE, open_image, to_rgb
+from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.sample import Sample, parse_sample
+from cmgan_dist.errors import BadInput, BadSample
+
+SIDE, MOST_SIDE = 224, 512
+"""Longer side of a thumbnail in pixels: what is made unless asked, and the most."""
+MOST_FILE_BYTES = 64 << 20
+"""A larger file of a folder is not opened."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Pictures(ABC):
+    """Where the raw pictures and texts of an index lie. An item is named by its shard, its row there, and its key."""
+
+    local = True
+    """Whether reading one takes milliseconds."""
+
+    @abstractmethod
+    def read(self, shard: str, row: int, key: str) -> bytes:
+        """Return the encoded picture of an item. Raises BadSample, saying why, when there is none."""
+
+    def texts(self, shard: str, row: int, key: str) -> list[str]:
+        """Return the texts that belong to an item's picture; none where they are not there."""
+        return []
+
+
+PicturesOf = Callable[[int], Pictures | None]
+"""Id of an item of an index -> where its picture lies."""
+
+
+class ShardPictures(Pictures):
+    """The pictures of raw shards: those of all splits of a data set. Threads may share it."""
+
+    def __init__(self, data: str) -> None:
+        """`data`: folder or URL of raw shards. Raises BadInput when it cannot be read or holds features."""
+        self.local = "://" not in data
+        self._readers: dict[str, tuple[ShardReader, int]] = {}
+        manifest: Manifest | None = None
+        for split in _splits(data):
+            reader = ShardReader(data, split)
+            manifest = reader.manifest
+            for number, shard in enumerate(reader.shards):
+                self._readers[_plain(shard.name)] = reader, number
+        if manifest is None or manifest.image != "encoded":
+            raise BadInput(f"{data} holds no encoded pictures: name the raw shards")
+
+    def _sample(self, shard: str, row: int, key: str) -> Sample:
+        reader, number = self._readers.get(_plain(shard), (None, 0))
+        if reader is None:
+            raise BadSample(f"the data set has no shard {shard}")
+        if not 0 <= row < reader.shards[number].samples:
+            raise BadSample(f"{shard} has no sample {row}")
+        found, members = reader.raw(number, row)
+        if found != key:
+            raise BadSample(f"sample {row} of {shard} is {found}, not {key}: the data set has changed")
+        return parse_sample(key, members)
+
+    def read(self, shard: str, row: int, key: str) -> bytes:
+        """Return the encoded picture of an item. Raises BadSample, saying why, when there is none."""
+        image = self._sample(shard, row, key).image
+        if not isinstance(image, bytes):
+            raise BadSample(f"{key} has no encoded picture")
+        return image
+
+    def texts(self, shard: str, row: int, key: str) -> list[str]:
+        """Return the texts of an item's sample; none where the sample cannot be used."""
+        try:
+            texts = self._sample(shard, row, key).texts
+        except BadSample:
+            return []
+        return texts if isinstance(texts, list) else []
+
+
+class FolderPictures(Pictures):
+    """The pictures of a folder, by their path below it. No path outside it is reached, by symbolic links neither."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises BadInput when there is no such folder."""
+        self.root = Path(folder).resolve()
+        if not self.root.is_dir():
+            raise BadInput(f"folder of pictures {folder} does not exist: name the one that was embedded")
+
+    def read(self, shard: str, row: int, key: str) -> bytes:
+        """Return the encoded picture of an item. Raises BadSample, saying why, when there is none."""
+        missing = BadSample("the picture is not in the folder any more")
+        try:
+            path = (self.root / key).resolve(strict=True)
+            if not path.is_relative_to(self.root) or path.suffix.lower() not in SUFFIXES:
+                raise missing
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would block
+            with open(descriptor, "rb") as file:
+                found = os.fstat(descriptor)
+                if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_FILE_BYTES:
+                    raise missing
+                return file.read(MOST_FILE_BYTES)
+        except (OSError, ValueError, RuntimeError):  # not there, a NUL in its name, links in a circle
+            raise missing from None
+
+
+def open_pictures(kind: str, location: str, data: str = "") -> Pictures | None:
+    """Return where the pictures of an index lie, None when they are not there any more and `data` is not given.
+
+    `kind` and `location`: the index's source. `data`: raw shards to take in its place. Of feature shards, the raw
+    shards that they were made from are taken. Raises BadInput when `data` is given and holds no pictures."""
+    if data:
+        return ShardPictures(data)
+    if kind == "pictures":
+        return FolderPictures(location) if Path(location).is_dir() else None
+    if kind != "shards" or not ("://" in location or (Path(location) / MANIFEST_NAME).is_file()):
+        return None
+    manifest = _manifest(location)
+    if manifest.image == "encoded":
+        return ShardPictures(location)
+    source = str(manifest.details.get("source", ""))
+    return ShardPictures(source) if (Path(source) / MANIFEST_NAME).is_file() else None
+
+
+def pictures_by_source(index: Any, data: str = "") -> PicturesOf:
+    """Return where the pictures of each item of an `Index` lie, which may be of several sources.
+
+    `data`: as of `open_pictures`."""
+
+    def place(source: dict[str, str]) -> tuple[str, str]:
+        return source["kind"], source["location"]
+
+    places = {place(each["source"]) for each in index.manifest.embeddings}
+    opened = {each: open_pictures(*each, data) for each in places}
+    return lambda id: opened[place(index.source_of(id))]
+
+
+def _manifest(data: str) -> Manifest:
+    store = open_store(data)
+    return Manifest.from_json(store.read(MANIFEST_NAME).decode("utf-8", "replace"), store.location(MANIFEST_NAME))
+
+
+def _splits(data: str) -> list[str]:
+    """Return the splits of a data set that have samples."""
+    manifest = _manifest(data)
+    return [split for split in manifest.splits if manifest.samples(split)]
+
+
+def _plain(shard: str) -> str:
+    return shard.removesuffix(".tar")
+
+
+# ---------------------------------------------------------------------------------------------- thumbnails
+
+
+def thumbnail(data: bytes, side: int = SIDE) -> bytes:
+    """Return an encoded picture as a small JPEG: upright, transparency on white, at most `side` pixels each way.
+
+    Raises BadSample with the reason when it is no picture or has more than MAX_PIXELS."""
+    try:
+        image = open_image(data)
+        if image.width * image.height > MAX_PIXELS:
+            raise BadSample(f"the picture has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+        image.draft("RGB", (side, side))  # a JPEG is decoded at just above the size
+        image = _upright(image)
+        if image.has_transparency_data or image.mode not in ("RGB", "L"):
+            image = to_rgb(image)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=88, subsampling=0)  # full colour: flat drawings stay clean
+    except Image.DecompressionBombError:
+        raise BadSample(f"the picture has more than {MAX_PIXELS} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise BadSample("it is no JPEG, PNG or WebP picture") from None
+    except UNREADABLE as error:
+        if isinstance(error, BadSample):
+            raise
+        raise BadSample(f"the picture does not decode ({error})") from None
+    return out.getvalue()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return an image turned as its EXIF block says; as it is where that block is damaged: the pixels are good."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (*UNREADABLE, KeyError, TypeError):
+        return image
+
+
+class ByteCache:
+    """The byte strings that were used last, up to a number of bytes. Threads may share it."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes, self.held = most_bytes, 0
+        self._kept: OrderedDict[object, tuple[bytes, str]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: object, make: Callable[[], bytes]) -> tuple[bytes, str]:
+        """Return (bytes, their ETag) of a key, made when they are not kept. Raises what `make` raises."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        data = make()
+        made = data, f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = made
+                self.held += len(data)
+            while self.held > self.most_bytes:
+                self.held -= len(self._kept.popitem(last=False)[1][0])
+        return made

@@ -1,0 +1,350 @@
+"""A page and a JSON API over an index: texts or pictures in, what lies near out.
+
+    GET  /                       the page
+    GET  /api/search?text=       also ?picture=TOKEN, which a picture's search has answered with
+    POST /api/search             a picture, multipart, field "image"
+    GET  /api/similar/{id}       near an item of the index
+    GET  /api/browse             items in their order
+    GET  /api/info               counts, classes, attribution, chance, limits
+    GET  /api/thumbnail/{id}     a small JPEG; /api/picture/TOKEN is that of a picture that was searched with
+
+The first three searches take k, modality (image, text, any: best first of both, each: k of either) and classes.
+Whatever is wrong is a status of 4xx and {"error": one sentence}. Nothing of the host but what the index names can be
+reached.
+
+The way of a request: one thread encodes and searches, first come first served, two make thumbnails; how many may wait
+is bounded, and beyond that the answer is 503. This is the one file that names a web framework.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from typing import Annotated, Any, Literal, TypeVar
+
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from fastapi.telemetry import TelemetryConfig
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.datastructures import MutableHeaders, UploadFile
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cmgan_dist.errors import BadInput
+from cmgan_dist.retrieval.answers import Ask, NotThere, Searcher, Wanted, checked_text
+from cmgan_dist.retrieval.pictures import MOST_SIDE, SIDE, ByteCache, PicturesOf
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MOST_HITS = 200
+"""Of each modality in one answer."""
+FORM_BYTES = 4096
+"""What a multipart form adds to its file at most."""
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
+    "frame-ancestors 'none'; form-action 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+"""Of every answer: the page may ask nothing of another host, and no other page may show it in a frame."""
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""What FastAPI would write down of requests, and send away where the environment says so."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a server takes at a time."""
+
+    upload_bytes: int = 10 << 20
+    """Of a picture that is searched with."""
+    upload_seconds: float = 60.0
+    """In which it must have come."""
+    uploads: int = 8
+    """Pictures that are read and held in memory at a time."""
+    waiting: int = 256
+    """Searches that wait or run."""
+    thumbnails_waiting: int = 1024
+    """Thumbnails that are waited for."""
+    thumbnails_bytes: int = 64 << 20
+    """Thumbnails that are kept."""
+
+
+def ask_of(
+    k: Annotated[int, Query(ge=1, le=MOST_HITS)] = 20,
+    modality: Wanted = "any",
+    classes: Annotated[list[str] | None, Query()] = None,
+) -> Ask:
+    """Return what the parameters of a request ask for."""
+    return Ask(k, modality, tuple(classes or ()))
+
+
+Id = Annotated[int, Path(ge=0, lt=2**63)]
+Asked = Annotated[Ask, Depends(ask_of)]
+
+
+class Gate:
+    """Lets `at_once` callers work at a time and the others wait; beyond `most` callers, HTTP 503."""
+
+    def __init__(self, most: int, at_once: int) -> None:
+        self.most, self.inside = most, 0
+        self._slots = asyncio.Semaphore(at_once)
+
+    async def __aenter__(self) -> None:
+        if self.inside >= self.most:
+            raise HTTPException(503, "the server is busy: try again in a few seconds", {"Retry-After": "3"})
+        self.inside += 1
+        try:
+            await self._slots.acquire()
+        except BaseException:
+            self.inside -= 1
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._slots.release()
+        self.inside -= 1
+
+
+class Service:
+    """The handlers of all requests, and the threads that do their work."""
+
+    def __init__(self, searcher: Searcher, title: str, attribution: str, limits: Limits) -> None:
+        self.searcher, self.title, self.attribution, self.limits = searcher, title, attribution, limits
+        self.searches = Gate(limits.waiting, 1)
+        self.uploads = Gate(limits.waiting, limits.uploads)
+        self.thumbnails = Gate(limits.thumbnails_waiting, 2)
+        self.search_thread = ThreadPoolExecutor(1, "search")
+        self.thumbnail_threads = ThreadPoolExecutor(2, "thumbnail")
+        self.made = ByteCache(limits.thumbnails_bytes)
+
+    async def in_turn(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in the search thread, after those that came before. Raises HTTP 503 when too many wait."""
+        async with self.searches:
+            return await asyncio.get_running_loop().run_in_executor(self.search_thread, function, *arguments)
+
+    # ---------------------------------------------------------------------------------------- handlers
+
+    async def search(self, ask: Asked, text: str | None = None, picture: str | None = None) -> dict[str, Any]:
+        """Search by a text, or by a picture that was uploaded before."""
+        if (text is None) == (picture is None):
+            raise BadInput("text is missing: give ?text=, or POST a picture")
+        if picture is not None:
+            return await self.in_turn(self.searcher.find_known, picture, ask)
+        return await self.in_turn(self.searcher.find_text, checked_text(text or ""), ask)
+
+    async def search_upload(self, request: Request, ask: Asked) -> dict[str, Any]:
+        """Search by an uploaded picture."""
+        check_length(request, self.limits)
+        async with self.uploads:
+            data = await read_upload(request, self.limits)
+            return await self.in_turn(self.searcher.find_upload, data, ask)
+
+    async def similar(self, id: Id, ask: Asked) -> dict[str, Any]:
+        """Search by an item of the index."""
+        return await self.in_turn(self.searcher.find_similar, id, ask)
+
+    async def browse(
+        self,
+        offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MOST_HITS)] = 60,
+        modality: Literal["image", "text"] | None = None,
+        classes: Annotated[list[str] | None, Query()] = None,
+    ) -> dict[str, Any]:
+        """List items in their order."""
+        return await self.in_turn(self.searcher.listed, offset, limit, modality, tuple(classes or ()))
+
+    async def info(self) -> dict[str, Any]:
+        """Say what the index holds."""
+        mean, deviation = self.searcher.chance
+        return {
+            "title": self.title,
+            "counts": self.searcher.counts,
+            "classes": list(self.searcher.index.classes),
+            "attribution": self.attribution,
+            "chance": {"mean": mean, "std": deviation},
+            "limits": {"k": MOST_HITS, "upload_bytes": self.limits.upload_bytes},
+        }
+
+    async def picture(
+        self, request: Request, id: Id, size: Annotated[int, Query(ge=16, le=MOST_SIDE)] = SIDE
+    ) -> Response:
+        """Show an item."""
+        async with self.thumbnails:
+            make = partial(self.searcher.thumbnail, id, size)
+            loop = asyncio.get_running_loop()
+            data, tag = await loop.run_in_executor(self.thumbnail_threads, self.made.get, (id, size), make)
+        return jpeg(request, data, tag)
+
+    async def query_picture(self, request: Request, token: str) -> Response:
+        """Show a picture that was searched with."""
+        _, small = await self.in_turn(self.searcher.known_query, token)
+        return jpeg(request, small, f'"{token}"')
+
+    async def page(self) -> HTMLResponse:
+        """Show the page."""
+        loader = PackageLoader("cmgan_dist.retrieval")
+        template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("search.html")
+        return HTMLResponse(template.render(**await self.info()))
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Read the text backbone before the first query comes; its errors come again with that."""
+        self.search_thread.submit(self.searcher.model.encode_texts, ["first"])
+        yield
+        for pool in (self.search_thread, self.thumbnail_threads):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def jpeg(request: Request, data: bytes, tag: str) -> Response:
+    """Return a picture, or that it is still the one that the client has."""
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=headers)
+    return Response(data, media_type="image/jpeg", headers=headers)
+
+
+# ---------------------------------------------------------------------------------------------- uploads
+
+
+def too_large(limits: Limits) -> HTTPException:
+    """Return the error of an upload over the limit."""
+    return HTTPException(413, f"the upload has more than {limits.upload_bytes >> 20} MB: give a smaller picture")
+
+
+def check_length(request: Request, limits: Limits) -> None:
+    """Raise HTTP 413 for a body that says it is too long, before a byte of it is read."""
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > limits.upload_bytes + FORM_BYTES:
+        raise too_large(limits)
+
+
+async def read_upload(request: Request, limits: Limits) -> bytes:
+    """Return the file in the form field "image". Raises HTTP 413 as soon as more came than is allowed, 408 when it
+    takes too long, and BadInput when there is no such field."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise BadInput("the body is no multipart/form-data: send the picture as the form field 'image'")
+
+    async def counted() -> AsyncGenerator[bytes]:
+        came = 0
+        async for chunk in request.stream():
+            came += len(chunk)
+            if came > limits.upload_bytes + FORM_BYTES:
+                raise too_large(limits)
+            yield chunk
+
+    parser = MultiPartParser(request.headers, counted(), max_files=1, max_fields=8)
+    try:
+        form = await asyncio.wait_for(parser.parse(), limits.upload_seconds)
+    except (MultiPartException, ClientDisconnect) as error:
+        raise BadInput(f"the form cannot be read ({error or 'it ends early'}): send the picture again") from None
+    except TimeoutError:
+        raise HTTPException(408, f"the upload took more than {limits.upload_seconds:.0f} s: send it again") from None
+    try:
+        image = form.get("image")
+        if not isinstance(image, UploadFile):
+            raise BadInput("the form field 'image' with a picture is missing: send one")
+        data = await image.read(limits.upload_bytes + 1)
+    finally:
+        await form.close()
+    if len(data) > limits.upload_bytes:
+        raise too_large(limits)
+    return data
+
+
+# ---------------------------------------------------------------------------------------------- application
+
+
+class Guarded:
+    """Adds HEADERS to every answer of an application, and answers in its place where it fails."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_with(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with)
+        except Exception:  # the server goes on
+            if scope["type"] != "http" or started:
+                raise
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            failed = JSONResponse({"error": "the server failed at this request: its log says why"}, 500)
+            await failed(scope, receive, send_with)
+
+
+async def say(_: Request, error: Exception) -> JSONResponse:
+    """Return an error as JSON of one sentence."""
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        given = repr(first.get("input"))[:80]
+        reason = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+        return JSONResponse({"error": f"{first['loc'][-1]} is {given}: {reason}"}, 400)
+    if isinstance(error, BadInput):
+        return JSONResponse({"error": str(error)}, 404 if isinstance(error, NotThere) else 400)
+    assert isinstance(error, AnyHTTPException)
+    return JSONResponse({"error": str(error.detail)}, error.status_code, dict(error.headers or {}))
+
+
+def build_app(
+    index: Any,
+    model: Any,
+    pictures_of: PicturesOf,
+    *,
+    title: str = "Search",
+    attribution: str = "",
+    limits: Limits | None = None,
+) -> FastAPI:
+    """Return the application over an `Index`, a `Model` and what tells where an item's picture lies."""
+    service = Service(Searcher(index, model, pictures_of), title, attribution, limits or Limits())
+    app = FastAPI(title=title, docs_url=None, redoc_url=None, lifespan=service.lifespan, telemetry=NO_TELEMETRY)
+    app.add_middleware(Guarded)
+    for kind in (RequestValidationError, BadInput, AnyHTTPException):
+        app.add_exception_handler(kind, say)
+    app.add_api_route("/", service.page, response_class=HTMLResponse, include_in_schema=False)
+    app.add_api_route("/api/search", service.search)
+    app.add_api_route("/api/search", service.search_upload, methods=["POST"])
+    app.add_api_route("/api/similar/{id}", service.similar)
+    app.add_api_route("/api/browse", service.browse)
+    app.add_api_route("/api/info", service.info)
+    app.add_api_route("/api/thumbnail/{id}", service.picture, response_class=Response)
+    app.add_api_route("/api/picture/{token}", service.query_picture, response_class=Response)
+    app.mount("/static", StaticFiles(directory=str(files("cmgan_dist.retrieval") / "static")))
+    return app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; port 0 takes a free one. Raises BadInput when the address cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise BadInput(f"--host {host} --port {port} cannot be listened on ({error}): choose others") from None
+
+
+def serve(app: FastAPI, listening: socket.socket) -> None:
+    """Answer requests until Ctrl-C or SIGTERM, and end those that run."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False))
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what it got once more when it has stopped
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[listening])

@@ -1,0 +1,66 @@
+"""Serve a page and a JSON API over an index.
+
+python launchers/serve.py INDEX [--run RUN] [--data RAW_SHARDS] [--host 127.0.0.1] [--port 8000]
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cmgan_dist.config.cli import log_to_stderr, parse
+from cmgan_dist.errors import BadInput, run_main
+
+
+@dataclass
+class Arguments:
+    """Serve a search page and a JSON API over INDEX until Ctrl-C or SIGTERM."""
+
+    index: Annotated[Path, tyro.conf.Positional]
+    """Folder of the index."""
+    run: str = ""
+    """Run, or copy of its best/, whose model encodes queries; the one that the index names when left out."""
+    data: str = ""
+    """Raw shards that pictures come from; those that were embedded when left out and still there."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines ask."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    title: str = ""
+    """Name of the page; that of the index's folder when left out."""
+
+
+def main() -> None:
+    log_to_stderr()
+    arguments = parse(Arguments, sys.argv[1:], prog="launchers/serve.py")
+    # after the cheap checks: torch and its friends take seconds to import
+    from cmgan_dist.retrieval.index import Index
+
+    from cmgan_dist.models.saved import read_model
+    from cmgan_dist.retrieval.model import Model
+    from cmgan_dist.retrieval.pictures import pictures_by_source
+    from cmgan_dist.retrieval.serve import build_app, listen, serve
+
+    index = Index.open(arguments.index)
+    run = arguments.run or index.manifest.model["run"]
+    if not arguments.run and not Path(run).is_dir():
+        raise BadInput(f"the model of {arguments.index} is not at {run!r} any more: name its run by --run")
+    saved = read_model(run)
+    index.check_model(saved)
+    pictures_of = pictures_by_source(index, arguments.data)
+    if pictures_of(int(index.items.ids[0])) is None:
+        print("the raw pictures are not here: the page shows texts and keys alone (--data names them)", file=sys.stderr)
+    title = arguments.title or arguments.index.resolve().name
+    app = build_app(index, Model(saved), pictures_of, title=title, attribution=index.manifest.attribution)
+    with listen(arguments.host, arguments.port) as listening:
+        host, port = listening.getsockname()[:2]
+        print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        serve(app, listening)
+
+
+if __name__ == "__main__":
+    run_main(main)
