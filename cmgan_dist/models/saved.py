@@ -21,7 +21,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -214,11 +214,10 @@ def save_model(
         files[VOCABULARY_NAME] = vocabulary.to_json().encode()
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     spec = dataclasses.replace(spec, files={**spec.files, **sums}, progress=dict(progress))
-    record = {"version": VERSION, **dataclasses.asdict(spec)}
     try:
         for name, content in files.items():
             write_atomic(best / (name + LATER), content)
-        write_atomic(best / SPEC_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(best / SPEC_NAME, spec_json(spec))
         for name in files:
             os.replace(best / (name + LATER), best / name)
     except OSError as error:
@@ -226,6 +225,11 @@ def save_model(
             f"the best model could not be written to {best} ({error.strerror}): free space there and start again; the "
             "one before is whole"
         ) from None
+
+
+def spec_json(spec: ModelSpec) -> str:
+    """Return the text of model.json."""
+    return json.dumps({"version": VERSION, **dataclasses.asdict(spec)}, indent=1, ensure_ascii=False) + "\n"
 
 
 def stored_tensors(generator: Generator) -> dict[str, Tensor]:
@@ -260,6 +264,9 @@ def _read_spec(path: Path) -> ModelSpec:
         version = record.pop("version")
         if version != VERSION:
             raise BadInput(f"{path} has version {version}, this program reads {VERSION}: train again")
+        for name in record["files"]:  # a model may come from anywhere: its files lie below its folder
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise BadInput(f"{path} names the file '{name}', which is outside of its folder: do not use this model")
         parts = {"data": DataSpec, "image": BackboneSpec, "text": BackboneSpec}
         return ModelSpec(**{**record, **{name: kind(**record[name]) for name, kind in parts.items()}})
     except BadInput:
@@ -268,8 +275,10 @@ def _read_spec(path: Path) -> ModelSpec:
         raise BadInput(f"{path} cannot be read ({error!r}): restore the best/ folder or train again") from None
 
 
-def _whole(folder: Path, name: str, expected: str | None) -> Path:
-    """The file that has the checksum `expected`: NAME, or NAME.new where a save was killed before its last step."""
+def whole_file(folder: Path, name: str, expected: str | None) -> Path:
+    """Return the file that has the checksum `expected`: NAME, or NAME.new where a save was killed before its last step.
+
+    Raises BadInput when neither has it."""
     for path in (folder / name, folder / (name + LATER)):
         try:
             if expected is not None and sha256_of(path) == expected:
@@ -286,13 +295,13 @@ def read_model(run: str | Path) -> Saved:
     """Read RUN/best, or a copy of that folder. Raises BadInput, naming the file, when one is missing or damaged."""
     folder = best_folder(run)
     spec = _read_spec(folder / SPEC_NAME)
-    path = _whole(folder, MODEL_NAME, spec.files.get(MODEL_NAME))
+    path = whole_file(folder, MODEL_NAME, spec.files.get(MODEL_NAME))
     try:
         tensors = load(path.read_bytes())
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path} cannot be read ({error}): restore it or train again") from None
     found = {name: tensors.pop(f"statistics/{name}", None) for name in STATISTICS}
-    config = load_config(_whole(folder, CONFIG_NAME, spec.files.get(CONFIG_NAME)))
+    config = load_config(whole_file(folder, CONFIG_NAME, spec.files.get(CONFIG_NAME)))
     statistics = None if any(v is None for v in found.values()) else Statistics(**found)  # type: ignore[arg-type]
     return Saved(folder, spec, config, tensors, statistics)
 
@@ -303,7 +312,7 @@ def read_model(run: str | Path) -> Saved:
 def _vocabulary_of(saved: Saved) -> Vocabulary | None:
     if saved.config.model.text.name != "cnn":
         return None
-    return Vocabulary.load(_whole(saved.folder, VOCABULARY_NAME, saved.spec.files.get(VOCABULARY_NAME)))
+    return Vocabulary.load(whole_file(saved.folder, VOCABULARY_NAME, saved.spec.files.get(VOCABULARY_NAME)))
 
 
 def _source_of(saved: Saved, modality: Modality) -> str:
@@ -313,7 +322,7 @@ def _source_of(saved: Saved, modality: Modality) -> str:
     if not weights or not kept:
         return weights
     for name in kept:
-        _whole(saved.folder, name, saved.spec.files[name])
+        whole_file(saved.folder, name, saved.spec.files[name])
     return str(saved.folder / weights)
 
 

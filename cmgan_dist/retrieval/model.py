@@ -40,6 +40,19 @@ class Model:
         self.generator = load_generator(saved, backbones=False).to(self.device)
         self._backbones: dict[Modality, ImageBackbone | TextBackbone] = {}
 
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, device: str | torch.device = "auto"
+    ) -> Model:
+        """Load a folder that `save_pretrained` wrote (a run or a copy of best/ too), else a model of the Hugging Face
+        hub by its name "owner/name"; `revision` is a branch, tag or commit there. Raises BadInput when there is
+        neither, or a file is damaged."""
+        if Path(name).is_dir():
+            return cls(read_model(name), device)
+        from cmgan_dist.retrieval.hub import fetch_pretrained
+
+        return cls(read_model(fetch_pretrained(str(name), revision)), device)
+
     @property
     def dim(self) -> int:
         """E, the dimension of the common space."""
@@ -106,6 +119,32 @@ class Model:
         out = np.empty_like(made)
         out[order] = made
         return out
+
+    def export(self, path: str | Path, *, modality: Modality | None = None, backbone: bool = False) -> list[Path]:
+        """Write the model as ONNX (``.onnx``) or a torch.export program (``.pt2``), a file for each modality or the one
+        that `modality` names; return the paths. Features go in, or with `backbone` pixels and tokens; unit vectors come
+        out: `export.export_model` has names and shapes. Raises BadInput when a file is not equal to the model within
+        1e-5."""
+        from cmgan_dist.retrieval.export import export_model
+
+        return export_model(self, path, modality=modality, backbone=backbone)
+
+    def save_pretrained(self, folder: str | Path, *, license: str = "") -> Path:
+        """Write the model to a folder that can be given away, with a model card; `from_pretrained` reads it.
+
+        `license`: the hub's identifier of the model's licence, such as "cc-by-4.0". Raises BadInput when the folder
+        cannot be written."""
+        from cmgan_dist.retrieval.hub import save_pretrained
+
+        return save_pretrained(self.saved, folder, license=license)
+
+    def push_to_hub(self, name: str, *, private: bool = False, license: str = "") -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub as "owner/name" and return the commit's URL.
+
+        Raises BadInput with what the hub says."""
+        from cmgan_dist.retrieval.hub import push_to_hub
+
+        return push_to_hub(self.saved, name, private=private, license=license)
 
     @torch.no_grad()
     def _encode(
