@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cmgan_dist.config.cli import log_to_stderr, parse_arguments
+from cmgan_dist.config.commands import program_name
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import to_yaml
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput, run_main
@@ -25,7 +26,7 @@ def check_places(config: Config) -> None:
     """Raises BadInput when --data or --output is missing."""
     for flag, value in (("--data", config.data), ("--output", config.output)):
         if not value:
-            raise BadInput(f"{flag} is missing: name a folder, see launchers/train.py --help")
+            raise BadInput(f"{flag} is missing: name a folder, see {program_name('launchers/train.py')} --help")
 
 
 def train_and_report(run: Run) -> int:
