@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,9 @@ from cmgan_dist.jobs.staging import staging
 from cmgan_dist.kernels.norm import GroupBatchNorm
 from cmgan_dist.models.backbones import SentenceCNN, SentenceEncoder
 from cmgan_dist.models.generator import Generator, Modality
-from cmgan_dist.models.saved import MODEL_NAME, load_backbone
+from cmgan_dist.models.saved import MODEL_NAME, Saved, load_backbone
 from cmgan_dist.models.weights import first_line
 from cmgan_dist.retrieval.metrics import l2_normalise
-
-if TYPE_CHECKING:
-    from cmgan_dist.retrieval.model import Model
 
 TOLERANCE = 1e-5
 """The largest difference of any number of a unit vector between a file and the model that it was made from."""
@@ -164,21 +161,21 @@ class _Part:
         return tuple(self.inputs.values())
 
 
-def _part_of(model: Model, modality: Modality, backbone: bool) -> _Part:
+def _part_of(saved: Saved, generator: Generator, modality: Modality, backbone: bool) -> _Part:
     """Return a modality from features, or from raw input with its backbone. Raises BadInput when that is not known."""
-    spec, generator = getattr(model.saved.spec, modality), copy.deepcopy(model.generator).cpu()
+    spec, generator = getattr(saved.spec, modality), copy.deepcopy(generator).cpu()
     random, rows = torch.Generator().manual_seed(0), torch.export.Dim("rows", min=1, max=1 << 20)
     traced, eager = FoldedProjection(generator, modality), _Eager(generator, modality)
     facts = {
-        "model_sha256": model.saved.spec.files[MODEL_NAME],
+        "model_sha256": saved.spec.files[MODEL_NAME],
         "modality": modality,
         "backbone": spec.name,
-        "classes": json.dumps(model.classes, ensure_ascii=False),
+        "classes": json.dumps(saved.spec.data.classes, ensure_ascii=False),
     }
     if not backbone:
         inputs = {f"{modality}_features": {0: rows}}
         return _Part(modality, traced, eager, inputs, lambda n: (torch.randn(n, spec.dim, generator=random),), facts)
-    made = load_backbone(model.saved, modality)
+    made = load_backbone(saved, modality)
     if modality == "image":
         size = spec.image_size or ImageBackboneConfig.image_size
 
@@ -291,9 +288,16 @@ def _write_checked(part: _Part, path: Path, named: Path) -> None:
 
 
 def export_model(
-    model: Model, path: str | Path, *, modality: Modality | None = None, backbone: bool = False
+    saved: Saved,
+    generator: Generator,
+    path: str | Path,
+    *,
+    modality: Modality | None = None,
+    backbone: bool = False,
 ) -> list[Path]:
     """Write a model as ONNX (``.onnx``) or a torch.export program (``.pt2``) and return the paths of its files.
+
+    `generator` is that of `saved`, in eval mode.
 
     As CLIP exports are, each modality is a file of its own: ``mine.onnx`` becomes ``mine.image.onnx`` and
     ``mine.text.onnx``; with `modality` that one alone is written, to `path` itself. Any number of rows n goes in:
@@ -315,7 +319,7 @@ def export_model(
         path.parent.mkdir(parents=True, exist_ok=True)
         with staging(path.parent) as folder:
             for m, target in targets.items():
-                _write_checked(_part_of(model, m, backbone), folder / target.name, target)
+                _write_checked(_part_of(saved, generator, m, backbone), folder / target.name, target)
             for target in targets.values():
                 os.replace(folder / target.name, target)
     except OSError as error:

@@ -7,9 +7,10 @@ Shapes: n items, E dimensions of the common space, F features of a backbone."""
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,12 +23,16 @@ from cmgan_dist.models.generator import Modality
 from cmgan_dist.models.saved import Saved, load_backbone, load_generator, read_model
 from cmgan_dist.retrieval.metrics import l2_normalise
 
-if TYPE_CHECKING:
-    pass
-
 T = TypeVar("T")
 ImageItem = "str | Path | bytes | np.ndarray | Image"
 """A file, its bytes, uint8 [H, W], [H, W, 3] or [H, W, 4], or a PIL image."""
+
+
+LOTS: dict[str, dict[Modality, int]] = {"cpu": {"image": 8, "text": 32}, "cuda": {"image": 64, "text": 64}}
+"""Items that go through a backbone together where nobody says, by device. On a CPU the activations of a few pictures
+stay in the caches: bench/encode.py has the figures."""
+FEATURE_ROWS = 4096
+"""Rows of features that are projected together."""
 
 
 class Model:
@@ -73,16 +78,17 @@ class Model:
         self,
         images: ImageItem | Iterable[ImageItem],  # type: ignore[valid-type]
         *,
-        batch: int = 64,
+        batch: int | None = None,
         standardise: bool = False,
     ) -> np.ndarray:
         """Pictures -> float32 [n, E], unit length; features float [n, F] of the model's own backbone work too.
 
-        `images`: one or many files, bytes, arrays or PIL images. `standardise`: take off the training split's mean and
-        divide by its deviation before, as a z-scored evaluation does. Raises BadInput naming the item that is no
-        picture by its position."""
+        `images`: one or many files, bytes, arrays or PIL images; a generator is read as it goes, so that memory does
+        not grow with it. `batch`: how many go through the backbone together; None takes what is fast on the device.
+        `standardise`: take off the training split's mean and divide by its deviation before, as a z-scored evaluation
+        does. Raises BadInput naming the item that is no picture by its position."""
         if isinstance(images, np.ndarray) and images.dtype.kind == "f":
-            return self._encode("image", _batches(images, batch), lambda x: torch.from_numpy(x), standardise)
+            return self._encode("image", _slices(images, batch or FEATURE_ROWS), torch.from_numpy, standardise)
         if isinstance(images, str | Path | bytes | np.ndarray) or hasattr(images, "tobytes"):
             images = [images]
         backbone = self.backbone("image")
@@ -92,17 +98,17 @@ class Model:
             pixels = np.stack([_pixels(item, position, size) for position, item in part])
             return backbone(torch.from_numpy(pixels).to(self.device))
 
-        items = list(enumerate(cast("Iterable[object]", images)))
-        return self._encode("image", _batches(items, batch), features, standardise)
+        items = enumerate(cast("Iterable[object]", images))
+        return self._encode("image", _lots(items, batch or self._lot("image")), features, standardise)
 
     def encode_texts(
-        self, texts: str | Iterable[str] | np.ndarray, *, batch: int = 64, standardise: bool = False
+        self, texts: str | Iterable[str] | np.ndarray, *, batch: int | None = None, standardise: bool = False
     ) -> np.ndarray:
         """Texts -> float32 [n, E], unit length; features float [n, F] of the model's own backbone work too.
 
-        `standardise`: as of `encode_images`. Raises BadInput naming the text that is empty by its position."""
+        `batch`, `standardise`: as of `encode_images`. Raises BadInput naming the text that is empty by its position."""
         if isinstance(texts, np.ndarray) and texts.dtype.kind == "f":
-            return self._encode("text", _batches(texts, batch), lambda x: torch.from_numpy(x), standardise)
+            return self._encode("text", _slices(texts, batch or FEATURE_ROWS), torch.from_numpy, standardise)
         listed = [texts] if isinstance(texts, str) else list(texts)
         for position, text in enumerate(listed):
             if not isinstance(text, str) or not text.strip():
@@ -112,7 +118,7 @@ class Model:
         order = sorted(range(len(listed)), key=lambda i: len(listed[i]))
         made = self._encode(
             "text",
-            _batches([listed[i].strip() for i in order], batch),
+            _lots((listed[i].strip() for i in order), batch or self._lot("text")),
             lambda part: backbone(backbone.tokenise(part, self.device)),
             standardise,
         )
@@ -127,7 +133,7 @@ class Model:
         1e-5."""
         from cmgan_dist.retrieval.export import export_model
 
-        return export_model(self, path, modality=modality, backbone=backbone)
+        return export_model(self.saved, self.generator, path, modality=modality, backbone=backbone)
 
     def save_pretrained(self, folder: str | Path, *, license: str = "") -> Path:
         """Write the model to a folder that can be given away, with a model card; `from_pretrained` reads it.
@@ -145,6 +151,10 @@ class Model:
         from cmgan_dist.retrieval.hub import push_to_hub
 
         return push_to_hub(self.saved, name, private=private, license=license)
+
+    def _lot(self, modality: Modality) -> int:
+        """Return how many items go through a backbone together where nobody says."""
+        return LOTS["cpu" if self.device.type == "cpu" else "cuda"][modality]
 
     @torch.no_grad()
     def _encode(
@@ -175,9 +185,16 @@ def load_model(run: str | Path, device: str | torch.device = "auto") -> Model:
     return Model(read_model(run), device)
 
 
-def _batches(items: T, size: int) -> list[T]:
-    """`items`, a sequence or an array, in pieces of at most `size`."""
-    return [items[first : first + size] for first in range(0, len(items), size)]  # type: ignore[index, arg-type]
+def _lots(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of at most `size`, reading on only when the next is asked for."""
+    iterator = iter(items)
+    while lot := list(itertools.islice(iterator, size)):
+        yield lot
+
+
+def _slices(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Yield the rows in pieces of at most `size`."""
+    return (rows[first : first + size] for first in range(0, len(rows), size))
 
 
 def _pixels(item: object, position: int, size: int) -> np.ndarray:
