@@ -174,7 +174,7 @@ def faiss_contestant(factory: str, vectors: np.ndarray, queries: np.ndarray, tru
     """An index of faiss by its factory string, tuned for recall."""
 
     def make() -> Any:
-        index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        index: Any = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
             index.train(vectors[np.random.default_rng(1).choice(len(vectors), 64 * index.nlist, replace=False)])
         index.add(vectors)

@@ -4,7 +4,7 @@
 
     cmgan_dist.train(config)                    # a Config, for example preset("openmoji") with data and output set
     cmgan_dist.evaluate("runs/mine")            # metrics of its best model on the test split
-    model = cmgan_dist.load("runs/mine")        # a `Model`: encode_images, encode_texts
+    model = cmgan_dist.load("runs/mine")        # a `Model`: encode_images, encode_texts, export, push_to_hub
 
 Names are imported when they are first asked for (PEP 562): ``import cmgan_dist`` takes no time.
 """

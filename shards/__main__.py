@@ -6,9 +6,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from cmgan_dist.config.cli import parse
-from cmgan_dist.errors import BadInput, run_main
+from cmgan_dist.config.commands import choose, program_name
+from cmgan_dist.errors import run_main
 
+PROGRAM = "python -m shards"
 Table = dict[str, tuple[str, str, str]]
 """Name -> (module, its command dataclass, one line of help). A module is imported when its command is called, so that
 ``build folder`` does not wait for torch."""
@@ -31,7 +32,7 @@ SOURCES: Table = {
 def usage() -> str:
     """Return the help text: a line for each source and each command."""
     lines = [
-        "usage: python -m shards COMMAND ... (each has --help)",
+        f"usage: {program_name(PROGRAM)} COMMAND ... (each has --help)",
         "",
         "  build SOURCE --output DIR    pack raw pairs:",
     ]
@@ -40,30 +41,25 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def _choose(table: Table, args: Sequence[str], what: str, more: Sequence[str] = ()) -> str:
-    """Return the first argument. Raises BadInput when it is neither in the table nor in `more`."""
-    choices = ", ".join([*more, *table])
-    if not args:
-        raise BadInput(f"name a {what}: {choices}")
-    if args[0] not in table and args[0] not in more:
-        raise BadInput(f"unknown {what} '{args[0]}': choose one of {choices}")
-    return args[0]
+def main(args: Sequence[str] | None = None) -> int | None:
+    """Run the command that `args` names and return its exit code (None is 0). Raises BadInput.
 
-
-def main(args: Sequence[str]) -> int | None:
-    """Run the command that `args` names and return its exit code (None is 0). Raises BadInput."""
+    `args`: None takes those of the command line."""
+    args = sys.argv[1:] if args is None else args
     if (args and args[0] in ("-h", "--help")) or list(args) in (["build", "-h"], ["build", "--help"]):
         print(usage())
         return 0
-    name = _choose(COMMANDS, args, "command", more=["build"])
-    table, prog, rest = COMMANDS, f"python -m shards {name}", args[1:]
+    name = choose(["build", *COMMANDS], args)
+    table, prog, rest = COMMANDS, f"{PROGRAM} {name}", args[1:]
     if name == "build":
-        name = _choose(SOURCES, rest, "source")
+        name = choose(SOURCES, rest, "source")
         table, prog, rest = SOURCES, f"{prog} {name}", rest[1:]
+    from cmgan_dist.config.cli import parse  # the list of commands does without it
+
     module, command, _ = table[name]
     code: int | None = parse(getattr(importlib.import_module(module), command), rest, prog=prog).run()
     return code
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(main)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+from cmgan_dist.config.commands import program_name
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import load_config, validate
 from cmgan_dist.config.markers import range_of
@@ -85,10 +86,10 @@ def _ranges_in_help() -> ConstructorRegistry:
 def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = None) -> T:
     """Return the dataclass `cls` that `args` describe, on top of `default`; ``--help`` prints and exits with 0.
 
-    Overrides may be written ``--optim.generator-lr 1e-4`` or ``optim.generator_lr=1e-4``.
-    Raises BadInput with one sentence that names the flag."""
+    `prog`: the program's own name, for usage and hints. Overrides may be written ``--optim.generator-lr 1e-4`` or
+    ``optim.generator_lr=1e-4``. Raises BadInput with one sentence that names the flag."""
     errors = io.StringIO()
-    arguments = _flag_form(args)
+    arguments, prog = _flag_form(args), program_name(prog)
     try:
         with contextlib.redirect_stderr(errors):
             if default is None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from cmgan_dist.config.commands import program_name
 from cmgan_dist.config.fields import Config, micro_batch
 from cmgan_dist.config.paths import Setting, get_value, settings
 from cmgan_dist.config.presets import preset
@@ -42,7 +43,7 @@ def check_places(config: Config) -> None:
     """Raises BadInput when the config names no data or no output."""
     for name in ("data", "output"):
         if not getattr(config, name):
-            raise BadInput(f"--{name} is missing: name a folder, see launchers/train.py --help")
+            raise BadInput(f"--{name} is missing: name a folder, see {program_name('launchers/train.py')} --help")
 
 
 def _check_numbers(path: str, value: Any, setting: Setting) -> None:

@@ -18,10 +18,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -42,7 +41,7 @@ from cmgan_dist.models.backbones import (
 )
 from cmgan_dist.models.generator import Generator, Modality, build_generator
 from cmgan_dist.models.vocabulary import Vocabulary
-from cmgan_dist.models.weights import weights_sha256
+from cmgan_dist.models.weights import checksums_of, copy_weights, weights_sha256
 
 BEST = "best"
 SPEC_NAME, MODEL_NAME, VOCABULARY_NAME = "model.json", "model.safetensors", "vocabulary.json"
@@ -178,31 +177,13 @@ def keep_weights(best: Path, spec: ModelSpec) -> None:
         if named or not (source.exists() or target.exists()):
             continue
         try:
-            if source.exists() and _sums(source) != _sums(target):
-                _copy(source, target)
+            if source.exists() and checksums_of(source) != checksums_of(target):
+                copy_weights(source, target)
         except OSError as error:
             why = error.strerror or str(error)
             raise BadInput(f"weights {source} cannot be copied to {target} ({why}): free space there") from None
         backbone.weights = kept
-        spec.files |= {f"{kept}{name}": checksum for name, checksum in _sums(target).items()}
-
-
-def _sums(path: Path) -> dict[str, str]:
-    """ "" or "/NAME" -> SHA-256 of a file, or of each file below a folder; {} where there is nothing."""
-    if path.is_dir():
-        return {f"/{p.relative_to(path).as_posix()}": sha256_of(p) for p in sorted(path.rglob("*")) if p.is_file()}
-    return {"": sha256_of(path)} if path.exists() else {}
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Put a copy of a file or folder in the place of `target`; what a killed copy left is overwritten."""
-    aside = target.with_name(f".{target.name}.tmp")
-    for leftover in (aside, target):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    (shutil.copytree if source.is_dir() else shutil.copy2)(source, aside)
-    os.replace(aside, target)
+        spec.files |= {f"{kept}{name}": checksum for name, checksum in checksums_of(target).items()}
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -301,6 +282,9 @@ def _read_spec(path: Path) -> ModelSpec:
         if _record_sha256(record) != checksum:
             raise ValueError("its checksum is another")
         del record["version"]
+        for name in record["files"]:  # a model may come from anywhere: its files lie below its folder
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise BadInput(f"{path} names the file '{name}', which is outside of its folder: do not use this model")
         parts = {"data": DataSpec, "image": BackboneSpec, "text": BackboneSpec}
         return ModelSpec(**{**record, **{name: kind(**record[name]) for name, kind in parts.items()}})
     except BadInput:
@@ -309,8 +293,10 @@ def _read_spec(path: Path) -> ModelSpec:
         raise BadInput(f"{path} cannot be read ({error!r}): restore the best/ folder or train again") from None
 
 
-def _whole(folder: Path, name: str, expected: str | None) -> Path:
-    """The file that has the checksum `expected`: NAME, or NAME.new where a save was killed before its last step."""
+def whole_file(folder: Path, name: str, expected: str | None) -> Path:
+    """Return the file that has the checksum `expected`: NAME, or NAME.new where a save was killed before its last step.
+
+    Raises BadInput when neither has it."""
     for path in (folder / name, folder / (name + LATER)):
         try:
             if expected is not None and sha256_of(path) == expected:
@@ -327,13 +313,13 @@ def read_model(run: str | Path) -> Saved:
     """Read RUN/best, or a copy of that folder. Raises BadInput, naming the file, when one is missing or damaged."""
     folder = best_folder(run)
     spec = _read_spec(folder / SPEC_NAME)
-    path = _whole(folder, MODEL_NAME, spec.files.get(MODEL_NAME))
+    path = whole_file(folder, MODEL_NAME, spec.files.get(MODEL_NAME))
     try:
         tensors = load(path.read_bytes())
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path} cannot be read ({error}): restore it or train again") from None
     found = {name: tensors.pop(f"statistics/{name}", None) for name in STATISTICS}
-    config = load_config(_whole(folder, CONFIG_NAME, spec.files.get(CONFIG_NAME)))
+    config = load_config(whole_file(folder, CONFIG_NAME, spec.files.get(CONFIG_NAME)))
     statistics = None if any(v is None for v in found.values()) else Statistics(**found)  # type: ignore[arg-type]
     return Saved(folder, spec, config, tensors, statistics)
 
@@ -344,7 +330,7 @@ def read_model(run: str | Path) -> Saved:
 def _vocabulary_of(saved: Saved) -> Vocabulary | None:
     if saved.config.model.text.name != "cnn":
         return None
-    return Vocabulary.load(_whole(saved.folder, VOCABULARY_NAME, saved.spec.files.get(VOCABULARY_NAME)))
+    return Vocabulary.load(whole_file(saved.folder, VOCABULARY_NAME, saved.spec.files.get(VOCABULARY_NAME)))
 
 
 def _source_of(saved: Saved, modality: Modality) -> str:
@@ -354,7 +340,7 @@ def _source_of(saved: Saved, modality: Modality) -> str:
     if not weights or not kept:
         return weights
     for name in kept:
-        _whole(saved.folder, name, saved.spec.files[name])
+        whole_file(saved.folder, name, saved.spec.files[name])
     return str(saved.folder / weights)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import sha256_of
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -160,3 +163,23 @@ def _from_torchvision_vgg(state: dict[str, Tensor]) -> dict[str, Tensor]:
             value = value.view(len(value), -1, sides[key], sides[key])
         mapped[f"{names.get(module, module)}.{leaf}"] = value
     return mapped
+
+
+def checksums_of(path: Path) -> dict[str, str]:
+    """ "" or "/NAME" -> SHA-256 of a file, or of each file below a folder; {} where there is nothing."""
+    if path.is_dir():
+        return {f"/{p.relative_to(path).as_posix()}": sha256_of(p) for p in sorted(path.rglob("*")) if p.is_file()}
+    return {"": sha256_of(path)} if path.exists() else {}
+
+
+def copy_weights(source: Path, target: Path) -> None:
+    """Put a copy of a file or folder in the place of `target`; what a killed copy left is written over.
+
+    Raises OSError."""
+    aside = target.with_name(f".{target.name}.tmp")
+    for leftover in (aside, target):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    (shutil.copytree if source.is_dir() else shutil.copy2)(source, aside)
+    os.replace(aside, target)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from cmgan_dist.report.page import COLOURS, INK, Section, grid, svg
-from cmgan_dist.report.table import DIRECTIONS
+from cmgan_dist.retrieval.headline import DIRECTIONS
 
 
 def _series(lines: list[dict[str, Any]], key: str, points: int = 160) -> tuple[np.ndarray, np.ndarray]:

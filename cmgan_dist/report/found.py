@@ -20,8 +20,8 @@ from PIL import Image
 
 from cmgan_dist.errors import BadInput
 from cmgan_dist.report.page import COLOURS, INK, Section, grid, render, svg
-from cmgan_dist.report.table import DIRECTIONS, MODEL, headline
 from cmgan_dist.retrieval.gallery import GalleryItem
+from cmgan_dist.retrieval.headline import DIRECTIONS, MODEL, headline
 from cmgan_dist.retrieval.metrics import Embeddings, common_space, pair_ranks, rank_classes, top_k
 
 SHOWN = 8

@@ -14,14 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cmgan_dist.report.page import Section, render
-
-MODEL = "CM-GAN"
-"""Name of the row that shows the run itself."""
-DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
-"""Titles of the two directions of retrieval, by the names that metrics bear."""
-
-Rows = list[tuple[str, dict[str, Any]]]
-"""Rows of an evaluation: a name, and the metrics by their keys."""
+from cmgan_dist.retrieval.headline import MODEL, Column, Rows, headline
 
 
 @dataclass(frozen=True)
@@ -48,41 +41,6 @@ def html_table(
     return render("table.html", head=cells(head), rows=[cells(row) for row in rows], marked=marked, groups=groups)
 
 
-@dataclass(frozen=True)
-class Column:
-    """One measure of an evaluation: its group, its title in the group, its key in the metrics, and how it is shown."""
-
-    group: str
-    title: str
-    key: str
-    percent: bool = False
-
-    def show(self, value: float | None) -> str:
-        """Return MAP as .123, recall as 12.3 (percent), and – for what is not there."""
-        if value is None:
-            return "–"
-        return f"{100 * value:.1f}" if self.percent else f"{value:.3f}".replace("0.", ".", 1)
-
-
-def headline(evaluation: dict[str, Any]) -> tuple[list[Column], Rows]:
-    """Return the columns that any row has, and the rows: the model, then the baselines, chance last."""
-    baselines = dict(evaluation.get("baselines") or {})
-    chance = {"chance": baselines.pop("chance")} if "chance" in baselines else {}
-    rows = [(MODEL, evaluation.get("metrics") or {}), *baselines.items(), *chance.items()]
-    columns = [
-        *(Column("MAP", title, f"map/{name}") for name, title in DIRECTIONS.items()),
-        Column("MAP", "mean", "map/mean"),
-        Column("MAP, all-modal", "image → all", "map/image_to_all_without_query"),
-        Column("MAP, all-modal", "text → all", "map/text_to_all_without_query"),
-        *(
-            Column(f"Recall {title}, %", f"@{k}", f"recall/{name}@{k}", percent=True)
-            for name, title in DIRECTIONS.items()
-            for k in (1, 5, 10)
-        ),
-    ]
-    return [c for c in columns if any(row.get(c.key) is not None for _, row in rows)], rows
-
-
 def _best(column: Column, rows: Rows) -> float:
     return max((row[column.key] for _, row in rows if row.get(column.key) is not None), default=math.nan)
 
@@ -104,9 +62,7 @@ def results_table(evaluation: dict[str, Any], console: Console | None = None) ->
             text = column.show(value)
             cells.append(f"[bold]{text}[/bold]" if value == best else text)
         last = following is None or following.group != column.group
-        measure = column.group.split(",")[0].replace("Recall", "R" + column.title) + (" %" if column.percent else "")
-        label = measure if column.percent else f"{measure} {column.title}"
-        table.add_row(label.replace(" → ", "→"), *cells, end_section=last)
+        table.add_row(column.label, *cells, end_section=last)
     (console or Console()).print(table)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -35,6 +36,10 @@ LOT = 16
 """Batches of texts that are sorted by their length together."""
 
 
+FEATURE_ROWS = 4096
+"""Rows of features that are projected together."""
+
+
 class Model:
     """The best generator of a run with its backbones, in eval mode."""
 
@@ -44,6 +49,19 @@ class Model:
         self.saved, self.device = saved, torch.device(found if device == "auto" else device)
         self.generator = load_generator(saved, backbones=False).to(self.device)
         self._backbones: dict[Modality, ImageBackbone | TextBackbone] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, device: str | torch.device = "auto"
+    ) -> Model:
+        """Load a folder that `save_pretrained` wrote (a run or a copy of best/ too), else a model of the Hugging Face
+        hub by its name "owner/name"; `revision` is a branch, tag or commit there. Raises BadInput when there is
+        neither, or a file is damaged."""
+        if Path(name).is_dir():
+            return cls(read_model(name), device)
+        from cmgan_dist.retrieval.hub import fetch_pretrained
+
+        return cls(read_model(fetch_pretrained(str(name), revision)), device)
 
     @property
     def dim(self) -> int:
@@ -82,12 +100,13 @@ class Model:
     ) -> np.ndarray:
         """Return the vectors of pictures, float32 [n, E], of unit length; features [n, F] are taken too.
 
-        `images`: one or many files, bytes, arrays or PIL images. `standardise`: take off the training split's mean and
+        `images`: one or many files, bytes, arrays or PIL images; a generator is read as it goes, so that memory does
+        not grow with it. `batch`: how many are decoded together. `standardise`: take off the training split's mean and
         divide by its deviation before, as a z-scored evaluation does. Raises BadInput naming the item that is no
         picture by its position."""
         _check_batch(batch)
         if (rows := _features(images)) is not None:
-            return self._encode("image", _batches(rows, batch), torch.from_numpy, standardise)
+            return self._encode("image", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise)
         if isinstance(images, str | Path | bytes | np.ndarray) or hasattr(images, "tobytes"):
             images = [cast("ImageItem", images)]
         backbone = cast(ImageBackbone, self.backbone("image"))
@@ -97,25 +116,52 @@ class Model:
             pixels = np.stack([pixels_of(item, size, position) for position, item in part])
             return image_features(backbone, torch.from_numpy(pixels).to(self.device))
 
-        items = list(enumerate(cast("Iterable[object]", images)))
-        return self._encode("image", _batches(items, batch), features, standardise)
+        items = enumerate(cast("Iterable[object]", images))
+        return self._encode("image", _lots(items, batch), features, standardise)
 
     def encode_texts(
         self, texts: str | Iterable[str] | np.ndarray | Tensor, *, batch: int = 64, standardise: bool = False
     ) -> np.ndarray:
         """Return the vectors of texts, float32 [n, E], of unit length; features [n, F] are taken too.
 
-        `standardise`: as of `encode_images`. Raises BadInput naming the text that is empty by its position."""
+        `batch`: how many go through the backbone together; `standardise`: as of `encode_images`. Raises BadInput naming
+        the text that is empty by its position."""
         _check_batch(batch)
         if (rows := _features(texts)) is not None:
-            return self._encode("text", _batches(rows, batch), torch.from_numpy, standardise)
+            return self._encode("text", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise)
         listed = [texts] if isinstance(texts, str) else list(texts)
         for position, text in enumerate(listed):
             if not isinstance(text, str) or not text.strip():
                 raise BadInput(f"text {position} is {text!r}: give a text that is not empty")
         backbone = cast(TextBackbone, self.backbone("text"))
-        lots = _batches([text.strip() for text in listed], LOT * batch)
+        lots = _lots((text.strip() for text in listed), LOT * batch)
         return self._encode("text", lots, lambda lot: text_features(backbone, lot, self.device, batch), standardise)
+
+    def export(self, path: str | Path, *, modality: Modality | None = None, backbone: bool = False) -> list[Path]:
+        """Write the model as ONNX (``.onnx``) or a torch.export program (``.pt2``), a file for each modality or the one
+        that `modality` names; return the paths. Features go in, or with `backbone` pixels and tokens; unit vectors come
+        out: `export.export_model` has names and shapes. Raises BadInput when a file is not equal to the model within
+        1e-5."""
+        from cmgan_dist.retrieval.export import export_model
+
+        return export_model(self.saved, self.generator, path, modality=modality, backbone=backbone)
+
+    def save_pretrained(self, folder: str | Path, *, license: str = "") -> Path:
+        """Write the model to a folder that can be given away, with a model card; `from_pretrained` reads it.
+
+        `license`: the hub's identifier of the model's licence, such as "cc-by-4.0". Raises BadInput when the folder
+        cannot be written."""
+        from cmgan_dist.retrieval.hub import save_pretrained
+
+        return save_pretrained(self.saved, folder, license=license)
+
+    def push_to_hub(self, name: str, *, private: bool = False, license: str = "") -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub as "owner/name" and return the commit's URL.
+
+        Raises BadInput with what the hub says."""
+        from cmgan_dist.retrieval.hub import push_to_hub
+
+        return push_to_hub(self.saved, name, private=private, license=license)
 
     @torch.no_grad()
     def _encode(
@@ -166,9 +212,16 @@ def _features(items: object) -> np.ndarray | None:
     return np.ascontiguousarray(rows, dtype=np.float32)
 
 
-def _batches(items: T, size: int) -> list[T]:
-    """`items`, a sequence or an array, in pieces of at most `size`."""
-    return [items[first : first + size] for first in range(0, len(items), size)]  # type: ignore[index, arg-type]
+def _lots(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of at most `size`, reading on only when the next is asked for."""
+    iterator = iter(items)
+    while lot := list(itertools.islice(iterator, size)):
+        yield lot
+
+
+def _slices(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Yield the rows in pieces of at most `size`."""
+    return (rows[first : first + size] for first in range(0, len(rows), size))
 
 
 def pixels_of(item: object, size: int, position: int = 0) -> np.ndarray:

@@ -20,9 +20,10 @@ from cmgan_dist.errors import BadInput
 from cmgan_dist.report.found import QUERY_QUANTILES, SHOWN
 from cmgan_dist.report.page import INK
 from cmgan_dist.report.run import write_report
-from cmgan_dist.report.table import Column, results_table
+from cmgan_dist.report.table import results_table
 from cmgan_dist.retrieval.baselines import chance
 from cmgan_dist.retrieval.gallery import GalleryItem
+from cmgan_dist.retrieval.headline import Column
 from cmgan_dist.retrieval.metrics import Embeddings, common_space, evaluate
 
 VOID = {"meta", "img", "br"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,30 @@ def test_every_kind_of_picture_takes_one_way(raw_data: Callable[..., Path], tmp_
     for one in kinds:
         np.testing.assert_allclose(model.encode_images(one), together[:1], atol=1e-6)
     assert model.encode_images([]).shape == (0, 8)
+
+
+def test_pictures_are_read_as_they_go(
+    raw_data: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: no more than go through the backbone together are held."""
+    save_untrained(tmp_path / "run", raw_data(), raw_config())
+    drawn, encoded = [], []
+    pixels = model_module._pixels
+
+    def watch(item: object, position: int, size: int) -> np.ndarray:
+        encoded.append(position)
+        assert len(drawn) - position <= 5
+        return pixels(item, position, size)
+
+    def pictures() -> Iterator[np.ndarray]:
+        for i in range(23):
+            drawn.append(i)
+            yield np.full((40, 40, 3), i, np.uint8)
+
+    monkeypatch.setattr(model_module, "_pixels", watch)
+    model = load_model(tmp_path / "run")
+    assert model.encode_images(pictures(), batch=5).shape == (23, 8)
+    assert encoded == list(range(23))
 
 
 def test_one_modality_reads_no_backbone_of_the_other(
