@@ -36,14 +36,23 @@ import faiss
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from bench.common import RESULTS, write_results
 from cmgan_dist.config.cli import parse
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import run_main
-from cmgan_dist.files import sha256_of
+from cmgan_dist.jobs import ledger
+from cmgan_dist.retrieval.embeddings import (
+    ITEMS,
+    MANIFEST_NAME,
+    EmbeddedShard,
+    EmbeddingManifest,
+    ModelIdentity,
+    SourceIdentity,
+    write_shard,
+)
 from cmgan_dist.retrieval.index import Index
 
 SHARD, CLUSTER, SPREAD, K, TARGET = 50_000, 200, 0.7, 10, 0.97
@@ -90,42 +99,27 @@ def vectors_of(count: int, dim: int) -> Iterator[np.ndarray]:
 
 def write_embeddings(folder: Path, count: int, dim: int) -> np.ndarray:
     """Write the vectors as launchers/embed.py does, half images and half texts; return the queries."""
-    shards, (*parts, queries) = [], list(vectors_of(count, dim))
-    folder.mkdir(parents=True)
+    *parts, queries = list(vectors_of(count, dim))
+    store, shards = FileStore(str(folder), "folder"), []
     for number, part in enumerate(parts):
         name, half = f"train-{number:06d}", len(part) // 2
-        np.save(folder / f"{name}.image.npy", part[:half])
-        np.save(folder / f"{name}.text.npy", part[half:])
         rows = np.concatenate([np.arange(half), np.arange(len(part) - half) % half]).astype(np.int32)
         columns = {
             "modality": ["image"] * half + ["text"] * (len(part) - half),
             "key": [f"{number}-{row}" for row in rows],
             "caption": [None] * half + [f"the caption of sample {row} of shard {number}" for row in rows[half:]],
             "owner": rows,
-            "labels": pa.array([[row % len(CLASSES)] for row in rows], pa.list_(pa.int32())),
+            "labels": [[row % len(CLASSES)] for row in rows],
             "shard": [name] * len(part),
             "row": rows,
         }
-        pq.write_table(pa.table(columns), folder / f"{name}.items.parquet")
-        files = {f"{name}.image.npy": half, f"{name}.text.npy": len(part) - half, f"{name}.items.parquet": len(part)}
-        write_record(folder, name, files)
-        shards.append({"name": name, "split": "train", "images": half, "texts": len(part) - half})
-    record = {"version": 1, "model": {"sha256": "0" * 64, "run": "", "data_name": "bench"}, "dim": dim}
-    record |= {"dtype": "float32", "standardised": False, "source": {"kind": "shards", "location": "bench"}}
-    record |= {"classes": CLASSES, "attribution": "", "shards": shards}
-    (folder / "embeddings.json").write_text(json.dumps(record))
+        record = ledger.Record("0" * 64, {"model": "0" * 64})
+        write_shard(store, name, {"image": part[:half], "text": part[half:]}, pa.table(columns, ITEMS), record)
+        shards.append(EmbeddedShard(name, "train", half, len(part) - half))
+    model, source = ModelIdentity("0" * 64, "", "bench"), SourceIdentity("shards", "bench")
+    manifest = EmbeddingManifest(model, dim, "float32", source, CLASSES, shards=shards)
+    store.write(MANIFEST_NAME, manifest.to_json())
     return queries
-
-
-def write_record(folder: Path, name: str, files: dict[str, int]) -> None:
-    """Write the record of a shard's files, name -> rows."""
-    *beside, items = [
-        {"name": file, "samples": rows, "bytes": (folder / file).stat().st_size, "sha256": sha256_of(folder / file)}
-        for file, rows in files.items()
-    ]
-    record = {"source": "0" * 64, "settings": {"model": "0" * 64}, "finished": True}
-    record |= {"written": items, "left_out": [], "beside": beside}
-    (folder / f"{name}.record.json").write_text(json.dumps(record))
 
 
 # ---------------------------------------------------------------------------------------------- contestants

@@ -29,7 +29,7 @@ MAY_NAME = {
     "accelerate": ("cmgan_dist/distributed/",),
     "deepspeed": ("cmgan_dist/distributed/",),
     "ray": ("cmgan_dist/jobs/ray.py", "tune/", "bench/"),
-    "faiss": ("cmgan_dist/retrieval/index.py",),
+    "faiss": ("cmgan_dist/retrieval/index.py", "bench/use.py"),
     "fastapi": ("cmgan_dist/retrieval/serve.py",),
     "starlette": ("cmgan_dist/retrieval/serve.py",),
 }

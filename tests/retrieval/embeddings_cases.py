@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cmgan_dist.files import sha256_of
-
-ITEMS = pa.schema(
-    [
-        ("modality", pa.string()),
-        ("key", pa.string()),
-        ("caption", pa.string()),
-        ("owner", pa.int32()),
-        ("labels", pa.list_(pa.int32())),
-        ("shard", pa.string()),
-        ("row", pa.int32()),
-    ]
+from cmgan_dist.data.store import FileStore
+from cmgan_dist.jobs import ledger
+from cmgan_dist.models.generator import Modality
+from cmgan_dist.retrieval.embeddings import (
+    ITEMS,
+    MANIFEST_NAME,
+    EmbeddedShard,
+    EmbeddingManifest,
+    ModelIdentity,
+    SourceIdentity,
+    write_shard,
 )
 
 
@@ -65,8 +62,9 @@ def make_embeddings(
     if vectors is None:
         vectors = clustered(rng, total, dim, max(1, total // 20), 0.4)
     stored = vectors.astype(dtype)
-    made, base, listed = Made(folder, stored.astype(np.float32)), 0, []
-    folder.mkdir(parents=True)
+    made, base = Made(folder, stored.astype(np.float32)), 0
+    listed: list[EmbeddedShard] = []
+    store = FileStore(str(folder), "folder")
     for number, (images, texts) in enumerate(shards):
         name = f"{prefix}-{number:06d}"
         rows: list[dict[str, object]] = []
@@ -84,44 +82,18 @@ def make_embeddings(
                     "row": sample,
                 }
             )
-        files = []
-        for modality, part in (("image", slice(0, images)), ("text", slice(images, images + texts))):
-            if part.stop > part.start:
-                np.save(folder / f"{name}.{modality}.npy", stored[base + part.start : base + part.stop])
-                files.append((f"{name}.{modality}.npy", part.stop - part.start))
-        pq.write_table(pa.Table.from_pylist(rows, ITEMS), folder / f"{name}.items.parquet")
-        files.append((f"{name}.items.parquet", len(rows)))
-        _write_record(folder, name, model, files)
-        listed.append({"name": name, "split": "train", "images": images, "texts": texts})
+        here = stored[base : base + len(rows)]
+        parts: dict[Modality, np.ndarray] = {"image": here[:images], "text": here[images:]}
+        present: dict[Modality, np.ndarray] = {modality: part for modality, part in parts.items() if len(part)}
+        write_shard(store, name, present, pa.Table.from_pylist(rows, ITEMS), ledger.Record("0" * 64, {"model": model}))
+        listed.append(EmbeddedShard(name, "train", images, texts))
         owners = [base + int(str(row["owner"])) if row["owner"] != -1 else -1 for row in rows]
         made.rows += [{**r, "id": base + i, "owner": owners[i]} for i, r in enumerate(rows)]
         base += len(rows)
-    manifest = {
-        "version": 1,
-        "model": {"sha256": model, "run": run, "data_name": "toy"},
-        "dim": stored.shape[1],
-        "dtype": dtype,
-        "standardised": False,
-        "source": {"kind": "shards", "location": f"/data/{folder.name}"},
-        "classes": list(classes),
-        "attribution": f"by {folder.name}",
-        "shards": listed,
-    }
-    (folder / "embeddings.json").write_text(json.dumps(manifest))
+    source = SourceIdentity("shards", f"/data/{folder.name}")
+    identity = ModelIdentity(model, run, "toy")
+    manifest = EmbeddingManifest(
+        identity, stored.shape[1], dtype, source, list(classes), f"by {folder.name}", shards=listed
+    )
+    store.write(MANIFEST_NAME, manifest.to_json())
     return made
-
-
-def _write_record(folder: Path, name: str, model: str, files: list[tuple[str, int]]) -> None:
-    written = [
-        {"name": file, "samples": rows, "bytes": (folder / file).stat().st_size, "sha256": sha256_of(folder / file)}
-        for file, rows in files
-    ]
-    record = {
-        "source": "0" * 64,
-        "settings": {"model": model},
-        "finished": True,
-        "written": written[-1],
-        "left_out": [],
-        "beside": written[:-1],
-    }
-    (folder / f"{name}.record.json").write_text(json.dumps(record))
