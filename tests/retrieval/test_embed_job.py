@@ -20,7 +20,7 @@ from cmgan_dist.models.saved import load_generator, read_model, save_model, stor
 from cmgan_dist.models.weights import weights_sha256
 from cmgan_dist.retrieval import embed_source
 from cmgan_dist.retrieval.embeddings import EmbeddingSet
-from cmgan_dist.retrieval.evaluate import answer, ask
+from cmgan_dist.retrieval.evaluate import open_task, run_task
 from cmgan_dist.retrieval.metrics import common_space
 from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
 from cmgan_dist.retrieval.model import load_model
@@ -46,8 +46,8 @@ def test_figures_are_those_of_an_evaluation_to_the_last_digit(
     run, data = features if kind == "features" else raw_run(tmp_path, name="raw_run")
     made = whole(run, tmp_path / "emb", data=data)
     for split in ("train", "test"):
-        asked = ask(run, str(data), split=split, zscore=False)
-        expected = answer(asked, baselines=False)
+        asked = open_task(run, str(data), split=split, zscore=False)
+        expected = run_task(asked, baselines=False)
         assert evaluate_embeddings(of_split(made, split), zscore=False) == expected.record["metrics"]
         for mine, theirs in zip(
             common_space(of_split(made, split), False), common_space(expected.embedded.common, False), strict=True

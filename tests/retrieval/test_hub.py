@@ -18,7 +18,7 @@ import cmgan_dist
 from cmgan_dist.config.fields import Config
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import sha256_of
-from cmgan_dist.models.saved import read_model
+from cmgan_dist.models.saved import read_model, spec_json
 from tests.services.hub_server import HubServer, hub_server
 from tests.toy import environment, save_untrained, small_config
 
@@ -110,13 +110,13 @@ def test_weights_that_lay_in_a_file_go_along(feature_data: Callable[..., Path], 
     (tmp_path / "run" / "best" / "backbones" / "image").mkdir(parents=True)
     kept = tmp_path / "run" / "best" / "backbones" / "image" / "weights.pth"
     kept.write_bytes(b"weights")
-    record = json.loads(spec.read_text())
-    record["files"]["backbones/image/weights.pth"] = sha256_of(kept)
-    spec.write_text(json.dumps(record))
+    record = read_model(tmp_path / "run").spec
+    record.files["backbones/image/weights.pth"] = sha256_of(kept)
+    spec.write_text(spec_json(record))
     given = cmgan_dist.load(tmp_path / "run").save_pretrained(tmp_path / "given")
     assert (given / "backbones" / "image" / "weights.pth").read_bytes() == b"weights"
-    record["files"]["../outside"] = sha256_of(kept)
-    spec.write_text(json.dumps(record))
+    record.files["../outside"] = sha256_of(kept)
+    spec.write_text(spec_json(record))
     with pytest.raises(BadInput, match=r"model\.json names the file '\.\./outside', which is outside of its folder"):
         cmgan_dist.load(tmp_path / "run")
 

@@ -81,19 +81,19 @@ def test_pictures_are_read_as_they_go(
     """However many there are: no more than go through the backbone together are held."""
     save_untrained(tmp_path / "run", raw_data(), raw_config())
     drawn, encoded = [], []
-    pixels = model_module._pixels
+    pixels = model_module.pixels_of
 
-    def watch(item: object, position: int, size: int) -> np.ndarray:
+    def watch(item: object, size: int, position: int) -> np.ndarray:
         encoded.append(position)
         assert len(drawn) - position <= 5
-        return pixels(item, position, size)
+        return pixels(item, size, position)
 
     def pictures() -> Iterator[np.ndarray]:
         for i in range(23):
             drawn.append(i)
             yield np.full((40, 40, 3), i, np.uint8)
 
-    monkeypatch.setattr(model_module, "_pixels", watch)
+    monkeypatch.setattr(model_module, "pixels_of", watch)
     model = load_model(tmp_path / "run")
     assert model.encode_images(pictures(), batch=5).shape == (23, 8)
     assert encoded == list(range(23))
