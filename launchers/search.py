@@ -7,7 +7,6 @@ python launchers/search.py INDEX --image FILE
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import tyro
 
 from cmgan_dist.config.cli import parse
 from cmgan_dist.errors import BadInput, run_main
+from cmgan_dist.retrieval.chance import NEAR, above_chance, is_near
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,17 +85,11 @@ def encode(index: Index, arguments: Arguments) -> np.ndarray:
     return model.encode_images(arguments.image) if arguments.image else model.encode_texts(arguments.text)
 
 
-def above_chance(index: Index, score: float) -> float:
-    """Return how many standard deviations a score lies above the mean of random items."""
-    mean, std = index.chance
-    return (score - mean) / std if std > 0 else 0.0
-
-
 def record_of(index: Index, hits: list[Hit]) -> dict[str, Any]:
     """Return what --json prints."""
     mean, std = index.chance
     found = [
-        {"rank": rank, "above_chance": above_chance(index, hit.score), **asdict(hit)}
+        {"rank": rank, "above_chance": above_chance(hit.score, index.chance), **asdict(hit)}
         for rank, hit in enumerate(hits, 1)
     ]
     return {"chance": {"mean": mean, "std": std}, "recall": index.manifest.recall, "hits": found}
@@ -120,17 +114,17 @@ def show(index: Index, hits: list[Hit]) -> None:
         table.add_column(name, overflow="ellipsis", no_wrap=name == "")
     for rank, hit in enumerate(hits, 1):
         words = (hit.modality, hit.key, hit.caption or "", ", ".join(hit.labels))
-        figures = (str(rank), f"{hit.score:.3f}", f"{above_chance(index, hit.score):+.1f} σ")
+        above = above_chance(hit.score, index.chance)
+        figures = (str(rank), f"{hit.score:.3f}", "" if above is None else f"{above:+.1f} sd")
         table.add_row(*figures, *(Text(printable(word)) for word in words))
     console = Console()
     if not console.is_terminal:
         console.width = WIDE
     console.print(table)
-    by_chance = math.sqrt(2 * math.log(max(len(index), 2)))  # the most of so many normal draws
     if not hits:
         print("no item fits --modality and --classes", file=sys.stderr)
-    elif above_chance(index, hits[0].score) < by_chance:
-        print(f"nothing is near: the best of {len(index)} random items is at +{by_chance:.1f} σ", file=sys.stderr)
+    elif not is_near(hits, index.chance):
+        print(f"nothing is near: the best is within {NEAR:g} standard deviations of random items", file=sys.stderr)
 
 
 if __name__ == "__main__":

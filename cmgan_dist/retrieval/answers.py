@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.retrieval.chance import above_chance, is_near
 from cmgan_dist.retrieval.pictures import Pictures, PicturesOf, thumbnail
 
 T = TypeVar("T")
@@ -22,8 +23,6 @@ Wanted = Literal["image", "text", "any", "each"]
 
 MOST_CHARACTERS = 2000
 """Of a text that is searched with."""
-NEAR = 2.0
-"""Standard deviations above chance from which on the best hit counts as near."""
 REMEMBERED = 500
 """Texts, and pictures, that were searched with and whose vectors are kept."""
 
@@ -64,14 +63,6 @@ def chosen_classes(given: Iterable[str], known: Sequence[str]) -> list[str] | No
     return list(dict.fromkeys(names)) or None
 
 
-def above_chance(score: float, chance: tuple[float, float]) -> float | None:
-    """Return by how many standard deviations a score lies above chance; None where chance does not vary.
-
-    `chance`: (mean, standard deviation) of scores between random items."""
-    mean, deviation = chance
-    return (score - mean) / deviation if deviation > 0 else None
-
-
 def hit_record(
     hit: Any, chance: tuple[float, float], pictures: Pictures | None, *, scored: bool = True
 ) -> dict[str, Any]:
@@ -89,12 +80,6 @@ def hit_record(
     if scored:
         record |= {"score": hit.score, "above_chance": above_chance(hit.score, chance)}
     return record
-
-
-def is_near(hits: Sequence[Any], chance: tuple[float, float]) -> bool:
-    """Return whether the best hit is further above chance than chance itself reaches now and then."""
-    scores = [above_chance(hit.score, chance) for hit in hits]
-    return any(score is None or score >= NEAR for score in scores)
 
 
 class Searcher:

@@ -115,7 +115,7 @@ def test_the_table_is_plain_text(world: World) -> None:
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["#", "score", "chance", "key", "caption", "classes"]
     assert len(lines) == 8
-    assert re.match(r"1 +1\.000 +[+-]\d+\.\d σ +text +train0-2 +", lines[1])
+    assert re.match(r"1 +1\.000 +[+-]\d+\.\d sd +text +train0-2 +", lines[1])
     assert "[bold]tail[/]" in lines[1]
     assert "\\x1b]0;owned\\x07red\\x1b[31m \\u202edog \\x9b2J" in lines[1]
     hidden = [c for c in done.stdout if not c.isprintable() and c not in "\n\u200d"]
@@ -138,7 +138,7 @@ def test_nothing_near_is_said(world: World, capsys: pytest.CaptureFixture[str]) 
 
     index = Index.open(world.index)
     show(index, index.search(-index.vector(0), 1)[0])
-    assert "nothing is near: the best of 7 random items is at +2.0 σ" in capsys.readouterr().err
+    assert "nothing is near: the best is within 2 standard deviations of random items" in capsys.readouterr().err
     show(index, [])
     assert "no item fits --modality and --classes" in capsys.readouterr().err
 
