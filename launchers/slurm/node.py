@@ -42,13 +42,13 @@ PATIENCE = 20.0
 
 
 def integer(name: str, default: int) -> int:
-    """An environment variable."""
+    """Return an environment variable as a number, `default` where it is not set or empty."""
     return int(os.environ.get(name) or default)
 
 
 @dataclass
 class Job:
-    """What this job trains and on what."""
+    """A job is what is trained, with which options, on how many nodes and processes."""
 
     config: Config
     resume: str
@@ -58,17 +58,20 @@ class Job:
     """What `accelerate launch` would set for DeepSpeed."""
     nodes: int
     processes: int
-    """Per node."""
+    """Processes on each node."""
 
     @property
     def output(self) -> Path:
+        """The folder of the run."""
         return Path(self.config.output)
 
     @property
     def world(self) -> int:
+        """The number of processes on all nodes."""
         return self.nodes * self.processes
 
     def log(self, rank: int) -> Path:
+        """Return the file that holds what process `rank` says."""
         return self.output / "logs" / f"rank-{rank:05d}.log"
 
 
@@ -272,6 +275,9 @@ def rank(job: Job) -> int:
 
 def main() -> int:
     modes = {"check": check, "run": run, "rank": rank}
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        return EXIT_DONE
     if len(sys.argv) < 2 or sys.argv[1] not in modes:
         raise BadInput(f"the first word must be one of {', '.join(modes)}")
     return modes[sys.argv[1]](read_job(sys.argv[2:]))
