@@ -14,7 +14,8 @@ from the same centres and are searched one at a time. Contestants take turns in 
 Ours give whole hits: key, caption and classes from the table of items. The number of cells, or efSearch, of faiss' own
 is doubled until recall@10 against Flat is .97 or no longer grows. Times are processor time (on a machine that others
 use too it is the figure to trust), a median over the rounds. Memory of a build is that of the process at its peak, less
-what it had before, without mapped files. Figures of other counts that were measured before stay in the file.
+what it had before; pages of mapped files count, which the system can take back. Figures of other counts that were
+measured before stay in the file.
 
 Writes bench/results/use.json.
 """
