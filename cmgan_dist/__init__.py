@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cmgan_dist.config.presets import preset as preset
     from cmgan_dist.errors import BadInput as BadInput
     from cmgan_dist.retrieval.evaluate import evaluate as evaluate
+    from cmgan_dist.retrieval.index import Index as Index
     from cmgan_dist.retrieval.model import Model as Model
     from cmgan_dist.retrieval.model import load_model as load
     from cmgan_dist.training.loop import train as train
@@ -27,13 +28,14 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BadInput": "cmgan_dist.errors:BadInput",
     "Config": "cmgan_dist.config.fields:Config",
+    "Index": "cmgan_dist.retrieval.index:Index",
     "Model": "cmgan_dist.retrieval.model:Model",
     "evaluate": "cmgan_dist.retrieval.evaluate:evaluate",
     "load": "cmgan_dist.retrieval.model:load_model",
     "preset": "cmgan_dist.config.presets:preset",
     "train": "cmgan_dist.training.loop:train",
 }
-__all__ = ["BadInput", "Config", "Model", "__version__", "evaluate", "load", "preset", "train"]
+__all__ = ["BadInput", "Config", "Index", "Model", "__version__", "evaluate", "load", "preset", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -46,4 +48,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

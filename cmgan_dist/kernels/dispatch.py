@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -20,14 +21,9 @@ MAX_GROUPS = 4
 """The most groups that the kernels take: row counts are their arguments, so that nothing is copied to the device."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of the rows that the kernels take."""
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace how Triton reads its settings
-def interpreted() -> bool:
-    """Return whether Triton's interpreter runs the kernels on the CPU, as tests ask for by TRITON_INTERPRET=1."""
-    import triton  # type: ignore[import-untyped]  # here: it takes a while, and it may be absent
-
-    return bool(triton.knobs.runtime.interpret)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Whether Triton's interpreter runs the kernels on the CPU, as tests ask for; a constant, since torch.compile cannot
+trace how Triton reads its settings."""
 
 
 @functools.cache
@@ -50,7 +46,7 @@ def _obstacle(x: Tensor, groups: Sequence[int]) -> str:
         return f"the kernels take float32, bfloat16 and float16, not {x.dtype}"
     if len(groups) > MAX_GROUPS:
         return f"the kernels take {MAX_GROUPS} groups, not {len(groups)}"
-    if x.device.type != "cuda" and not interpreted():
+    if x.device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on {x.device.type}"
     return ""
 

@@ -21,7 +21,7 @@ from cmgan_dist.kernels.norm import GroupBatchNorm
 from cmgan_dist.models.discriminators import InterDiscriminator
 from cmgan_dist.training import losses
 
-DEVICE = "cuda" if torch.cuda.is_available() and not dispatch.interpreted() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not dispatch.INTERPRETED else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """Relative to the largest value. The interpreter truncates on its way to bfloat16: one ulp, not half of one."""
 SLOPE = 0.2
@@ -423,7 +423,7 @@ CHECKS = ["test_schema", "test_autograd_registration", "test_faketensor"]
 @pytest.mark.parametrize("affine", [True, False])
 def test_opcheck(training: bool | str, seed: bool, affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter runs on memory, and fake tensors, which the fourth check traces with, have none.
-    checks = CHECKS if dispatch.interpreted() else [*CHECKS, "test_aot_dispatch_dynamic"]
+    checks = CHECKS if dispatch.INTERPRETED else [*CHECKS, "test_aot_dispatch_dynamic"]
     monkeypatch.setattr(dist, "all_reduce", lambda t: None)
     args = arguments(bool(training), seed, affine, training == "synchronised")
     torch.library.opcheck(norm_triton.group_norm_act, args, test_utils=checks)
