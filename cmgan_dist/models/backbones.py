@@ -79,6 +79,10 @@ class TextBackbone(_Backbone):
         """B texts, or features [B, F] -> what `forward` takes, on `device`."""
         return _features(texts).to(device, non_blocking=True)
 
+    def lengths(self, texts: list[str]) -> list[int]:
+        """Return how long each text is, in any unit: texts of like length go through together with little padding."""
+        return [len(text) for text in texts]
+
     def forward(self, tokens: TextInput) -> Tensor:
         """Tokens or features of B texts -> float32 [B, F]."""
         assert isinstance(tokens, Tensor)
@@ -287,6 +291,13 @@ class SentenceEncoder(TextBackbone):
         """B texts -> the model's own tokens, each [B, L]."""
         tokens = self.model.preprocess(_raw(texts))
         return {name: value.to(device) for name, value in tokens.items() if isinstance(value, Tensor)}
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        tokens = self.tokenise(texts)
+        if "attention_mask" not in tokens:  # a model without padding
+            return super().lengths(texts)
+        assert isinstance(tokens, Mapping)
+        return [int(n) for n in tokens["attention_mask"].sum(1)]
 
     def forward(self, tokens: TextInput) -> Tensor:
         assert isinstance(tokens, Mapping)

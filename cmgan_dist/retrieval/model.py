@@ -31,8 +31,8 @@ ImageItem = "str | Path | bytes | np.ndarray | Image"
 LOTS: dict[str, dict[Modality, int]] = {"cpu": {"image": 8, "text": 32}, "cuda": {"image": 64, "text": 64}}
 """Items that go through a backbone together where nobody says, by device. On a CPU the activations of a few pictures
 stay in the caches: bench/encode.py has the figures."""
-FEATURE_ROWS = 4096
-"""Rows of features that are projected together."""
+FEATURE_ROWS = 1024
+"""Rows of features that are projected together, and texts whose lengths are counted together."""
 
 
 class Model:
@@ -114,11 +114,15 @@ class Model:
             if not isinstance(text, str) or not text.strip():
                 raise BadInput(f"text {position} is {text!r}: give a text that is not empty")
         backbone = cast(TextBackbone, self.backbone("text"))
-        # of like length together, for little padding
-        order = sorted(range(len(listed)), key=lambda i: len(listed[i]))
+        size = batch or self._lot("text")
+        lengths = (
+            [n for lot in _lots(listed, FEATURE_ROWS) for n in backbone.lengths(lot)] if len(listed) > size else []
+        )
+        # of as many tokens together: by characters a third more would be padding (bench/encode.py)
+        order = sorted(range(len(listed)), key=lengths.__getitem__) if lengths else list(range(len(listed)))
         made = self._encode(
             "text",
-            _lots((listed[i].strip() for i in order), batch or self._lot("text")),
+            _lots((listed[i].strip() for i in order), size),
             lambda part: backbone(backbone.tokenise(part, self.device)),
             standardise,
         )
@@ -161,21 +165,24 @@ class Model:
         self, modality: Modality, batches: Iterable[T], features: Callable[[T], Tensor], standardise: bool
     ) -> np.ndarray:
         project = self.generator.project_images if modality == "image" else self.generator.project_texts
-        parts = [torch.zeros(0, self.dim)]
+        parts = [np.zeros((0, self.dim), np.float32)]
         for part in batches:
             made = features(part).to(self.device)
             expected = getattr(self.saved.spec, modality).dim
             if made.ndim != 2 or made.shape[1] != expected:
                 raise BadInput(f"the {modality} features have shape {list(made.shape)}, expected [n, {expected}]")
-            parts.append(project(made.float()).float().cpu())
-        common = torch.cat(parts)
-        if standardise:
-            statistics = self.saved.statistics
-            if statistics is None:
-                raise BadInput(f"{self.saved.folder} has no statistics of its training split: train it to its end")
-            mean, std = getattr(statistics, f"{modality}_mean"), getattr(statistics, f"{modality}_std")
-            common = (common.double() - mean) / torch.where(std > 0, std, 1.0)
-        return l2_normalise(common).float().numpy()
+            common = project(made.float()).float().cpu()
+            parts.append(l2_normalise(self._standardised(common, modality) if standardise else common).float().numpy())
+        return np.concatenate(parts)
+
+    def _standardised(self, common: Tensor, modality: Modality) -> Tensor:
+        """Return common representations [n, E] by the training split's statistics, float64. Raises BadInput when there
+        are none."""
+        statistics = self.saved.statistics
+        if statistics is None:
+            raise BadInput(f"{self.saved.folder} has no statistics of its training split: train it to its end")
+        mean, std = getattr(statistics, f"{modality}_mean"), getattr(statistics, f"{modality}_std")
+        return (common.double() - mean) / torch.where(std > 0, std, 1.0)
 
 
 def load_model(run: str | Path, device: str | torch.device = "auto") -> Model:
