@@ -36,7 +36,7 @@ LOT = 16
 """Batches of texts that are sorted by their length together."""
 
 
-FEATURE_ROWS = 4096
+FEATURE_ROWS = 1024
 """Rows of features that are projected together."""
 
 
@@ -174,15 +174,18 @@ class Model:
             expected = getattr(self.saved.spec, modality).dim
             if made.ndim != 2 or made.shape[1] != expected:
                 raise BadInput(f"the {modality} features have shape {list(made.shape)}, expected [n, {expected}]")
-            parts.append(project(made.float()).float().cpu())
-        common = torch.cat(parts)
-        if standardise:
-            statistics = self.saved.statistics
-            if statistics is None:
-                raise BadInput(f"{self.saved.folder} has no statistics of its training split: train it to its end")
-            mean, std = getattr(statistics, f"{modality}_mean"), getattr(statistics, f"{modality}_std")
-            common = (common.double() - mean) / torch.where(std > 0, std, 1.0)
-        return unit_vectors(common).numpy()
+            common = project(made.float()).float().cpu()
+            parts.append(unit_vectors(self._standardised(common, modality) if standardise else common))
+        return torch.cat(parts).numpy()
+
+    def _standardised(self, common: Tensor, modality: Modality) -> Tensor:
+        """Return common representations [n, E] by the training split's statistics, float64. Raises BadInput when there
+        are none."""
+        statistics = self.saved.statistics
+        if statistics is None:
+            raise BadInput(f"{self.saved.folder} has no statistics of its training split: train it to its end")
+        mean, std = getattr(statistics, f"{modality}_mean"), getattr(statistics, f"{modality}_std")
+        return (common.double() - mean) / torch.where(std > 0, std, 1.0)
 
 
 def load_model(run: str | Path, device: str | torch.device = "auto") -> Model:

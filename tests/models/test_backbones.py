@@ -391,6 +391,14 @@ def test_the_sentence_encoder_is_encode() -> None:
     assert torch.equal(same(tokens), made)
 
 
+def test_a_sentence_encoder_counts_tokens_and_not_characters() -> None:
+    backbone = build_text_backbone(TextBackboneConfig("sentence", MINILM, max_tokens=6))
+    texts = ["a", "internationalisation", "a b c", "a b c d e f g h"]
+    alone = [int(backbone.tokenise([text])["input_ids"].shape[1]) for text in texts]  # type: ignore[index]
+    assert backbone.lengths(texts) == alone
+    assert backbone.lengths(texts)[3] == 6  # as it is cut
+
+
 def test_a_trainable_sentence_encoder_gives_every_parameter_a_gradient() -> None:
     backbone = SentenceEncoder(TextBackboneConfig("sentence", MINILM, trainable=True, max_tokens=8))
     assert backbone.train().model.training
