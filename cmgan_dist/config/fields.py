@@ -107,7 +107,7 @@ class TextBackboneConfig:
 
 @dataclass
 class ModelConfig:
-    """Networks of generator and discriminators (recipe: Networks)."""
+    """Networks of generator and discriminators (docs/reference.md)."""
 
     image: ImageBackboneConfig = field(default_factory=ImageBackboneConfig)
     text: TextBackboneConfig = field(default_factory=TextBackboneConfig)
@@ -138,7 +138,7 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """Loss terms and their weights (recipe: Losses). A weight of 0 turns a term off."""
+    """Loss terms and their weights (docs/reference.md). A weight of 0 turns a term off."""
 
     adversarial: Annotated[Literal["bce", "hinge", "wgan-gp"], Mutable] = "bce"
     """Form of all adversarial losses."""
@@ -240,7 +240,7 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """Evaluation (recipe: Evaluation)."""
+    """Evaluation (docs/reference.md)."""
 
     zscore: Annotated[bool, Resumable] = True
     """Standardise common representations per modality over the evaluated set, as the authors do."""

@@ -68,7 +68,7 @@ class ImageBackbone(_Backbone):
     take images."""
 
     def forward(self, image: Tensor) -> Tensor:
-        """Images or features [B, F] -> float32 [B, F].
+        """Return float32 features [B, F] of B images, or of features that are stored already.
 
         Images: uint8 [B, H, W, 4] as `decode_image` makes them, or [B, 3, H, W] of uint8 or of floats in 0..1.
         """
@@ -80,7 +80,7 @@ class TextBackbone(_Backbone):
     take texts."""
 
     def tokenise(self, texts: list[str] | Tensor, device: torch.device | str = "cpu") -> TextInput:
-        """B texts, or features [B, F] -> what `forward` takes, on `device`."""
+        """Return what `forward` takes for B texts, or for features [B, F], on `device`."""
         return _features(texts).to(device, non_blocking=True)
 
     def lengths(self, texts: list[str]) -> list[int]:
@@ -88,7 +88,7 @@ class TextBackbone(_Backbone):
         return [len(text) for text in texts]
 
     def forward(self, tokens: TextInput) -> Tensor:
-        """Tokens or features of B texts -> float32 [B, F]."""
+        """Return float32 features [B, F] of the tokens of B texts, or of features that are stored already."""
         assert isinstance(tokens, Tensor)
         return tokens.float()
 
@@ -236,7 +236,7 @@ class SentenceCNN(TextBackbone):
         )
 
     def tokenise(self, texts: list[str] | Tensor, device: torch.device | str = "cpu") -> TextInput:
-        """B texts -> {"ids": int64 [B, L]}, cut at `max_tokens`, 0 behind the end."""
+        """Return {"ids": int64 [B, L]} of B texts, cut at `max_tokens`, with 0 behind the end."""
         ids = [torch.tensor(self.vocabulary.encode(text)[: self.max_tokens]) for text in _raw(texts)]
         return {"ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD).to(device)}
 
@@ -295,7 +295,7 @@ class SentenceEncoder(TextBackbone):
         self.settle()
 
     def tokenise(self, texts: list[str] | Tensor, device: torch.device | str = "cpu") -> TextInput:
-        """B texts -> the model's own tokens, each [B, L]."""
+        """Return the model's own tokens of B texts, each [B, L]."""
         tokens = self.model.preprocess(_raw(texts))
         return {name: value.to(device) for name, value in tokens.items() if isinstance(value, Tensor)}
 

@@ -43,7 +43,7 @@ class Projection:
     settings: dict[str, float]
 
     def first(self, dims: int) -> Projection:
-        """The same with its first `dims` dimensions only."""
+        """Return this projection with its first `dims` dimensions only."""
         return Projection(
             lambda x: self.image(x)[:, :dims], lambda x: self.text(x)[:, :dims], {**self.settings, "dims": dims}
         )

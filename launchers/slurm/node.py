@@ -91,7 +91,7 @@ def take(arguments: list[str], flag: str) -> str | None:
 
 
 def zero_environment(path: str | None) -> dict[str, str]:
-    """The variables by which `accelerate launch --config_file PATH` asks for DeepSpeed: {} for DDP or no file.
+    """Return the variables by which `accelerate launch --config_file PATH` asks for DeepSpeed: {} for DDP or no file.
 
     Raises BadInput naming the file and the key."""
     if path is None:
@@ -117,7 +117,7 @@ def zero_environment(path: str | None) -> dict[str, str]:
 
 
 def read_job(words: Sequence[str]) -> Job:
-    """The command line together with SLURM's variables. Raises BadInput naming the flag."""
+    """Return the job that the command line and SLURM's variables describe. Raises BadInput naming the flag."""
     arguments = list(words)
     processes = integer("SLURM_GPUS_ON_NODE", 1)
     given = take(arguments, FLAG)
@@ -199,7 +199,7 @@ def describe(code: int) -> str:
 
 
 def combined(codes: Sequence[int]) -> int:
-    """The launcher's exit code. One process that saved means that all did."""
+    """Return the launcher's exit code. One process that saved means that all did."""
     for code in (EXIT_SIGNALLED, EXIT_BAD_INPUT):
         if code in codes:
             return code
@@ -252,7 +252,7 @@ def run(job: Job) -> int:
 
 
 def tail(path: Path, count: int = 15) -> str:
-    """The last lines of a log."""
+    """Return the last lines of a log."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 16_384))
         return "\n".join(file.read().decode(errors="replace").splitlines()[-count:])
