@@ -8,8 +8,12 @@ import json
 import os
 import secrets
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+LATER = ".new"
+"""Ending of a file that is written and waits for the record that names it, see `commit_files`."""
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -38,6 +42,16 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
         aside.unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
+
+
+def commit_files(folder: Path, record: str, text: str, names: Iterable[str]) -> None:
+    """Make the files NAME.new of a folder its files NAME, in one step; they must be on disk. Raises OSError.
+
+    The file `record` is replaced first. Its `text` has the checksums of the files, which tell whenever this is killed
+    which of NAME and NAME.new belong to it; the next change must finish the renames before it writes a NAME.new."""
+    write_atomic(folder / record, text)
+    for name in names:
+        os.replace(folder / (name + LATER), folder / name)
 
 
 def _flush_folder(folder: Path) -> None:

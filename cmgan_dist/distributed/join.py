@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import socket
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def take_zero_config() -> dict[str, Any] | None:
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path != "none":
         try:
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
+            config = parse_json(Path(path).read_bytes())
             stage = int(config["zero_optimization"]["stage"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cmgan_dist.files import sha256_of, write_atomic
+from cmgan_dist.files import parse_json, sha256_of, write_atomic
 
 WRITTEN = {"name", "samples", "bytes", "sha256"}
 """What a record says of the file that was written."""
@@ -46,7 +46,7 @@ class Record:
 def parse(text: str | bytes) -> Record | None:
     """Return the record in the text of a file, None when it is no record."""
     try:
-        record = Record(**json.loads(text))
+        record = Record(**parse_json(text))
         known = all(isinstance(one, dict) and set(one) == WRITTEN for one in record.files)
     except (ValueError, TypeError):
         return None

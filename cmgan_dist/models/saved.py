@@ -31,7 +31,7 @@ from cmgan_dist.config.fields import CONFIG_NAME, Config, ImageBackboneConfig
 from cmgan_dist.config.load import load_config, to_yaml
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_json, sha256_of, write_atomic
+from cmgan_dist.files import LATER, commit_files, parse_json, sha256_of, write_atomic
 from cmgan_dist.models.backbones import (
     ImageBackbone,
     TextBackbone,
@@ -48,8 +48,6 @@ SPEC_NAME, MODEL_NAME, VOCABULARY_NAME = "model.json", "model.safetensors", "voc
 VERSION = 1
 STATISTICS = ("image_mean", "image_std", "text_mean", "text_std")
 CAPTIONS = {"training": "one of a picture's captions is drawn each epoch", "evaluation": "every caption is an item"}
-LATER = ".new"
-"""Ending of a file that is written and waits for model.json."""
 
 
 @dataclass
@@ -215,9 +213,7 @@ def save_model(
         _finish_save(best)
         for name, content in files.items():
             write_atomic(best / (name + LATER), content)
-        write_atomic(best / SPEC_NAME, spec_json(spec))
-        for name in files:
-            os.replace(best / (name + LATER), best / name)
+        commit_files(best, SPEC_NAME, spec_json(spec), files)
     except OSError as error:
         raise BadInput(
             f"the best model could not be written to {best} ({error.strerror}): free space there and start again; the "

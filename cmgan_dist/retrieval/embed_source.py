@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ from cmgan_dist.data.reader import ShardReader, open_data_set
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS, Sample
 from cmgan_dist.data.store import LocalStore
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.files import sha256_of
+from cmgan_dist.files import parse_json, sha256_of
 from cmgan_dist.models.generator import Modality
 from cmgan_dist.retrieval.embeddings import SourceIdentity
 
@@ -299,7 +298,7 @@ class TextSource(Source):
             text: Any = line.decode("utf-8").removeprefix("\ufeff")
             key: Any = number
             if self.file.suffix == ".jsonl":
-                record = json.loads(text)
+                record = parse_json(text)
                 key, text = str(record.get("key", number)), record.get("text")
         except (ValueError, RecursionError, AttributeError) as error:
             expected = "a JSON object" if self.file.suffix == ".jsonl" else "UTF-8"

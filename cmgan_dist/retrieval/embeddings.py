@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import parse_json
 from cmgan_dist.jobs import ledger
 from cmgan_dist.models.generator import Modality
 
@@ -113,7 +114,7 @@ class EmbeddingManifest:
 
         Raises BadInput when the text is not a manifest of this version."""
         try:
-            record = json.loads(text)
+            record = parse_json(text)
             version = record.pop("version")
             if version == VERSION:
                 model, source = ModelIdentity(**record.pop("model")), SourceIdentity(**record.pop("source"))

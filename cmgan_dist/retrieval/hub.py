@@ -25,7 +25,7 @@ from cmgan_dist.config.fields import CONFIG_NAME, Config
 from cmgan_dist.config.load import to_yaml
 from cmgan_dist.config.paths import get_value, with_values
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import sha256_of, write_atomic
+from cmgan_dist.files import parse_json, sha256_of, write_atomic
 from cmgan_dist.jobs.staging import staging
 from cmgan_dist.models.saved import MODEL_NAME, SPEC_NAME, Saved, spec_json, whole_file
 from cmgan_dist.models.weights import first_line
@@ -47,7 +47,7 @@ def find_evaluation(saved: Saved) -> dict[str, Any]:
     """Return what RUN/evaluation.json, or one beside the model, says of this very model; {} where there is none."""
     for folder in (saved.folder, saved.folder.parent):
         try:
-            record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+            record = parse_json((folder / RECORD_NAME).read_bytes())
         except (OSError, ValueError):
             continue
         if isinstance(record, dict) and record.get("model") == saved.spec.files[MODEL_NAME]:

@@ -26,14 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import sha256_of, write_atomic
+from cmgan_dist.files import LATER, commit_files, parse_json, sha256_of
 
 MANIFEST_NAME, ITEMS_NAME = "index.json", "items.parquet"
 VECTORS_NAMES = {"exact": "vectors.npy", "ivf_sq8": "vectors.faiss"}
 """Kind -> name of the vectors' file."""
 VERSION = 1
-LATER = ".new"
-"""Ending of a file that is written and waits for index.json."""
 SMALL = 1 << 22
 """Files up to 4 MiB are hashed whole at each opening, in about 10 ms."""
 PIECES, PIECE = 64, 1 << 12
@@ -85,7 +83,7 @@ def read_manifest(folder: Path) -> IndexManifest:
     """Return what index.json says. Raises BadInput when it is missing, damaged or of another version."""
     path = folder / MANIFEST_NAME
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
         version = record.pop("version")
         if version == VERSION:
             files = {name: FileSums(**sums) for name, sums in record.pop("files").items()}
@@ -188,9 +186,7 @@ def commit(folder: Path, manifest: IndexManifest) -> None:
     for name in manifest.files:
         with open(aside(folder, name), "rb") as file:
             os.fsync(file.fileno())
-    write_atomic(folder / MANIFEST_NAME, manifest.to_json())
-    for name in manifest.files:
-        os.replace(aside(folder, name), folder / name)
+    commit_files(folder, MANIFEST_NAME, manifest.to_json(), manifest.files)
     _remove(folder / name for name in VECTORS_NAMES.values() if name not in manifest.files)
 
 
