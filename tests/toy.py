@@ -182,9 +182,10 @@ def torchrun(processes: int) -> list[str]:
 def run_workers(script: str, processes: int, *words: str, fresh: bool = False) -> str:
     """tests/distributed/SCRIPT on that many processes; its stdout. It must end with 0.
 
-    `fresh`: by torchrun, for what must be set before torch is imported."""
+    `fresh`: by torchrun, for what must be set before torch is imported; so is one process, which DeepSpeed takes from
+    a launcher only."""
     command = [str(ROOT / "tests" / "distributed" / script), *words]
-    if fresh:
+    if fresh or processes == 1:
         command = [*torchrun(processes), *command]
         done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400)
     else:
