@@ -132,8 +132,10 @@ class Cluster:
         for name in ("state", "run", "log", "munge", *(f"spool/{n}" for n in NODES)):
             (self.base / name).mkdir(parents=True)
         ports = {"port": free_port(), "port1": free_port(), "port2": free_port()}
-        # jobs meet at a port that is their number's: two clusters on this machine must not count alike
-        ports["first_job"] = random.randrange(1, 5) * 1000 + os.getpid() % 1000
+        # Jobs meet at a port that is their number's: two clusters on this machine must not count alike. Those of one
+        # run of the tests are a thousand apart; an earlier run's may still end.
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+        ports["first_job"] = (worker % 4 + 1) * 1000 + random.randrange(900)
         text = CONFIG.format(host=socket.gethostname().split(".")[0], base=self.base, **ports)
         (self.base / "slurm.conf").write_text(text)
         (self.base / "owner.pid").write_text(str(os.getpid()))

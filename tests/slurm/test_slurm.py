@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,9 +168,27 @@ def run(cluster: Cluster, tmp_path: Path, data: Path) -> Run:
 # ---------------------------------------------------------------------------------------------- start
 
 
+@contextmanager
+def held_ports(cluster: Cluster) -> Iterator[set[int]]:
+    """Another program on the first node listens where this cluster's next jobs would meet."""
+    line = cluster.run("scontrol", "show", "config")
+    number = re.search(r"NEXT_JOB_ID\s*=\s*(\d+)", line)
+    assert number
+    first = 10_000 + int(number[1])
+    with ExitStack() as held:
+        for port in range(first, first + 3):
+            held.enter_context(socket.create_server(("", port)))
+        yield set(range(first, first + 3))
+
+
 def test_two_nodes_and_one_train_like_two_processes_without_slurm(run: Run) -> None:
     run.set_epochs(3)
-    run.wait(run.submit("--nodes=2"))
+    with held_ports(run.cluster) as held:
+        run.wait(run.submit("--nodes=2"))
+    met = re.search(r"job (\d+), .* meeting at 127.0.0.1:(\d+)", run.out())
+    assert met
+    assert 10_000 + int(met[1]) in held
+    assert int(met[2]) == max(held) + 1
     assert "start 1, on node[1-2]" in run.out()
     assert "2 processes on cpu" in run.log(0)
     assert f"node1: report: {run.output}/report.html" in run.out()
