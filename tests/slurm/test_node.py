@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,6 +50,21 @@ def test_an_array_task_has_a_seed_and_a_folder_of_its_own(monkeypatch: pytest.Mo
     for words in (["--train.seed", "3"], ["--train.seed=3"], ["train.seed=3"]):
         with pytest.raises(BadInput, match=r"--train\.seed is given, and so is a job array"):
             read_job([*WORDS, *words])
+
+
+def test_jobs_meet_at_ports_that_nobody_holds() -> None:
+    command = [sys.executable, "-m", "launchers.slurm.ports"]
+    with socket.socket() as held:
+        first = free_port() & ~1  # of a pair
+        held.bind(("", first + 1))
+        held.listen()
+        for count, expected in ((1, first), (2, first + 2)):
+            done = subprocess.run(
+                [*command, str(first), str(count)], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+            assert int(done.stdout) == expected
+    none = subprocess.run([*command, "65535", "2"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (none.returncode, none.stderr[:16]) == (1, "error: no 2 free")
 
 
 @pytest.mark.parametrize(
