@@ -98,6 +98,7 @@ def make_plan(options: EmbedOptions) -> Plan:
         output=options.output,
         batch=options.batch or saved.config.eval.batch,
         dtype=options.dtype,
+        unit=options.unit,
         device=device,
         threads=threads,
         skip_bad=options.skip_bad,
@@ -161,7 +162,8 @@ def _otherwise(plan: Plan, record: ledger.Record) -> str:
     if record.settings.get("model") != plan.job.model:
         return f"embeddings by another model than that of {plan.job.run}"
     if record.settings != plan.job.settings:
-        return "embeddings with other options (" + ", ".join(f"{k} {v}" for k, v in record.settings.items()) + ")"
+        differing = [f"{k} {v}" for k, v in record.settings.items() if plan.job.settings.get(k) != v]
+        return f"embeddings with other options ({', '.join(differing)})"
     return "embeddings of other data"
 
 
@@ -270,6 +272,7 @@ def finish(plan: Plan, made: Sequence[Part]) -> EmbeddingSet:
         model=ModelIdentity(plan.job.model, plan.job.run, spec.data_name),
         dim=plan.saved.config.model.common_dim,
         dtype=plan.job.dtype,
+        unit=plan.job.unit,
         source=plan.source.identity,
         classes=list(plan.source.classes),
         attribution=plan.source.attribution,

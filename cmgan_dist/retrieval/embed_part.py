@@ -39,6 +39,7 @@ class Job:
     output: str
     batch: int
     dtype: str
+    unit: bool
     device: str
     threads: int
     """Threads that decode images."""
@@ -47,7 +48,7 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """Return what decides the bytes of a part's files beside its source: the same on every machine."""
-        return {"model": self.model, "batch": self.batch, "dtype": self.dtype}
+        return {"model": self.model, "batch": self.batch, "dtype": self.dtype, "unit": self.unit}
 
 
 class Worker:
@@ -170,4 +171,4 @@ def _stored(common: torch.Tensor, job: Job, part: Part) -> np.ndarray:
     """Return common representations [n, E] as they are stored. Raises BadInput when they are not finite."""
     if not torch.isfinite(common).all():
         raise BadInput(f"the vectors of {part.origin} are not finite: the model in {job.run} has diverged, use another")
-    return unit_vectors(common).numpy().astype(job.dtype)
+    return (unit_vectors(common) if job.unit else common).numpy().astype(job.dtype)

@@ -1,12 +1,13 @@
 """Embeddings of a data set as files: a folder, or a URL, of vectors, of what they are vectors of, and of how they came.
 
     EMB/embeddings.json        what the folder holds (`EmbeddingManifest`), written last: without it nothing is whole
-    EMB/NAME.image.npy         float32 or float16 [n, E], unit length, a row for each image of the shard NAME
+    EMB/NAME.image.npy         float32 or float16 [n, E], a row for each image of the shard NAME
     EMB/NAME.text.npy          [m, E]: every text of the first image, then of the second ...
     EMB/NAME.items.parquet     a row for each of these n + m vectors, images first (ITEMS)
     EMB/NAME.record.json       what the three were made from, with their checksums (`jobs.ledger`)
 
-A modality that a shard does not have has no ``.npy`` file. Items are numbered shard by shard, images before texts: the
+Vectors have unit length unless embeddings.json says that they are as the model made them. A modality that a shard does
+not have has no ``.npy`` file. Items are numbered shard by shard, images before texts: the
 number is ``base[shard] + row``, so that vectors and items cannot slip against each other.
 
 Shapes: n images and m texts of a shard, E dimensions of the common space."""
@@ -101,8 +102,8 @@ class EmbeddingManifest:
     """Source and licence of the data."""
     shards: list[EmbeddedShard] = field(default_factory=list)
     """In canonical order: splits in the order of the data's manifest, then shards."""
-    standardised: bool = False
-    """Always False: vectors are not z-scored."""
+    unit: bool = True
+    """Vectors have unit length; else they are as the model made them."""
 
     def to_json(self) -> str:
         """Return the text of embeddings.json; `from_json` reads it."""
@@ -216,7 +217,7 @@ class EmbeddingSet:
             manifest = EmbeddingManifest.from_json(store.read(MANIFEST_NAME), where)
         except FileNotFoundError:
             raise BadInput(f"{where} does not exist: make it by launchers/embed.py, or name another folder") from None
-        if manifest.dtype not in DTYPES or manifest.standardised:
+        if manifest.dtype not in DTYPES or not isinstance(manifest.unit, bool):
             raise BadInput(f"{where} has vectors of a kind that this program does not know: embed again")
         for shard in manifest.shards:
             _check_shard(store, manifest, shard)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.reader import ShardReader
@@ -16,6 +17,8 @@ from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_generator, read_model
 from cmgan_dist.retrieval.embed import Embedded, embed_split
+from cmgan_dist.retrieval.embeddings import EmbeddingSet
+from cmgan_dist.retrieval.metrics import Embeddings
 from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
 
 RECORD_NAME, EMBEDDINGS_NAME = "evaluation.json", "embeddings.npz"
@@ -139,3 +142,37 @@ def evaluate(run: str | Path, data: str = "", *, split: str = "test", zscore: bo
         "metrics"
     ]
     return metrics
+
+
+def embeddings_of(made: EmbeddingSet, split: str) -> Embeddings:
+    """Return the vectors of a split of embedded data as metrics take them.
+
+    Raises BadInput when the split is not there, or has not both modalities."""
+    shards = [shard for shard in made if shard.split == split]
+    if not any(shard.images for shard in shards) or not any(shard.texts for shard in shards):
+        raise BadInput(f"{made.location} has no images and texts of a split {split!r}: embed that split of a data set")
+    owners: list[int] = []
+    labels: list[list[int]] = []
+    for shard in shards:
+        items = made.items(shard)
+        owners += [len(labels) + owner for owner in items["owner"][shard.images :].to_pylist()]
+        labels += items["labels"][: shard.images].to_pylist()
+    multi_hot = torch.zeros(len(labels), len(made.manifest.classes), dtype=torch.bool)
+    for row, classes in enumerate(labels):
+        multi_hot[row, classes] = True
+    image, text = (
+        torch.from_numpy(np.concatenate([made.vectors(modality, shard) for shard in shards]))
+        for modality in ("image", "text")
+    )
+    return Embeddings(image, text, torch.tensor(owners), multi_hot if made.manifest.classes else None)
+
+
+def evaluate_embedded(embeddings: str | Path, *, split: str = "test", zscore: bool = True) -> dict[str, Any]:
+    """Return the metrics, as `evaluate`, of a split whose vectors launchers/embed.py has written.
+
+    `zscore`: as of `open_task`; it needs vectors as the model makes them, which ``--no-unit`` leaves. Raises BadInput
+    when the embeddings are not whole, have unit length, or are not of both modalities of that split."""
+    made = EmbeddingSet.open(embeddings)
+    if zscore and made.manifest.unit:
+        raise BadInput(f"{made.location} holds vectors of unit length, no z-scores of which are right: embed --no-unit")
+    return evaluate_embeddings(embeddings_of(made, split), zscore=zscore)

@@ -5,14 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from cmgan_dist.config.fields import Config
 from cmgan_dist.retrieval.embed_job import embed
 from cmgan_dist.retrieval.embed_options import EmbedOptions
 from cmgan_dist.retrieval.embeddings import EmbeddingSet
-from cmgan_dist.retrieval.metrics import Embeddings
 from tests.toy import make_raw, save_untrained, small_config
 
 
@@ -47,20 +43,3 @@ def whole(run: Path, output: Path | str, **options: Any) -> EmbeddingSet:
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def of_split(made: EmbeddingSet, split: str) -> Embeddings:
-    """The vectors of a split as metrics take them."""
-    images, texts, owners, labels = [], [], [], []
-    for shard in made:
-        if shard.split == split:
-            items = made.items(shard).to_pydict()
-            owners += [len(labels) + owner for owner in items["owner"][shard.images :]]
-            labels += items["labels"][: shard.images]
-            images.append(made.vectors("image", shard))
-            texts.append(made.vectors("text", shard))
-    multi_hot = torch.zeros(len(labels), len(made.manifest.classes), dtype=torch.bool)
-    for row, classes in enumerate(labels):
-        multi_hot[row, classes] = True
-    vectors = [torch.from_numpy(np.concatenate(parts)) for parts in (images, texts)]
-    return Embeddings(vectors[0], vectors[1], torch.tensor(owners), multi_hot)

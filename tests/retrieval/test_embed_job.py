@@ -20,11 +20,10 @@ from cmgan_dist.models.saved import load_generator, read_model, save_model, stor
 from cmgan_dist.models.weights import weights_sha256
 from cmgan_dist.retrieval import embed_source
 from cmgan_dist.retrieval.embeddings import EmbeddingSet
-from cmgan_dist.retrieval.evaluate import open_task, run_task
+from cmgan_dist.retrieval.evaluate import embeddings_of, evaluate_embedded, open_task, run_task
 from cmgan_dist.retrieval.metrics import common_space
-from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
 from cmgan_dist.retrieval.model import load_model
-from tests.retrieval.embed_cases import embedded, files, of_split, raw_run, whole
+from tests.retrieval.embed_cases import embedded, files, raw_run, whole
 from tests.toy import jpeg, make_features, make_raw, save_untrained, small_config
 
 
@@ -44,15 +43,22 @@ def test_figures_are_those_of_an_evaluation_to_the_last_digit(
     kind: str, features: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run, data = features if kind == "features" else raw_run(tmp_path, name="raw_run")
-    made = whole(run, tmp_path / "emb", data=data)
+    unit, plain = tmp_path / "unit", tmp_path / "plain"
+    made = whole(run, unit, data=data)
+    whole(run, plain, data=data, unit=False)
     for split in ("train", "test"):
-        asked = open_task(run, str(data), split=split, zscore=False)
-        expected = run_task(asked, baselines=False)
-        assert evaluate_embeddings(of_split(made, split), zscore=False) == expected.record["metrics"]
+        for zscore in (False, True):
+            expected = run_task(open_task(run, str(data), split=split, zscore=zscore), baselines=False)
+            assert evaluate_embedded(plain, split=split, zscore=zscore) == expected.record["metrics"]
+            if not zscore:
+                assert evaluate_embedded(unit, split=split, zscore=False) == expected.record["metrics"]
         for mine, theirs in zip(
-            common_space(of_split(made, split), False), common_space(expected.embedded.common, False), strict=True
+            common_space(embeddings_of(made, split), False), common_space(expected.embedded.common, False), strict=True
         ):
             assert torch.equal(mine, theirs)
+    for where, asked, said in ((unit, {}, "embed --no-unit"), (plain, {"split": "night"}, "of a split 'night'")):
+        with pytest.raises(BadInput, match=said):
+            evaluate_embedded(where, **asked)
 
 
 def test_items_say_what_each_vector_is_of(tmp_path: Path) -> None:
@@ -223,7 +229,7 @@ def test_embeddings_of_others_are_refused_and_replaced_when_asked(features: tupl
     other = make_features(tmp_path / "other", splits={"train": [40], "more": [5]}, captions=2, seed=1)
     whole(run, emb, data=data, splits="train")
     for options, said in (
-        ({"data": data, "splits": "train", "dtype": "float16"}, r"with other options \(model .*, dtype float32\)"),
+        ({"data": data, "splits": "train", "dtype": "float16"}, r"with other options \(dtype float32\)"),
         ({"data": data, "splits": "test"}, r"embeddings of other data \(train-000000 is none of .*data's"),
         ({"data": other}, r"embeddings of other data \(train-000001 is none of .*other's"),
     ):

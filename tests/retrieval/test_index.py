@@ -73,6 +73,19 @@ def test_half_precision_vectors_are_made_of_unit_length(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, made.vectors, atol=1e-3)
 
 
+def test_vectors_as_the_model_makes_them_are_made_of_unit_length(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    plain = rng.normal(size=(40, 16)).astype(np.float32)
+    make_embeddings(tmp_path / "emb", [(20, 20)], vectors=plain, unit=False)
+    index = Index.build(tmp_path / "emb", tmp_path / "index")
+    found = np.stack([index.vector(i) for i in range(40)])
+    np.testing.assert_allclose(found, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-6)
+    plain[23] = 0
+    make_embeddings(tmp_path / "zero", [(20, 20)], vectors=plain, unit=False)
+    with pytest.raises(BadInput, match="text vector 3 of train-000000 has length 0, expected more than 0"):
+        Index.build(tmp_path / "zero", tmp_path / "other")
+
+
 @pytest.mark.parametrize("rows", [1, 3, 64, 1000])
 def test_hits_do_not_depend_on_the_blocks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of a few vectors, so that most scores tie, and a query that is searched alone."""
