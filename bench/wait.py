@@ -2,8 +2,9 @@
 
     python -m bench.wait INDEX [--rounds 7]
 
-The shell: processor and wall time of `launchers/search.py` from its start to the table, for a text and a picture, and
-beside it what it cannot do without: importing torch, and torch with the library of the run's text backbone. The page:
+The shell: processor and wall time of `launchers/search.py` from its start to the table, for a text and a picture, by
+the index's query encoders and by the run (--run), and beside it importing torch alone, and with the libraries of the
+run's backbones, which the latter cannot do without. The page:
 `launchers/serve.py` with a headless Chromium (/usr/bin/chromium, or --chromium) on the same machine; wall time from
 Enter until every picture of the first screen is decoded, for words that were not asked before ("new") and for the same
 words again ("again", where the server has the thumbnails), and what the API alone takes for the same.
@@ -78,9 +79,12 @@ def started(command: list[str]) -> dict[str, float]:
 def shell(index: Path, picture: Path, rounds: int) -> dict[str, Any]:
     """Return the spread of each command's times over the rounds, in which they take turns."""
     search = [sys.executable, "launchers/search.py", str(index)]
+    run = ["--run", Index.open(index).manifest.model["run"]]
     commands = {
         "search.py, a text": [*search, WORDS[0]],
         "search.py, a picture": [*search, "--image", str(picture)],
+        "search.py --run, a text": [*search, WORDS[0], *run],
+        "search.py --run, a picture": [*search, "--image", str(picture), *run],
         "import torch": [sys.executable, "-c", "import torch"],
         "import torch, sentence_transformers": [sys.executable, "-c", "import torch, sentence_transformers"],
         "import torch, timm": [sys.executable, "-c", "import torch, timm"],
@@ -143,6 +147,10 @@ def main() -> None:
     if arguments.rounds < 1:
         raise BadInput("--rounds must be at least 1")
     index = Index.open(arguments.index)
+    if index.query_encoder("text") is None:
+        raise BadInput(
+            f"{arguments.index} has no query encoders: launchers/index.py {arguments.index} --query-encoders"
+        )
     command = [sys.executable, "launchers/serve.py", str(arguments.index), "--port", "0"]
     with TemporaryDirectory() as folder, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         picture = Path(folder) / "query"

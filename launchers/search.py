@@ -17,6 +17,7 @@ import tyro
 from cmgan_dist.config.cli import parse
 from cmgan_dist.errors import BadInput, run_main
 from cmgan_dist.retrieval.chance import NEAR, above_chance, is_near
+from cmgan_dist.retrieval.query_encoder import QueryEncoder, missing_packages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +47,8 @@ class Arguments:
     classes: str = ""
     """Only items of one of these classes, separated by commas."""
     run: str = ""
-    """Run, or copy of its best/ folder, whose model encodes the query; the one that the index names when left out."""
+    """Run, or copy of its best/ folder, whose model encodes the query; the index's own query encoders when left
+    out, or the run that the index names."""
     json: bool = False
     """Print JSON on stdout instead of a table."""
 
@@ -72,16 +74,17 @@ def main() -> None:
 
 def encode(index: Index, arguments: Arguments) -> np.ndarray:
     """Return the query's vector [1, E]. Raises BadInput when the index's model is not there, or cannot encode it."""
-    run = arguments.run or index.manifest.model["run"]
-    if not arguments.run and not Path(run).is_dir():
-        raise BadInput(f"the model of {arguments.index} is not at {run!r} any more: name its run by --run")
+    exported = None if arguments.run else index.query_encoder("image" if arguments.image else "text")
+    if exported is not None:
+        missing = missing_packages()
+        if not missing:
+            encoder = QueryEncoder(exported)
+            return encoder.encode_image(arguments.image) if arguments.image else encoder.encode_text(arguments.text)
+        print(f"{exported} is not used, it needs {missing[0]}: pip install 'cmgan-dist[use]'", file=sys.stderr)
     # after the cheap checks: torch and its friends take seconds to import
-    from cmgan_dist.models.saved import read_model
     from cmgan_dist.retrieval.model import Model
 
-    saved = read_model(run)
-    index.check_model(saved)
-    model = Model(saved)
+    model = Model(index.read_model(arguments.run))
     return model.encode_images(arguments.image) if arguments.image else model.encode_texts(arguments.text)
 
 

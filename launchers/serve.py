@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from cmgan_dist.config.cli import log_to_stderr, parse
-from cmgan_dist.errors import BadInput, run_main
+from cmgan_dist.errors import run_main
 
 
 @dataclass
@@ -38,18 +38,13 @@ def main() -> None:
     log_to_stderr()
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/serve.py")
     # after the cheap checks: torch and its friends take seconds to import
-    from cmgan_dist.models.saved import read_model
     from cmgan_dist.retrieval.index import Index
     from cmgan_dist.retrieval.model import Model
     from cmgan_dist.retrieval.pictures import pictures_by_source
     from cmgan_dist.retrieval.serve import build_app, listen, serve
 
     index = Index.open(arguments.index)
-    run = arguments.run or index.manifest.model["run"]
-    if not arguments.run and not Path(run).is_dir():
-        raise BadInput(f"the model of {arguments.index} is not at {run!r} any more: name its run by --run")
-    saved = read_model(run)
-    index.check_model(saved)
+    saved = index.read_model(arguments.run)
     pictures_of = pictures_by_source(index, arguments.data)
     if pictures_of(int(index.items.ids[0])) is None:
         print("the raw pictures are not here: the page shows texts and keys alone (--data names them)", file=sys.stderr)

@@ -189,6 +189,10 @@ def _part_of(saved: Saved, generator: Generator, modality: Modality, backbone: b
     longest = spec.max_tokens or TextBackboneConfig.max_tokens
     free = {0: rows, 1: torch.export.Dim("tokens", min=1 if isinstance(made, SentenceCNN) else 2, max=longest)}
     facts["max_tokens"] = str(longest)
+    if isinstance(made, SentenceCNN):
+        facts["vocabulary"] = made.vocabulary.to_json()
+    elif (tokeniser := getattr(made.model.tokenizer, "backend_tokenizer", None)) is not None:
+        facts["tokenizer"] = tokeniser.to_str()
     names = ["input_ids"] if isinstance(made, SentenceCNN) else ["input_ids", "attention_mask"]
     raw_text = (_FromTokens(made, traced).eval(), _FromTokens(made, eager).eval())
     return _Part(modality, *raw_text, dict.fromkeys(names, free), lambda n: _random_tokens(made, n), facts)
@@ -309,7 +313,8 @@ def export_model(
     cut and resized as `decode_image` does and not normalised (the file does it), and ``input_ids`` int64 [n, L] with,
     for a sentence encoder, ``attention_mask`` int64 [n, L], as the encoder's own tokeniser makes them.
 
-    The metadata of a file name the model's SHA-256, its classes and sizes. Each file is read back and compared with the
+    The metadata of a file name the model's SHA-256, its classes and sizes, and hold the tokeniser ("tokenizer", as
+    tokenizer.json has it) or the words ("vocabulary") of a text backbone. Each file is read back and compared with the
     model on random input of two batch sizes. Raises BadInput, leaving no new file, when one differs by more than
     1e-5, cannot be traced or written, or a package is missing."""
     path = Path(path)

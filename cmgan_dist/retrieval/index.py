@@ -11,6 +11,7 @@ Shapes: Q queries, N vectors, E dimensions."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.jobs.staging import staging
 from cmgan_dist.retrieval.index_files import (
+    ENCODER_NAMES,
     ITEMS_NAME,
     VECTORS_NAMES,
     IndexManifest,
@@ -36,11 +39,15 @@ from cmgan_dist.retrieval.index_items import Hit, Items, write_items
 from cmgan_dist.retrieval.nearest import ExactVectors, Found, unit_queries, write_exact
 
 if TYPE_CHECKING:
+    from cmgan_dist.models.generator import Modality
     from cmgan_dist.models.saved import Saved
     from cmgan_dist.retrieval.index_build import Added, Block
+    from cmgan_dist.retrieval.model import Model
 
 MOST_EXACT = 100_000
-"""Vectors up to which "auto" searches all of them: 10 ms a query."""
+"""Vectors up to which "auto" searches all of them: 5 ms a query."""
+CHECKED_CAPTIONS = 32
+"""Captions of an index that query encoders are compared with the model on."""
 MARGIN = 0.1
 """Share by which byte ranges are wider than those of the vectors trained on, on each side, for vectors to come."""
 
@@ -162,8 +169,8 @@ class Index:
         """Open what index.json tells of; see `open`, which also knows what to do while it is being changed."""
         self.folder, self.manifest = folder, read_manifest(folder)
         files = self.manifest.files.items()
-        paths = {name: whole_file(folder, name, sums, verify=verify) for name, sums in files}
-        self.items, self.vectors = _open_files(paths, self.manifest)
+        self._paths = {name: whole_file(folder, name, sums, verify=verify) for name, sums in files}
+        self.items, self.vectors = _open_files(self._paths, self.manifest)
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Index:
@@ -248,6 +255,19 @@ class Index:
         if saved.spec.files.get(MODEL_NAME) != self.model_sha256:
             raise BadInput(f"{self.folder} was made with another model than {saved.folder}: embed and index again")
 
+    def read_model(self, run: str = "") -> Saved:
+        """Read the model that made the vectors, from `run` or where the index says that it was.
+
+        Raises BadInput when it is not there, damaged, or another model."""
+        from cmgan_dist.models.saved import read_model
+
+        found = run or self.manifest.model["run"]
+        if not run and not Path(found).is_dir():
+            raise BadInput(f"the model of {self.folder} is not at {found!r} any more: name its run by --run")
+        saved = read_model(found)
+        self.check_model(saved)
+        return saved
+
     def search(
         self, vectors: np.ndarray, k: int = 10, *, modality: str | None = None, classes: Sequence[str] | None = None
     ) -> list[list[Hit]]:
@@ -304,6 +324,29 @@ class Index:
         self._reload()
         return int((~kept).sum())
 
+    def query_encoder(self, modality: Modality) -> Path | None:
+        """Return the file that encodes queries of "image" or "text", None where the index has none."""
+        return self._paths.get(ENCODER_NAMES[modality])
+
+    def add_query_encoders(self, model: Model) -> None:
+        """Put the model, which made the vectors, into the index as `Model.export` writes it, in one step.
+
+        A search then needs neither the run nor torch. Raises BadInput when it is another model, a package is missing,
+        or what was exported encodes captions of the index otherwise than the model."""
+        from cmgan_dist.retrieval.query_encoder import check_encoder
+
+        with changing(self.folder):
+            self._reload()
+            self.check_model(model.saved)
+            with staging(self.folder) as folder:
+                model.export(folder / "query.onnx", backbone=True)
+                check_encoder(folder / ENCODER_NAMES["text"], model, self.items.captions(CHECKED_CAPTIONS))
+                for name in ENCODER_NAMES.values():
+                    os.replace(folder / name, aside(self.folder, name))
+            files = {name: sums_of(aside(self.folder, name)) for name in ENCODER_NAMES.values()}
+            commit(self.folder, replace(self.manifest, files=self.manifest.files | files), list(files))
+        self._reload()
+
     def _reload(self) -> None:
         """Open anew what is on disk now."""
         self.__dict__.update(Index.open(self.folder).__dict__)
@@ -345,5 +388,6 @@ def _finish(folder: Path, manifest: IndexManifest) -> None:
     paths = {name: aside(folder, name) for name in (ITEMS_NAME, VECTORS_NAMES[manifest.kind])}
     items, vectors = _open_files(paths, manifest)
     chance = measure_chance(items, vectors.take, manifest.dim)
+    kept = {name: sums for name, sums in manifest.files.items() if name in ENCODER_NAMES.values()}
     files = {name: sums_of(path) for name, path in paths.items()}
-    commit(folder, replace(manifest, chance=chance, files=files))
+    commit(folder, replace(manifest, chance=chance, files=files | kept), list(files))

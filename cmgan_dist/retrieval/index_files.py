@@ -4,6 +4,7 @@
     INDEX/vectors.npy      exact: float32 [N, E]
     INDEX/vectors.faiss    ivf_sq8
     INDEX/items.parquet    a row for each of the N items, in the order of their ids
+    INDEX/query.*.onnx     image and text: the model that made the vectors, for queries (`query_encoder`), where asked
 
 A change writes each file as NAME.new, then replaces index.json, then gives the files their names. Whenever it is
 killed, the checksums in index.json tell which of NAME and NAME.new belong to it, so one whole index is always there.
@@ -19,7 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ from cmgan_dist.files import LATER, commit_files, parse_json, sha256_of
 MANIFEST_NAME, ITEMS_NAME = "index.json", "items.parquet"
 VECTORS_NAMES = {"exact": "vectors.npy", "ivf_sq8": "vectors.faiss"}
 """Kind -> name of the vectors' file."""
+ENCODER_NAMES = {"image": "query.image.onnx", "text": "query.text.onnx"}
+"""Modality -> name of the query encoder's file."""
 VERSION = 1
 SMALL = 1 << 22
 """Files up to 4 MiB are hashed whole at each opening, in about 10 ms."""
@@ -89,7 +92,7 @@ def read_manifest(folder: Path) -> IndexManifest:
             files = {name: FileSums(**sums) for name, sums in record.pop("files").items()}
             mean, std = record.pop("chance")
             manifest = IndexManifest(**record, chance=(float(mean), float(std)), files=files)
-            if set(files) == {VECTORS_NAMES[manifest.kind], ITEMS_NAME}:
+            if set(files) - set(ENCODER_NAMES.values()) == {VECTORS_NAMES[manifest.kind], ITEMS_NAME}:
                 return manifest
             raise ValueError(f"files are {sorted(files)}")
     except FileNotFoundError:
@@ -179,15 +182,16 @@ def aside(folder: Path, name: str) -> Path:
     return folder / (name + LATER)
 
 
-def commit(folder: Path, manifest: IndexManifest) -> None:
-    """Make the files that were written `aside` the index, in one step. Raises OSError.
+def commit(folder: Path, manifest: IndexManifest, changed: Sequence[str]) -> None:
+    """Make the files `changed`, which were written `aside`, those of the index, in one step. Raises OSError.
 
-    `manifest.files` are their checksums."""
-    for name in manifest.files:
+    `manifest.files` are the checksums of all its files."""
+    for name in changed:
         with open(aside(folder, name), "rb") as file:
             os.fsync(file.fileno())
-    commit_files(folder, MANIFEST_NAME, manifest.to_json(), manifest.files)
-    _remove(folder / name for name in VECTORS_NAMES.values() if name not in manifest.files)
+    commit_files(folder, MANIFEST_NAME, manifest.to_json(), changed)
+    optional = (*VECTORS_NAMES.values(), *ENCODER_NAMES.values())
+    _remove(folder / name for name in optional if name not in manifest.files)
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -87,6 +87,11 @@ class Items:
             raise BadInput(f"item {ids[missing[0]]} is not in the index {self.path.parent}: name one that is")
         return found
 
+    def captions(self, count: int) -> list[str]:
+        """Return at most `count` different captions that are not blank, the first ones."""
+        found = pc.unique(self.table["caption"]).to_pylist()
+        return [caption for caption in found if caption and caption.strip()][:count]
+
     def of_key(self, key: str) -> np.ndarray:
         """Return the ids of all items with a key. Raises BadInput when there is none."""
         found: np.ndarray = self.ids[pc.equal(self.table["key"], key).to_numpy()]
