@@ -87,8 +87,9 @@ def _on_success(advance: Advance, count: int) -> Callable[[Future[Any]], None]:
 
 
 @contextlib.contextmanager
-def progress_of(title: str, total: int) -> Iterator[Advance]:
-    """Give a function that is told how many more of `total` units are done; any thread may call it.
+def progress_of(title: str, total: int | None) -> Iterator[Advance]:
+    """Give a function that is told how many more of `total` units (None: nobody knows) are done; any thread may call
+    it.
 
     On a terminal it moves a bar. Elsewhere stderr gets a line every minute, with the rate and the time left."""
     console = Console(stderr=True)
@@ -118,11 +119,13 @@ def progress_of(title: str, total: int) -> Iterator[Advance]:
         thread.join()
 
 
-def progress_line(title: str, done: int, total: int, seconds: float) -> str:
+def progress_line(title: str, done: int, total: int | None, seconds: float) -> str:
     """Return what is told of work of which `done` of `total` units took `seconds`."""
     if not done:
-        return f"{title}: 0 of {total}"
+        return f"{title}: 0" + (f" of {total}" if total is not None else "")
     rate = done / seconds
+    if total is None:
+        return f"{title}: {done}, {rate:.1f} a second"
     minutes = (total - done) / rate / 60
     left = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.0f} min"
     return f"{title}: {done} of {total}, {rate:.1f} a second, {left} left"

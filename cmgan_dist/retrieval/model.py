@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.distributed.precision import autocast
 from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.jobs.local import Advance, progress_of
 from cmgan_dist.models.backbones import ImageBackbone, TextBackbone, image_features, text_features
 from cmgan_dist.models.generator import Generator, Modality
 from cmgan_dist.models.saved import Saved, load_backbone, load_generator, read_model
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     """A file, its bytes, uint8 [H, W], [H, W, 3] or [H, W, 4], or a PIL image."""
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 LOT = 16
 """Batches of texts that are sorted by their length together."""
 
@@ -91,51 +95,120 @@ class Model:
         """Return the context in which an evaluation of the run projects features."""
         return autocast(self.device, self.saved.config.train.precision)
 
+    @overload
+    def encode_images(
+        self,
+        images: ImageItem | Iterable[ImageItem] | np.ndarray | Tensor,
+        *,
+        batch: int = ...,
+        standardise: bool = ...,
+        on_error: Literal["raise"] = ...,
+        progress: bool | None = ...,
+    ) -> np.ndarray: ...
+    @overload
+    def encode_images(
+        self,
+        images: ImageItem | Iterable[ImageItem] | np.ndarray | Tensor,
+        *,
+        batch: int = ...,
+        standardise: bool = ...,
+        on_error: Literal["skip"],
+        progress: bool | None = ...,
+    ) -> tuple[np.ndarray, np.ndarray]: ...
     def encode_images(
         self,
         images: ImageItem | Iterable[ImageItem] | np.ndarray | Tensor,
         *,
         batch: int = 64,
         standardise: bool = False,
-    ) -> np.ndarray:
+        on_error: Literal["raise", "skip"] = "raise",
+        progress: bool | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return the vectors of pictures, float32 [n, E], of unit length; features [n, F] are taken too.
 
         `images`: one or many files, bytes, arrays or PIL images; a generator is read as it goes, so that memory does
         not grow with it. `batch`: how many are decoded together. `standardise`: take off the training split's mean and
-        divide by its deviation before, as a z-scored evaluation does. Raises BadInput naming the item that is no
-        picture by its position."""
-        _check_batch(batch)
-        if (rows := _features(images)) is not None:
-            return self._encode("image", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise)
+        divide by its deviation before, as a z-scored evaluation does. `on_error`: "skip" leaves out what is no picture
+        and returns the vectors and the positions, int64 [n], of the items that they are of. `progress`: draw a bar on
+        stderr, or print a line a minute where that is no terminal; None does so on a terminal. Raises BadInput naming
+        the item that is no picture by its position."""
+        rows = self._check(images, batch, on_error)
+        if rows is not None:
+            vectors = self._encode("image", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise)
+            return vectors if on_error == "raise" else (vectors, np.arange(len(rows)))
         if isinstance(images, str | Path | bytes | np.ndarray) or hasattr(images, "tobytes"):
             images = [cast("ImageItem", images)]
         backbone = cast(ImageBackbone, self.backbone("image"))
         size = self.saved.spec.image.image_size or 224
+        chosen = _Chosen("images", on_error)
 
         def features(part: Sequence[tuple[int, object]]) -> Tensor:
-            pixels = np.stack([pixels_of(item, size, position) for position, item in part])
-            return image_features(backbone, torch.from_numpy(pixels).to(self.device))
+            made = [chosen.take(lambda item, at: pixels_of(item, size, at), item, at) for at, item in part]
+            pixels = [each for each in made if each is not None]
+            if not pixels:
+                return torch.zeros(0, backbone.dim)
+            return image_features(backbone, torch.from_numpy(np.stack(pixels)).to(self.device))
 
-        items = enumerate(cast("Iterable[object]", images))
-        return self._encode("image", _lots(items, batch), features, standardise)
+        listed = cast("Iterable[object]", images)
+        with _progress("pictures", listed, batch, progress) as advance:
+            lots = _told(_lots(enumerate(listed), batch), advance)
+            return chosen.returned(self._encode("image", lots, features, standardise))
 
+    @overload
     def encode_texts(
-        self, texts: str | Iterable[str] | np.ndarray | Tensor, *, batch: int = 64, standardise: bool = False
-    ) -> np.ndarray:
+        self,
+        texts: str | Iterable[str] | np.ndarray | Tensor,
+        *,
+        batch: int = ...,
+        standardise: bool = ...,
+        on_error: Literal["raise"] = ...,
+        progress: bool | None = ...,
+    ) -> np.ndarray: ...
+    @overload
+    def encode_texts(
+        self,
+        texts: str | Iterable[str] | np.ndarray | Tensor,
+        *,
+        batch: int = ...,
+        standardise: bool = ...,
+        on_error: Literal["skip"],
+        progress: bool | None = ...,
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+    def encode_texts(
+        self,
+        texts: str | Iterable[str] | np.ndarray | Tensor,
+        *,
+        batch: int = 64,
+        standardise: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        progress: bool | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return the vectors of texts, float32 [n, E], of unit length; features [n, F] are taken too.
 
-        `batch`: how many go through the backbone together; `standardise`: as of `encode_images`. Raises BadInput naming
-        the text that is empty by its position."""
-        _check_batch(batch)
-        if (rows := _features(texts)) is not None:
-            return self._encode("text", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise)
+        `batch`: how many go through the backbone together; the rest as of `encode_images`. Raises BadInput naming the
+        text that is empty by its position."""
+        rows = self._check(texts, batch, on_error)
+        if rows is not None:
+            vectors = self._encode("text", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise)
+            return vectors if on_error == "raise" else (vectors, np.arange(len(rows)))
         listed = [texts] if isinstance(texts, str) else list(texts)
-        for position, text in enumerate(listed):
-            if not isinstance(text, str) or not text.strip():
-                raise BadInput(f"text {position} is {text!r}: give a text that is not empty")
+        chosen = _Chosen("texts", on_error)
+        made = [chosen.take(text_of, text, position) for position, text in enumerate(listed)]
+        good = [text for text in made if text is not None]
         backbone = cast(TextBackbone, self.backbone("text"))
-        lots = _lots((text.strip() for text in listed), LOT * batch)
-        return self._encode("text", lots, lambda lot: text_features(backbone, lot, self.device, batch), standardise)
+        with _progress("texts", good, LOT * batch, progress) as advance:
+            lots = _told(_lots(good, LOT * batch), advance)
+            return chosen.returned(
+                self._encode("text", lots, lambda lot: text_features(backbone, lot, self.device, batch), standardise)
+            )
+
+    def _check(self, items: object, batch: int, on_error: str) -> np.ndarray | None:
+        """Return items that are features as float32 [n, F], None for raw ones. Raises BadInput at a wrong argument."""
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise BadInput(f"batch is {batch!r}, expected a whole number above 0")
+        if on_error not in ("raise", "skip"):
+            raise BadInput(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
+        return _features(items)
 
     def export(self, path: str | Path, *, modality: Modality | None = None, backbone: bool = False) -> list[Path]:
         """Write the model as ONNX (``.onnx``) or a torch.export program (``.pt2``), a file for each modality or the one
@@ -195,10 +268,57 @@ def load_model(run: str | Path, device: str | torch.device = "auto") -> Model:
     return Model(read_model(run), device)
 
 
-def _check_batch(batch: int) -> None:
-    """Raises BadInput unless `batch` is a whole number above 0."""
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise BadInput(f"batch is {batch!r}, expected a whole number above 0")
+class _Chosen:
+    """Which items were encoded, where bad ones are left out."""
+
+    def __init__(self, what: str, on_error: str) -> None:
+        """`what`: images or texts."""
+        self.what, self.on_error = what, on_error
+        self.kept: list[int] = []
+        self.left_out: list[str] = []
+
+    def take(self, read: Callable[[object, int], T], item: object, position: int) -> T | None:
+        """Return what `read` makes of an item and its position, None where it is left out. Raises what `read`
+        raises."""
+        try:
+            made = read(item, position)
+        except BadInput as error:
+            if self.on_error == "raise":
+                raise
+            self.left_out.append(str(error))
+            return None
+        self.kept.append(position)
+        return made
+
+    def returned(self, vectors: np.ndarray) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Return what the caller asked for, and say what was left out."""
+        if self.left_out:
+            log.warning("%d of %s left out, the first: %s", len(self.left_out), self.what, self.left_out[0])
+        return vectors if self.on_error == "raise" else (vectors, np.asarray(self.kept, np.int64))
+
+
+def text_of(text: object, position: int = 0) -> str:
+    """Return a text without space around it. Raises BadInput naming it by its position where it is none, or empty."""
+    if not isinstance(text, str) or not text.strip():
+        raise BadInput(f"text {position} is {text!r}: give a text that is not empty")
+    return text.strip()
+
+
+def _progress(
+    title: str, items: Iterable[object], few: int, asked: bool | None
+) -> contextlib.AbstractContextManager[Advance]:
+    """Return a context with a bar where it is asked for (None: on a terminal) and there are more items than `few`."""
+    total = len(items) if isinstance(items, Sized) else None
+    if asked is False or (total is not None and total <= few) or (asked is None and not sys.stderr.isatty()):
+        return contextlib.nullcontext(lambda count: None)
+    return progress_of(title, total)
+
+
+def _told(lots: Iterable[list[T]], advance: Advance) -> Iterator[list[T]]:
+    """Yield the lots and tell, when the next is asked for, that one is done."""
+    for lot in lots:
+        yield lot
+        advance(len(lot))
 
 
 def _features(items: object) -> np.ndarray | None:

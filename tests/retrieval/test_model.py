@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
+from cmgan_dist.jobs import local
 from cmgan_dist.models.saved import load_generator, read_model
 from cmgan_dist.retrieval import model as model_module
 from cmgan_dist.retrieval.embed import common_statistics, embed_split
@@ -153,6 +155,44 @@ def test_an_empty_text_is_named_by_its_position(text: str, raw_data: Callable[..
     save_untrained(tmp_path / "run", raw_data(), raw_config())
     with pytest.raises(BadInput, match="text 1 is"):
         load_model(tmp_path / "run").encode_texts(["a dog", text])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_bad_items_are_left_out_where_asked_and_what_is_left_is_named(
+    batch: int, raw_data: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_untrained(tmp_path / "run", raw_data(), raw_config())
+    model = load_model(tmp_path / "run")
+    good = [np.full((40, 40, 3), grey, np.uint8) for grey in (0, 90, 200)]
+    items = [b"words", good[0], None, good[1], str(tmp_path / "nowhere.png"), good[2], b""]
+    vectors, kept = model.encode_images((item for item in items), on_error="skip", batch=batch)  # type: ignore[misc]
+    assert kept.tolist() == [1, 3, 5]
+    np.testing.assert_allclose(vectors, model.encode_images(good), atol=1e-5)
+    assert "4 of images left out, the first: image 0" in caplog.text
+    vectors, kept = model.encode_texts(["", "red dog", 3, "a boat"], on_error="skip", batch=batch)  # type: ignore[list-item]
+    assert kept.tolist() == [1, 3]
+    np.testing.assert_allclose(vectors, model.encode_texts(["red dog", "a boat"]), atol=1e-6)
+    for nothing in ([], [b"words"]):
+        vectors, kept = model.encode_images(nothing, on_error="skip")
+        assert (vectors.shape, kept.shape) == ((0, 8), (0,))
+    with pytest.raises(BadInput, match="on_error is 'ignore', expected 'raise' or 'skip'"):
+        model.encode_texts("a dog", on_error="ignore")  # type: ignore[call-overload]
+
+
+def test_progress_is_told_where_asked(
+    raw_data: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_untrained(tmp_path / "run", raw_data(), raw_config())
+    model = load_model(tmp_path / "run")
+    pictures = [np.zeros((40, 40, 3), np.uint8)] * 30
+    model.encode_images(pictures, batch=2)
+    model.encode_images(pictures[:1], batch=2, progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(local, "LINE_EVERY_S", 0.01)
+    model.encode_images(pictures, batch=2, progress=True)
+    assert re.search(r"pictures: \d+ of 30, [\d.]+ a second, 0 min left\n", capsys.readouterr().err)
+    model.encode_images(iter(pictures), batch=2, progress=True)
+    assert re.search(r"pictures: \d+, [\d.]+ a second\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("most", [100_000, 32])
