@@ -8,9 +8,12 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from cmgan_dist.errors import BadInput
 
 LATER = ".new"
 """Ending of a file that is written and waits for the record that names it, see `commit_files`."""
@@ -22,6 +25,69 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def sealed_json(record: Mapping[str, Any]) -> str:
+    """Return a JSON text of `record` that carries a checksum of itself, as "sha256"; `parse_sealed` reads it."""
+    return json.dumps({**record, "sha256": _record_sha256(record)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def parse_sealed(text: str | bytes, version: int) -> dict[str, Any]:
+    """Return the record in a text of `sealed_json`, without its "version", which must be `version`.
+
+    Raises OtherVersion when it has another, ValueError when the text is no such record or a byte of it has changed."""
+    record = parse_json(text)
+    if not isinstance(record, dict):
+        raise ValueError("it holds no record")
+    if record.get("version") != version:
+        raise OtherVersion(record.get("version"))
+    checksum = record.pop("sha256", None)
+    if checksum != _record_sha256(record):
+        raise ValueError("its checksum is another")
+    del record["version"]
+    return record
+
+
+class OtherVersion(ValueError):
+    """A file has another version than this program reads."""
+
+    def __init__(self, version: object) -> None:
+        """`version`: that of the file."""
+        super().__init__(f"version {version!r}")
+        self.version = version
+
+
+def _record_sha256(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def read_regular(path: str | os.PathLike[str], most: int = 1 << 30) -> bytes:
+    """Return the bytes of a file of at most `most` bytes. Raises OSError, also for what is no regular file, such as a
+    pipe that would block or a device without an end, and for a name that no file can have."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except ValueError as error:  # a NUL, or a character that a name cannot hold
+        raise OSError(errno.EINVAL, f"no file has such a name: {error}") from None
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, more than {most}")
+        return file.read(most)
+
+
+def checked_path(path: object, what: str) -> Path:
+    """Return a path that a user gave as `what`. Raises BadInput when it is none, or holds what no path can."""
+    if not isinstance(path, str | os.PathLike):
+        raise BadInput(f"{what} is {path!r}: give a path")
+    try:
+        valid = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        valid = False
+    if not valid:
+        raise BadInput(f"{what} is {os.fspath(path)!r}, which holds characters that no path can: name another")
+    return Path(path)
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:

@@ -16,7 +16,8 @@ import tyro
 
 from cmgan_dist.config.cli import parse
 from cmgan_dist.errors import BadInput, run_main
-from cmgan_dist.retrieval.chance import NEAR, above_chance, is_near
+from cmgan_dist.retrieval.chance import above_chance, is_near
+from cmgan_dist.retrieval.index_items import chosen_classes
 from cmgan_dist.retrieval.query_encoder import QueryEncoder, missing_packages
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Arguments:
     modality: Literal["", "image", "text"] = ""
     """Only images, or only texts."""
     classes: str = ""
-    """Only items of one of these classes, separated by commas."""
+    """Only items of one of these classes, separated by commas; a single class may have commas in its name."""
     run: str = ""
     """Run, or copy of its best/ folder, whose model encodes the query; the index's own query encoders when left
     out, or the run that the index names."""
@@ -62,9 +63,8 @@ def main() -> None:
     from cmgan_dist.retrieval.index import Index
 
     index = Index.open(arguments.index)
-    classes = [name.strip() for name in arguments.classes.split(",")] if arguments.classes else None
+    classes = chosen_classes([arguments.classes], index.classes)
     modality = arguments.modality or None
-    index.items.allowed(modality, tuple(classes) if classes else None)  # a wrong class is said before seconds pass
     hits = index.search(encode(index, arguments), arguments.k, modality=modality, classes=classes)[0]
     if arguments.json:
         print(json.dumps(record_of(index, hits)))  # ASCII: no control character reaches a terminal
@@ -95,7 +95,7 @@ def record_of(index: Index, hits: list[Hit]) -> dict[str, Any]:
         {"rank": rank, "above_chance": above_chance(hit.score, index.chance), **asdict(hit)}
         for rank, hit in enumerate(hits, 1)
     ]
-    return {"chance": {"mean": mean, "std": std}, "recall": index.manifest.recall, "hits": found}
+    return {"chance": {"mean": mean, "std": std}, "near": index.near, "recall": index.manifest.recall, "hits": found}
 
 
 def printable(text: str) -> str:
@@ -116,7 +116,7 @@ def show(index: Index, hits: list[Hit]) -> None:
     for name in ("", "key", "caption", "classes"):
         table.add_column(name, overflow="ellipsis", no_wrap=name == "")
     for rank, hit in enumerate(hits, 1):
-        words = (hit.modality, hit.key, hit.caption or "", ", ".join(hit.labels))
+        words = (hit.modality, hit.key, " / ".join(hit.texts), ", ".join(hit.labels))
         above = above_chance(hit.score, index.chance)
         figures = (str(rank), f"{hit.score:.3f}", "" if above is None else f"{above:+.1f} sd")
         table.add_row(*figures, *(Text(printable(word)) for word in words))
@@ -126,8 +126,8 @@ def show(index: Index, hits: list[Hit]) -> None:
     console.print(table)
     if not hits:
         print("no item fits --modality and --classes", file=sys.stderr)
-    elif not is_near(hits, index.chance):
-        print(f"nothing is near: the best is within {NEAR:g} standard deviations of random items", file=sys.stderr)
+    elif not is_near(hits, index.near):
+        print(f"nothing is near: 9 in 10 items of the index find others at {index.near:.3f} or more", file=sys.stderr)
 
 
 if __name__ == "__main__":

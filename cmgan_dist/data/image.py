@@ -52,8 +52,10 @@ _UPRIGHT: dict[int, tuple[bool, int, int]] = {
 }
 """EXIF orientation (EXIF 2.3, tag 274) -> what makes the picture upright: rows for columns, then the steps in which
 rows and columns are read."""
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
-"""What Pillow raises on damaged files."""
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, MemoryError, struct.error, zlib.error),
+)
+"""What Pillow raises on damaged files, MemoryError at a row of millions of pixels too."""
 
 
 def decode_image(
@@ -69,9 +71,11 @@ def decode_image(
         image = None
         if shape is None:
             image = open_image(data)
-            shape, orientation = image.size, _orientation(image)
+            shape = image.size
         if shape[0] * shape[1] > MAX_PIXELS:
             raise BadSample(f"the image has {shape[0]} x {shape[1]} pixels, more than {MAX_PIXELS}")
+        if image is not None:
+            orientation = orientation_of(image)
         # In stored coordinates: turned upright, a box in the centre or drawn evenly is one again.
         box = centre_box(*shape) if augment is None else random_box(*shape, augment)
         flip = augment is not None and augment.random() < 0.5
@@ -83,7 +87,7 @@ def decode_image(
     except UNREADABLE as error:
         if isinstance(error, BadSample):
             raise
-        raise BadSample(f"the image does not decode ({error})") from None
+        raise BadSample(f"the image does not decode ({str(error) or type(error).__name__})") from None
     left, top, right, bottom = (edge * scale for edge in box)
     if augment is None:
         square = _resize(pixels[round(top) : math.ceil(bottom), round(left) : math.ceil(right)], size, bottom - top)
@@ -121,8 +125,12 @@ def open_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (upright) where there is none or its block is damaged: the pixels are good."""
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) where there is none or its block is damaged: the pixels are good.
+
+    Raises what Pillow raises at damaged pixels: a PNG's are decoded, since its EXIF may stand behind them."""
+    if image.format == "PNG":
+        image.load()  # getexif() would do it, and its error, after which half a picture passes for a whole, be lost
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
     except (*UNREADABLE, KeyError, TypeError):
@@ -198,6 +206,8 @@ def _resize(pixels: np.ndarray, size: int, side: float | None = None) -> np.ndar
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode as RGB, transparency on white."""
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.mode.startswith("I"):  # 16 bits of grey; convert() would clip them to 8
         grey = np.clip(np.asarray(image), 0, 65535) >> 8
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

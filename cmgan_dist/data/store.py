@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo, manifest_path
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import write_atomic
+from cmgan_dist.files import checked_path, write_atomic
 
 
 class ShardStore(ABC):
@@ -84,7 +84,8 @@ class FileStore:
     def __init__(self, url: str, flag: str) -> None:
         """`flag`: the flag or field that named the folder, for messages. The folder need not exist yet.
 
-        Raises BadInput when the protocol is unknown or its package missing."""
+        Raises BadInput when the protocol is unknown, its package missing, or no path has such characters."""
+        checked_path(url, flag)
         try:
             self.filesystem, path = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:

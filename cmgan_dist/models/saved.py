@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from cmgan_dist.config.fields import CONFIG_NAME, Config, ImageBackboneConfig
 from cmgan_dist.config.load import load_config, to_yaml
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import LATER, commit_files, parse_json, sha256_of, write_atomic
+from cmgan_dist.files import LATER, OtherVersion, commit_files, parse_sealed, sealed_json, sha256_of, write_atomic
 from cmgan_dist.models.backbones import (
     ImageBackbone,
     TextBackbone,
@@ -235,12 +234,7 @@ def _finish_save(best: Path) -> None:
 
 def spec_json(spec: ModelSpec) -> str:
     """Return the text of model.json, which carries a checksum of itself."""
-    record = {"version": VERSION, **dataclasses.asdict(spec)}
-    return json.dumps({**record, "sha256": _record_sha256(record)}, indent=1, ensure_ascii=False) + "\n"
-
-
-def _record_sha256(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return sealed_json({"version": VERSION, **dataclasses.asdict(spec)})
 
 
 def stored_tensors(generator: Generator) -> dict[str, Tensor]:
@@ -271,18 +265,14 @@ def best_folder(run: str | Path) -> Path:
 
 def _read_spec(path: Path) -> ModelSpec:
     try:
-        record = parse_json(path.read_bytes())
-        version, checksum = record["version"], record.pop("sha256")
-        if version != VERSION:
-            raise BadInput(f"{path} has version {version}, this program reads {VERSION}: train again")
-        if _record_sha256(record) != checksum:
-            raise ValueError("its checksum is another")
-        del record["version"]
+        record = parse_sealed(path.read_bytes(), VERSION)
         for name in record["files"]:  # a model may come from anywhere: its files lie below its folder
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise BadInput(f"{path} names the file '{name}', which is outside of its folder: do not use this model")
         parts = {"data": DataSpec, "image": BackboneSpec, "text": BackboneSpec}
         return ModelSpec(**{**record, **{name: kind(**record[name]) for name, kind in parts.items()}})
+    except OtherVersion as error:
+        raise BadInput(f"{path} has version {error.version}, this program reads {VERSION}: train again") from None
     except BadInput:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.retrieval.chance import above_chance, is_near
+from cmgan_dist.retrieval.index_items import chosen_classes
 from cmgan_dist.retrieval.pictures import Pictures, PicturesOf, thumbnail
 
 T = TypeVar("T")
@@ -48,19 +48,6 @@ def checked_text(text: str) -> str:
     if len(text) > MOST_CHARACTERS:
         raise BadInput(f"text has {len(text)} characters: give at most {MOST_CHARACTERS}")
     return text.strip()
-
-
-def chosen_classes(given: Iterable[str], known: Sequence[str]) -> list[str] | None:
-    """Return the classes to filter by, None for all. Each value is a class, or several with commas between.
-
-    Raises BadInput when one is not known."""
-    names: list[str] = []
-    for value in given:
-        names += [value] if value in known else [name for part in value.split(",") if (name := part.strip())]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise BadInput(f"class {unknown[0]!r} is unknown: ask /api/info for the names")
-    return list(dict.fromkeys(names)) or None
 
 
 def hit_record(
@@ -167,7 +154,7 @@ class Searcher:
             found = self.index.search(vector[None], ask.k + (without >= 0), modality=modality, classes=classes)[0]
             hits += [hit for hit in found if hit.id != without][: ask.k]
         records = [self._record(hit) for hit in hits]
-        return {"query": query, "hits": records, "near": is_near(hits, self.chance)}
+        return {"query": query, "hits": records, "near": is_near(hits, self.index.near)}
 
 
 def _remember(kept: OrderedDict[str, T], key: str, value: T) -> None:

@@ -269,7 +269,7 @@ def finish(plan: Plan, made: Sequence[Part]) -> EmbeddingSet:
         shards.append(counted(part.name, part.split, record))
     spec = plan.saved.spec
     manifest = EmbeddingManifest(
-        model=ModelIdentity(plan.job.model, plan.job.run, spec.data_name),
+        model=ModelIdentity(plan.job.model, str(Path(plan.job.run).resolve()), spec.data_name),
         dim=plan.saved.config.model.common_dim,
         dtype=plan.job.dtype,
         unit=plan.job.unit,

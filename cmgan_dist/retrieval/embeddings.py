@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ import pyarrow.parquet as pq
 
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_json
+from cmgan_dist.files import OtherVersion, parse_sealed, sealed_json
 from cmgan_dist.jobs import ledger
 from cmgan_dist.models.generator import Modality
 
@@ -71,7 +70,7 @@ class ModelIdentity:
     sha256: str
     """SHA-256 of its best/model.safetensors."""
     run: str
-    """The run's path as it was given."""
+    """The run's path, absolute."""
     data_name: str
     """Name of the data set that it was trained on."""
 
@@ -107,7 +106,7 @@ class EmbeddingManifest:
 
     def to_json(self) -> str:
         """Return the text of embeddings.json; `from_json` reads it."""
-        return json.dumps({"version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        return sealed_json({"version": VERSION, **asdict(self)})
 
     @classmethod
     def from_json(cls, text: bytes | str, location: str) -> EmbeddingManifest:
@@ -115,15 +114,16 @@ class EmbeddingManifest:
 
         Raises BadInput when the text is not a manifest of this version."""
         try:
-            record = parse_json(text)
-            version = record.pop("version")
-            if version == VERSION:
-                model, source = ModelIdentity(**record.pop("model")), SourceIdentity(**record.pop("source"))
-                shards = [EmbeddedShard(**shard) for shard in record.pop("shards")]
-                return cls(model=model, source=source, shards=shards, **record)
+            record = parse_sealed(text, VERSION)
+            model, source = ModelIdentity(**record.pop("model")), SourceIdentity(**record.pop("source"))
+            shards = [EmbeddedShard(**shard) for shard in record.pop("shards")]
+            return cls(model=model, source=source, shards=shards, **record)
+        except OtherVersion as error:
+            raise BadInput(
+                f"{location} has version {error.version}, this program reads {VERSION}: embed again"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{location} cannot be read ({error!r}): embed again by launchers/embed.py") from None
-        raise BadInput(f"{location} has version {version}, this program reads {VERSION}: embed again")
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -242,6 +242,11 @@ class EmbeddingSet:
     def base(self) -> np.ndarray:
         """int64 [shards + 1]: number of each shard's first item, and behind the last one the number of all items."""
         return np.concatenate([[0], self.counts.sum(1).cumsum()]).astype(np.int64)
+
+    def sha256(self) -> str:
+        """Return a checksum of embeddings.json and all records: of the same vectors it is the same."""
+        texts = [self.store.read(MANIFEST_NAME), *(self.store.read(record_name(s.name)) for s in self.manifest.shards)]
+        return hashlib.sha256(b"".join(hashlib.sha256(text).digest() for text in texts)).hexdigest()
 
     def __iter__(self) -> Iterator[EmbeddedShard]:
         """Give the shards in canonical order."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import checked_path
 from cmgan_dist.jobs.staging import staging
 from cmgan_dist.kernels.norm import GroupBatchNorm
 from cmgan_dist.models.backbones import SentenceCNN, SentenceEncoder
@@ -317,8 +318,10 @@ def export_model(
     tokenizer.json has it) or the words ("vocabulary") of a text backbone. Each file is read back and compared with the
     model on random input of two batch sizes. Raises BadInput, leaving no new file, when one differs by more than
     1e-5, cannot be traced or written, or a package is missing."""
-    path = Path(path)
+    path = checked_path(path, "path")
     _check_path(path)
+    if modality not in (None, *MODALITIES):
+        raise BadInput(f"modality is {modality!r}: it must be image or text")
     targets = {m: path.with_suffix(f".{m}{path.suffix}") for m in MODALITIES} if modality is None else {modality: path}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

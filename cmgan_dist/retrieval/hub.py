@@ -25,9 +25,9 @@ from cmgan_dist.config.fields import CONFIG_NAME, Config
 from cmgan_dist.config.load import to_yaml
 from cmgan_dist.config.paths import get_value, with_values
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_json, sha256_of, write_atomic
+from cmgan_dist.files import checked_path, parse_json, sha256_of, write_atomic
 from cmgan_dist.jobs.staging import staging
-from cmgan_dist.models.saved import MODEL_NAME, SPEC_NAME, Saved, spec_json, whole_file
+from cmgan_dist.models.saved import BEST, MODEL_NAME, SPEC_NAME, Saved, spec_json, whole_file
 from cmgan_dist.models.weights import first_line
 from cmgan_dist.retrieval.evaluate import RECORD_NAME
 from cmgan_dist.retrieval.headline import headline
@@ -115,9 +115,9 @@ def save_pretrained(saved: Saved, folder: str | Path, *, name: str = "", license
     `name`: what the card calls the model; "" is the folder's. `license`: as of `model_card`. model.json is written
     last: a folder that is not whole is refused by whoever reads it. Raises BadInput when a file of the model is
     damaged, or the folder is the model's own or cannot be written."""
-    folder = Path(folder)
-    if folder.resolve() == saved.folder.resolve():
-        raise BadInput(f"{folder} is the model's own folder: name another")
+    folder = checked_path(folder, "folder")
+    if folder.resolve() in (saved.folder.resolve(), saved.folder.resolve().parent) or (folder / BEST).exists():
+        raise BadInput(f"{folder} is a run's own folder: name another")
     evaluation, config = find_evaluation(saved), to_yaml(_without_paths(saved.config))
     try:
         folder.mkdir(parents=True, exist_ok=True)

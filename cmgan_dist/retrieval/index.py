@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import checked_path
 from cmgan_dist.jobs.staging import staging
 from cmgan_dist.retrieval.index_files import (
     ENCODER_NAMES,
@@ -162,15 +163,41 @@ def _reason(error: RuntimeError) -> str:
     return str(error).strip().splitlines()[-1].strip()
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What belongs together of an index that is open: a search that runs while the index is changed keeps its own."""
+
+    manifest: IndexManifest
+    paths: dict[str, Path]
+    """Name -> where the file is."""
+    items: Items
+    vectors: ExactVectors | IvfVectors
+
+
 class Index:
     """An index on disk, open for searching."""
 
     def __init__(self, folder: Path, *, verify: bool = False) -> None:
         """Open what index.json tells of; see `open`, which also knows what to do while it is being changed."""
-        self.folder, self.manifest = folder, read_manifest(folder)
-        files = self.manifest.files.items()
-        self._paths = {name: whole_file(folder, name, sums, verify=verify) for name, sums in files}
-        self.items, self.vectors = _open_files(self._paths, self.manifest)
+        self.folder = folder
+        manifest = read_manifest(folder)
+        paths = {name: whole_file(folder, name, sums, verify=verify) for name, sums in manifest.files.items()}
+        self._opened = Opened(manifest, paths, *_open_files(paths, manifest))
+
+    @property
+    def manifest(self) -> IndexManifest:
+        """What index.json says."""
+        return self._opened.manifest
+
+    @property
+    def items(self) -> Items:
+        """What the vectors are of."""
+        return self._opened.items
+
+    @property
+    def vectors(self) -> ExactVectors | IvfVectors:
+        """The vectors."""
+        return self._opened.vectors
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Index:
@@ -179,9 +206,10 @@ class Index:
         `verify`: compare the SHA-256 of every byte, about a second a GB. Without it sizes are compared, and all bytes
         of files up to 4 MiB and pieces of larger ones. Raises BadInput naming the file that is missing, cut, damaged,
         of another index or of another version."""
+        folder = checked_path(path, "index")
         for last in (False, False, True):
             try:
-                index = cls(Path(path), verify=verify)
+                index = cls(folder, verify=verify)
                 if last or read_manifest(index.folder) == index.manifest:
                     return index
             except BadInput:
@@ -198,7 +226,7 @@ class Index:
         Raises BadInput when the embeddings cannot be used or the folder cannot be written."""
         from cmgan_dist.retrieval.index_build import Added, build_ivf, described
 
-        folder, added = Path(output), Added.open(embeddings, progress=progress)
+        folder, added = checked_path(output, "output"), Added.open(embeddings, progress=progress)
         if kind not in ("auto", *VECTORS_NAMES):
             raise BadInput(f"kind is {kind!r}: it must be auto, exact or ivf_sq8")
         if kind == "auto":
@@ -244,6 +272,11 @@ class Index:
         """Mean and standard deviation of cosines between random items, an image and a text where there are both."""
         return self.manifest.chance
 
+    @property
+    def near(self) -> float:
+        """Cosine that the best hit of 9 in 10 stored items reaches, their own sample left out."""
+        return self.manifest.near
+
     def source_of(self, item: int) -> dict[str, str]:
         """Return the source, as `source`, of the embeddings that an item came with."""
         return dict([e["source"] for e in self.manifest.embeddings if e["first_id"] <= item][-1])
@@ -263,7 +296,7 @@ class Index:
 
         found = run or self.manifest.model["run"]
         if not run and not Path(found).is_dir():
-            raise BadInput(f"the model of {self.folder} is not at {found!r} any more: name its run by --run")
+            raise BadInput(f"the model of {self.folder} is not at {found!r}: name its run by --run")
         saved = read_model(found)
         self.check_model(saved)
         return saved
@@ -275,23 +308,29 @@ class Index:
 
         `modality`: only "image" or "text". `classes`: only items that have one of them. A query gets fewer than k only
         where no more fit. Raises BadInput when something does not fit the index."""
-        if k < 1:
-            raise BadInput(f"k is {k}: it must be at least 1")
-        queries = unit_queries(vectors, self.dim)
-        allowed = None
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise BadInput(f"k is {k!r}: it must be a whole number of at least 1")
+        if modality not in (None, "image", "text"):
+            raise BadInput(f"modality is {modality!r}: it must be image or text")
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes or ()):
+            raise BadInput(f"classes are {classes!r}: give a list of names")
+        opened, queries, allowed = self._opened, unit_queries(vectors, self.dim), None
         if modality is not None or classes is not None:
-            allowed = self.items.allowed(modality, None if classes is None else tuple(classes))
-        return [self.items.hits(*found) for found in self.vectors.search(queries, min(k, len(self)), allowed)]
+            allowed = opened.items.allowed(modality, None if classes is None else tuple(classes))
+        if not len(queries):
+            return []
+        found = opened.vectors.search(queries, min(int(k), len(opened.items)), allowed)
+        return [opened.items.hits(*each) for each in found]
 
     def get(self, item: int) -> Hit:
         """Return an item by its id, with score 1. Raises BadInput when there is none."""
-        return self.items.hits(np.ones(1), np.asarray([item]))[0]
+        return self.items.hits(np.ones(1), _one_id(item))[0]
 
     def vector(self, item: int) -> np.ndarray:
         """Return an item's vector as it is stored, float32 [E]. Raises BadInput when there is none."""
-        ids = np.asarray([item])
-        self.items.positions(ids)
-        return self.vectors.take(ids)[0]
+        ids, opened = _one_id(item), self._opened
+        opened.items.positions(ids)
+        return opened.vectors.take(ids)[0]
 
     def add(self, embeddings: str | Path, *, progress: bool = False) -> int:
         """Add embeddings of the same model, in one step; return how many vectors they are.
@@ -311,11 +350,13 @@ class Index:
         """Remove items by id, or all items with some keys, in one step and from the disk; return how many.
 
         Raises BadInput when one is not there, or nothing would be left."""
+        if isinstance(items, str):
+            raise BadInput(f"items are {items!r}: give a list of ids or keys")
         with changing(self.folder):
             self._reload()
             kept = np.ones(len(self), bool)
             for item in items:
-                ids = self.items.of_key(item) if isinstance(item, str) else np.asarray([item])
+                ids = self.items.of_key(item) if isinstance(item, str) else _one_id(item)
                 kept[self.items.positions(ids)] = False
             if not kept.any():
                 raise BadInput(f"nothing would be left of the index {self.folder}: remove the folder")
@@ -326,7 +367,7 @@ class Index:
 
     def query_encoder(self, modality: Modality) -> Path | None:
         """Return the file that encodes queries of "image" or "text", None where the index has none."""
-        return self._paths.get(ENCODER_NAMES[modality])
+        return self._opened.paths.get(ENCODER_NAMES[modality])
 
     def add_query_encoders(self, model: Model) -> None:
         """Put the model, which made the vectors, into the index as `Model.export` writes it, in one step.
@@ -349,7 +390,7 @@ class Index:
 
     def _reload(self) -> None:
         """Open anew what is on disk now."""
-        self.__dict__.update(Index.open(self.folder).__dict__)
+        self._opened = Index.open(self.folder)._opened
 
     def _replace(self, kept: np.ndarray, manifest: IndexManifest, added: Added | None) -> None:
         """Make the items that are `kept`, bool [N], and those that are added the index."""
@@ -367,8 +408,15 @@ class Index:
                 added.check_stored(changed.take)
             changed.write(aside(self.folder, name))
         tables = added.tables(manifest.classes) if added else iter(())
-        write_items(aside(self.folder, ITEMS_NAME), chain([self.items.table.filter(kept)], tables))
+        write_items(aside(self.folder, ITEMS_NAME), chain([self.items.kept(kept)], tables))
         _finish(self.folder, manifest)
+
+
+def _one_id(item: object) -> np.ndarray:
+    """Return an item's id as int64 [1]. Raises BadInput when it is none."""
+    if isinstance(item, bool) or not isinstance(item, int | np.integer) or abs(int(item)) >= 1 << 63:
+        raise BadInput(f"item {item!r} is no id: give a whole number, as a hit has it")
+    return np.asarray([item], np.int64)
 
 
 def _open_files(paths: dict[str, Path], manifest: IndexManifest) -> tuple[Items, ExactVectors | IvfVectors]:
@@ -382,12 +430,14 @@ def _open_files(paths: dict[str, Path], manifest: IndexManifest) -> tuple[Items,
 
 
 def _finish(folder: Path, manifest: IndexManifest) -> None:
-    """Measure the distribution of chance on the files that were written aside, and make them the index."""
-    from cmgan_dist.retrieval.index_build import measure_chance
+    """Measure chance, and what is near, on the files that were written aside, and make them the index."""
+    from cmgan_dist.retrieval.index_build import measure_chance, measure_near
 
     paths = {name: aside(folder, name) for name in (ITEMS_NAME, VECTORS_NAMES[manifest.kind])}
     items, vectors = _open_files(paths, manifest)
-    chance = measure_chance(items, vectors.take, manifest.dim)
+    measured = replace(
+        manifest, chance=measure_chance(items, vectors.take, manifest.dim), near=measure_near(items, vectors)
+    )
     kept = {name: sums for name, sums in manifest.files.items() if name in ENCODER_NAMES.values()}
     files = {name: sums_of(path) for name, path in paths.items()}
-    commit(folder, replace(manifest, chance=chance, files=files | kept), list(files))
+    commit(folder, replace(measured, files=files | kept), list(files))

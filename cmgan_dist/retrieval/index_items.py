@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of items.parquet."""
+LISTED = 20
+"""Classes that a sentence lists."""
 FEW = ("modality", "shard")
 """Columns of few values, kept as dictionaries."""
 
@@ -46,11 +48,13 @@ class Hit:
     modality: str
     key: str
     caption: str | None
-    """Of texts; None where the data holds none."""
+    """Of texts; None where the data holds none, and of images."""
+    texts: tuple[str, ...]
+    """Its caption; of an image those of all its texts that are in the index."""
     labels: tuple[str, ...]
     """Names of its classes."""
     shard: str
-    """Shard of the source, without ``.tar``."""
+    """Name of the tar, or of the cut of pictures or texts, that it comes from."""
     row: int
     """Number of the sample in the shard."""
     owner: int
@@ -94,7 +98,11 @@ class Items:
 
     def of_key(self, key: str) -> np.ndarray:
         """Return the ids of all items with a key. Raises BadInput when there is none."""
-        found: np.ndarray = self.ids[pc.equal(self.table["key"], key).to_numpy()]
+        try:
+            key.encode()
+            found: np.ndarray = self.ids[pc.equal(self.table["key"], key).to_numpy()]
+        except UnicodeEncodeError:  # no item has such a key
+            found = self.ids[:0]
         if not len(found):
             raise BadInput(f"no item of the index {self.path.parent} has the key {key!r}: name one that has")
         return found
@@ -116,9 +124,7 @@ class Items:
 
     def _label(self, name: str) -> int:
         if name not in self.classes:
-            close = difflib.get_close_matches(name, self.classes, 1)
-            hint = f"did you mean {close[0]!r}?" if close else "name one that it has"
-            raise BadInput(f"the index {self.path.parent} has no class {name!r}: {hint}")
+            raise BadInput(f"the index {self.path.parent} has no class {name!r}: {other_classes(name, self.classes)}")
         return self.classes.index(name)
 
     def hits(self, scores: np.ndarray, ids: np.ndarray) -> list[Hit]:
@@ -127,7 +133,58 @@ class Items:
         for row, score in zip(rows, scores.tolist(), strict=True):
             row["labels"] = tuple(self.classes[label] for label in row["labels"] or ())
             row["score"] = score
+            found = self._captions_of(row["id"]) if row["modality"] == "image" else [row["caption"]]
+            row["texts"] = tuple(text for text in found if text is not None)
         return [Hit(**row) for row in rows]
+
+    def _captions_of(self, image: int) -> list[str | None]:
+        """Return the captions of the texts that belong to an image, in the order of their ids."""
+        owners, rows = self._by_owner
+        first, last = np.searchsorted(owners, (image, image + 1))
+        found: list[str | None] = self.table["caption"].take(pa.array(rows[first:last])).to_pylist()
+        return found
+
+    @cached_property
+    def _by_owner(self) -> tuple[np.ndarray, np.ndarray]:
+        """Owners of all texts, ascending, and the row of each."""
+        rows = self.positions(self.allowed("text", None))
+        owners = self.owners(rows)
+        order = np.argsort(owners, kind="stable")
+        return owners[order], rows[order]
+
+    def owners(self, rows: np.ndarray) -> np.ndarray:
+        """Return the ids of the images that items at some rows belong to, int64 [n]; -1 for one without."""
+        found: np.ndarray = self.table["owner"].to_numpy()[rows]
+        return found
+
+    def kept(self, kept: np.ndarray) -> pa.Table:
+        """Return the rows where `kept`, bool [N], is true; texts whose image goes have no owner any more."""
+        owner = self.table["owner"].to_numpy()
+        owner = np.where(np.isin(owner, self.ids[kept]), owner, -1)
+        column = self.table.schema.get_field_index("owner")
+        return self.table.set_column(column, "owner", pa.array(owner)).filter(kept)
+
+
+def other_classes(name: object, known: Sequence[str]) -> str:
+    """Return what may be meant by a class that is not known, in words."""
+    close = difflib.get_close_matches(str(name), known, 1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    listed = ", ".join(map(repr, known[:LISTED])) + (f" and {len(known) - LISTED} more" if len(known) > LISTED else "")
+    return f"it has {listed}" if known else "its items have no classes"
+
+
+def chosen_classes(given: Iterable[str], known: Sequence[str]) -> list[str] | None:
+    """Return the classes to filter by, None for all. Each value is a class, or several with commas between.
+
+    Raises BadInput when one is not known."""
+    names: list[str] = []
+    for value in given:
+        names += [value] if value in known else [name for part in value.split(",") if (name := part.strip())]
+    for name in names:
+        if name not in known:
+            raise BadInput(f"class {name!r} is unknown: {other_classes(name, known)}")
+    return list(dict.fromkeys(names)) or None
 
 
 def lengths_of(lists: pa.ListArray) -> np.ndarray:

@@ -19,20 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmgan_dist.data.image import decode_image
+from cmgan_dist.data.image import decode_image, to_rgb
 from cmgan_dist.distributed.precision import autocast
 from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.files import checked_path, read_regular
 from cmgan_dist.jobs.local import Advance, progress_of
 from cmgan_dist.models.backbones import ImageBackbone, TextBackbone, image_features, text_features
 from cmgan_dist.models.generator import Generator, Modality
 from cmgan_dist.models.saved import Saved, load_backbone, load_generator, read_model
+from cmgan_dist.models.weights import first_line
 from cmgan_dist.retrieval.metrics import unit_vectors
+from cmgan_dist.retrieval.query_encoder import text_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     ImageItem = str | Path | bytes | np.ndarray | Image
-    """A file, its bytes, uint8 [H, W], [H, W, 3] or [H, W, 4], or a PIL image."""
+    """A file's path, its bytes, the open file, uint8 [H, W], [H, W, 3] or [H, W, 4], or a PIL image."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -49,8 +52,7 @@ class Model:
 
     def __init__(self, saved: Saved, device: str | torch.device = "auto") -> None:
         """`device`: "auto" takes a GPU if there is one. Backbones are read when the first item comes."""
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        self.saved, self.device = saved, torch.device(found if device == "auto" else device)
+        self.saved, self.device = saved, _device_of(device)
         self.generator = load_generator(saved, backbones=False).to(self.device)
         self._backbones: dict[Modality, ImageBackbone | TextBackbone] = {}
 
@@ -66,6 +68,9 @@ class Model:
         from cmgan_dist.retrieval.hub import fetch_pretrained
 
         return cls(read_model(fetch_pretrained(str(name), revision)), device)
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.saved.folder)!r}, {self.dim} dimensions, {len(self.classes)} classes, {self.device})"
 
     @property
     def dim(self) -> int:
@@ -126,17 +131,19 @@ class Model:
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return the vectors of pictures, float32 [n, E], of unit length; features [n, F] are taken too.
 
-        `images`: one or many files, bytes, arrays or PIL images; a generator is read as it goes, so that memory does
-        not grow with it. `batch`: how many are decoded together. `standardise`: take off the training split's mean and
-        divide by its deviation before, as a z-scored evaluation does. `on_error`: "skip" leaves out what is no picture
-        and returns the vectors and the positions, int64 [n], of the items that they are of. `progress`: draw a bar on
-        stderr, or print a line a minute where that is no terminal; None does so on a terminal. Raises BadInput naming
-        the item that is no picture by its position."""
+        `images`: one or many paths, open files, bytes, arrays (uint8 [n, H, W, 3] are many) or PIL images; a generator
+        is read as it goes, so that memory does not grow with it. `batch`: how many are decoded together. `standardise`:
+        take off the training split's mean and divide by its deviation before, as a z-scored evaluation does.
+        `on_error`: "skip" leaves out what is no picture and returns the vectors and the positions, int64 [n], of the
+        items that they are of. `progress`: draw a bar on stderr, or print a line a minute where that is no terminal;
+        None does so on a terminal. Raises BadInput naming the item that is no picture by its position."""
         rows = self._check(images, batch, on_error)
         if rows is not None:
             vectors = self._encode("image", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise)
             return vectors if on_error == "raise" else (vectors, np.arange(len(rows)))
-        if isinstance(images, str | Path | bytes | np.ndarray) or hasattr(images, "tobytes"):
+        if isinstance(images, Tensor):
+            images = images.numpy(force=True)
+        if _is_one(images):
             images = [cast("ImageItem", images)]
         backbone = cast(ImageBackbone, self.backbone("image"))
         size = self.saved.spec.image.image_size or 224
@@ -191,6 +198,8 @@ class Model:
         if rows is not None:
             vectors = self._encode("text", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise)
             return vectors if on_error == "raise" else (vectors, np.arange(len(rows)))
+        if isinstance(texts, bytes | bytearray):
+            raise BadInput("the text is bytes: decode it first")
         listed = [texts] if isinstance(texts, str) else list(texts)
         chosen = _Chosen("texts", on_error)
         made = [chosen.take(text_of, text, position) for position, text in enumerate(listed)]
@@ -208,6 +217,8 @@ class Model:
             raise BadInput(f"batch is {batch!r}, expected a whole number above 0")
         if on_error not in ("raise", "skip"):
             raise BadInput(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
+        if not (_is_one(items) or hasattr(items, "__iter__")) or (isinstance(items, np.ndarray) and not items.ndim):
+            raise BadInput(f"{items!r} cannot be encoded: give an item, or several in a list")
         return _features(items)
 
     def export(self, path: str | Path, *, modality: Modality | None = None, backbone: bool = False) -> list[Path]:
@@ -243,11 +254,13 @@ class Model:
         project = self.generator.project_images if modality == "image" else self.generator.project_texts
         parts = [torch.zeros(0, self.dim)]
         for part in batches:
-            made = features(part).to(self.device)
+            made = features(part).to(self.device).float()
             expected = getattr(self.saved.spec, modality).dim
             if made.ndim != 2 or made.shape[1] != expected:
                 raise BadInput(f"the {modality} features have shape {list(made.shape)}, expected [n, {expected}]")
-            common = project(made.float()).float().cpu()
+            common = project(made).float().cpu()
+            if not torch.isfinite(common).all():
+                raise BadInput(f"{modality} vectors are not finite: the features are too large, or the model diverged")
             parts.append(unit_vectors(self._standardised(common, modality) if standardise else common))
         return torch.cat(parts).numpy()
 
@@ -264,8 +277,29 @@ class Model:
 def load_model(run: str | Path, device: str | torch.device = "auto") -> Model:
     """Load the best model of a run, or a copy of its best/ folder, for use.
 
-    Raises BadInput when a file is missing, damaged or of another version."""
-    return Model(read_model(run), device)
+    Raises BadInput when a file is missing, damaged or of another version, or there is no such device."""
+    return Model(read_model(checked_path(run, "run")), device)
+
+
+def _device_of(name: str | torch.device) -> torch.device:
+    """Return a device by its name, "auto" a GPU if there is one. Raises BadInput when there is none of that name."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise BadInput(f"device is {name!r}, which is not here ({first_line(error)}): give 'cpu' or 'auto'") from None
+    return device
+
+
+def _is_one(images: object) -> bool:
+    """Return whether this is one picture, or a text or bytes, and not several."""
+    if isinstance(images, np.ndarray):
+        return images.ndim != 4 and images.dtype != object
+    return isinstance(images, str | Path | bytes | bytearray | memoryview) or any(
+        hasattr(images, name) for name in ("tobytes", "read")
+    )
 
 
 class _Chosen:
@@ -297,13 +331,6 @@ class _Chosen:
         return vectors if self.on_error == "raise" else (vectors, np.asarray(self.kept, np.int64))
 
 
-def text_of(text: object, position: int = 0) -> str:
-    """Return a text without space around it. Raises BadInput naming it by its position where it is none, or empty."""
-    if not isinstance(text, str) or not text.strip():
-        raise BadInput(f"text {position} is {text!r}: give a text that is not empty")
-    return text.strip()
-
-
 def _progress(
     title: str, items: Iterable[object], few: int, asked: bool | None
 ) -> contextlib.AbstractContextManager[Advance]:
@@ -325,7 +352,9 @@ def _features(items: object) -> np.ndarray | None:
     """Return an array or tensor of features as float32 [n, F], None for other items.
 
     Raises BadInput when they are of another shape or not finite."""
-    rows = items.detach().cpu().numpy() if isinstance(items, Tensor) else items
+    rows = items
+    if isinstance(items, Tensor):
+        rows = items.detach().cpu().to(torch.float32 if items.is_floating_point() else items.dtype).numpy()
     if not isinstance(rows, np.ndarray) or rows.dtype.kind != "f":
         return None
     if rows.ndim != 2:
@@ -354,16 +383,18 @@ def pixels_of(item: object, size: int, position: int = 0) -> np.ndarray:
     named = f" ({item})" if isinstance(item, str | Path) else ""
     try:
         if isinstance(item, str | Path):
-            data = Path(item).read_bytes()
-        elif isinstance(item, bytes):
-            data = item
+            data = read_regular(item)
+        elif isinstance(item, bytes | bytearray | memoryview):
+            data = bytes(item)
+        elif hasattr(item, "read"):
+            data = item.read()
         else:
             data = _encoded(item)
         return decode_image(data, size)
     except OSError as error:
         raise BadInput(f"image {position}{named} cannot be read ({error.strerror or error}): name a picture") from None
     except BadSample as error:
-        raise BadInput(f"image {position}{named}: {error}; give a JPEG, PNG or WebP picture") from None
+        raise BadInput(f"image {position}{named}: {error}; give another picture") from None
 
 
 def _encoded(item: object) -> bytes:
@@ -377,14 +408,15 @@ def _encoded(item: object) -> bytes:
             item = Image.fromarray(item)
         except TypeError as error:
             raise BadSample(f"it is no picture ({error})") from None
+    if isinstance(item, Image.Image) and item.mode == "F":
+        raise BadSample("its pixels are floats, expected 8 or 16 bits")
     if not isinstance(item, Image.Image):
         raise BadSample(f"it is of type {type(item).__name__}, expected a file, bytes, an array or a PIL image")
     try:
         item = ImageOps.exif_transpose(item)
         out = io.BytesIO()
-        (item if item.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else item.convert("RGB")).save(
-            out, "PNG", compress_level=1
-        )
+        plain = item if item.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else to_rgb(item)
+        plain.save(out, "PNG", compress_level=1)
     except (OSError, ValueError, SystemError) as error:  # closed, empty, or of a mode that has no colours
         raise BadSample(f"it is no picture ({error})") from None
     return out.getvalue()

@@ -32,10 +32,16 @@ Found = tuple[np.ndarray, np.ndarray]
 def unit_queries(vectors: np.ndarray, dim: int) -> np.ndarray:
     """Return queries, [Q, E] or [E], as float32 [Q, E] of unit length; a row of zeros stays so.
 
-    Raises BadInput when they have not `dim` numbers, or one is not finite."""
-    queries = np.atleast_2d(np.asarray(vectors, np.float32))
+    Raises BadInput when they are no numbers, have not `dim` of them, or one is not finite."""
+    try:
+        given = np.asarray(vectors)
+        if given.dtype.kind not in "fiub":
+            raise ValueError(f"they are of type {given.dtype}")
+    except ValueError as error:
+        raise BadInput(f"the query is no array of numbers ({error}): encode it first, by the index's model") from None
+    queries = np.atleast_2d(given.astype(np.float32))
     if queries.ndim != 2 or queries.shape[1] != dim:
-        raise BadInput(f"the query has shape {list(np.shape(vectors))}, the index vectors of {dim} numbers")
+        raise BadInput(f"the query has shape {list(given.shape)}, the index vectors of {dim} numbers")
     if not np.isfinite(queries).all():
         raise BadInput("the query holds NaN or Inf: give finite numbers")
     length = np.linalg.norm(queries.astype(np.float64), axis=1, keepdims=True)

@@ -31,6 +31,18 @@ def missing_packages() -> list[str]:
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
+def text_of(text: object, position: int = 0) -> str:
+    """Return a text without space around it. Raises BadInput naming it by its position where it is none, empty, or no
+    Unicode text."""
+    if not isinstance(text, str) or not text.strip():
+        raise BadInput(f"text {position} is {text!r}: give a text that is not empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair: a cut text, or bytes that are not UTF-8
+        raise BadInput(f"text {position} is {text!r}, no Unicode text at character {error.start}: mend it") from None
+    return text.strip()
+
+
 class QueryEncoder:
     """One modality of a model, from raw queries to unit vectors."""
 
@@ -57,8 +69,8 @@ class QueryEncoder:
             ) from None
 
     def encode_text(self, text: str) -> np.ndarray:
-        """Return the vector float32 [1, E] of a text that is not empty."""
-        ids = np.asarray([self._ids(text.strip())], np.int64)
+        """Return the vector float32 [1, E] of a text. Raises BadInput when it is empty."""
+        ids = np.asarray([self._ids(text_of(text))], np.int64)
         given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         return self._run({name: given[name] for name in self.inputs})
 

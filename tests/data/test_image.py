@@ -244,6 +244,34 @@ def test_what_is_no_picture(data: bytes) -> None:
         decode(data, 16)
 
 
+@pytest.mark.parametrize("exif", [False, True])
+def test_a_damaged_png_is_refused_wherever_its_pixels_are_hit(exif: bool) -> None:
+    """Pillow looks for EXIF behind the pixels, and would lose their error on the way."""
+    rng = np.random.default_rng(0)
+    packed, tags = io.BytesIO(), Image.Exif()
+    if exif:
+        tags[0x0112] = 6
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(packed, "PNG", exif=tags)
+    data = packed.getvalue()
+    first, last = data.index(b"IDAT") + 4, data.index(b"IEND") - 8
+    for at in rng.integers(first + 2, last, 40):
+        damaged = bytearray(data)
+        damaged[at] ^= 0x55
+        with pytest.raises(BadSample, match="does not decode"):
+            decode_image(bytes(damaged), 32)
+
+
+def test_a_row_of_millions_of_pixels_is_a_bad_sample() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 89_000_000, 1, 8, 6, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(100))), chunk(b"IEND", b"")
+    wide = b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    with pytest.raises(BadSample, match="does not decode"):
+        decode_image(wide, 32)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_cut_file_is_bad(kind: str) -> None:
     data = encode(inputs(300, 300), kind)

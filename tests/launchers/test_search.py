@@ -138,7 +138,7 @@ def test_nothing_near_is_said(world: World, capsys: pytest.CaptureFixture[str]) 
 
     index = Index.open(world.index)
     show(index, index.search(-index.vector(0), 1)[0])
-    assert "nothing is near: the best is within 2 standard deviations of random items" in capsys.readouterr().err
+    assert "nothing is near: 9 in 10 items of the index find others at 0." in capsys.readouterr().err
     show(index, [])
     assert "no item fits --modality and --classes" in capsys.readouterr().err
 
@@ -178,11 +178,11 @@ REFUSALS: list[tuple[str, Refusal]] = [
     ("give a text or --image FILE to search by", lambda w, _: ("search", [w.index])),
     ("give a text or --image FILE to search by", lambda w, _: ("search", [w.index, "dog", "--image", "a.jpg"])),
     ("-k is 0: it must be at least 1", lambda w, _: ("search", [w.index, "dog", "-k", "0"])),
-    ("has no class 'boot': did you mean 'boat'?", lambda w, _: ("search", [w.index, "dog", "--classes", "boot"])),
+    ("class 'boot' is unknown: did you mean 'boat'?", lambda w, _: ("search", [w.index, "dog", "--classes", "boot"])),
     ("index.json does not exist: make the index", lambda w, tmp: ("search", [tmp, "dog"])),
     ("image 0 (nowhere.jpg) cannot be read", lambda w, _: ("search", [w.index, "--image", "nowhere.jpg"])),
     ("was made with another model than", another_model),
-    ("is not at 'runs/nowhere' any more: name its run by --run", gone_run),
+    ("is not at 'runs/nowhere': name its run by --run", gone_run),
     ("none of --output, --add and --remove is given", lambda w, _: ("index", [w.index])),
     ("more than one of --output, --add", lambda w, t: ("index", [w.index, "--output", t, "--remove", "a"])),
     ("has the key 'nobody': name one that has", lambda w, _: ("index", [w.index, "--remove", "nobody"])),

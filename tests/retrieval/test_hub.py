@@ -124,8 +124,14 @@ def test_weights_that_lay_in_a_file_go_along(feature_data: Callable[..., Path], 
 def test_bad_folders_are_said_in_one_sentence(feature_data: Callable[..., Path], tmp_path: Path) -> None:
     save_untrained(tmp_path / "run", feature_data(), small_config(8))
     model = cmgan_dist.load(tmp_path / "run")
-    with pytest.raises(BadInput, match="best is the model's own folder: name another"):
+    with pytest.raises(BadInput, match="best is a run's own folder: name another"):
         model.save_pretrained(tmp_path / "run" / "best")
+    for other in ("run", "second"):  # its own files would be replaced by the card's
+        save_untrained(tmp_path / "second", tmp_path / "data", small_config(8))
+        with pytest.raises(BadInput, match="is a run's own folder: name another"):
+            model.save_pretrained(tmp_path / other)
+    with pytest.raises(BadInput, match=r"folder is 'a\\x00b', which holds characters that no path can"):
+        model.save_pretrained("a\0b")
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"file cannot be written \(File exists\)"):
         model.save_pretrained(tmp_path / "file")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 
 from cmgan_dist.errors import BadInput
 from cmgan_dist.retrieval import index_files, nearest
+from cmgan_dist.retrieval.embeddings import EmbeddingSet
 from cmgan_dist.retrieval.index import Hit, Index
 from cmgan_dist.retrieval.nearest import Nearest
 from tests.retrieval.embeddings_cases import Made, clustered, make_embeddings
@@ -57,12 +61,125 @@ def test_hits_are_the_items(tmp_path: Path) -> None:
     for item, row in enumerate(made.rows):
         hit = index.search(made.vectors[item], 1)[0][0]
         labels = tuple(("animal", "boat", "car")[i] for i in row["labels"])  # type: ignore[attr-defined]
-        assert hit == Hit(**{**row, "labels": labels, "score": hit.score})  # type: ignore[arg-type]
+        own = [r["caption"] for r in made.rows if r["modality"] == "text" and r["owner"] == item >= 0]
+        texts = tuple(own) if row["modality"] == "image" else (row["caption"],)
+        assert hit == Hit(**{**row, "labels": labels, "score": hit.score, "texts": texts})  # type: ignore[arg-type]
         assert hit.score == pytest.approx(1, abs=1e-6)
         assert index.get(item).key == row["key"]
         assert np.array_equal(index.vector(item), made.vectors[item])
     assert index.manifest.embeddings[0]["first_id"] == 0
     assert index.source == index.source_of(3) == {"kind": "shards", "location": "/data/emb"}
+
+
+def test_the_same_vectors_are_not_added_twice_from_anywhere(tmp_path: Path) -> None:
+    make_embeddings(tmp_path / "emb", [(4, 4)])
+    index = Index.build(tmp_path / "emb", tmp_path / "index")
+    shutil.copytree(tmp_path / "emb", tmp_path / "copy")
+    for name in ("emb", "copy"):
+        with pytest.raises(BadInput, match="is in the index already"):
+            index.add(tmp_path / name)
+    make_embeddings(tmp_path / "more", [(4, 4)], seed=1)
+    assert index.add(tmp_path / "more") == 8
+
+
+def test_every_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
+    make_embeddings(tmp_path / "emb", [(4, 4)])
+    Index.build(tmp_path / "emb", tmp_path / "index")
+    for path in (tmp_path / "index" / "index.json", tmp_path / "emb" / "embeddings.json"):
+        whole = path.read_bytes()
+        rng = np.random.default_rng(0)
+        for at in rng.integers(len(whole), size=200):
+            data = bytearray(whole)
+            data[at] ^= 1 << int(rng.integers(8))
+            path.write_bytes(data)
+            if parse(data) == parse(whole):  # white space
+                continue
+            with pytest.raises(BadInput, match=re.escape(path.name)):
+                Index.open(tmp_path / "index") if path.name == "index.json" else EmbeddingSet.open(tmp_path / "emb")
+        path.write_bytes(whole)
+
+
+def parse(data: bytes) -> object:
+    """What a JSON file holds, None where it holds none."""
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+def test_texts_of_a_removed_image_have_no_image_any_more(tmp_path: Path) -> None:
+    make_embeddings(tmp_path / "emb", [(3, 6)])
+    index = Index.build(tmp_path / "emb", tmp_path / "index")
+    assert index.get(1).texts == ("caption 4", "caption 7")
+    assert index.remove([1, 7]) == 2
+    assert [index.get(item).owner for item in (0, 2, 3, 4, 5, 6, 8)] == [0, 2, 0, -1, 2, 0, 2]
+    assert index.get(0).texts == ("caption 3", "caption 6")
+
+
+def test_a_search_goes_on_while_the_index_is_changed(tmp_path: Path) -> None:
+    made = make_embeddings(tmp_path / "emb", [(60, 60)])
+    index, failed = Index.build(tmp_path / "emb", tmp_path / "index"), []
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            try:
+                index.search(made.vectors[:3], 20)
+            except BadInput as error:
+                failed.append(str(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for item in range(20):
+        index.remove([item])
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
+def test_near_is_what_nine_in_ten_items_find(tmp_path: Path) -> None:
+    made = make_embeddings(tmp_path / "emb", [(30, 60)])
+    index = Index.build(tmp_path / "emb", tmp_path / "index")
+    images, texts = made.vectors[:30], made.vectors[30:]
+    scores = images @ texts.T
+    scores[np.arange(60) % 30, np.arange(60)] = -2  # its own texts
+    assert index.near == pytest.approx(np.quantile([*scores.max(1), *scores.max(0)], 0.1), abs=1e-6)
+    make_embeddings(tmp_path / "alone", [(5, 0)])
+    alone = Index.build(tmp_path / "alone", tmp_path / "other")
+    own = np.asarray(alone.vectors.take(np.arange(5)))
+    scores = own @ own.T - 3 * np.eye(5)
+    assert alone.near == pytest.approx(np.quantile(scores.max(1), 0.1), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda index: index.search(np.zeros((1, 16)), k=1.5), "k is 1.5: it must be a whole number"),
+        (lambda index: index.search(np.zeros((1, 16)), k=None), "k is None"),
+        (lambda index: index.search("a red heart"), "the query is no array of numbers"),
+        (lambda index: index.search([[1.0], [1.0, 2.0]]), "the query is no array of numbers"),
+        (lambda index: index.search(np.zeros((1, 16), complex)), "the query is no array of numbers"),
+        (lambda index: index.search(np.zeros((1, 16)), classes=[1]), r"classes are \[1\]: give a list of names"),
+        (lambda index: index.search(np.zeros((1, 16)), classes="boat"), "classes are 'boat'"),
+        (lambda index: index.search(np.zeros((1, 16)), modality=["image"]), r"modality is \['image'\]"),
+        (lambda index: index.get(None), "item None is no id"),
+        (lambda index: index.vector([1, 2]), r"item \[1, 2\] is no id"),
+        (lambda index: index.remove("12"), "items are '12': give a list"),
+        (lambda index: index.remove(["\ud800"]), "no item of the index"),
+        (lambda index: index.remove([None]), "item None is no id"),
+        (lambda index: index.add("a\0b"), "a.*b"),
+        (lambda index: Index.open("a\0b"), "holds characters that no path can"),
+        (lambda index: Index.open(None), "index is None: give a path"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_one_sentence(call: Callable[[Index], object], said: str, tmp_path: Path) -> None:
+    make_embeddings(tmp_path / "emb", [(4, 4)])
+    index = Index.build(tmp_path / "emb", tmp_path / "index")
+    with pytest.raises(BadInput, match=said):
+        call(index)
+    assert index.search(np.zeros((0, 16))) == []
 
 
 def test_half_precision_vectors_are_made_of_unit_length(tmp_path: Path) -> None:

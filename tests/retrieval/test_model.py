@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from cmgan_dist.models.saved import load_generator, read_model
 from cmgan_dist.retrieval import model as model_module
 from cmgan_dist.retrieval.embed import common_statistics, embed_split
 from cmgan_dist.retrieval.metrics import l2_normalise
-from cmgan_dist.retrieval.model import load_model, pixels_of
+from cmgan_dist.retrieval.model import Model, load_model, pixels_of
 from tests.toy import save_untrained, small_config
 
 
@@ -134,7 +135,7 @@ def test_features_go_in_where_no_backbone_is_known(feature_data: Callable[..., P
 @pytest.mark.parametrize(
     ("item", "said"),
     [
-        (b"not a picture", r"image 1: the image does not decode.*give a JPEG"),
+        (b"not a picture", r"image 1: the image does not decode.*give another"),
         ("nowhere.jpg", r"image 1 \(nowhere\.jpg\) cannot be read \(No such file"),
         (np.zeros((4, 4, 7), np.uint8), r"image 1: it is no picture"),
         (np.zeros((4, 4, 3), np.int64), r"image 1: it is an array of int64 and shape \(4, 4, 3\)"),
@@ -148,6 +149,84 @@ def test_what_is_no_picture_is_named_by_its_position(
     good = np.zeros((40, 40, 3), np.uint8)
     with pytest.raises(BadInput, match=said):
         load_model(tmp_path / "run").encode_images([good, item])
+
+
+def test_sixteen_bits_and_transparency_come_as_from_a_file(raw_data: Callable[..., Path], tmp_path: Path) -> None:
+    save_untrained(tmp_path / "run", raw_data(), raw_config())
+    model = load_model(tmp_path / "run")
+    ramp = np.linspace(0, 255, 40 * 50).reshape(40, 50).astype(np.uint8)
+    eight, sixteen = Image.fromarray(ramp), Image.fromarray(ramp.astype(np.uint16) << 8)
+    file = io.BytesIO()
+    sixteen.save(file, "PNG")
+    expected = model.encode_images(eight)
+    for item in (sixteen, sixteen.convert("I"), file.getvalue()):
+        np.testing.assert_allclose(model.encode_images(item), expected, atol=1e-5)
+    clear = Image.merge("RGBA", [Image.fromarray(ramp)] * 4)
+    expected = model.encode_images(clear)
+    for item in (clear.convert("RGBa"), Image.merge("LA", [Image.fromarray(ramp)] * 2).convert("La")):
+        assert float((model.encode_images(item) * expected).sum()) > 0.999
+
+
+def test_open_files_buffers_and_stacks_are_pictures_too(raw_data: Callable[..., Path], tmp_path: Path) -> None:
+    save_untrained(tmp_path / "run", raw_data(), raw_config())
+    model = load_model(tmp_path / "run")
+    stack = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), dtype=np.uint8)
+    expected = model.encode_images(list(stack))
+    for many in (stack, torch.from_numpy(stack), (picture for picture in stack)):
+        np.testing.assert_array_equal(model.encode_images(many), expected)
+    file = io.BytesIO()
+    Image.fromarray(stack[0]).save(file, "PNG")
+    for one in (io.BytesIO(file.getvalue()), bytearray(file.getvalue()), [io.BytesIO(file.getvalue())]):
+        np.testing.assert_allclose(model.encode_images(one), expected[:1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda model: model.encode_images(None), "None cannot be encoded"),
+        (lambda model: model.encode_images(5), "5 cannot be encoded"),
+        (lambda model: model.encode_texts(None), "None cannot be encoded"),
+        (lambda model: model.encode_texts(np.array("a dog")), "cannot be encoded"),
+        (lambda model: model.encode_texts(b"a dog"), "the text is bytes: decode it first"),
+        (lambda model: model.encode_texts(["fine", "\ud800 cat"]), "text 1 is .*, no Unicode text at character 0"),
+        (lambda model: model.encode_images("a\0b.png"), "image 0 .* cannot be read"),
+        (lambda model: model.encode_images("\ud800.png"), "image 0 .* cannot be read"),
+        (lambda model: model.encode_images("/dev/zero"), "cannot be read .it is no regular file"),
+        (lambda model: model.encode_images("/tmp"), "cannot be read .Is a directory"),
+        (lambda model: model.encode_images(Image.new("F", (4, 4))), "its pixels are floats"),
+        (lambda model: model.export("x.onnx", modality="audio"), "modality is 'audio'"),
+        (lambda model: model.export("a\0.onnx"), "holds characters that no path can"),
+        (lambda _: load_model(None), "run is None: give a path"),  # type: ignore[arg-type]
+        (lambda _: load_model("a\0b"), "holds characters that no path can"),
+    ],
+)
+def test_what_cannot_be_encoded_is_one_sentence(
+    call: Callable[[Model], object], said: str, raw_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    save_untrained(tmp_path / "run", raw_data(), raw_config())
+    with pytest.raises(BadInput, match=said):
+        call(load_model(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta device", None])
+def test_a_device_that_is_not_there_is_said(device: str, raw_data: Callable[..., Path], tmp_path: Path) -> None:
+    save_untrained(tmp_path / "run", raw_data(), raw_config())
+    with pytest.raises(BadInput, match=r"device is .*, which is not here"):
+        load_model(tmp_path / "run", device)
+
+
+def test_a_pipe_is_no_picture(raw_data: Callable[..., Path], tmp_path: Path) -> None:
+    save_untrained(tmp_path / "run", raw_data(), raw_config())
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadInput, match="it is no regular file"):
+        load_model(tmp_path / "run").encode_images(tmp_path / "pipe.png")
+
+
+def test_bfloat16_features_are_taken(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    save_untrained(tmp_path / "run", feature_data(), small_config(8))
+    model = load_model(tmp_path / "run")
+    features = torch.randn(3, model.saved.spec.text.dim).bfloat16()
+    np.testing.assert_array_equal(model.encode_texts(features), model.encode_texts(features.float()))
 
 
 @pytest.mark.parametrize("text", ["", "  ", 5])

@@ -276,7 +276,7 @@ function showAnswer(state, answer) {
     if (asked) byId("status").textContent = "No results";
   } else if (asked && !answer.near) {
     const best = Math.max(...answer.hits.map((hit) => hit.above_chance));
-    notice("far", "Nothing is near.", `The best of these is ${distance(best)}, as random pairs reach now and then. Try other words or another picture.`);
+    notice("far", "Nothing is near.", `The best of these is ${distance(best)}; most of what is here has nearer neighbours. Try other words or another picture.`);
   }
   window.scrollTo(0, 0);
 }
