@@ -10,10 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
+from cmgan_dist.jobs import ledger
 from cmgan_dist.retrieval import embed_source
 from cmgan_dist.retrieval.embed_part import Worker
-from cmgan_dist.retrieval.embeddings import EmbeddingSet
+from cmgan_dist.retrieval.embeddings import (
+    ITEMS,
+    EmbeddingManifest,
+    EmbeddingSet,
+    ModelIdentity,
+    SourceIdentity,
+    write_shard,
+)
 from tests.retrieval.embed_cases import embedded, files, raw_run, whole
 from tests.toy import jpeg
 
@@ -194,3 +203,20 @@ def test_a_file_without_a_text_is_said_to_be_empty(text: str, run: Path, tmp_pat
     (tmp_path / "texts.txt").write_text(text)
     with pytest.raises(BadInput, match=r"texts\.txt is empty: name a file with a text a line"):
         embedded(run, tmp_path / "emb", texts=tmp_path / "texts.txt")
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def test_nothing_is_written_of_a_part_whose_record_cannot_be(tmp_path: Path) -> None:
+    record = ledger.Record("source", {}, left_out=["\udcfe"])
+    with pytest.raises(UnicodeEncodeError):
+        write_shard(FileStore(str(tmp_path / "emb"), "--output"), "part", {}, ITEMS.empty_table(), record)
+    assert files(tmp_path) == {}
+
+
+def test_class_names_that_are_not_utf8_come_back_as_they_were() -> None:
+    model, source = ModelIdentity("0", "run", "Bär \ud800"), SourceIdentity("shards", "data")
+    manifest = EmbeddingManifest(model, 8, "float32", source, classes=["猫", "\ud800"])
+    assert "猫" in manifest.to_json()
+    assert EmbeddingManifest.from_json(manifest.to_json().encode(), "here") == manifest
