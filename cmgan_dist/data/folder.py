@@ -39,14 +39,16 @@ def read_file(path: str | os.PathLike[str], most: int = MOST_FILE_BYTES, *, foll
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise BadSample("is no regular file")
+            if found.st_size > most:
+                raise BadSample(f"has more than {most >> 20} MiB")
             with open(descriptor, "rb", closefd=False) as file:
-                data = file.read(most + 1) if found.st_size <= most else None
+                data = file.read(found.st_size + 1)  # no more than is there: `read` makes room for all of it
         finally:
             os.close(descriptor)
     except OSError as error:
         raise BadSample(f"cannot be read ({error.strerror or error})") from None
-    if data is None or len(data) > most:
-        raise BadSample(f"has more than {most >> 20} MiB")
+    if len(data) > found.st_size:
+        raise BadSample("grows while it is read")
     return data
 
 

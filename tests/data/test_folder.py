@@ -112,6 +112,7 @@ def test_only_regular_files_up_to_a_size_are_read(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("good")
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "large").write_bytes(bytes(2))
+    (tmp_path / "endless").symlink_to("/proc/self/status")  # a regular file of 0 bytes that gives some
     assert read_file(tmp_path / "link") == b"x"
     for name, follow, said in (
         ("pipe", True, "is no regular file"),
@@ -119,6 +120,7 @@ def test_only_regular_files_up_to_a_size_are_read(tmp_path: Path) -> None:
         ("device", True, "is no regular file"),
         ("large", True, "has more than 0 MiB"),
         ("link", False, "cannot be read"),
+        ("endless", True, "grows while it is read"),
         ("gone", True, r"cannot be read \(No such file or directory\)"),
     ):
         with pytest.raises(BadSample, match=said):
