@@ -8,7 +8,6 @@ import json
 import os
 import secrets
 import socket
-import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def sealed_json(record: Mapping[str, Any]) -> str:
-    """Return a JSON text of `record` that carries a checksum of itself, as "sha256"; `parse_sealed` reads it."""
-    return json.dumps({**record, "sha256": _record_sha256(record)}, indent=1, ensure_ascii=False) + "\n"
+    """Return a JSON text of `record` that carries a checksum of itself, as "sha256"; `parse_sealed` reads it.
+
+    What is no Unicode, as of file names that are not UTF-8, comes as JSON's own escape."""
+    text = json.dumps({**record, "sha256": _record_sha256(record)}, indent=1, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def parse_sealed(text: str | bytes, version: int) -> dict[str, Any]:
@@ -59,22 +61,6 @@ class OtherVersion(ValueError):
 
 def _record_sha256(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def read_regular(path: str | os.PathLike[str], most: int = 1 << 30) -> bytes:
-    """Return the bytes of a file of at most `most` bytes. Raises OSError, also for what is no regular file, such as a
-    pipe that would block or a device without an end, and for a name that no file can have."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except ValueError as error:  # a NUL, or a character that a name cannot hold
-        raise OSError(errno.EINVAL, f"no file has such a name: {error}") from None
-    with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        if found.st_size > most:
-            raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, more than {most}")
-        return file.read(most)
 
 
 def checked_path(path: object, what: str) -> Path:

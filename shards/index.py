@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from cmgan_dist.data.folder import walk_files
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, load_manifest, natural_splits
 from cmgan_dist.errors import BadInput
@@ -85,8 +86,7 @@ class IndexCommand:
         if not self.data.is_dir():
             raise BadInput(f"folder {self.data} does not exist")
         old = self._old_manifest()
-        names = sorted(path.relative_to(self.data).as_posix() for path in self.data.rglob("*.tar"))
-        names = [name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)]
+        names = walk_files(self.data, ["tar"])
         if not names:
             raise BadInput(f"{self.data} holds no .tar files")
         tasks = [(self.data / name, name) for name in names]

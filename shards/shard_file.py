@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.manifest import LabelKind, ShardInfo
 from cmgan_dist.errors import BadInput, BadSample
@@ -47,6 +48,8 @@ def _read_texts(texts: tuple[str, ...] | Readable) -> tuple[str, ...]:
     found = tuple(line.strip() for line in lines if line.strip())
     if not found:
         raise BadSample("the text is empty")
+    if not all(map(is_unicode, found)):
+        raise BadSample("the text has half a character, a lone surrogate")
     return found
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cmgan_dist.data.folder import is_unicode, shown
 from cmgan_dist.data.manifest import MANIFEST_NAME as DATA_MANIFEST_NAME
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
@@ -84,6 +85,9 @@ def make_plan(options: EmbedOptions) -> Plan:
         raise BadInput("--splits is given without --data: pictures and texts have no splits")
     saved = read_model(options.run)
     source = open_source(*given[0], saved.config.stream)
+    for flag, place in (("RUN", options.run), ("--output", options.output), (FLAGS[given[0][0]], source.location)):
+        if not is_unicode(place):
+            raise BadInput(f"{flag} {shown(place)} is not UTF-8, so that no file could name it: rename it")
     check_source(saved, source)
     parts = source.parts(splits)
     device, processes, threads = _machine(options)

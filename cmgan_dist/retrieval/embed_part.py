@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 
 from cmgan_dist.data.batch import EvalBatch
+from cmgan_dist.data.folder import shown
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs import ledger
@@ -86,8 +87,8 @@ class Worker:
 
     def _check(self, left_out: Sequence[str]) -> None:
         if left_out and not self.job.skip_bad:
-            location = self.job.location
-            raise BadInput(f"{location}: {left_out[0]}: mend it, or pass --skip-bad to leave such samples out")
+            where = f"{self.job.location}: {shown(left_out[0])}"
+            raise BadInput(f"{where}: mend it, or pass --skip-bad to leave such samples out")
 
 
 worker_of = lru_cache(maxsize=1)(Worker)
@@ -126,8 +127,8 @@ def entries_of(batch: EvalBatch) -> list[Entry]:
     """Return what is kept of each sample of a batch."""
 
     def plain(text: object) -> str | None:
-        """A text as UTF-8 can hold it: what is none becomes "?"."""
-        return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else None
+        """A text as UTF-8 can hold it: what is none becomes an escape, so that names stay different."""
+        return text.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(text, str) else None
 
     return [
         Entry(number, plain(sample.key) or "", [plain(text) for text in sample.texts], sample.labels)
@@ -154,15 +155,19 @@ def items_of(entries: Sequence[Entry], part: Part, modalities: Sequence[Modality
 def embed_part(job: Job, part: Part) -> list[str]:
     """Write the files of a part, its record last; return a line for each sample that was left out.
 
-    Raises BadInput at a bad sample unless the job skips them, when the part cannot be read, and when a file cannot be
-    written."""
+    Raises BadInput at a bad sample unless the job skips them, when the part cannot be read or changes meanwhile, and
+    when a file cannot be written."""
     left_out: list[str] = []
     with one_thread():
         worker = worker_of(job)
+        source = worker.source.checksum(part)
         entries, common = worker.project(part, left_out)
+        if worker.source.checksum(part) != source:
+            raise BadInput(f"{job.location}: {part.origin} was changed while it was embedded: start again")
         vectors = {modality: _stored(rows, job, part) for modality, rows in common.items()}
         items = items_of(entries, part, worker.source.modalities)
-        record = ledger.Record(worker.source.checksum(part), job.settings, left_out=left_out)
+        left_out = [shown(line) for line in left_out]
+        record = ledger.Record(source, job.settings, left_out=left_out)
     write_shard(FileStore(job.output, "--output"), part.name, vectors, items, record)
     return left_out
 

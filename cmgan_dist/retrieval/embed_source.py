@@ -23,6 +23,7 @@ import torch
 
 from cmgan_dist.config.fields import StreamConfig
 from cmgan_dist.data.batch import EvalBatch, eval_batches
+from cmgan_dist.data.folder import is_unicode, read_file, walk_files
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.manifest import DataSpec, natural_splits
 from cmgan_dist.data.reader import ShardReader, open_data_set
@@ -182,7 +183,7 @@ class PictureSource(Source):
             raise BadInput(f"--pictures {location} is no folder: name one with .jpg, .png or .webp files")
 
     def parts(self, splits: Sequence[str]) -> list[Part]:
-        found = sorted(_pictures_in(self.folder))
+        found = walk_files(self.folder, IMAGE_EXTENSIONS)
         if not found:
             raise BadInput(f"--pictures {self.folder} has no .jpg, .png or .webp files: name another folder")
         cuts = [found[first : first + PICTURES] for first in range(0, len(found), PICTURES)]
@@ -193,17 +194,20 @@ class PictureSource(Source):
         made = hashlib.sha256()
         for key in part.place:
             try:
-                made.update(f"{key}\0{sha256_of(self.folder / key)}\n".encode("utf-8", "surrogateescape"))
-            except OSError as error:
-                raise BadInput(f"{self.folder / key} cannot be read ({error.strerror}): restore it") from None
+                found = hashlib.sha256(read_file(self.folder / key)).hexdigest()
+            except BadSample as error:  # `batches` leaves it out
+                found = str(error)
+            made.update(f"{key}\0{found}\n".encode("utf-8", "surrogateescape"))
         return made.hexdigest()
 
     def batches(self, part: Part, reading: Reading, left_out: list[str]) -> Iterator[EvalBatch]:
         def load(key: str, out: np.ndarray) -> str | None:
             try:
-                decode_image((self.folder / key).read_bytes(), reading.image_size, out=out)
-            except (BadSample, OSError) as error:
+                decode_image(read_file(self.folder / key), reading.image_size, out=out)
+            except BadSample as error:
                 return f"{key}: {error}"
+            except MemoryError:
+                return f"{key}: takes more memory than there is"
             return None
 
         with ThreadPoolExecutor(reading.threads) as pool:
@@ -221,63 +225,63 @@ class PictureSource(Source):
                     )
 
 
-def _pictures_in(folder: Path) -> Iterator[str]:
-    """Give the paths from `folder` of the pictures in it and in the folders below, linked ones too; hidden ones apart.
-
-    Raises BadInput when a link leads round in a circle."""
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in folders:
-            link = Path(place, name)
-            if link.is_symlink() and Path(place).resolve().is_relative_to(link.resolve()):
-                raise BadInput(f"--pictures: {link} leads to a folder that it is in: remove the link")
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower()[1:] in IMAGE_EXTENSIONS:
-                yield Path(place, name).relative_to(folder).as_posix()
-
-
 class TextSource(Source):
     """A UTF-8 file of one text a line, or ``.jsonl`` of ``{"key": ..., "text": ...}``; its parts are 10,000 lines each.
 
-    The key of a text without one is the number of its line, from 1."""
+    Lines end as on any system; blank ones at the end are no texts. The key of a text without one is the number of its
+    line, from 1."""
 
     modalities = ("text",)
 
     def __init__(self, kind: str, location: str, stream: StreamConfig) -> None:
         super().__init__(kind, location)
         self.file = Path(location)
+        self.is_jsonl = self.file.suffix.lower() == ".jsonl"
         if not self.file.is_file():
             raise BadInput(f"--texts {location} is no file: name one with a text a line")
 
     def parts(self, splits: Sequence[str]) -> list[Part]:
-        starts, lines, end = [0], 0, 0
-        with open(self.file, "rb") as opened:
-            for line in opened:
-                if lines and lines % TEXTS == 0:
-                    starts.append(end)
-                lines, end = lines + 1, end + len(line)
+        starts, lines, place, end = list[int](), 0, 0, 0
+        try:
+            with open(self.file, encoding="latin-1", newline="") as opened:  # a character is a byte
+                version = _version(opened.fileno())
+                for number, line in enumerate(opened):
+                    if number % TEXTS == 0:
+                        starts.append(place)
+                    place += len(line)
+                    if line.strip(" \t\r\n"):
+                        lines, end = number + 1, place
+        except OSError as error:
+            raise self._unreadable(error) from None
         if not lines:
             raise BadInput(f"--texts {self.file} is empty: name a file with a text a line")
         found = []
-        for number, (start, stop) in enumerate(zip(starts, [*starts[1:], end], strict=True)):
-            name, first = f"texts-{number:06d}", number * TEXTS
-            found.append(Part(name, "", name, min(TEXTS, lines - first), (start, stop, first)))
+        for first, start, stop in zip(range(0, lines, TEXTS), starts, [*starts[1:], end], strict=False):
+            name = f"texts-{first // TEXTS:06d}"
+            found.append(Part(name, "", name, min(TEXTS, lines - first), (start, min(stop, end), first, version)))
         return found
 
+    def _unreadable(self, error: OSError) -> BadInput:
+        return BadInput(f"--texts {self.file} cannot be read ({error.strerror}): restore it")
+
     def _bytes(self, part: Part) -> bytes:
-        start, stop, _ = part.place
+        start, stop, _, version = part.place
         try:
             with open(self.file, "rb") as opened:
                 opened.seek(start)
-                return opened.read(stop - start)
+                data = opened.read(stop - start)
+                same = _version(opened.fileno()) == version
         except OSError as error:
-            raise BadInput(f"--texts {self.file} cannot be read ({error.strerror}): restore it") from None
+            raise self._unreadable(error) from None
+        if not same:
+            raise BadInput(f"--texts {self.file} was changed while it was embedded: start again")
+        return data
 
     def checksum(self, part: Part) -> str:
         return hashlib.sha256(self._bytes(part)).hexdigest()
 
     def batches(self, part: Part, reading: Reading, left_out: list[str]) -> Iterator[EvalBatch]:
-        lines = self._bytes(part).removesuffix(b"\n").split(b"\n")
+        lines = self._bytes(part).splitlines()
         for first in range(0, len(lines), reading.batch):
             samples, numbers = [], []
             for row, line in enumerate(lines[first : first + reading.batch], first):
@@ -297,15 +301,23 @@ class TextSource(Source):
         try:
             text: Any = line.decode("utf-8").removeprefix("\ufeff")
             key: Any = number
-            if self.file.suffix == ".jsonl":
+            if self.is_jsonl:
                 record = parse_json(text)
                 key, text = str(record.get("key", number)), record.get("text")
         except (ValueError, RecursionError, AttributeError) as error:
-            expected = "a JSON object" if self.file.suffix == ".jsonl" else "UTF-8"
+            expected = "a JSON object" if self.is_jsonl else "UTF-8"
             raise BadSample(f"is not {expected} ({error})") from None
         if not isinstance(text, str) or not text.strip():
             raise BadSample("has no text")
+        if not is_unicode(text):
+            raise BadSample("has half a character, a lone surrogate, in its text")
         return key, text.strip()
+
+
+def _version(descriptor: int) -> tuple[int, int]:
+    """Return what differs when an open file is changed: its size and the time of its last change."""
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns
 
 
 def _one_modality(images: torch.Tensor, samples: list[Sample], numbers: list[int]) -> EvalBatch:

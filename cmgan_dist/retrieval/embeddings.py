@@ -157,22 +157,26 @@ def write_shard(
     """Write the vectors, the items and then the record of a shard; return the record with what was written.
 
     `vectors`: [n, E] and [m, E], a modality without any left out. `record`: source, settings and what was left out.
-    Raises BadInput when a file cannot be written."""
+    All of them are made before the first is written. Raises BadInput when a file cannot be written."""
+    files: dict[str, bytes] = {}
     written = []
     for modality, rows in vectors.items():
         packed = io.BytesIO()
         np.save(packed, rows, allow_pickle=False)
-        written.append(_write(store, vectors_name(shard, modality), packed.getvalue(), len(rows)))
+        files[vectors_name(shard, modality)] = packed.getvalue()
+        written.append(_written(vectors_name(shard, modality), packed.getvalue(), len(rows)))
     table = io.BytesIO()
     pq.write_table(items, table)
-    main = _write(store, items_name(shard), table.getvalue(), len(items))
+    files[items_name(shard)] = table.getvalue()
+    main = _written(items_name(shard), table.getvalue(), len(items))
     done = ledger.Record(record.source, record.settings, True, main, record.left_out, written)
-    store.write(record_name(shard), ledger.text_of(done))
+    files[record_name(shard)] = ledger.text_of(done).encode()
+    for name, data in files.items():
+        store.write(name, data)
     return done
 
 
-def _write(store: FileStore, name: str, data: bytes, rows: int) -> dict[str, Any]:
-    store.write(name, data)
+def _written(name: str, data: bytes, rows: int) -> dict[str, Any]:
     return {"name": name, "samples": rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

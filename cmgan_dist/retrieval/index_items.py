@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.errors import BadInput
 
 if TYPE_CHECKING:
@@ -98,11 +99,7 @@ class Items:
 
     def of_key(self, key: str) -> np.ndarray:
         """Return the ids of all items with a key. Raises BadInput when there is none."""
-        try:
-            key.encode()
-            found: np.ndarray = self.ids[pc.equal(self.table["key"], key).to_numpy()]
-        except UnicodeEncodeError:  # no item has such a key
-            found = self.ids[:0]
+        found: np.ndarray = self.ids[pc.equal(self.table["key"], key).to_numpy()] if is_unicode(key) else self.ids[:0]
         if not len(found):
             raise BadInput(f"no item of the index {self.path.parent} has the key {key!r}: name one that has")
         return found

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmgan_dist.data.folder import read_file, shown
 from cmgan_dist.data.image import decode_image, to_rgb
 from cmgan_dist.distributed.precision import autocast
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.files import checked_path, read_regular
+from cmgan_dist.files import checked_path
 from cmgan_dist.jobs.local import Advance, progress_of
 from cmgan_dist.models.backbones import ImageBackbone, TextBackbone, image_features, text_features
 from cmgan_dist.models.generator import Generator, Modality
@@ -383,7 +384,7 @@ def pixels_of(item: object, size: int, position: int = 0) -> np.ndarray:
     named = f" ({item})" if isinstance(item, str | Path) else ""
     try:
         if isinstance(item, str | Path):
-            data = read_regular(item)
+            data = _read_picture(item, position)
         elif isinstance(item, bytes | bytearray | memoryview):
             data = bytes(item)
         elif hasattr(item, "read"):
@@ -395,6 +396,14 @@ def pixels_of(item: object, size: int, position: int = 0) -> np.ndarray:
         raise BadInput(f"image {position}{named} cannot be read ({error.strerror or error}): name a picture") from None
     except BadSample as error:
         raise BadInput(f"image {position}{named}: {error}; give another picture") from None
+
+
+def _read_picture(path: str | Path, position: int) -> bytes:
+    """Raises BadInput naming the item by its position where the file cannot be read."""
+    try:
+        return read_file(path)
+    except BadSample as error:
+        raise BadInput(f"image {position} ({shown(str(path))}) {error}: name a picture") from None
 
 
 def _encoded(item: object) -> bytes:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import stat
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -19,6 +17,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from cmgan_dist.data.cache import open_store
+from cmgan_dist.data.folder import read_file
 from cmgan_dist.data.image import MAX_PIXELS, UNREADABLE, open_image, to_rgb
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest
 from cmgan_dist.data.reader import ShardReader
@@ -110,13 +109,8 @@ class FolderPictures(Pictures):
             path = (self.root / key).resolve(strict=True)
             if not path.is_relative_to(self.root) or path.suffix.lower() not in SUFFIXES:
                 raise missing
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would block
-            with open(descriptor, "rb") as file:
-                found = os.fstat(descriptor)
-                if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_FILE_BYTES:
-                    raise missing
-                return file.read(MOST_FILE_BYTES)
-        except (OSError, ValueError, RuntimeError):  # not there, a NUL in its name, links in a circle
+            return read_file(path, MOST_FILE_BYTES, follow=False)
+        except (OSError, ValueError, RuntimeError):  # not there, no file, a NUL in its name, links in a circle
             raise missing from None
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.errors import BadInput
 
 if TYPE_CHECKING:
@@ -36,10 +37,8 @@ def text_of(text: object, position: int = 0) -> str:
     Unicode text."""
     if not isinstance(text, str) or not text.strip():
         raise BadInput(f"text {position} is {text!r}: give a text that is not empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair: a cut text, or bytes that are not UTF-8
-        raise BadInput(f"text {position} is {text!r}, no Unicode text at character {error.start}: mend it") from None
+    if not is_unicode(text):
+        raise BadInput(f"text {position} is {text!r}, which has half a character, a lone surrogate: mend it")
     return text.strip()
 
 

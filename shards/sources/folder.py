@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import tyro
 
+from cmgan_dist.data.folder import shown, walk_files
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS
 from cmgan_dist.errors import BadInput
 from shards.pack import BuildCommand
-from shards.pairs import FileBytes, RawPair, RawPairs, check_shares, hash_split, make_key
+from shards.pairs import RawPair, RawPairs, check_shares, hash_split, make_key
 from shards.scan import SPLIT_ALIASES
+from shards.sources.files import PlainFile, check_unicode
 
 
 @dataclass(kw_only=True)
@@ -38,12 +40,13 @@ class FolderCommand(BuildCommand):
     """Share of pairs in test, when there are no split folders."""
 
     def pairs(self) -> RawPairs:
-        """List the images of the folder. Raises BadInput when there are none or only some have a class."""
+        """List the images of the folder. Raises BadInput when there are none or only some have a class, and when a
+        folder cannot be read or named."""
         if not self.input.is_dir():
             raise BadInput(f"input folder {self.input} does not exist")
         check_shares(self.val, self.test)
-        tops: list[tuple[Path, str | None]] = [*_split_folders(self.input)] or [(self.input, None)]
-        images = [(path, split, class_name) for top, split in tops for path, class_name in _images(top)]
+        splits = _split_folders(self.input)
+        images = list(_images(self.input, splits))
         if not images:
             kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
             raise BadInput(f"{self.input} holds no images ({kinds})")
@@ -54,46 +57,57 @@ class FolderCommand(BuildCommand):
                 f"{flat} stands beside the class folder '{classes[0]}': move it into one, or give no image a class"
             )
 
+        name = self.name or self.input.resolve().name
+        for what, written in (("--name", [name]), ("--attribution", [self.attribution]), ("class folder", classes)):
+            check_unicode(what, *written)
+
         def raw_pairs() -> Iterator[RawPair]:
             for path, split, class_name in images:
-                key = make_key(path.relative_to(self.input).with_suffix("").as_posix())
+                below = path.relative_to(self.input).with_suffix("").as_posix()
+                key = make_key(below.encode("utf-8", "backslashreplace").decode())
                 yield RawPair(
                     key=key,
                     split=split or hash_split(key, self.val, self.test),
-                    image=FileBytes(path),
-                    texts=FileBytes(path.with_suffix(".txt")),
+                    image=PlainFile(path),
+                    texts=PlainFile(path.with_suffix(".txt")),
                     labels=() if class_name is None else (classes.index(class_name),),
-                    where=str(path),
+                    where=shown(str(path)),
                 )
 
-        hashed = [name for name, share in (("val", self.val), ("test", self.test)) if share]
+        hashed = [split for split, share in (("val", self.val), ("test", self.test)) if share]
         return RawPairs(
-            name=self.name or self.input.resolve().name,
+            name=name,
             label_kind="single" if classes else "none",
             classes=classes,
             pairs=raw_pairs(),
             attribution=self.attribution,
             details={"source": "folder", "val": self.val, "test": self.test},
-            expected_splits=tuple(split for _, split in tops if split) or ("train", *hashed),
+            expected_splits=tuple(splits.values()) or ("train", *hashed),
         )
 
 
-def _split_folders(top: Path) -> list[tuple[Path, str]]:
-    """Return the sub-folders with their splits when every one is named after a split, else []."""
-    folders = sorted(path for path in top.iterdir() if path.is_dir() and not path.name.startswith("."))
-    named = [(path, SPLIT_ALIASES[path.name.lower()]) for path in folders if path.name.lower() in SPLIT_ALIASES]
-    return named if len(named) == len(folders) else []
+def _split_folders(top: Path) -> dict[str, str]:
+    """Return the names of the sub-folders with their splits when every one is named after a split, else {}."""
+    folders = sorted(path.name for path in top.iterdir() if path.is_dir() and not path.name.startswith("."))
+    named = {name: SPLIT_ALIASES[name.lower()] for name in folders if name.lower() in SPLIT_ALIASES}
+    return named if len(named) == len(folders) else {}
 
 
-def _images(top: Path) -> Iterator[tuple[Path, str | None]]:
-    """Give (image, its class or None) under `top`, hidden files apart. Raises BadInput at a text without an image."""
-    files = sorted(path for path in top.rglob("*") if path.is_file())
-    visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(top).parts)]
-    images = [path for path in visible if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
+def _images(top: Path, splits: dict[str, str]) -> Iterator[tuple[Path, str | None, str | None]]:
+    """Give (image, its split or None, its class or None) in and below `top`, hidden files apart.
+
+    `splits`: split folders. Raises BadInput at a text without an image, or an image beside the split folders."""
+    files = [PurePosixPath(name) for name in walk_files(top, (*IMAGE_EXTENSIONS, "txt"))]
+    images = [path for path in files if path.suffix.lower() != ".txt"]
     owners = {path.with_suffix("") for path in images}
-    for path in visible:
-        if path.suffix == ".txt" and path.with_suffix("") not in owners:
-            raise BadInput(f"{path} has no image of the same name: add it or move the text away")
+    for path in files:
+        beside = bool(splits) and len(path.parts) == 1
+        if path.suffix == ".txt" and path.with_suffix("") not in owners and not beside:
+            raise BadInput(f"{top / path} has no image of the same name: add it or move the text away")
     for path in images:
-        parts = path.relative_to(top).parts
-        yield path, parts[0] if len(parts) > 1 else None
+        split, folders = None, path.parts[:-1]
+        if splits:
+            if not folders:
+                raise BadInput(f"{top / path} stands beside the split folders: move it into one, or away")
+            split, folders = splits[folders[0]], folders[1:]
+        yield top / path, split, folders[0] if folders else None

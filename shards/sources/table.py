@@ -7,7 +7,6 @@ JSON list."""
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,11 @@ import tyro
 
 from cmgan_dist.data.manifest import LabelKind, natural_splits
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import parse_json
 from shards.pack import BuildCommand
-from shards.pairs import FileBytes, RawPair, RawPairs, check_shares, hash_split, make_key
+from shards.pairs import RawPair, RawPairs, check_shares, hash_split, make_key
 from shards.scan import SPLIT_ALIASES
+from shards.sources.files import PlainFile, check_unicode
 
 COMMON_NAMES = {
     "image": (
@@ -81,8 +82,11 @@ class TableCommand(BuildCommand):
         """List the images of the table. Raises BadInput naming the row or column that is wrong."""
         check_shares(self.val, self.test)
         images, multi, empty = self._merge()
-        classes = sorted({name for image in images.values() for name in image.labels}, key=_class_order)
-        index = {name: i for i, name in enumerate(classes)}
+        classes = sorted({label for image in images.values() for label in image.labels}, key=_class_order)
+        index = {label: i for i, label in enumerate(classes)}
+        name = self.name or self.input.stem
+        for what, written in (("--name", [name]), ("--attribution", [self.attribution])):
+            check_unicode(what, *written)
         kind: LabelKind = "multi" if multi else "single" if classes else "none"
 
         def raw_pairs() -> Iterator[RawPair]:
@@ -91,16 +95,16 @@ class TableCommand(BuildCommand):
                 yield RawPair(
                     key=key,
                     split=image.split or hash_split(key, self.val, self.test),
-                    image=FileBytes(self.input.parent / path),
+                    image=PlainFile(self.input.parent / path),
                     texts=tuple(image.texts),
-                    labels=tuple(sorted(index[name] for name in image.labels)),
+                    labels=tuple(sorted(index[label] for label in image.labels)),
                     where=f"{image.where} of {self.input.name}",
                 )
 
-        hashed = [name for name, share in (("val", self.val), ("test", self.test)) if share]
+        hashed = [split for split, share in (("val", self.val), ("test", self.test)) if share]
         named = natural_splits(image.split for image in images.values() if image.split)
         return RawPairs(
-            name=self.name or self.input.stem,
+            name=name,
             label_kind=kind,
             classes=classes,
             pairs=raw_pairs(),
@@ -130,6 +134,7 @@ class TableCommand(BuildCommand):
             split = _as_split(row.get(columns["split"])) if "split" in columns else None
             if "split" in columns and split is None:
                 raise BadInput(f"{where} of {self.input} has no split in column '{columns['split']}'")
+            check_unicode(f"{where} of {self.input}: image path or label", path, *labels)
             multi = multi or listed
             first = images.setdefault(path, _Image(where, [], labels, split))
             if (first.labels, first.split) != (labels, split):
@@ -194,7 +199,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                 except ValueError as error:
                     raise BadInput(f"row {number} of {path} is not JSON ({error})") from None
                 if not isinstance(row, dict):
@@ -225,7 +230,7 @@ def _as_labels(value: Any) -> tuple[tuple[str, ...], bool]:
     """Return the class names and whether the cell is a list: ``a|b`` and ``["a", "b"]`` are."""
     if isinstance(value, str) and value.strip().startswith("["):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             return (value.strip(),), False  # a class name that begins with a bracket
     if isinstance(value, str) and "|" in value:

@@ -188,10 +188,10 @@ def test_open_files_buffers_and_stacks_are_pictures_too(raw_data: Callable[..., 
         (lambda model: model.encode_texts(None), "None cannot be encoded"),
         (lambda model: model.encode_texts(np.array("a dog")), "cannot be encoded"),
         (lambda model: model.encode_texts(b"a dog"), "the text is bytes: decode it first"),
-        (lambda model: model.encode_texts(["fine", "\ud800 cat"]), "text 1 is .*, no Unicode text at character 0"),
+        (lambda model: model.encode_texts(["fine", "\ud800 cat"]), "text 1 is .*, which has half a character"),
         (lambda model: model.encode_images("a\0b.png"), "image 0 .* cannot be read"),
         (lambda model: model.encode_images("\ud800.png"), "image 0 .* cannot be read"),
-        (lambda model: model.encode_images("/dev/zero"), "cannot be read .it is no regular file"),
+        (lambda model: model.encode_images("/dev/zero"), "image 0 .* is no regular file"),
         (lambda model: model.encode_images("/tmp"), "cannot be read .Is a directory"),
         (lambda model: model.encode_images(Image.new("F", (4, 4))), "its pixels are floats"),
         (lambda model: model.export("x.onnx", modality="audio"), "modality is 'audio'"),
@@ -218,7 +218,7 @@ def test_a_device_that_is_not_there_is_said(device: str, raw_data: Callable[...,
 def test_a_pipe_is_no_picture(raw_data: Callable[..., Path], tmp_path: Path) -> None:
     save_untrained(tmp_path / "run", raw_data(), raw_config())
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(BadInput, match="it is no regular file"):
+    with pytest.raises(BadInput, match="is no regular file"):
         load_model(tmp_path / "run").encode_images(tmp_path / "pipe.png")
 
 

@@ -1,0 +1,132 @@
+"""A folder that a user names: the files in it and in the folders below, the bytes of one, and names in messages.
+
+Such a folder may hold anything: links in a circle, folders that may not be read, pipes, names that are not UTF-8."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+import stat
+from collections.abc import Collection
+from pathlib import Path
+
+from cmgan_dist.errors import BadInput, BadSample
+
+MOST_FILE_BYTES = 256 << 20
+"""A larger file is not read: RGB of the largest picture that is decoded takes as much without any compression."""
+log = logging.getLogger(__name__)
+
+
+def shown(text: str) -> str:
+    """Return a name or a line as any terminal and file can hold it, in one line: what has no glyph is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether UTF-8 can hold a text: file names of other bytes and JSON's "\\ud800" cannot be written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_file(path: str | os.PathLike[str], most: int = MOST_FILE_BYTES, *, follow: bool = True) -> bytes:
+    """Return the bytes of a regular file; a pipe or a device is not waited for.
+
+    `most`: bytes of the largest file that is read. `follow`: whether the path may be a symbolic link. Raises BadSample,
+    saying why, when the file is another kind of file or larger, or cannot be read."""
+    if "\0" in os.fspath(path):
+        raise BadSample("cannot be read (no file has such a name)")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise BadSample("is no regular file")
+            if found.st_size > most:
+                raise BadSample(f"has more than {most >> 20} MiB")
+            with open(descriptor, "rb", closefd=False) as file:
+                data = file.read(found.st_size + 1)  # no more than is there: `read` makes room for all of it
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise BadSample(f"cannot be read ({error.strerror or error})") from None
+    except UnicodeEncodeError:
+        raise BadSample("cannot be read (no file has such a name)") from None
+    if len(data) > found.st_size:
+        raise BadSample("grows while it is read")
+    return data
+
+
+def walk_files(folder: Path, endings: Collection[str]) -> list[str]:
+    """Return the paths from `folder`, with "/" between names, of what has one of `endings` in it and below, sorted.
+
+    `endings`: in lower case, without dots. What is hidden stays apart. Linked folders are walked too, but each folder
+    once: under its own path where it lies below `folder`, else under the link that sorts first; a line of the log names
+    each further way, and each link without such an ending that leads nowhere. Whether a path is a file that can be read
+    is found out by reading it. Raises BadInput naming a folder that cannot be read."""
+    walk = _Walk(folder, endings)
+    while walk.links:
+        walk.go(heapq.heappop(walk.links))
+    return sorted(walk.found)
+
+
+class _Walk:
+    """What is found in a folder, and which of its folders and links are still to be walked."""
+
+    def __init__(self, folder: Path, endings: Collection[str]) -> None:
+        self.folder, self.endings = folder, endings
+        self.found: list[str] = []
+        self.links = [""]
+        """Ways to folders, as a heap; the folder itself is the first."""
+        self.met: dict[tuple[int, int], Path] = {}
+        """(device, inode) of a folder -> under which path it is walked."""
+
+    def go(self, start: str) -> None:
+        """Walk a folder and what lies in it; links to folders are put off, so that own paths come first."""
+        rest = [start]
+        while rest:
+            place = rest.pop()
+            path = self.folder / place
+            try:
+                folders = self._enter(place)
+            except OSError as error:
+                raise BadInput(
+                    f"folder {shown(str(path))} cannot be read ({error.strerror}): make it readable, or move it away"
+                ) from None
+            rest += reversed(folders)
+
+    def _enter(self, place: str) -> list[str]:
+        """Note what one folder holds; return the folders in it, sorted. Raises OSError."""
+        path = self.folder / place
+        status = path.stat()
+        known = self.met.setdefault((status.st_dev, status.st_ino), path)
+        if known != path:
+            log.warning("%s is the folder %s: its files are taken once", shown(str(path)), shown(str(known)))
+            return []
+        with os.scandir(path) as opened:
+            entries = [entry for entry in opened if not entry.name.startswith(".")]
+        folders = []
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            inside = f"{place}/{entry.name}" if place else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(inside)
+            elif entry.is_symlink() and self._leads_to_folder(inside):
+                heapq.heappush(self.links, inside)
+            elif self._is_wanted(inside):
+                self.found.append(inside)
+        return folders
+
+    def _leads_to_folder(self, inside: str) -> bool:
+        path = self.folder / inside
+        try:
+            return stat.S_ISDIR(path.stat().st_mode)
+        except OSError as error:
+            if not self._is_wanted(inside):
+                log.warning("%s leads nowhere (%s): it is left out", shown(str(path)), error.strerror)
+            return False
+
+    def _is_wanted(self, name: str) -> bool:
+        return os.path.splitext(name)[1].lower()[1:] in self.endings

@@ -1,0 +1,28 @@
+"""Files that a source names: their bytes, and names that a tar and a manifest can hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cmgan_dist.data.folder import is_unicode, read_file, shown
+from cmgan_dist.errors import BadInput, BadSample
+from shards.pairs import FileBytes
+
+
+@dataclass(frozen=True)
+class PlainFile(FileBytes):
+    """The bytes of a file that is one: a pipe or a device is not waited for."""
+
+    def read(self) -> bytes:
+        """Return the bytes of the file. Raises BadSample when it is no regular file, too large, or cannot be read."""
+        try:
+            return read_file(self.path)
+        except BadSample as error:
+            raise BadSample(f"{self.path} {error}") from None
+
+
+def check_unicode(what: str, *texts: str) -> None:
+    """Raises BadInput naming `what` when one of the texts cannot be written as UTF-8."""
+    for text in texts:
+        if not is_unicode(text):
+            raise BadInput(f"{what} {shown(text)} is not UTF-8: rename it")
