@@ -1,4 +1,4 @@
-# make train: everything from nothing to a trained, evaluated model.  make serve: a search page over it.
+# make train: everything from nothing to a trained, evaluated model.  make serve: a search page over it (PORT=8000).
 # make quick: tests of what has changed.
 # make test, make test-slurm (a SLURM of two virtual nodes, root): what CI runs.  make test-all, make test-slurm-all: the
 # slow ones too.  make bench-gpu: on a GPU.
@@ -6,6 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA := data
 RUN := runs/openmoji
+PORT ?= 8000
 # One thread a test process: the tests start processes of their own.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
@@ -28,7 +29,7 @@ train: .venv/.installed
 serve: .venv/.installed
 	$(BIN)/python launchers/embed.py $(RUN) --data $(DATA)/openmoji --output $(RUN)-embeddings
 	$(BIN)/python launchers/index.py $(RUN)-embeddings --output $(RUN)-index
-	$(BIN)/python launchers/serve.py $(RUN)-index --title OpenMoji
+	$(BIN)/python launchers/serve.py $(RUN)-index --title OpenMoji --port $(PORT)
 
 check: .venv/.installed
 	$(BIN)/ruff check .

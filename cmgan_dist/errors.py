@@ -16,6 +16,17 @@ EXIT_SIGNALLED = 85
 """Saved after SIGTERM, SIGUSR1 or Ctrl-C: start again with ``--resume auto``."""
 
 
+CALLED: dict[str, str] = {}
+"""Programs that sentences name, such as "launchers/index.py" -> what they are called where that is another name."""
+
+
+def _as_called(sentence: str) -> str:
+    """Return a sentence with the programs that it names as this installation calls them."""
+    for own, called in CALLED.items():
+        sentence = sentence.replace(own, called)
+    return sentence
+
+
 class BadInput(ValueError):
     """Input by the user is wrong. The message is one sentence that names the file, field or flag,
     what was wrong and what to do. Launchers print it to stderr and exit with 2."""
@@ -41,7 +52,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = main()
     except BadInput as error:
         if not error.everywhere or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_as_called(str(error))}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

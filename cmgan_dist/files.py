@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cmgan_dist.errors import BadInput
-
 LATER = ".new"
 """Ending of a file that is written and waits for the record that names it, see `commit_files`."""
 
@@ -61,19 +59,6 @@ class OtherVersion(ValueError):
 
 def _record_sha256(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def checked_path(path: object, what: str) -> Path:
-    """Return a path that a user gave as `what`. Raises BadInput when it is none, or holds what no path can."""
-    if not isinstance(path, str | os.PathLike):
-        raise BadInput(f"{what} is {path!r}: give a path")
-    try:
-        valid = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        valid = False
-    if not valid:
-        raise BadInput(f"{what} is {os.fspath(path)!r}, which holds characters that no path can: name another")
-    return Path(path)
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
 from cmgan_dist.config.commands import call_as, choose
-from cmgan_dist.errors import run_main
+from cmgan_dist.errors import CALLED, run_main
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("launchers.train", "launchers/train.py", "train a model on a data set"),
@@ -34,8 +35,11 @@ def main(args: Sequence[str]) -> int | None:
     """Run the command that `args` names, as its own launcher does, and return its exit code (None is 0).
 
     Raises BadInput."""
-    if args and args[0] in ("-h", "--help"):
+    if args and args[0] in ("-h", "--help", "help"):
         print(usage())
+        return 0
+    if args and args[0] == "--version":
+        print(f"cmgan {importlib.metadata.version('cmgan-dist')}")
         return 0
     name = choose(COMMANDS, args)
     module, own, _ = COMMANDS[name]
@@ -49,6 +53,7 @@ def main(args: Sequence[str]) -> int | None:
 
 def console() -> None:
     """Run ``cmgan`` with the words of the command line and exit."""
+    CALLED.update({own: f"cmgan {name}" for name, (_, own, _) in COMMANDS.items()})
     run_main(lambda: main(sys.argv[1:]))
 
 

@@ -23,7 +23,7 @@ from cmgan_dist.files import parse_json
 class Arguments:
     """Evaluate RUN's best generator on a split; writes RUN/evaluation.json, RUN/embeddings.npz and RUN/report.html."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     data: str = ""
     """Folder of shards; the one that the run was trained on when left out."""

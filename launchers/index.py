@@ -22,7 +22,7 @@ from cmgan_dist.errors import BadInput, run_main
 class Arguments:
     """Index embeddings that launchers/embed.py made; --add and --remove change an index, each in one step."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EMB|INDEX")]
     """Folder or URL of embeddings; with --add or --remove the index."""
     output: str = ""
     """Folder of the index; one that is there is replaced when the new one is whole."""

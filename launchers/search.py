@@ -35,9 +35,9 @@ JOINERS = "\u200d"
 class Arguments:
     """Print the items of an index that lie nearest to a text or a picture."""
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """Folder of the index."""
-    text: Annotated[str, tyro.conf.Positional] = ""
+    text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")] = ""
     """Text to search by."""
     image: str = ""
     """Picture to search by: a JPEG, PNG or WebP file."""

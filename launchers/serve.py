@@ -20,7 +20,7 @@ from cmgan_dist.errors import run_main
 class Arguments:
     """Serve a search page and a JSON API over INDEX until Ctrl-C or SIGTERM."""
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """Folder of the index."""
     run: str = ""
     """Run, or copy of its best/, whose model encodes queries; the one that the index names when left out."""

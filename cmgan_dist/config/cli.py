@@ -104,6 +104,8 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
         wrong, _, close = sentence.partition(" Perhaps you meant:")
         flags = re.findall(r"--[\w.-]+", close)
         hint = f"did you mean {' or '.join(flags[:3])}? " if flags else ""
+        if wrong.startswith("Unrecognized options:") and "--" not in wrong:
+            hint = "put a value of several words in quotes, "
         raise BadInput(f"{wrong}: {hint}see '{prog} --help'") from None
 
 

@@ -32,6 +32,19 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def checked_path(path: object, what: str) -> Path:
+    """Return a path that a user gave as `what`. Raises BadInput when it is none, or holds what no path can."""
+    if not isinstance(path, str | os.PathLike):
+        raise BadInput(f"{what} is {path!r}: give a path")
+    try:
+        valid = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        valid = False
+    if not valid:
+        raise BadInput(f"{what} is {os.fspath(path)!r}, which holds characters that no path can: name another")
+    return Path(path)
+
+
 def read_file(path: str | os.PathLike[str], most: int = MOST_FILE_BYTES, *, follow: bool = True) -> bytes:
     """Return the bytes of a regular file; a pipe or a device is not waited for.
 

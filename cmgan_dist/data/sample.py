@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.errors import BadSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -151,6 +152,8 @@ def parse_sample(key: str, members: dict[str, bytes]) -> Sample:
         listed = record["texts"]
         if not isinstance(listed, list) or not listed or not all(isinstance(t, str) and t.strip() for t in listed):
             raise BadSample(f'{key}.json: "texts" must be a non-empty list of non-empty strings')
+        if not all(map(is_unicode, listed)):
+            raise BadSample(f'{key}.json: "texts" has half a character, a lone surrogate')
         texts = listed
     elif "txt" in members:
         try:

@@ -15,9 +15,10 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from cmgan_dist.data.folder import checked_path
 from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo, manifest_path
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import checked_path, write_atomic
+from cmgan_dist.files import write_atomic
 
 
 class ShardStore(ABC):

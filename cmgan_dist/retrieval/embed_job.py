@@ -271,6 +271,8 @@ def finish(plan: Plan, made: Sequence[Part]) -> EmbeddingSet:
         if record is None:
             raise BadInput(f"{plan.store.location(record_name(part.name))} was removed meanwhile: start again")
         shards.append(counted(part.name, part.split, record))
+    if not any(shard.images or shard.texts for shard in shards):
+        raise BadInput(f"{plan.job.location} has no sample that can be embedded: name another")
     spec = plan.saved.spec
     manifest = EmbeddingManifest(
         model=ModelIdentity(plan.job.model, str(Path(plan.job.run).resolve()), spec.data_name),

@@ -15,7 +15,7 @@ class EmbedOptions:
     An interrupted job goes on where it was. Several may share the work: processes of this machine, torchrun's, the
     tasks of a SLURM array, or machines that are told --task I/N; the last to end writes embeddings.json."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run, or a copy of its best/."""
     output: str
     """Folder or URL for the embeddings."""

@@ -99,9 +99,12 @@ def open_task(run: str | Path, data: str = "", *, split: str = "test", zscore: b
     `data`: folder or URL; "" is the data that the run was trained on (the first of a mixture). `zscore`: None takes the
     run's eval.zscore. Raises BadInput when run or data cannot be read, or do not fit together."""
     saved = read_model(run)
-    data = data or saved.config.data.split(",")[0]
     if not data:
-        raise BadInput("--data is missing and the run names no data: name a folder of shards")
+        data = saved.config.data.split(",")[0]
+        if not data:
+            raise BadInput("--data is missing and the run names no data: name a folder of shards")
+        if "://" not in data and not Path(data).is_dir():
+            raise BadInput(f"the data that {run} was trained on is not at {data}: name where it is by --data")
     reader = ShardReader(data, split, saved.config.stream)
     check_data(saved, reader)
     return EvaluationTask(saved, reader, saved.config.eval.zscore if zscore is None else zscore)

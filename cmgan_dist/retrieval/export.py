@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
+from cmgan_dist.data.folder import checked_path
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import checked_path
 from cmgan_dist.jobs.staging import staging
 from cmgan_dist.kernels.norm import GroupBatchNorm
 from cmgan_dist.models.backbones import SentenceCNN, SentenceEncoder

@@ -24,8 +24,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cmgan_dist.config.fields import CONFIG_NAME, Config
 from cmgan_dist.config.load import to_yaml
 from cmgan_dist.config.paths import get_value, with_values
+from cmgan_dist.data.folder import checked_path
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import checked_path, parse_json, sha256_of, write_atomic
+from cmgan_dist.files import parse_json, sha256_of, write_atomic
 from cmgan_dist.jobs.staging import staging
 from cmgan_dist.models.saved import BEST, MODEL_NAME, SPEC_NAME, Saved, spec_json, whole_file
 from cmgan_dist.models.weights import first_line

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cmgan_dist.data.folder import checked_path
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import checked_path
 from cmgan_dist.jobs.staging import staging
 from cmgan_dist.retrieval.index_files import (
     ENCODER_NAMES,

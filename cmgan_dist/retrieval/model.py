@@ -7,7 +7,6 @@ Shapes: n items, E dimensions of the common space, F features of a backbone."""
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import logging
 import sys
@@ -19,18 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmgan_dist.data.folder import read_file, shown
-from cmgan_dist.data.image import decode_image, to_rgb
+from cmgan_dist.data.folder import checked_path
 from cmgan_dist.distributed.precision import autocast
-from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.files import checked_path
+from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs.local import Advance, progress_of
 from cmgan_dist.models.backbones import ImageBackbone, TextBackbone, image_features, text_features
 from cmgan_dist.models.generator import Generator, Modality
 from cmgan_dist.models.saved import Saved, load_backbone, load_generator, read_model
 from cmgan_dist.models.weights import first_line
+from cmgan_dist.retrieval.inputs import is_one, pixels_of, text_of
 from cmgan_dist.retrieval.metrics import unit_vectors
-from cmgan_dist.retrieval.query_encoder import text_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -144,7 +141,7 @@ class Model:
             return vectors if on_error == "raise" else (vectors, np.arange(len(rows)))
         if isinstance(images, Tensor):
             images = images.numpy(force=True)
-        if _is_one(images):
+        if is_one(images):
             images = [cast("ImageItem", images)]
         backbone = cast(ImageBackbone, self.backbone("image"))
         size = self.saved.spec.image.image_size or 224
@@ -218,7 +215,7 @@ class Model:
             raise BadInput(f"batch is {batch!r}, expected a whole number above 0")
         if on_error not in ("raise", "skip"):
             raise BadInput(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
-        if not (_is_one(items) or hasattr(items, "__iter__")) or (isinstance(items, np.ndarray) and not items.ndim):
+        if not (is_one(items) or hasattr(items, "__iter__")) or (isinstance(items, np.ndarray) and not items.ndim):
             raise BadInput(f"{items!r} cannot be encoded: give an item, or several in a list")
         return _features(items)
 
@@ -294,15 +291,6 @@ def _device_of(name: str | torch.device) -> torch.device:
     return device
 
 
-def _is_one(images: object) -> bool:
-    """Return whether this is one picture, or a text or bytes, and not several."""
-    if isinstance(images, np.ndarray):
-        return images.ndim != 4 and images.dtype != object
-    return isinstance(images, str | Path | bytes | bytearray | memoryview) or any(
-        hasattr(images, name) for name in ("tobytes", "read")
-    )
-
-
 class _Chosen:
     """Which items were encoded, where bad ones are left out."""
 
@@ -375,57 +363,3 @@ def _lots(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def _slices(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """Yield the rows in pieces of at most `size`."""
     return (rows[first : first + size] for first in range(0, len(rows), size))
-
-
-def pixels_of(item: object, size: int, position: int = 0) -> np.ndarray:
-    """Return a picture of any kind as uint8 [size, size, 4], as a backbone takes it.
-
-    Raises BadInput naming the item by its `position`."""
-    named = f" ({item})" if isinstance(item, str | Path) else ""
-    try:
-        if isinstance(item, str | Path):
-            data = _read_picture(item, position)
-        elif isinstance(item, bytes | bytearray | memoryview):
-            data = bytes(item)
-        elif hasattr(item, "read"):
-            data = item.read()
-        else:
-            data = _encoded(item)
-        return decode_image(data, size)
-    except OSError as error:
-        raise BadInput(f"image {position}{named} cannot be read ({error.strerror or error}): name a picture") from None
-    except BadSample as error:
-        raise BadInput(f"image {position}{named}: {error}; give another picture") from None
-
-
-def _read_picture(path: str | Path, position: int) -> bytes:
-    """Raises BadInput naming the item by its position where the file cannot be read."""
-    try:
-        return read_file(path)
-    except BadSample as error:
-        raise BadInput(f"image {position} ({shown(str(path))}) {error}: name a picture") from None
-
-
-def _encoded(item: object) -> bytes:
-    """An array or a PIL image as PNG without loss, so that every picture takes one way. Raises BadSample."""
-    from PIL import Image, ImageOps
-
-    if isinstance(item, np.ndarray):
-        if item.dtype != np.uint8 or item.ndim not in (2, 3) or not item.size:
-            raise BadSample(f"it is an array of {item.dtype} and shape {item.shape}, expected uint8 [H, W, 3]")
-        try:
-            item = Image.fromarray(item)
-        except TypeError as error:
-            raise BadSample(f"it is no picture ({error})") from None
-    if isinstance(item, Image.Image) and item.mode == "F":
-        raise BadSample("its pixels are floats, expected 8 or 16 bits")
-    if not isinstance(item, Image.Image):
-        raise BadSample(f"it is of type {type(item).__name__}, expected a file, bytes, an array or a PIL image")
-    try:
-        item = ImageOps.exif_transpose(item)
-        out = io.BytesIO()
-        plain = item if item.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else to_rgb(item)
-        plain.save(out, "PNG", compress_level=1)
-    except (OSError, ValueError, SystemError) as error:  # closed, empty, or of a mode that has no colours
-        raise BadSample(f"it is no picture ({error})") from None
-    return out.getvalue()

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.errors import BadInput
+from cmgan_dist.retrieval.inputs import pixels_of, text_of
 
 if TYPE_CHECKING:
     from cmgan_dist.retrieval.model import Model
@@ -30,16 +30,6 @@ NEEDED = ("onnxruntime", "tokenizers")
 def missing_packages() -> list[str]:
     """Return which of NEEDED are not installed."""
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
-
-
-def text_of(text: object, position: int = 0) -> str:
-    """Return a text without space around it. Raises BadInput naming it by its position where it is none, empty, or no
-    Unicode text."""
-    if not isinstance(text, str) or not text.strip():
-        raise BadInput(f"text {position} is {text!r}: give a text that is not empty")
-    if not is_unicode(text):
-        raise BadInput(f"text {position} is {text!r}, which has half a character, a lone surrogate: mend it")
-    return text.strip()
 
 
 class QueryEncoder:
@@ -75,8 +65,6 @@ class QueryEncoder:
 
     def encode_image(self, image: str | Path | bytes) -> np.ndarray:
         """Return the vector float32 [1, E] of a picture, a file or its bytes. Raises BadInput when it is none."""
-        from cmgan_dist.retrieval.model import pixels_of  # torch resizes
-
         pixels = pixels_of(image, self.image_size)[..., :3]
         return self._run({"pixels": np.ascontiguousarray(pixels.transpose(2, 0, 1))[None]})
 
