@@ -38,10 +38,11 @@ def main() -> None:
     log_to_stderr()
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/serve.py")
     # after the cheap checks: torch and its friends take seconds to import
+    from cmgan_dist.retrieval.connections import listen
     from cmgan_dist.retrieval.index import Index
     from cmgan_dist.retrieval.model import Model
     from cmgan_dist.retrieval.pictures import pictures_by_source
-    from cmgan_dist.retrieval.serve import build_app, listen, serve
+    from cmgan_dist.retrieval.serve import build_app, serve
 
     index = Index.open(arguments.index)
     saved = index.read_model(arguments.run)

@@ -30,7 +30,6 @@ from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any, Literal, TypeVar
 
-import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -45,6 +44,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cmgan_dist.errors import BadInput
 from cmgan_dist.retrieval.answers import Ask, NotThere, Searcher, Wanted, checked_text
+from cmgan_dist.retrieval.connections import server_of
 from cmgan_dist.retrieval.pictures import MOST_SIDE, SIDE, ByteCache, PicturesOf
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,10 @@ class Limits:
     """Thumbnails that are waited for."""
     thumbnails_bytes: int = 64 << 20
     """Thumbnails that are kept."""
+    connections: int = 1000
+    """Connections that are open, fewer where the process may not have as many files."""
+    idle_seconds: float = 15.0
+    """In which a connection must send a request's header, and take its answer."""
 
 
 def ask_of(
@@ -334,17 +338,9 @@ def build_app(
     return app
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; port 0 takes a free one. Raises BadInput when the address cannot be had."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise BadInput(f"--host {host} --port {port} cannot be listened on ({error}): choose others") from None
-
-
 def serve(app: FastAPI, listening: socket.socket) -> None:
     """Answer requests until Ctrl-C or SIGTERM, and end those that run."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False))
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what it got once more when it has stopped
         signal.signal(number, lambda *_: None)
-    server.run(sockets=[listening])
+    limits = Limits()
+    server_of(app, limits.connections, limits.idle_seconds).run(sockets=[listening])

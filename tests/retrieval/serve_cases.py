@@ -16,8 +16,9 @@ import uvicorn
 from PIL import Image
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.retrieval.connections import listen
 from cmgan_dist.retrieval.pictures import Pictures
-from cmgan_dist.retrieval.serve import build_app, listen
+from cmgan_dist.retrieval.serve import build_app
 
 WORDS = ["red", "yellow", "green", "cyan", "blue", "purple"]
 """Hues, a sixth of the circle apart: what the stand-in model knows of the world."""

@@ -23,8 +23,9 @@ from PIL import Image
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.retrieval.answers import chosen_classes
+from cmgan_dist.retrieval.connections import listen
 from cmgan_dist.retrieval.pictures import ByteCache, FolderPictures, ShardPictures, open_pictures, thumbnail
-from cmgan_dist.retrieval.serve import Limits, listen
+from cmgan_dist.retrieval.serve import Limits
 from tests.retrieval.serve_cases import CLASSES, HOSTILE, Hit, HueModel, MemoryIndex, colour, hue_index, running
 from tests.toy import ROOT, environment, make_features, make_raw
 
