@@ -12,6 +12,8 @@ The first three searches take k, modality (image, text, any: best first of both,
 Whatever is wrong is a status of 4xx and {"error": one sentence}. Nothing of the host but what the index names can be
 reached.
 
+HEAD is answered wherever GET is.
+
 The way of a request: one thread encodes and searches, first come first served, two make thumbnails; how many may wait
 is bounded, and beyond that the answer is 503. Uploads are read side by side, their bytes bounded in all, and decoded
 one at a time by ``upload_decoder.py``, while others search. Connections are bounded by ``connections.py``. This is the
@@ -189,7 +191,9 @@ class Service:
 
     async def search(self, ask: Asked, text: str | None = None, picture: str | None = None) -> dict[str, Any]:
         """Search by a text, or by a picture that was uploaded before."""
-        if (text is None) == (picture is None):
+        if text is not None and picture is not None:
+            raise BadInput("text and picture are both given: search by one of them")
+        if text is None and picture is None:
             raise BadInput("text is missing: give ?text=, or POST a picture")
         if picture is not None:
             return await self.in_turn(self.searcher.find_known, picture, ask)
@@ -348,13 +352,17 @@ async def read_upload(request: Request, limits: Limits, take: Callable[[int], No
 
 
 class Guarded:
-    """Adds HEADERS to every answer of an application, and answers in its place where it fails or is stopped."""
+    """Adds HEADERS to every answer of an application, has it answer HEAD as GET (uvicorn leaves out the body) and parts
+    of files by the whole, and answers in its place where it fails or is stopped."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
+        if scope["type"] == "http":
+            whole = [each for each in scope["headers"] if each[0] != b"range"]  # wrong ones get no sentence below
+            scope = {**scope, "headers": whole, "method": {"HEAD": "GET"}.get(scope["method"], scope["method"])}
 
         async def send_with(message: Message) -> None:
             nonlocal started
@@ -377,7 +385,7 @@ class Guarded:
             await failed(scope, receive, send_with)
 
 
-async def say(_: Request, error: Exception) -> JSONResponse:
+async def say(request: Request, error: Exception) -> JSONResponse:
     """Return an error as JSON of one sentence."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
@@ -387,7 +395,11 @@ async def say(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, BadInput):
         return JSONResponse({"error": str(error)}, 404 if isinstance(error, NotThere) else 400)
     assert isinstance(error, AnyHTTPException)
-    return JSONResponse({"error": str(error.detail)}, error.status_code, dict(error.headers or {}))
+    detail = {
+        "Not Found": "there is nothing at this address: the page is at /, and /openapi.json lists the others",
+        "Method Not Allowed": f"{request.method} cannot be answered here: /openapi.json lists what can",
+    }.get(str(error.detail), str(error.detail))
+    return JSONResponse({"error": detail}, error.status_code, dict(error.headers or {}))
 
 
 def build_app(
