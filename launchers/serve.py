@@ -15,6 +15,9 @@ import tyro
 from cmgan_dist.config.cli import log_to_stderr, parse
 from cmgan_dist.errors import run_main
 
+IMAGE_SIZE = 224
+"""Side in pixels of what a backbone sees, where it does not say."""
+
 
 @dataclass
 class Arguments:
@@ -38,10 +41,12 @@ def main() -> None:
     log_to_stderr()
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/serve.py")
     # after the cheap checks: torch and its friends take seconds to import
+    from cmgan_dist.retrieval.connections import listen
     from cmgan_dist.retrieval.index import Index
     from cmgan_dist.retrieval.model import Model
     from cmgan_dist.retrieval.pictures import pictures_by_source
-    from cmgan_dist.retrieval.serve import build_app, listen, serve
+    from cmgan_dist.retrieval.serve import build_app, serve
+    from cmgan_dist.retrieval.upload_decoder import Decoder
 
     index = Index.open(arguments.index)
     saved = index.read_model(arguments.run)
@@ -49,8 +54,10 @@ def main() -> None:
     if pictures_of(int(index.items.ids[0])) is None:
         print("the raw pictures are not here: the page shows texts and keys alone (--data names them)", file=sys.stderr)
     title = arguments.title or arguments.index.resolve().name
-    app = build_app(index, Model(saved), pictures_of, title=title, attribution=index.manifest.attribution)
+    decoder = Decoder(saved.spec.image.image_size or IMAGE_SIZE)
+    app = build_app(index, Model(saved), pictures_of, decoder, title=title, attribution=index.manifest.attribution)
     with listen(arguments.host, arguments.port) as listening:
+        decoder.start()
         host, port = listening.getsockname()[:2]
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         serve(app, listening)

@@ -5,7 +5,6 @@ the common space."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -16,6 +15,7 @@ from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.retrieval.chance import above_chance, is_near
 from cmgan_dist.retrieval.index_items import chosen_classes
 from cmgan_dist.retrieval.pictures import Pictures, PicturesOf, thumbnail
+from cmgan_dist.retrieval.upload_decoder import Decoded
 
 T = TypeVar("T")
 Wanted = Literal["image", "text", "any", "each"]
@@ -51,19 +51,17 @@ def checked_text(text: str) -> str:
 
 
 def hit_record(
-    hit: Any, chance: tuple[float, float], pictures: Pictures | None, *, scored: bool = True
+    hit: Any, chance: tuple[float, float], pictures: Pictures | None, shown: int | None, *, scored: bool = True
 ) -> dict[str, Any]:
     """Return an `Index` hit as JSON.
 
-    "picture" is the id whose thumbnail shows the hit, None where there is none; "texts" are what a picture's sample
-    says of it. `scored`: False for hits of no search."""
-    shown = hit.id if hit.modality == "image" else hit.owner
-    has_picture = pictures is not None and shown >= 0
-    texts = [hit.caption] if hit.caption is not None else []
+    `pictures`: where its picture lies, None where it is not there. `shown`: the item whose thumbnail shows the hit,
+    None without one. "texts" are what a picture's sample says of it. `scored`: False for hits of no search."""
+    texts = list(hit.texts)
     if pictures is not None and pictures.local and not texts:
         texts = pictures.texts(hit.shard, hit.row, hit.key)
     record = {"id": hit.id, "modality": hit.modality, "key": hit.key, "texts": texts, "labels": list(hit.labels)}
-    record |= {"picture": shown if has_picture else None, "shard": hit.shard, "row": hit.row}
+    record |= {"picture": None if pictures is None else shown, "shard": hit.shard, "row": hit.row}
     if scored:
         record |= {"score": hit.score, "above_chance": above_chance(hit.score, chance)}
     return record
@@ -89,17 +87,9 @@ class Searcher:
             _remember(self._texts, text, self.model.encode_texts([text])[0])
         return self._find(self._texts[text], ask, {"text": text})
 
-    def find_upload(self, data: bytes, ask: Ask) -> dict[str, Any]:
-        """Return the answer to a search by an encoded picture, with a token by which `find_known` knows it.
-
-        Raises BadInput when it is no picture."""
-        token = hashlib.sha256(data).hexdigest()[:32]
-        if token not in self._queries:
-            try:
-                small = thumbnail(data)
-            except BadSample as error:
-                raise BadInput(f"the upload cannot be used: {error}; give another picture") from None
-            _remember(self._queries, token, (self.model.encode_images([data])[0], small))
+    def find_upload(self, token: str, upload: Decoded, ask: Ask) -> dict[str, Any]:
+        """Return the answer to a search by a picture that was uploaded; `find_known` knows it by the token then."""
+        _remember(self._queries, token, (self.model.encode_images([upload.square])[0], upload.thumbnail))
         return self.find_known(token, ask)
 
     def find_known(self, token: str, ask: Ask) -> dict[str, Any]:
@@ -130,7 +120,7 @@ class Searcher:
         """Return the small JPEG of an item. Raises NotThere where there is no such item, or no picture of it."""
         hit, pictures = self._hit(id), self.pictures_of(id)
         try:
-            if pictures is None:
+            if pictures is None or not pictures.are_there():
                 raise BadSample("the raw data are not here")
             return thumbnail(pictures.read(hit.shard, hit.row, hit.key), side)
         except BadSample as error:
@@ -143,7 +133,15 @@ class Searcher:
             raise NotThere(f"item {id} is not in the index: browse for those that are") from None
 
     def _record(self, hit: Any, *, scored: bool = True) -> dict[str, Any]:
-        return hit_record(hit, self.chance, self.pictures_of(hit.id), scored=scored)
+        pictures = self.pictures_of(hit.id)
+        there = pictures if pictures is not None and pictures.are_there() else None
+        owner = hit.id if hit.modality == "image" else hit.owner  # which may have been removed from the index
+        return hit_record(hit, self.chance, there, owner if self._holds(owner) else None, scored=scored)
+
+    def _holds(self, id: int) -> bool:
+        ids = self.index.items.ids
+        at = int(np.searchsorted(ids, id))
+        return at < len(ids) and int(ids[at]) == id
 
     def _find(self, vector: np.ndarray, ask: Ask, query: dict[str, Any], without: int = -1) -> dict[str, Any]:
         """Return the answer to a search by `vector`, float32 [E], but for the item `without`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from cmgan_dist.data.cache import open_store
 from cmgan_dist.data.folder import read_file
@@ -24,11 +25,23 @@ from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample, parse_sample
 from cmgan_dist.errors import BadInput, BadSample
 
+log = logging.getLogger(__name__)
+
 SIDE, MOST_SIDE = 224, 512
 """Longer side of a thumbnail in pixels: what is made unless asked, and the most."""
 MOST_FILE_BYTES = 64 << 20
 """A larger file of a folder is not opened."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation (EXIF 2.3, tag 274) -> what makes the picture upright."""
 
 
 class Pictures(ABC):
@@ -36,6 +49,10 @@ class Pictures(ABC):
 
     local = True
     """Whether reading one takes milliseconds."""
+
+    def are_there(self) -> bool:
+        """Return whether the place where they lie is still there; that of a URL is taken to be."""
+        return True
 
     @abstractmethod
     def read(self, shard: str, row: int, key: str) -> bytes:
@@ -55,7 +72,8 @@ class ShardPictures(Pictures):
 
     def __init__(self, data: str) -> None:
         """`data`: folder or URL of raw shards. Raises BadInput when it cannot be read or holds features."""
-        self.local = "://" not in data
+        self.local, self.data = "://" not in data, data
+        self._told = False
         self._readers: dict[str, tuple[ShardReader, int]] = {}
         manifest: Manifest | None = None
         for split in _splits(data):
@@ -66,13 +84,23 @@ class ShardPictures(Pictures):
         if manifest is None or manifest.image != "encoded":
             raise BadInput(f"{data} holds no encoded pictures: name the raw shards")
 
+    def are_there(self) -> bool:
+        """Return whether the place where they lie is still there; that of a URL is taken to be."""
+        return not self.local or (Path(self.data) / MANIFEST_NAME).is_file()
+
     def _sample(self, shard: str, row: int, key: str) -> Sample:
         reader, number = self._readers.get(_plain(shard), (None, 0))
         if reader is None:
             raise BadSample(f"the data set has no shard {shard}")
         if not 0 <= row < reader.shards[number].samples:
             raise BadSample(f"{shard} has no sample {row}")
-        found, members = reader.raw(number, row)
+        try:
+            found, members = reader.raw(number, row)
+        except (BadInput, OSError) as error:  # they name paths of this machine: for the log, once, and not for others
+            if not self._told:
+                log.warning("raw pictures cannot be read any more: %s", error)
+            self._told = True
+            raise BadSample("the raw data cannot be read any more") from None
         if found != key:
             raise BadSample(f"sample {row} of {shard} is {found}, not {key}: the data set has changed")
         return parse_sample(key, members)
@@ -101,6 +129,10 @@ class FolderPictures(Pictures):
         self.root = Path(folder).resolve()
         if not self.root.is_dir():
             raise BadInput(f"folder of pictures {folder} does not exist: name the one that was embedded")
+
+    def are_there(self) -> bool:
+        """Return whether the folder is still there."""
+        return self.root.is_dir()
 
     def read(self, shard: str, row: int, key: str) -> bytes:
         """Return the encoded picture of an item. Raises BadSample, saying why, when there is none."""
@@ -163,25 +195,34 @@ def _plain(shard: str) -> str:
 # ---------------------------------------------------------------------------------------------- thumbnails
 
 
-def thumbnail(data: bytes, side: int = SIDE) -> bytes:
+def thumbnail(data: bytes, side: int = SIDE, most_pixels: int = MAX_PIXELS) -> bytes:
     """Return an encoded picture as a small JPEG: upright, transparency on white, at most `side` pixels each way.
 
-    Raises BadSample with the reason when it is no picture or has more than MAX_PIXELS."""
+    Raises BadSample with the reason when it is no picture, has more than `most_pixels` or does not fit in memory."""
     try:
         image = open_image(data)
-        if image.width * image.height > MAX_PIXELS:
-            raise BadSample(f"the picture has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+        if image.width * image.height > most_pixels:
+            raise BadSample(f"the picture has {image.width} x {image.height} pixels, more than {most_pixels}")
         image.draft("RGB", (side, side))  # a JPEG is decoded at just above the size
-        image = _upright(image)
-        if image.has_transparency_data or image.mode not in ("RGB", "L"):
+        image.load()
+        orientation = _orientation(image)
+        if image.mode == "P":
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        elif image.mode not in ("RGB", "L", "RGBA", "LA") or "transparency" in image.info:
             image = to_rgb(image)
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)  # first: what follows costs little then
+        if orientation in _TURNS:
+            image = image.transpose(_TURNS[orientation])
+        if image.has_transparency_data or image.mode != "L":
+            image = to_rgb(image)
         out = io.BytesIO()
         image.save(out, "JPEG", quality=88, subsampling=0)  # full colour: flat drawings stay clean
     except Image.DecompressionBombError:
-        raise BadSample(f"the picture has more than {MAX_PIXELS} pixels") from None
+        raise BadSample(f"the picture has more than {most_pixels} pixels") from None
     except Image.UnidentifiedImageError:
         raise BadSample("it is no JPEG, PNG or WebP picture") from None
+    except MemoryError:
+        raise BadSample("the picture takes too much memory") from None
     except UNREADABLE as error:
         if isinstance(error, BadSample):
             raise
@@ -189,12 +230,13 @@ def thumbnail(data: bytes, side: int = SIDE) -> bytes:
     return out.getvalue()
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Return an image turned as its EXIF block says; as it is where that block is damaged: the pixels are good."""
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image whose pixels are loaded, 1 (upright) where there is none or its block is
+    damaged: the pixels are good."""
     try:
-        return ImageOps.exif_transpose(image)
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (*UNREADABLE, KeyError, TypeError):
-        return image
+        return 1
 
 
 class ByteCache:

@@ -12,25 +12,29 @@ The first three searches take k, modality (image, text, any: best first of both,
 Whatever is wrong is a status of 4xx and {"error": one sentence}. Nothing of the host but what the index names can be
 reached.
 
+HEAD is answered wherever GET is.
+
 The way of a request: one thread encodes and searches, first come first served, two make thumbnails; how many may wait
-is bounded, and beyond that the answer is 503. This is the one file that names a web framework.
+is bounded, and beyond that the answer is 503. Uploads are read side by side, their bytes bounded in all, and decoded
+one at a time by ``upload_decoder.py``, while others search. Connections are bounded by ``connections.py``. This is the
+one file that names a web framework.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any, Literal, TypeVar
 
-import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -43,9 +47,11 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.retrieval.answers import Ask, NotThere, Searcher, Wanted, checked_text
+from cmgan_dist.retrieval.connections import server_of
 from cmgan_dist.retrieval.pictures import MOST_SIDE, SIDE, ByteCache, PicturesOf
+from cmgan_dist.retrieval.upload_decoder import MOST_PIXELS, Decoded, Decoder
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -74,14 +80,22 @@ class Limits:
     """Of a picture that is searched with."""
     upload_seconds: float = 60.0
     """In which it must have come."""
-    uploads: int = 8
-    """Pictures that are read and held in memory at a time."""
+    upload_silence: float = 10.0
+    """Seconds without a byte of it, after which it is given up."""
+    uploads_bytes: int = 256 << 20
+    """Of all pictures together that are read or wait to be decoded."""
     waiting: int = 256
     """Searches that wait or run."""
+    waiting_seconds: float = 60.0
+    """In which the turn of a search, an upload or a thumbnail must have come."""
     thumbnails_waiting: int = 1024
     """Thumbnails that are waited for."""
     thumbnails_bytes: int = 64 << 20
     """Thumbnails that are kept."""
+    connections: int = 1000
+    """Connections that are open, fewer where the process may not have as many files."""
+    idle_seconds: float = 15.0
+    """In which a connection must send a request's header, and take its answer."""
 
 
 def ask_of(
@@ -97,19 +111,28 @@ Id = Annotated[int, Path(ge=0, lt=2**63)]
 Asked = Annotated[Ask, Depends(ask_of)]
 
 
-class Gate:
-    """Lets `at_once` callers work at a time and the others wait; beyond `most` callers, HTTP 503."""
+def busy() -> HTTPException:
+    """Return the error of a request that there is no room for."""
+    return HTTPException(503, "the server is busy: try again in a few seconds", {"Retry-After": "3"})
 
-    def __init__(self, most: int, at_once: int) -> None:
-        self.most, self.inside = most, 0
+
+class Gate:
+    """Lets `at_once` callers work at a time and the others wait; HTTP 503 beyond `most` callers, and for one that has
+    waited for `seconds`."""
+
+    def __init__(self, most: int, at_once: int, seconds: float) -> None:
+        self.most, self.seconds, self.inside = most, seconds, 0
         self._slots = asyncio.Semaphore(at_once)
 
     async def __aenter__(self) -> None:
         if self.inside >= self.most:
-            raise HTTPException(503, "the server is busy: try again in a few seconds", {"Retry-After": "3"})
+            raise busy()
         self.inside += 1
         try:
-            await self._slots.acquire()
+            await asyncio.wait_for(self._slots.acquire(), self.seconds)
+        except TimeoutError:
+            self.inside -= 1
+            raise busy() from None
         except BaseException:
             self.inside -= 1
             raise
@@ -119,15 +142,43 @@ class Gate:
         self.inside -= 1
 
 
+class Room:
+    """Bytes that may be in memory at a time, of all who take some."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.taken = most, 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Return a context in which bytes may be taken, as they come, until it ends. Taking more than there is room for
+        raises HTTP 503."""
+        mine = 0
+
+        def take(count: int) -> None:
+            nonlocal mine
+            if self.taken + count > self.most:
+                raise busy()
+            self.taken += count
+            mine += count
+
+        try:
+            yield take
+        finally:
+            self.taken -= mine
+
+
 class Service:
     """The handlers of all requests, and the threads that do their work."""
 
-    def __init__(self, searcher: Searcher, title: str, attribution: str, limits: Limits) -> None:
-        self.searcher, self.title, self.attribution, self.limits = searcher, title, attribution, limits
-        self.searches = Gate(limits.waiting, 1)
-        self.uploads = Gate(limits.waiting, limits.uploads)
-        self.thumbnails = Gate(limits.thumbnails_waiting, 2)
+    def __init__(self, searcher: Searcher, decoder: Decoder, title: str, attribution: str, limits: Limits) -> None:
+        self.searcher, self.decoder, self.limits = searcher, decoder, limits
+        self.title, self.attribution = title, attribution
+        self.searches = Gate(limits.waiting, 1, limits.waiting_seconds)
+        self.uploads = Room(limits.uploads_bytes)
+        self.decodings = Gate(limits.waiting, 1, limits.waiting_seconds)
+        self.thumbnails = Gate(limits.thumbnails_waiting, 2, limits.waiting_seconds)
         self.search_thread = ThreadPoolExecutor(1, "search")
+        self.decode_thread = ThreadPoolExecutor(1, "decode")
         self.thumbnail_threads = ThreadPoolExecutor(2, "thumbnail")
         self.made = ByteCache(limits.thumbnails_bytes)
 
@@ -140,7 +191,9 @@ class Service:
 
     async def search(self, ask: Asked, text: str | None = None, picture: str | None = None) -> dict[str, Any]:
         """Search by a text, or by a picture that was uploaded before."""
-        if (text is None) == (picture is None):
+        if text is not None and picture is not None:
+            raise BadInput("text and picture are both given: search by one of them")
+        if text is None and picture is None:
             raise BadInput("text is missing: give ?text=, or POST a picture")
         if picture is not None:
             return await self.in_turn(self.searcher.find_known, picture, ask)
@@ -149,9 +202,23 @@ class Service:
     async def search_upload(self, request: Request, ask: Asked) -> dict[str, Any]:
         """Search by an uploaded picture."""
         check_length(request, self.limits)
-        async with self.uploads:
-            data = await read_upload(request, self.limits)
-            return await self.in_turn(self.searcher.find_upload, data, ask)
+        with self.uploads.share() as take:
+            data = await read_upload(request, self.limits, take)
+            token = hashlib.sha256(data).hexdigest()[:32]
+            try:
+                return await self.in_turn(self.searcher.find_known, token, ask)
+            except NotThere:
+                decoded = await self.decode(data)
+        return await self.in_turn(self.searcher.find_upload, token, decoded, ask)
+
+    async def decode(self, data: bytes) -> Decoded:
+        """Decode an upload, after those that came before. Raises BadInput when it is no picture, or too large a one,
+        HTTP 503 when too many wait."""
+        async with self.decodings:
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self.decode_thread, self.decoder.decode, data)
+            except BadSample as error:
+                raise BadInput(f"the upload cannot be used: {error}; give another picture") from None
 
     async def similar(self, id: Id, ask: Asked) -> dict[str, Any]:
         """Search by an item of the index."""
@@ -176,7 +243,7 @@ class Service:
             "classes": list(self.searcher.index.classes),
             "attribution": self.attribution,
             "chance": {"mean": mean, "std": deviation},
-            "limits": {"k": MOST_HITS, "upload_bytes": self.limits.upload_bytes},
+            "limits": {"k": MOST_HITS, "upload_bytes": self.limits.upload_bytes, "upload_pixels": MOST_PIXELS},
         }
 
     async def picture(
@@ -205,7 +272,8 @@ class Service:
         """Read the text backbone before the first query comes; its errors come again with that."""
         self.search_thread.submit(self.searcher.model.encode_texts, ["first"])
         yield
-        for pool in (self.search_thread, self.thumbnail_threads):
+        self.decoder.close()
+        for pool in (self.search_thread, self.decode_thread, self.thumbnail_threads):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -232,27 +300,42 @@ def check_length(request: Request, limits: Limits) -> None:
         raise too_large(limits)
 
 
-async def read_upload(request: Request, limits: Limits) -> bytes:
-    """Return the file in the form field "image". Raises HTTP 413 as soon as more came than is allowed, 408 when it
-    takes too long, and BadInput when there is no such field."""
+async def body_of(request: Request, limits: Limits, take: Callable[[int], None]) -> AsyncGenerator[bytes]:
+    """Yield the body of a request as it comes; `take` is told of its bytes first. Raises HTTP 413 as soon as more came
+    than is allowed, 408 when it takes too long or stops coming."""
+    came, loop = 0, asyncio.get_running_loop()
+    end = loop.time() + limits.upload_seconds
+    chunks = aiter(request.stream())
+    while True:
+        left = min(limits.upload_silence, end - loop.time())
+        try:
+            chunk = await asyncio.wait_for(anext(chunks), left)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            reason = (
+                "stopped coming" if left >= limits.upload_silence else f"took more than {limits.upload_seconds:g} s"
+            )
+            raise HTTPException(408, f"the upload {reason}: send it again", {"Connection": "close"}) from None
+        came += len(chunk)
+        if came > limits.upload_bytes + FORM_BYTES:
+            raise too_large(limits)
+        take(len(chunk))
+        yield chunk
+
+
+async def read_upload(request: Request, limits: Limits, take: Callable[[int], None]) -> bytes:
+    """Return the file in the form field "image". Raises as `body_of` does, and BadInput when there is no such field."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise BadInput("the body is no multipart/form-data: send the picture as the form field 'image'")
-
-    async def counted() -> AsyncGenerator[bytes]:
-        came = 0
-        async for chunk in request.stream():
-            came += len(chunk)
-            if came > limits.upload_bytes + FORM_BYTES:
-                raise too_large(limits)
-            yield chunk
-
-    parser = MultiPartParser(request.headers, counted(), max_files=1, max_fields=8)
+    parser = MultiPartParser(request.headers, body_of(request, limits, take), max_files=1, max_fields=8)
+    parser.spool_max_size = limits.upload_bytes + FORM_BYTES  # never to disk
     try:
-        form = await asyncio.wait_for(parser.parse(), limits.upload_seconds)
-    except (MultiPartException, ClientDisconnect) as error:
+        form = await parser.parse()
+    except UnicodeError:
+        raise BadInput("the charset of the form is none that its names are in: leave it out") from None
+    except (MultiPartException, ClientDisconnect, ValueError) as error:
         raise BadInput(f"the form cannot be read ({error or 'it ends early'}): send the picture again") from None
-    except TimeoutError:
-        raise HTTPException(408, f"the upload took more than {limits.upload_seconds:.0f} s: send it again") from None
     try:
         image = form.get("image")
         if not isinstance(image, UploadFile):
@@ -269,13 +352,17 @@ async def read_upload(request: Request, limits: Limits) -> bytes:
 
 
 class Guarded:
-    """Adds HEADERS to every answer of an application, and answers in its place where it fails."""
+    """Adds HEADERS to every answer of an application, has it answer HEAD as GET (uvicorn leaves out the body) and parts
+    of files by the whole, and answers in its place where it fails or is stopped."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
+        if scope["type"] == "http":
+            whole = [each for each in scope["headers"] if each[0] != b"range"]  # wrong ones get no sentence below
+            scope = {**scope, "headers": whole, "method": {"HEAD": "GET"}.get(scope["method"], scope["method"])}
 
         async def send_with(message: Message) -> None:
             nonlocal started
@@ -286,6 +373,10 @@ class Guarded:
 
         try:
             await self.app(scope, receive, send_with)
+        except asyncio.CancelledError:  # by the server when it stops, which waits for nobody
+            if scope["type"] != "http" or started:
+                raise
+            await JSONResponse({"error": "the server is stopping: try again later"}, 503)(scope, receive, send_with)
         except Exception:  # the server goes on
             if scope["type"] != "http" or started:
                 raise
@@ -294,7 +385,7 @@ class Guarded:
             await failed(scope, receive, send_with)
 
 
-async def say(_: Request, error: Exception) -> JSONResponse:
+async def say(request: Request, error: Exception) -> JSONResponse:
     """Return an error as JSON of one sentence."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
@@ -304,20 +395,27 @@ async def say(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, BadInput):
         return JSONResponse({"error": str(error)}, 404 if isinstance(error, NotThere) else 400)
     assert isinstance(error, AnyHTTPException)
-    return JSONResponse({"error": str(error.detail)}, error.status_code, dict(error.headers or {}))
+    detail = {
+        "Not Found": "there is nothing at this address: the page is at /, and /openapi.json lists the others",
+        "Method Not Allowed": f"{request.method} cannot be answered here: /openapi.json lists what can",
+    }.get(str(error.detail), str(error.detail))
+    return JSONResponse({"error": detail}, error.status_code, dict(error.headers or {}))
 
 
 def build_app(
     index: Any,
     model: Any,
     pictures_of: PicturesOf,
+    decoder: Decoder,
     *,
     title: str = "Search",
     attribution: str = "",
     limits: Limits | None = None,
 ) -> FastAPI:
-    """Return the application over an `Index`, a `Model` and what tells where an item's picture lies."""
-    service = Service(Searcher(index, model, pictures_of), title, attribution, limits or Limits())
+    """Return the application over an `Index`, a `Model` and what tells where an item's picture lies.
+
+    `decoder`: of uploads, as large as the model takes them; it is closed when the application ends."""
+    service = Service(Searcher(index, model, pictures_of), decoder, title, attribution, limits or Limits())
     app = FastAPI(title=title, docs_url=None, redoc_url=None, lifespan=service.lifespan, telemetry=NO_TELEMETRY)
     app.add_middleware(Guarded)
     for kind in (RequestValidationError, BadInput, AnyHTTPException):
@@ -334,17 +432,9 @@ def build_app(
     return app
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; port 0 takes a free one. Raises BadInput when the address cannot be had."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise BadInput(f"--host {host} --port {port} cannot be listened on ({error}): choose others") from None
-
-
 def serve(app: FastAPI, listening: socket.socket) -> None:
     """Answer requests until Ctrl-C or SIGTERM, and end those that run."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False))
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what it got once more when it has stopped
         signal.signal(number, lambda *_: None)
-    server.run(sockets=[listening])
+    limits = Limits()
+    server_of(app, limits.connections, limits.idle_seconds).run(sockets=[listening])

@@ -5,19 +5,23 @@ from __future__ import annotations
 import colorsys
 import contextlib
 import io
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import uvicorn
 from PIL import Image
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.retrieval.connections import listen, server_of
+from cmgan_dist.retrieval.index_items import Hit
 from cmgan_dist.retrieval.pictures import Pictures
-from cmgan_dist.retrieval.serve import build_app, listen
+from cmgan_dist.retrieval.serve import Limits, build_app
+from cmgan_dist.retrieval.upload_decoder import Decoder
 
 WORDS = ["red", "yellow", "green", "cyan", "blue", "purple"]
 """Hues, a sixth of the circle apart: what the stand-in model knows of the world."""
@@ -25,26 +29,28 @@ CLASSES = ["warm", "cold", "a, b <i>&amp;</i>"]
 HOSTILE = '"><img src=x onerror="document.title=1"><script>document.title=2</script> \u202e javascript:alert(1)'
 
 
-@dataclass(frozen=True)
-class Hit:
-    """A hit as `Index` gives it."""
-
-    id: int
-    score: float
-    modality: str
-    key: str
-    caption: str | None
-    labels: tuple[str, ...]
-    shard: str
-    row: int
-    owner: int
-
-
 def colour(hue: float, size: tuple[int, int] = (64, 48), format: str = "PNG") -> bytes:
     """Return an encoded picture of one colour; `hue` in 0..1."""
     out = io.BytesIO()
     Image.new("RGB", size, tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 1, 1))).save(out, format)
     return out.getvalue()
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    """Return an image in a format, with Pillow's options of it."""
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def empty_png(width: int, height: int, depth: int = 8, kind: int = 2) -> bytes:
+    """Return a PNG that says it has width x height pixels of `depth` bits and a colour type, and has none."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def on_circle(hue: float) -> np.ndarray:
@@ -88,6 +94,7 @@ class MemoryIndex:
     hits: list[Hit]
     classes: list[str]
     chance: tuple[float, float] = (0.0, 0.3)
+    near: float = 0.6
     source: dict[str, str] = field(default_factory=lambda: {"kind": "texts", "location": ""})
 
     @property
@@ -108,6 +115,10 @@ class MemoryIndex:
     @property
     def items(self) -> MemoryIndex:
         return self
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.arange(len(self.hits))
 
     def allowed(self, modality: str | None, classes: tuple[str, ...] | None) -> np.ndarray:
         fits = [h.id for h in self.hits if modality in (None, h.modality) and (not classes or {*classes} & {*h.labels})]
@@ -135,18 +146,27 @@ def hue_index(folder: Path, pictures: int = 60) -> MemoryIndex:
         key, nearest = f"{i:03d}.png", round(hue * len(WORDS)) % len(WORDS)
         (folder / key).write_bytes(colour(hue))
         labels = ("warm",) if nearest in (0, 1) else ("cold",)
-        hits.append(Hit(len(hits), 0.0, "image", key, None, labels, "pictures-000000", i, len(hits)))
         caption = HOSTILE if i == 3 else f"something {WORDS[nearest]}, number {i}"
-        hits.append(Hit(len(hits), 0.0, "text", key, caption, labels, "pictures-000000", i, len(hits) - 1))
+        own = ((caption,), labels, "pictures-000000", i)
+        hits.append(Hit(len(hits), 0.0, "image", key, None, *own, len(hits)))
+        hits.append(Hit(len(hits), 0.0, "text", key, caption, *own, len(hits) - 1))
         vectors += [on_circle(hue), on_circle(hue + 0.001)]
     return MemoryIndex(np.stack(vectors), hits, CLASSES, source={"kind": "pictures", "location": str(folder)})
 
 
 @contextlib.contextmanager
-def running(index: MemoryIndex, model: HueModel, pictures: Pictures | None = None, **options: object) -> Iterator[str]:
+def running(
+    index: MemoryIndex,
+    model: HueModel,
+    pictures: Pictures | None = None,
+    limits: Limits | None = None,
+    decoder: Decoder | None = None,
+    **options: str,
+) -> Iterator[str]:
     """Serve what `build_app` makes of the arguments from a thread of this process; yields the address."""
-    app = build_app(index, model, lambda _: pictures, **options)  # type: ignore[arg-type]
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    app = build_app(index, model, lambda _: pictures, decoder or Decoder(32), limits=limits, **options)
+    bounds = limits or Limits()
+    server = server_of(app, bounds.connections, bounds.idle_seconds)
     with listen("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

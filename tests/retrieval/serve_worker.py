@@ -18,12 +18,11 @@ def stand_in(folder: Path) -> Any:
         model={"run": str(folder)}, attribution="", embeddings=[{"source": index.source, "first_id": 0}]
     )
     index.source_of = lambda _: index.source
-    index.ids = [0]
 
-    def read_model(run: str) -> str:
+    def read_model(run: str) -> Any:
         if run == "other":
             raise BadInput("INDEX was made with another model than other: embed and index again")
-        return run
+        return SimpleNamespace(spec=SimpleNamespace(image=SimpleNamespace(image_size=32)))
 
     index.read_model = read_model
     return index

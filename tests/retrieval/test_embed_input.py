@@ -91,10 +91,11 @@ def test_what_is_no_picture_is_named_or_left_out(
     assert files(tmp_path / "emb") == before
 
 
-def test_a_folder_of_bad_pictures_alone_gives_an_empty_set(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_folder_of_bad_pictures_alone_is_no_set(run: Path, pictures: Path, tmp_path: Path) -> None:
     (pictures / "good.jpg").write_bytes(b"")
-    made = whole(run, tmp_path / "emb", pictures=pictures, skip_bad=True)
-    assert [(shard.images, shard.texts) for shard in made] == [(0, 0)]
+    with pytest.raises(BadInput, match="pictures has no sample that can be embedded"):
+        whole(run, tmp_path / "emb", pictures=pictures, skip_bad=True)
+    assert not (tmp_path / "emb" / "embeddings.json").exists()
 
 
 def test_names_that_are_not_utf8_or_hold_a_line_end(
@@ -134,7 +135,8 @@ def test_a_picture_that_needs_too_much_memory_is_left_out(
         raise MemoryError
 
     monkeypatch.setattr(embed_source, "decode_image", decode)
-    whole(run, tmp_path / "emb", pictures=pictures, skip_bad=True)
+    with pytest.raises(BadInput, match="has no sample that can be embedded"):
+        whole(run, tmp_path / "emb", pictures=pictures, skip_bad=True)
     assert left_out_of(tmp_path / "emb") == ["good.jpg: takes more memory than there is"]
 
 

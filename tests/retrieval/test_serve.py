@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,9 +21,21 @@ from PIL import Image
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.retrieval.answers import chosen_classes
+from cmgan_dist.retrieval.connections import listen
 from cmgan_dist.retrieval.pictures import ByteCache, FolderPictures, ShardPictures, open_pictures, thumbnail
-from cmgan_dist.retrieval.serve import Limits, listen
-from tests.retrieval.serve_cases import CLASSES, HOSTILE, Hit, HueModel, MemoryIndex, colour, hue_index, running
+from cmgan_dist.retrieval.serve import Limits
+from tests.retrieval.serve_cases import (
+    CLASSES,
+    HOSTILE,
+    Hit,
+    HueModel,
+    MemoryIndex,
+    colour,
+    empty_png,
+    encoded,
+    hue_index,
+    running,
+)
 from tests.toy import ROOT, environment, make_features, make_raw
 
 
@@ -55,16 +65,6 @@ def error_of(answer: httpx2.Response, status: int) -> str:
 
 def upload(client: httpx2.Client, data: bytes, **parameters: object) -> httpx2.Response:
     return client.post("/api/search", files={"image": ("x.png", data)}, params=parameters)  # type: ignore[arg-type]
-
-
-def bomb(side: int) -> bytes:
-    """A PNG of side x side pixels in a few bytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 # ---------------------------------------------------------------------------------------------- answers
@@ -200,8 +200,8 @@ def test_hostile_names_are_escaped_in_the_page(tmp_path: Path) -> None:
         ("/api/browse", {"classes": "hot"}, 400, "class 'hot' is unknown"),
         ("/api/thumbnail/120", {}, 404, "item 120 is not in the index"),
         ("/api/thumbnail/0", {"size": 513}, 400, "size is '513'"),
-        ("/api/picture/..", {}, 404, "Not Found"),
-        ("/api/nothing", {}, 404, "Not Found"),
+        ("/api/picture/..", {}, 404, "nothing at this address"),
+        ("/api/nothing", {}, 404, "nothing at this address"),
     ],
 )
 def test_wrong_questions_get_one_sentence(
@@ -220,8 +220,8 @@ def test_wrong_questions_get_one_sentence(
         (b"GIF89a" + bytes(100), "it is no JPEG, PNG or WebP"),
         (colour(0.2)[:60], "does not decode"),
         (colour(0.2, (400, 400), "JPEG")[:700], "does not decode"),
-        (bomb(10_000), "10000 x 10000 pixels, more than"),
-        (bomb(20_000), "more than 89478485 pixels"),
+        (empty_png(10_000, 10_000), "10000 x 10000 pixels, more than"),
+        (empty_png(20_000, 20_000), "more than 51000000 pixels"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it is no JPEG, PNG or WebP"),
     ],
     ids=["empty", "gif", "cut png", "cut jpeg", "large", "bomb", "svg"],
@@ -314,6 +314,18 @@ def test_too_many_are_told_to_come_again(index: MemoryIndex) -> None:
         assert ask(99).status_code == 200
 
 
+def test_who_waits_too_long_is_told_to_come_again(index: MemoryIndex) -> None:
+    limits = Limits(waiting_seconds=0.1)
+    with running(index, HueModel(0.4), limits=limits) as address, ThreadPoolExecutor(4) as pool:
+
+        def ask(number: int) -> httpx2.Response:
+            return httpx2.get(f"{address}/api/search", params={"text": f"red {number}"}, timeout=30)
+
+        answers = list(pool.map(ask, range(4)))
+        assert {answer.status_code for answer in answers} == {200, 503}
+        assert ask(99).status_code == 200
+
+
 def test_a_failure_of_the_server_is_told_and_it_goes_on(index: MemoryIndex) -> None:
     model = HueModel()
     model.encode_images = lambda images: 1 / 0  # type: ignore[method-assign,assignment,return-value]
@@ -341,7 +353,7 @@ def test_no_key_leads_out_of_the_folder(tmp_path: Path, key: str) -> None:
     with pytest.raises(BadSample, match="not in the folder"):
         pictures.read("", 0, key)
     assert pictures.read("", 0, "good.png") == pictures.read("", 0, "alias.png") == colour(0.2)
-    secret = Hit(0, 0.0, "image", key, None, (), "pictures-000000", 0, 0)
+    secret = Hit(0, 0.0, "image", key, None, (), (), "pictures-000000", 0, 0)
     with running(MemoryIndex(np.ones((1, 3), np.float32), [secret], []), HueModel(), pictures) as address:
         assert "no picture to show" in error_of(httpx2.get(f"{address}/api/thumbnail/0"), 404)
         assert httpx2.get(f"{address}/api/thumbnail/../../etc/passwd").status_code == 404
@@ -401,12 +413,6 @@ def test_without_raw_data_there_are_texts_alone(index: MemoryIndex) -> None:
         hits = httpx2.get(f"{address}/api/search", params={"text": "red"}).json()["hits"]
         assert {hit["picture"] for hit in hits} == {None}
         assert "the raw data are not here" in error_of(httpx2.get(f"{address}/api/thumbnail/0"), 404)
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format, **options)
-    return out.getvalue()
 
 
 def test_a_thumbnail_is_upright_on_white_and_small() -> None:
