@@ -7,13 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+import scipy.linalg
 import torch
 from sklearn.cross_decomposition import CCA
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LogisticRegression, Ridge
 
 from cmgan_dist.errors import BadInput
 from cmgan_dist.retrieval import baselines
-from cmgan_dist.retrieval.baselines import baseline_table, cca, chance, chance_ap, ridge_image_to_text, ridge_onehot
+from cmgan_dist.retrieval.baselines import (
+    baseline_table,
+    cca,
+    chance,
+    chance_ap,
+    logistic_regression,
+    posterior_vectors,
+    ridge_image_to_text,
+)
 from cmgan_dist.retrieval.metrics import Embeddings, evaluate, rank_classes
 
 WIKIPEDIA = Path(__file__).parents[2] / "../shared/data/wikipedia_features"
@@ -61,36 +70,90 @@ def test_cca_with_more_dimensions_than_items_stays_finite_and_is_helped_by_ridge
 
     (x, y), (new_x, new_y) = pairs(60), pairs(200)
     test = Embeddings(torch.from_numpy(new_x), torch.from_numpy(new_y), torch.arange(200))
-    plain, regular = (evaluate(cca(x, y, 3, ridge)(test))["recall/image_to_text@10"] for ridge in (0.0, 1.0))
+    plain, regular = (evaluate(cca(x, y, 3, (ridge, ridge))(test))["recall/image_to_text@10"] for ridge in (0.0, 1.0))
     assert regular > plain
 
 
-def test_ridges_equal_scikit_learn() -> None:
+def test_cca_with_a_ridge_and_a_power_is_that_of_its_equation() -> None:
+    """The generalised eigenvalue problem (Hardoon et al., 2004, eq. 3.5 with a ridge a side), and its correlations."""
+    data = features(200, 5)
+    x, y = data.image.double().numpy(), data.text.double().numpy()
+    a, b = x - x.mean(0), y - y.mean(0)
+    c_x = a.T @ a / 200 + 0.3 * a.var(0).mean() * np.eye(12)
+    c_y = b.T @ b / 200 + 2.0 * b.var(0).mean() * np.eye(7)
+    c_xy = a.T @ b / 200
+    squares, w = scipy.linalg.eigh(c_xy @ np.linalg.solve(c_y, c_xy.T), c_x)
+    correlation = np.sqrt(squares[::-1][:4])
+    ours, weighted = cca(x, y, 4, (0.3, 2.0)), cca(x, y, 4, (0.3, 2.0), power=1.5)
+    np.testing.assert_allclose(np.abs(ours.image(x)), np.abs(a @ w[:, ::-1][:, :4]), atol=1e-9)
+    np.testing.assert_allclose(np.diag(ours.image(x).T @ ours.text(y) / 200), correlation, atol=1e-9)
+    np.testing.assert_allclose(weighted.text(y), ours.text(y) * correlation**1.5, atol=1e-9)
+
+
+def test_ridge_equals_scikit_learn() -> None:
     data = features(200, 3)
-    assert data.labels is not None
-    x, y, labels = data.image.double().numpy(), data.text.double().numpy(), data.labels.numpy()
-    scale = {12: x.var(0).mean(), 7: y.var(0).mean()}
-    onehot, across = ridge_onehot(x, y, labels, labels, 0.3), ridge_image_to_text(x, y, 0.3)
-    for ours, source, target in ((onehot.image, x, labels), (onehot.text, y, labels), (across.image, x, y)):
-        theirs = Ridge(alpha=0.3 * scale[source.shape[1]] * len(source)).fit(source, target.astype(float))
-        np.testing.assert_allclose(ours(source), theirs.predict(source), atol=1e-8)
+    x, y = data.image.double().numpy(), data.text.double().numpy()
+    across = ridge_image_to_text(x, y, 0.3)
+    theirs = Ridge(alpha=0.3 * x.var(0).mean() * len(x)).fit(x, y)
+    np.testing.assert_allclose(across.image(x), theirs.predict(x), atol=1e-8)
     np.testing.assert_array_equal(across.text(y), y)
+
+
+def test_logistic_regression_solves_its_equation() -> None:
+    """At the optimum the gradient of cross-entropy plus |w|^2 / 2C is nothing: of softmax, and of a class alone."""
+    data = features(300, 3)
+    assert data.labels is not None
+    x, labels = data.image.double().numpy(), data.labels.numpy()
+    scaled = (x - x.mean(0)) / x.std(0)
+    probabilities = logistic_regression(x, labels, 0.01)(x)
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    logits = np.log(probabilities)
+    logits -= logits.mean(1, keepdims=True)
+    design = np.concatenate([scaled, np.ones((300, 1))], axis=1)
+    weight = np.linalg.lstsq(design, logits, rcond=None)[0]
+    gradient = scaled.T @ (probabilities - labels) + weight[:-1] / 0.01
+    assert np.abs(gradient).max() < 0.005 * np.abs(scaled.T @ labels).max()
+    both = labels | labels[:, [1, 0, 2, 3]]
+    several = logistic_regression(x, both, 0.01)(x)
+    alone = LogisticRegression(C=0.01).fit(scaled, both[:, 0]).predict_proba(scaled)[:, 1]
+    np.testing.assert_allclose(several[:, 0], alone, atol=5e-3)
+
+
+def test_classes_that_the_training_split_lacks_have_no_probability() -> None:
+    x = np.random.default_rng(0).normal(size=(40, 3))
+    labels = np.eye(4, dtype=bool)[np.arange(40) % 2 * 2]
+    probabilities = logistic_regression(x, labels, 0.1)(x)
+    assert (probabilities[:, [1, 3]] == 0).all()
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+
+
+def test_the_cosine_of_posterior_vectors_is_the_chance_of_one_class() -> None:
+    rng = np.random.default_rng(0)
+    image, text = rng.dirichlet(np.ones(5), 9), rng.dirichlet(np.ones(5) / 3, 7)
+    made = posterior_vectors(lambda x: x, lambda x: x, {})
+    a, b = made.image(image), made.text(text)
+    np.testing.assert_allclose(np.linalg.norm(a, axis=1), 1)
+    np.testing.assert_allclose(np.linalg.norm(b, axis=1), 1)
+    np.testing.assert_allclose(a @ b.T, image @ text.T)
 
 
 @pytest.mark.parametrize("captions", [1, 2])
 def test_table_beats_chance_and_chooses_on_validation_only(captions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     train, val, test = (features(n, seed, captions=captions) for n, seed in ((300, 1), (80, 2), (100, 3)))
     scored = []
-    monkeypatch.setattr(baselines, "score_of", lambda metrics: scored.append(metrics["images"]) or 0.0)
+    for name in ("score_of", "_pair_score"):
+        monkeypatch.setattr(baselines, name, lambda metrics: scored.append(metrics["images"]) or 0.0)
     baseline_table(train, val, test)
     assert set(scored) == {80}
     monkeypatch.undo()
     table = baseline_table(train, val, test)
-    assert list(table) == ["CCA", "ridge to classes", "ridge image to text", "chance"]
+    assert list(table) == ["CCA", "ridge image to text", "logistic regression", "chance"]
     for name in list(table)[:-1]:
         assert table[name]["map/mean"] > 1.5 * table["chance"]["map/mean"]
         assert table[name]["recall/text_to_image@5"] > 1.5 * table["chance"]["recall/text_to_image@5"]
     assert table["CCA"]["settings"]["dims"] <= 7
+    assert table["logistic regression"]["map/mean"] > table["CCA"]["map/mean"]
+    assert table["CCA"]["recall/text_to_image@10"] > table["logistic regression"]["recall/text_to_image@10"]
 
 
 def test_table_without_labels() -> None:
