@@ -127,19 +127,22 @@ class Items:
     def hits(self, scores: np.ndarray, ids: np.ndarray) -> list[Hit]:
         """Return items by their ids, with their scores. Raises BadInput naming the first that is not there."""
         rows = self.table.take(pa.array(self.positions(ids))).to_pylist()
+        own = self._captions_of([row["id"] for row in rows if row["modality"] == "image"])
         for row, score in zip(rows, scores.tolist(), strict=True):
             row["labels"] = tuple(self.classes[label] for label in row["labels"] or ())
             row["score"] = score
-            found = self._captions_of(row["id"]) if row["modality"] == "image" else [row["caption"]]
+            found = own[row["id"]] if row["modality"] == "image" else [row["caption"]]
             row["texts"] = tuple(text for text in found if text is not None)
         return [Hit(**row) for row in rows]
 
-    def _captions_of(self, image: int) -> list[str | None]:
-        """Return the captions of the texts that belong to an image, in the order of their ids."""
+    def _captions_of(self, images: Sequence[int]) -> dict[int, list[str | None]]:
+        """Return the captions of the texts that belong to each of some images, in the order of their ids."""
         owners, rows = self._by_owner
-        first, last = np.searchsorted(owners, (image, image + 1))
-        found: list[str | None] = self.table["caption"].take(pa.array(rows[first:last])).to_pylist()
-        return found
+        first, last = (np.searchsorted(owners, np.asarray(images, np.int64) + after) for after in (0, 1))
+        ranges = [rows[a:b] for a, b in zip(first, last, strict=True)]
+        taken = self.table["caption"].take(pa.array(np.concatenate([*ranges, rows[:0]]))).to_pylist()
+        captions = iter(taken)
+        return {image: [next(captions) for _ in each] for image, each in zip(images, ranges, strict=True)}
 
     @cached_property
     def _by_owner(self) -> tuple[np.ndarray, np.ndarray]:
