@@ -188,6 +188,10 @@ def test_errors_of_the_server_are_shown(browser: Browser, address: str) -> None:
     expect(page.get_by_role("alert")).to_contain_text("it is no JPEG, PNG or WebP picture")
     search(page, "green")
     expect(page.get_by_role("alert")).to_be_hidden()
+    page.evaluate(DROP, [base64.b64encode(b"words").decode(), "image/png"])
+    expect(page.get_by_role("alert")).to_contain_text("it is no JPEG, PNG or WebP picture")
+    expect(pictures(page)).to_have_count(24)  # what was found before stays
+    expect(page.get_by_role("searchbox")).to_have_value("green")
     page.context.close()
 
 

@@ -144,7 +144,9 @@ async function searchPicture(file) {
     showControls(state);
     showAnswer(state, answer);
   } catch (error) {
-    if (error.name !== "AbortError") showError(error.message, false);
+    if (error.name === "AbortError") return;
+    await show(); // what was there before stays
+    notice("error", "That did not work.", error.message);
   } finally {
     end(mine);
   }
@@ -299,12 +301,12 @@ function showWaiting() {
   return undefined;
 }
 
-function showError(message, again = true) {
+function showError(message) {
   clearHits();
   byId("query").hidden = true;
   byId("status").textContent = "";
   notice("error", "That did not work.", message);
-  byId("again").hidden = !again;
+  byId("again").hidden = false;
 }
 
 function notice(kind, title = "", text = "") {
