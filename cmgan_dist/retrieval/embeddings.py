@@ -205,9 +205,11 @@ def counted(shard: str, split: str, record: ledger.Record) -> EmbeddedShard:
 class EmbeddingSet:
     """Embeddings that lie in a folder or at a URL, for reading; iteration gives the shards in canonical order."""
 
-    def __init__(self, store: FileStore, manifest: EmbeddingManifest) -> None:
+    def __init__(self, store: FileStore, manifest: EmbeddingManifest, sha256: str) -> None:
         """Take what `open` has checked."""
         self.store, self.manifest = store, manifest
+        self.sha256 = sha256
+        """Checksum of embeddings.json and all records: of the same vectors it is the same."""
         self._number = {shard.name: number for number, shard in enumerate(manifest.shards)}
 
     @classmethod
@@ -223,9 +225,8 @@ class EmbeddingSet:
             raise BadInput(f"{where} does not exist: make it by launchers/embed.py, or name another folder") from None
         if manifest.dtype not in DTYPES or not isinstance(manifest.unit, bool):
             raise BadInput(f"{where} has vectors of a kind that this program does not know: embed again")
-        for shard in manifest.shards:
-            _check_shard(store, manifest, shard)
-        return cls(store, manifest)
+        told = [manifest.to_json(), *(ledger.text_of(_checked(store, manifest, shard)) for shard in manifest.shards)]
+        return cls(store, manifest, hashlib.sha256("\0".join(told).encode("utf-8", "surrogatepass")).hexdigest())
 
     @property
     def location(self) -> str:
@@ -246,11 +247,6 @@ class EmbeddingSet:
     def base(self) -> np.ndarray:
         """int64 [shards + 1]: number of each shard's first item, and behind the last one the number of all items."""
         return np.concatenate([[0], self.counts.sum(1).cumsum()]).astype(np.int64)
-
-    def sha256(self) -> str:
-        """Return a checksum of embeddings.json and all records: of the same vectors it is the same."""
-        texts = [self.store.read(MANIFEST_NAME), *(self.store.read(record_name(s.name)) for s in self.manifest.shards)]
-        return hashlib.sha256(b"".join(hashlib.sha256(text).digest() for text in texts)).hexdigest()
 
     def __iter__(self) -> Iterator[EmbeddedShard]:
         """Give the shards in canonical order."""
@@ -305,8 +301,8 @@ class EmbeddingSet:
         return BadInput(f"{self.store.location(name)} cannot be read ({error}): restore it or embed again")
 
 
-def _check_shard(store: FileStore, manifest: EmbeddingManifest, shard: EmbeddedShard) -> None:
-    """Raises BadInput unless the files of a shard are there with the sizes that its record tells."""
+def _checked(store: FileStore, manifest: EmbeddingManifest, shard: EmbeddedShard) -> ledger.Record:
+    """Return the record of a shard. Raises BadInput unless its files are there with the sizes that it tells."""
     record, where = read_record(store, shard.name), store.location(record_name(shard.name))
     if record is None:
         raise BadInput(f"{where} is missing or damaged: embed again, which makes what is missing")
@@ -317,3 +313,4 @@ def _check_shard(store: FileStore, manifest: EmbeddingManifest, shard: EmbeddedS
         if size != written["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes, its record says {written['bytes']}"
             raise BadInput(f"{store.location(written['name'])} {found}: embed again, which makes it anew")
+    return record

@@ -149,7 +149,7 @@ def described(added: Added, kind: str, before: IndexManifest | None = None) -> I
         "location": str(Path(embeddings.location).resolve())
         if "://" not in embeddings.location
         else embeddings.location,
-        "sha256": embeddings.sha256(),
+        "sha256": embeddings.sha256,
         "source": asdict(manifest.source),
         "first_id": added.first_id,
     }

@@ -135,17 +135,16 @@ class Model:
         `on_error`: "skip" leaves out what is no picture and returns the vectors and the positions, int64 [n], of the
         items that they are of. `progress`: draw a bar on stderr, or print a line a minute where that is no terminal;
         None does so on a terminal. Raises BadInput naming the item that is no picture by its position."""
-        rows = self._check(images, batch, on_error)
+        rows, chosen = self._check(images, batch, on_error), _Chosen("images", on_error)
         if rows is not None:
-            vectors = self._encode("image", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise)
-            return vectors if on_error == "raise" else (vectors, np.arange(len(rows)))
+            chosen.kept.extend(range(len(rows)))
+            return chosen.returned(self._encode("image", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise))
         if isinstance(images, Tensor):
             images = images.numpy(force=True)
         if is_one(images):
             images = [cast("ImageItem", images)]
         backbone = cast(ImageBackbone, self.backbone("image"))
         size = self.saved.spec.image.image_size or 224
-        chosen = _Chosen("images", on_error)
 
         def features(part: Sequence[tuple[int, object]]) -> Tensor:
             made = [chosen.take(lambda item, at: pixels_of(item, size, at), item, at) for at, item in part]
@@ -192,14 +191,13 @@ class Model:
 
         `batch`: how many go through the backbone together; the rest as of `encode_images`. Raises BadInput naming the
         text that is empty by its position."""
-        rows = self._check(texts, batch, on_error)
+        rows, chosen = self._check(texts, batch, on_error), _Chosen("texts", on_error)
         if rows is not None:
-            vectors = self._encode("text", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise)
-            return vectors if on_error == "raise" else (vectors, np.arange(len(rows)))
+            chosen.kept.extend(range(len(rows)))
+            return chosen.returned(self._encode("text", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise))
         if isinstance(texts, bytes | bytearray):
             raise BadInput("the text is bytes: decode it first")
         listed = [texts] if isinstance(texts, str) else list(texts)
-        chosen = _Chosen("texts", on_error)
         made = [chosen.take(text_of, text, position) for position, text in enumerate(listed)]
         good = [text for text in made if text is not None]
         backbone = cast(TextBackbone, self.backbone("text"))

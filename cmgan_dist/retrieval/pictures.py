@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from cmgan_dist.data.cache import open_store
 from cmgan_dist.data.folder import read_file
-from cmgan_dist.data.image import MAX_PIXELS, UNREADABLE, open_image, to_rgb
+from cmgan_dist.data.image import MAX_PIXELS, UNREADABLE, open_image, orientation_of, to_rgb
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample, parse_sample
@@ -205,7 +205,7 @@ def thumbnail(data: bytes, side: int = SIDE, most_pixels: int = MAX_PIXELS) -> b
             raise BadSample(f"the picture has {image.width} x {image.height} pixels, more than {most_pixels}")
         image.draft("RGB", (side, side))  # a JPEG is decoded at just above the size
         image.load()
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         if image.mode == "P":
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         elif image.mode not in ("RGB", "L", "RGBA", "LA") or "transparency" in image.info:
@@ -228,15 +228,6 @@ def thumbnail(data: bytes, side: int = SIDE, most_pixels: int = MAX_PIXELS) -> b
             raise
         raise BadSample(f"the picture does not decode ({error})") from None
     return out.getvalue()
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image whose pixels are loaded, 1 (upright) where there is none or its block is
-    damaged: the pixels are good."""
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (*UNREADABLE, KeyError, TypeError):
-        return 1
 
 
 class ByteCache:

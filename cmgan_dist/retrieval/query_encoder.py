@@ -21,8 +21,6 @@ from cmgan_dist.retrieval.inputs import pixels_of, text_of
 if TYPE_CHECKING:
     from cmgan_dist.retrieval.model import Model
 
-TOLERANCE = 1e-5
-"""The largest difference of any number of a unit vector from the model's own, as of an export."""
 NEEDED = ("onnxruntime", "tokenizers")
 """Packages without which no file can be used."""
 
@@ -75,6 +73,8 @@ class QueryEncoder:
 
 def check_encoder(path: Path, model: Model, texts: Sequence[str]) -> None:
     """Compare an exported text encoder, tokeniser included, with its model. Raises BadInput where they differ."""
+    from cmgan_dist.retrieval.export import TOLERANCE  # which imports torch; the model has done so
+
     encoder = QueryEncoder(path)
     for text in texts:
         difference = float(np.abs(encoder.encode_text(text) - model.encode_texts(text)).max())

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import httpx2
 import numpy as np
 from PIL import Image
 
@@ -176,3 +177,10 @@ def running(
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+def error_of(answer: httpx2.Response, status: int) -> str:
+    """The sentence of an error; it is all that there is."""
+    assert answer.status_code == status, answer.text
+    assert list(answer.json()) == ["error"]
+    return str(answer.json()["error"])

@@ -33,6 +33,7 @@ from tests.retrieval.serve_cases import (
     colour,
     empty_png,
     encoded,
+    error_of,
     hue_index,
     running,
 )
@@ -54,13 +55,6 @@ def client(index: MemoryIndex, folder: Path) -> Iterator[httpx2.Client]:
     served = running(index, HueModel(), FolderPictures(folder), title="Hues", attribution="Drawn here")
     with served as address, httpx2.Client(base_url=address, timeout=30) as client:
         yield client
-
-
-def error_of(answer: httpx2.Response, status: int) -> str:
-    """The sentence of an error; it is all that there is."""
-    assert answer.status_code == status, answer.text
-    assert list(answer.json()) == ["error"]
-    return str(answer.json()["error"])
 
 
 def upload(client: httpx2.Client, data: bytes, **parameters: object) -> httpx2.Response:

@@ -28,7 +28,17 @@ from cmgan_dist.retrieval.connections import listen
 from cmgan_dist.retrieval.pictures import FolderPictures, ShardPictures, thumbnail
 from cmgan_dist.retrieval.serve import Limits
 from cmgan_dist.retrieval.upload_decoder import Decoder, scans_of
-from tests.retrieval.serve_cases import Hit, HueModel, MemoryIndex, colour, empty_png, encoded, hue_index, running
+from tests.retrieval.serve_cases import (
+    Hit,
+    HueModel,
+    MemoryIndex,
+    colour,
+    empty_png,
+    encoded,
+    error_of,
+    hue_index,
+    running,
+)
 from tests.toy import ROOT, environment, make_raw
 
 
@@ -47,13 +57,6 @@ def client(index: MemoryIndex, folder: Path) -> Iterator[httpx2.Client]:
     served = running(index, HueModel(), FolderPictures(folder))
     with served as address, httpx2.Client(base_url=address, timeout=60) as client:
         yield client
-
-
-def error_of(answer: httpx2.Response, status: int) -> str:
-    """The sentence of an error; it is all that there is."""
-    assert answer.status_code == status, answer.text
-    assert list(answer.json()) == ["error"]
-    return str(answer.json()["error"])
 
 
 def upload(client: httpx2.Client, data: bytes) -> httpx2.Response:
