@@ -38,9 +38,6 @@ class Arguments:
     """Fit CCA and ridge on the same features and put them beside."""
     again: bool = False
     """Evaluate even if RUN/evaluation.json is of this checkpoint, data and split."""
-    zscore: bool | None = None
-    """Standardise common representations per modality over the split, as the authors do; left out, as the run's
-    eval.zscore says."""
 
 
 def main() -> None:
@@ -55,7 +52,7 @@ def main() -> None:
 
     run = arguments.run
     start_all_processes()
-    task = open_task(run, arguments.data, split=arguments.split, zscore=arguments.zscore)
+    task = open_task(run, arguments.data, split=arguments.split)
     asked = task.identity() | {"pictures": arguments.pictures}
     known = known_record(run / RECORD_NAME)
     complete = bool(known.get("baselines")) or not arguments.baselines

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
+from cmgan_dist.config.fields import ImageBackboneConfig, Pool, TextBackboneConfig
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS, parse_sample
 from cmgan_dist.errors import BadSample
@@ -42,8 +42,8 @@ class Options:
 
     image: tuple[str, str, int] | None
     """(backbone, weights, image size); None: images are copied."""
-    text: tuple[str, str, int] | None
-    """(backbone, weights, max tokens); None: texts are copied."""
+    text: tuple[str, str, int, tuple[Pool, ...]] | None
+    """(backbone, weights, max tokens, pools); None: texts are copied."""
     batch_size: int
     dtype: Literal["float32", "float16"]
     device: str
@@ -63,8 +63,9 @@ class Extractor:
             name, weights, size = options.image
             self.image = build_image_backbone(ImageBackboneConfig(name, weights, image_size=size)).to(options.device)
         if options.text is not None:
-            name, weights, tokens = options.text
-            self.text = build_text_backbone(TextBackboneConfig(name, weights, max_tokens=tokens)).to(options.device)
+            name, weights, tokens, pools = options.text
+            chosen = TextBackboneConfig(name, weights, max_tokens=tokens, pools=pools)
+            self.text = build_text_backbone(chosen).to(options.device)
         # One thread a process and no TF32: the same bytes for any number of cores, nearly the same on a GPU.
         torch.set_num_threads(1)
         torch.backends.cudnn.allow_tf32 = False

@@ -6,6 +6,7 @@ last, so a run that was killed goes on behind the last shard whose record agrees
 from __future__ import annotations
 
 import time
+import typing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from cmgan_dist.config.fields import Pool
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
 from cmgan_dist.data.tar import iter_samples
@@ -54,6 +56,9 @@ class FeaturesCommand:
     """"sentence" for a sentence-transformers model; "features" copies the texts as they are."""
     text_weights: str = ""
     """Folder of the model, "hub:NAME" or "package:NAME"."""
+    text_pool: str = "sentence"
+    """What of a text's tokens makes its feature, with commas between: "sentence" as the model itself pools them, "max"
+    over the tokens, "cls" the first token. sentence,max,cls finds more of the right pictures."""
     max_tokens: int = 64
     """Longer texts are cut."""
     batch_size: int = 64
@@ -77,6 +82,17 @@ class FeaturesCommand:
 # ---------------------------------------------------------------------------------------------- settings
 
 
+def chosen_pools(names: str) -> tuple[Pool, ...]:
+    """Return the pools that --text-pool names. Raises BadInput at one that there is not, or that stands twice."""
+    chosen = [name.strip() for name in names.split(",")]
+    known = typing.get_args(Pool)
+    wrong = [name for name in chosen if name not in known]
+    if wrong or len(set(chosen)) < len(chosen):
+        what = f"'{wrong[0]}' is none" if wrong else "one stands twice"
+        raise BadInput(f"--text-pool is '{names}', of which {what}: name some of {', '.join(known)}")
+    return tuple(typing.cast("list[Pool]", chosen))
+
+
 def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Options, int]:
     """Return what a process needs to know, and the number of processes. Raises BadInput naming the flag."""
     if command.batch_size < 1:
@@ -93,7 +109,7 @@ def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Option
     if command.text_backbone != "features" and manifest.text == "utf8":
         if command.text_backbone != "sentence":
             raise BadInput(f"--text-backbone is '{command.text_backbone}': only sentence works without training")
-        text = (command.text_backbone, command.text_weights, command.max_tokens)
+        text = (command.text_backbone, command.text_weights, command.max_tokens, chosen_pools(command.text_pool))
     if image is None and text is None:
         raise BadInput(
             f"nothing to do: the images of {command.data} are {manifest.image} and its texts {manifest.text}; "
@@ -116,13 +132,15 @@ def settings_of(made: Extractor) -> dict[str, Any]:
         ("text", made.options.text, made.text, "max_tokens"),
     ):
         if chosen is not None and backbone is not None:
-            name, _, size = chosen
+            name, _, size, *pools = chosen
             settings[side] = {
                 "backbone": name,
                 "weights_sha256": weights_sha256(backbone),
                 limit: size,
                 "dim": backbone.dim,
             }
+            if pools:
+                settings[side]["pools"] = list(pools[0])
     return settings
 
 

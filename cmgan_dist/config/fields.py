@@ -21,6 +21,7 @@ Temperature = Annotated[float, Range(1e-4, 1e4), Mutable]
 Rate = Annotated[float, Range(0, 1e3), Resumable, Mutable]
 Decay = Annotated[float, Range(0, 0.99999)]
 MixtureWeight = Annotated[float, Range(1e-9, 1e9)]
+Pool = Literal["sentence", "max", "cls"]
 KernelSize = Annotated[int, Range(1, 1000)]
 
 
@@ -89,6 +90,9 @@ class TextBackboneConfig:
     from a file as they are."""
     checkpoint: bool = False
     """sentence, trained: keep few activations and compute the others again in the backward pass."""
+    pools: tuple[Pool, ...] = ("sentence",)
+    """sentence: what of a text's tokens makes its feature, one after another: "sentence" as the model itself pools
+    them, "max" over the tokens, "cls" the first token; the latter two at unit length."""
     max_tokens: Width = 64
     """Longer texts are cut."""
     word_dim: Width = 300
@@ -240,10 +244,20 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """Evaluation (docs/reference.md)."""
+    """How two items are compared, and evaluation (docs/scoring.md)."""
 
-    zscore: Annotated[bool, Resumable] = True
-    """Standardise common representations per modality over the evaluated set, as the authors do."""
+    objective: Annotated[Literal["auto", "class", "pair", "both"], Resumable] = "auto"
+    """What the model's vectors are made for: to find items of the same class (class, by MAP), a query's own partner
+    (pair, by Recall@10), or both. auto: both with labels, else pair."""
+    score: Annotated[Literal["auto", "cosine", "zscore", "posterior"], Resumable] = "auto"
+    """auto: a mixture of class posteriors, cosine of common representations and pair head, chosen on validation when
+    training ends. Else one alone: cosine, z-scored cosine (by the training split) or class posteriors."""
+    pair_head: Annotated[bool, Resumable] = True
+    """auto: fit a linear map of the features to the pairs when training ends (CCA, then InfoNCE), for validation to
+    choose."""
+    bank: Annotated[int, Range(0, 100_000), Resumable] = 2000
+    """auto: training items a modality against which items that are everybody's neighbours are marked down (QB-Norm),
+    where validation gains by it; 0 is off."""
     batch: Annotated[Count, Resumable] = 256
     """Samples embedded at a time."""
 

@@ -13,6 +13,7 @@ def reference() -> Config:
     """The authors' published recipe to the letter, on precomputed features (see docs/reference.md)."""
     config = Config(preset="reference")
     config.stream.sampling = "balanced"
+    config.eval.score = "zscore"
     return config
 
 

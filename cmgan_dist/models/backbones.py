@@ -288,8 +288,10 @@ class SentenceEncoder(TextBackbone):
         for module in model.modules():
             if getattr(module, "pooler", None) is not None:
                 module.pooler = None  # its output is not used: it would be trained without a gradient
-        super().__init__(model.get_embedding_dimension(), config.trainable)
-        self.model = model
+        if not config.pools or len(set(config.pools)) < len(config.pools):
+            raise BadInput(f"model.text.pools is '{','.join(config.pools)}': name one or more pools, each once")
+        super().__init__(model.get_embedding_dimension() * len(config.pools), config.trainable)
+        self.model, self.pools = model, config.pools
         if config.checkpoint and config.trainable:
             model[0].auto_model.activation_checkpointing_enable({"use_reentrant": False})
         self.settle()
@@ -309,8 +311,19 @@ class SentenceEncoder(TextBackbone):
     def forward(self, tokens: TextInput) -> Tensor:
         assert isinstance(tokens, Mapping)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            embedding: Tensor = self.model(dict(tokens))["sentence_embedding"]
-        return embedding.float()
+            made = self.model(dict(tokens))
+            return torch.cat([self._pooled(pool, made) for pool in self.pools], dim=1)
+
+    @staticmethod
+    def _pooled(pool: str, made: Mapping[str, Tensor]) -> Tensor:
+        """Return one pool [B, D] of what the model made, float32."""
+        if pool == "sentence":
+            return made["sentence_embedding"].float()
+        words = made["token_embeddings"].float()  # [B, L, D]
+        if pool == "cls":
+            return F.normalize(words[:, 0], dim=1)
+        padding = ~made["attention_mask"].bool().unsqueeze(2)
+        return F.normalize(words.masked_fill(padding, -torch.inf).amax(1), dim=1)
 
 
 def _build_cnn(config: TextBackboneConfig, vocabulary: Vocabulary | None) -> SentenceCNN:

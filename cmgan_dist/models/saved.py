@@ -1,7 +1,7 @@
 """RUN/best: the trained generator with all that is needed to go from a raw picture or text to the common space.
 
     best/model.json            classes, how features are made, config, how training stood, SHA-256 of every other file
-    best/model.safetensors     the generator's tensors, trained backbones included, and ``statistics/*`` (`Statistics`)
+    best/model.safetensors     the generator's tensors, trained backbones included, and ``scoring/*`` (`Scoring`)
     best/config.yaml           the whole Config
     best/vocabulary.json       words of the text CNN, where there is one
     best/backbones/image|text  weights of frozen backbones that were given as a file or folder
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cmgan_dist.config.fields import CONFIG_NAME, Config, ImageBackboneConfig
+from cmgan_dist.config.fields import CONFIG_NAME, Config, ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.config.load import load_config, to_yaml
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput
@@ -39,13 +39,14 @@ from cmgan_dist.models.backbones import (
     build_text_backbone,
 )
 from cmgan_dist.models.generator import Generator, Modality, build_generator
+from cmgan_dist.models.scoring import PREFIX as SCORING
+from cmgan_dist.models.scoring import Scoring
 from cmgan_dist.models.vocabulary import Vocabulary
 from cmgan_dist.models.weights import checksums_of, copy_weights, weights_sha256
 
 BEST = "best"
 SPEC_NAME, MODEL_NAME, VOCABULARY_NAME = "model.json", "model.safetensors", "vocabulary.json"
 VERSION = 1
-STATISTICS = ("image_mean", "image_std", "text_mean", "text_std")
 CAPTIONS = {"training": "one of a picture's captions is drawn each epoch", "evaluation": "every caption is an item"}
 
 
@@ -71,6 +72,8 @@ class BackboneSpec:
     """Divides each colour channel after that."""
     max_tokens: int | None = None
     """Longer texts are cut."""
+    pools: list[str] | None = None
+    """Of a sentence encoder: what makes the feature of a text's tokens (model.text.pools)."""
 
 
 @dataclass
@@ -93,16 +96,6 @@ class ModelSpec:
 
 
 @dataclass
-class Statistics:
-    """Mean and standard deviation of the training split's common representations, per modality, float64 [E] each."""
-
-    image_mean: Tensor
-    image_std: Tensor
-    text_mean: Tensor
-    text_std: Tensor
-
-
-@dataclass
 class Saved:
     """A best/ folder that was read and whose files are what model.json says."""
 
@@ -111,8 +104,13 @@ class Saved:
     config: Config
     tensors: dict[str, Tensor]
     """The generator's, by name."""
-    statistics: Statistics | None
-    """None until training has ended."""
+    scoring: Scoring
+    """How items are compared: `Scoring.plain` until training has ended."""
+
+    @property
+    def dim(self) -> int:
+        """D, the dimension of the vectors."""
+        return self.scoring.dim(self.config.model.common_dim, len(self.spec.data.classes))
 
 
 # ---------------------------------------------------------------------------------------------- what is kept
@@ -129,7 +127,7 @@ def _backbone_spec(
         names = ("backbone", "weights", "weights_sha256")
         if not isinstance(made, dict) or not all(isinstance(made.get(name), str) for name in names):
             return BackboneSpec("features", dim)
-        known = ("weights", "weights_sha256", "image_size", "max_tokens", "mean", "std")
+        known = ("weights", "weights_sha256", "image_size", "max_tokens", "pools", "mean", "std")
         return BackboneSpec(made["backbone"], dim, **{k: made[k] for k in known if k in made})
     if backbone.trainable:  # a sentence encoder's tokeniser comes from where its first weights came from
         spec = BackboneSpec(chosen.name, dim, True, chosen.weights if chosen.name == "sentence" else "")
@@ -139,6 +137,7 @@ def _backbone_spec(
         spec.image_size = chosen.image_size
     else:
         spec.max_tokens = chosen.max_tokens
+        spec.pools = list(chosen.pools) if chosen.name == "sentence" else None
     if isinstance(backbone, TimmBackbone):
         spec.mean, spec.std = backbone.mean, backbone.std
     return spec
@@ -194,15 +193,15 @@ def save_model(
     *,
     progress: Mapping[str, object],
     vocabulary: Vocabulary | None = None,
-    statistics: Statistics | None = None,
+    scoring: Scoring | None = None,
 ) -> None:
     """Replace the model in the folder `best` in one step; the same model gives the same bytes.
 
     `tensors`: `stored_tensors` of the generator. `progress`: how training stands. Raises BadInput when the folder
     cannot be written."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if statistics is not None:
-        stored |= {f"statistics/{name}": getattr(statistics, name) for name in STATISTICS}
+    if scoring is not None:
+        stored |= {SCORING + name: tensor.cpu().contiguous() for name, tensor in scoring.tensors().items()}
     files = {MODEL_NAME: save(stored), CONFIG_NAME: to_yaml(config).encode()}
     if vocabulary is not None:
         files[VOCABULARY_NAME] = vocabulary.to_json().encode()
@@ -304,10 +303,13 @@ def read_model(run: str | Path) -> Saved:
         tensors = load(path.read_bytes())
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path} cannot be read ({error}): restore it or train again") from None
-    found = {name: tensors.pop(f"statistics/{name}", None) for name in STATISTICS}
+    found = {name.removeprefix(SCORING): tensors.pop(name) for name in list(tensors) if name.startswith(SCORING)}
+    try:
+        scoring = Scoring.read(found, spec.data.label_kind == "multi") if found else Scoring.plain()
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} has a scoring that cannot be read ({error!r}): train again") from None
     config = load_config(whole_file(folder, CONFIG_NAME, spec.files.get(CONFIG_NAME)))
-    statistics = None if any(v is None for v in found.values()) else Statistics(**found)  # type: ignore[arg-type]
-    return Saved(folder, spec, config, tensors, statistics)
+    return Saved(folder, spec, config, tensors, scoring)
 
 
 # ---------------------------------------------------------------------------------------------- building
@@ -392,6 +394,7 @@ def load_backbone(saved: Saved, modality: Modality) -> ImageBackbone | TextBackb
     else:
         chosen = dataclasses.replace(saved.config.model.text, name=spec.name, weights=weights, trainable=spec.trained)
         chosen.max_tokens = spec.max_tokens or chosen.max_tokens
+        chosen.pools = tuple(spec.pools or TextBackboneConfig.pools)  # type: ignore[arg-type]
         backbone = build_text_backbone(chosen, vocabulary=_vocabulary_of(saved))
     if kept:
         check_shapes(backbone.state_dict(), kept, str(saved.folder))

@@ -4,9 +4,9 @@ Made from what lies in the run's folder; a part that is not there yet is left ou
 
     config.yaml       the whole Config
     metrics.jsonl     lines of kind "train" (loss/PHASE/TERM, accuracy/D/GROUP, margin/D) and "val" (`metrics.evaluate`)
-    evaluation.json   "metrics" (`metrics.evaluate`), "baselines" {name: the same}, "classes", "zscore"; and, shown as
+    evaluation.json   "metrics" (`metrics.evaluate`), "ends" and "baselines" {name: the same}, "classes"; and, shown as
                       they are, "data", "split", "seed", "checkpoint"
-    embeddings.npz    image [N, E], text [M, E], text_owner [M], keys [N], labels [N, C] where the pairs have classes
+    embeddings.npz    image [N, D], text [M, D], text_owner [M], keys [N], labels [N, C] where the pairs have classes
 """
 
 from __future__ import annotations

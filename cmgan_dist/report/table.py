@@ -53,7 +53,7 @@ def results_table(evaluation: dict[str, Any], console: Console | None = None) ->
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     for name, _ in rows:
-        table.add_column(escape(name), justify="right", style="cyan" if name == MODEL else None)
+        table.add_column(escape(name), justify="right", style="cyan" if name.startswith(MODEL) else None)
     for column, following in zip(columns, [*columns[1:], None], strict=True):
         best = _best(column, rows)
         cells = []

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.retrieval.cca import PairedRows
 from cmgan_dist.retrieval.metrics import (
     CHUNK_ELEMENTS,
     Embeddings,
@@ -96,56 +97,15 @@ def _labels(data: Embeddings) -> torch.Tensor | None:
 # ---------------------------------------------------------------------------------------------- CCA
 
 
-class _Side:
-    """Rows x [n, F] of one modality in the eigenvectors of their covariance, in which any ridge is whitened cheaply."""
-
-    def __init__(self, x: np.ndarray) -> None:
-        self.centre = x.mean(0)
-        values, vectors = np.linalg.eigh((x - self.centre).T @ (x - self.centre) / len(x))
-        self.values, self.vectors = values.clip(min=0.0), vectors
-        self.rotated = (x - self.centre) @ vectors
-
-    def scale(self, ridge: float) -> np.ndarray:
-        """[F]: what whitens each eigenvector of cov(x) + ridge * mean variance * I; 0 where x has no variance."""
-        values = self.values + ridge * self.values.mean()
-        kept = values > values.max() * 1e-10
-        return np.where(kept, 1 / np.sqrt(np.where(kept, values, 1)), 0)
-
-
-def _singular(m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (U [a, r], singular values [r], descending, V [b, r]) of m [a, b] by the eigenvectors of its smaller Gram
-    matrix, in a tenth of the time of an SVD. Directions below 1e-5 of the largest, where that is not exact, are left
-    out."""
-    if m.shape[0] < m.shape[1]:
-        v, values, u = _singular(m.T)
-        return u, values, v
-    squares, v = np.linalg.eigh(m.T @ m)
-    squares, v = squares[::-1].clip(min=0), v[:, ::-1]
-    kept = squares > squares[0] * 1e-10
-    values, v = np.sqrt(squares[kept]), v[:, kept]
-    return m @ v / values, values, v
-
-
-class _Pairs:
-    """Paired rows, for CCA with any ridges."""
-
-    def __init__(self, image: np.ndarray, text: np.ndarray) -> None:
-        self.image, self.text = _Side(image), _Side(text)
-        self.cross = self.image.rotated.T @ self.text.rotated / len(image)
-
-    def solve(self, ridges: tuple[float, float]) -> tuple[Projection, np.ndarray]:
-        """Return a CCA in all its dimensions, and the correlations [E] of these."""
-        scale_i, scale_t = self.image.scale(ridges[0]), self.text.scale(ridges[1])
-        u, correlation, v = _singular(scale_i[:, None] * self.cross * scale_t)
-        centre_i, centre_t = self.image.centre, self.text.centre
-        weight_i = self.image.vectors @ (scale_i[:, None] * u)
-        weight_t = self.text.vectors @ (scale_t[:, None] * v)
-        projection = Projection(
-            lambda x: (np.asarray(x, np.float64) - centre_i) @ weight_i,
-            lambda x: (np.asarray(x, np.float64) - centre_t) @ weight_t,
-            {"dims": len(correlation), "image_ridge": ridges[0], "text_ridge": ridges[1]},
-        )
-        return projection, correlation
+def _projection(rows: PairedRows, ridges: tuple[float, float]) -> tuple[Projection, np.ndarray]:
+    """Return a CCA in all its dimensions, and the correlations [E] of these."""
+    found, centre_i, centre_t = rows.solve(ridges), rows.image.centre, rows.text.centre
+    projection = Projection(
+        lambda x: (np.asarray(x, np.float64) - centre_i) @ found.image,
+        lambda x: (np.asarray(x, np.float64) - centre_t) @ found.text,
+        {"dims": len(found.correlation), "image_ridge": ridges[0], "text_ridge": ridges[1]},
+    )
+    return projection, found.correlation
 
 
 def cca(
@@ -156,18 +116,18 @@ def cca(
     `ridges`, of image and text, times the mean variance are added to the diagonals of the covariances; `dims` is cut to
     min(F_i, F_t). Each dimension is weighted by its correlation to the `power`. A direction that the pairs do not span
     gets weight 0, so that no inverse is taken of nothing."""
-    projection, correlation = _Pairs(image, text).solve(ridges)
+    projection, correlation = _projection(PairedRows(image, text), ridges)
     return projection.first(dims).weighted(correlation[:dims], power)
 
 
 def _best_cca(train: Embeddings, ridges: Sequence[float], dims: Sequence[int], score: Score) -> Projection:
     """Return the CCA that `score` likes best: first the ridges are chosen, then dimensions, power and z-scores."""
-    pairs, widest = _Pairs(*_pairs(train)), max(dims)
+    pairs, widest = PairedRows(*_pairs(train)), max(dims)
 
     def reached(solved: tuple[Projection, np.ndarray]) -> float:
         return score(solved[0].first(widest).weighted(solved[1][:widest], 1.0))
 
-    solutions = (pairs.solve(both) for both in itertools.product(ridges, ridges))
+    solutions = (_projection(pairs, both) for both in itertools.product(ridges, ridges))
     projection, correlation = max(solutions, key=reached)
     choices = [
         projection.first(d).weighted(correlation[:d], power).scored(zscore)

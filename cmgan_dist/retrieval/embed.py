@@ -14,28 +14,57 @@ import torch
 from torch import Tensor
 
 from cmgan_dist.config.fields import Config
-from cmgan_dist.data.batch import EvalBatch, batch_ranges, eval_batches
+from cmgan_dist.data.batch import batch_ranges, eval_batches
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.models.backbones import image_features, text_features
-from cmgan_dist.models.generator import Generator
-from cmgan_dist.models.saved import Statistics
+from cmgan_dist.models.generator import Generator, Modality
+from cmgan_dist.models.scoring import Scoring, class_logits
 from cmgan_dist.retrieval.metrics import Embeddings
 
 if TYPE_CHECKING:
     from cmgan_dist.distributed.processes import Parallel
 
-STATISTICS_BLOCKS, STATISTICS_SAMPLES = 64, 100_000
-"""Statistics are taken over all samples of a split, or over so many in blocks that lie evenly in a larger one."""
+SAMPLE_BLOCKS = 64
+"""Blocks, lying evenly in a split, from which `embed_sample` takes its samples."""
+
+
+@dataclass
+class Made:
+    """What a generator makes of n items of one modality, float32, on the CPU."""
+
+    feature: Tensor
+    """[n, F]: the backbone's features."""
+    common: Tensor
+    """[n, E]: common representations."""
+    logits: Tensor | None
+    """[n, C]: class logits; None of a model without classes."""
+
+    def vectors(self, scoring: Scoring, modality: Modality) -> Tensor:
+        """Return the items' vectors, float32 [n, D], unit length."""
+        return scoring.to(self.common.device)(modality, self.feature, self.common, self.logits)
 
 
 @dataclass
 class Embedded:
-    """A split of a data set in the common space, with the features that it was made from."""
+    """What a generator makes of samples of a data set; M texts belong to N images."""
 
-    common: Embeddings
-    features: Embeddings
-    """The backbones' features of the same items, for baselines."""
+    image: Made
+    text: Made
+    owner: Tensor
+    """int64 [M]: row of the image to which each text belongs."""
+    labels: Tensor | None
+    """bool [N, C]; None without classes."""
     keys: list[str]
+
+    def vectors(self, scoring: Scoring) -> Embeddings:
+        """Return the vectors of all items by a scoring."""
+        image, text = self.image.vectors(scoring, "image"), self.text.vectors(scoring, "text")
+        return Embeddings(image, text, self.owner, self.labels)
+
+    @property
+    def features(self) -> Embeddings:
+        """The backbones' features of all items, for baselines."""
+        return Embeddings(self.image.feature, self.text.feature, self.owner, self.labels)
 
 
 class Place(Protocol):
@@ -62,121 +91,86 @@ def evaluating(generator: Generator) -> Iterator[None]:
 
 
 @torch.no_grad()
-def embed_images(generator: Generator, images: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-    """Return common representations [n, E] and features [n, F_i], float32, on the CPU.
-
-    `images`: n images or features, as the generator's image backbone takes them. It must be in eval mode."""
-    features = image_features(generator.image_backbone, images.to(place.device))
-    with place.autocast():
-        common = generator.project_images(features)
-    return common.float().cpu(), features.float().cpu()
+def projected(generator: Generator, modality: Modality, feature: Tensor) -> Made:
+    """Return what the generator, which must be in eval mode, makes of features [n, F] on its device."""
+    common = generator.project_images(feature) if modality == "image" else generator.project_texts(feature)
+    logits = class_logits(generator, modality, common)
+    return Made(feature.float().cpu(), common.float().cpu(), None if logits is None else logits.cpu())
 
 
 @torch.no_grad()
-def embed_texts(generator: Generator, texts: Tensor | list[str], place: Place) -> tuple[Tensor, Tensor]:
-    """Return common representations [m, E] and features [m, F_t], float32, on the CPU.
+def embed_items(generator: Generator, modality: Modality, items: Tensor | list[str], place: Place) -> Made:
+    """Return what the generator, which must be in eval mode, makes of n images or texts, or of features [n, F].
 
-    `texts`: m texts or features, as the generator's text backbone takes them. It must be in eval mode."""
-    features = text_features(generator.text_backbone, texts, place.device)
+    `items`: as the generator's backbone of that modality takes them."""
+    if modality == "image":
+        assert isinstance(items, Tensor)
+        feature = image_features(generator.image_backbone, items.to(place.device))
+    else:
+        feature = text_features(generator.text_backbone, items, place.device)
     with place.autocast():
-        common = generator.project_texts(features)
-    return common.float().cpu(), features.float().cpu()
+        return projected(generator, modality, feature)
 
 
-def embed_batch(generator: Generator, batch: EvalBatch, place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return common image [n, E], common text [m, E], image features [n, F_i] and text features [m, F_t], float32, on
-    the CPU. The generator must be in eval mode."""
-    common_image, image = embed_images(generator, batch.image, place)
-    common_text, text = embed_texts(generator, batch.text, place)
-    return common_image, common_text, image, text
+Range = tuple[ShardReader, int, int]
+"""Samples of a reader's split, from the first up to the second number."""
+
+
+def _embed_ranges(
+    generator: Generator, ranges: Sequence[Range], config: Config, parallel: Parallel, left_out: list[str] | None
+) -> Embedded:
+    """Embed ranges of samples with all their texts, in order. Each process embeds some of them, and every process gets
+    the whole; any number of processes gives the same bits.
+
+    `left_out`: gets a line for each bad sample; None raises BadInput at one."""
+    mine = [len(ranges) * rank // parallel.world for rank in (parallel.rank, parallel.rank + 1)]
+    parts: list[tuple[Tensor | None, ...]] = []
+    keys: list[str] = []
+    options: dict[str, Any] = {"image_size": config.model.image.image_size, "batch": config.eval.batch}
+    with evaluating(generator):
+        for reader, first, stop in ranges[mine[0] : mine[1]]:
+            for batch in eval_batches(reader, **options, first=first, stop=stop, left_out=left_out):
+                image = embed_items(generator, "image", batch.image, parallel)
+                text = embed_items(generator, "text", batch.text, parallel)
+                columns = (image.feature, image.common, image.logits, text.feature, text.common, text.logits)
+                parts.append((*columns, batch.owner + len(keys), batch.labels))
+                keys += batch.keys
+    gathered = parallel.gather_objects((parts, keys))
+    before = list(itertools.accumulate((len(part_keys) for _, part_keys in gathered), initial=0))
+    rows = [
+        (*columns, owner + offset, labels)
+        for (part, _), offset in zip(gathered, before, strict=False)
+        for *columns, owner, labels in part
+    ]
+
+    def joined(column: tuple[Tensor | None, ...]) -> Tensor | None:
+        return None if any(x is None for x in column) else torch.cat([x for x in column if x is not None])
+
+    made: list[Any] = [joined(column) for column in zip(*rows, strict=True)]
+    owner, labels = made[6:]
+    return Embedded(Made(*made[:3]), Made(*made[3:6]), owner, labels, [key for _, part in gathered for key in part])
 
 
 def embed_split(generator: Generator, reader: ShardReader, config: Config, parallel: Parallel) -> Embedded:
-    """Embed every sample of the reader's split with all its texts, in canonical order.
+    """Embed every sample of the reader's split with all its texts, in canonical order (see `_embed_ranges`).
 
-    Each process embeds some of the batches, and every process gets the whole; any number of processes gives the same
-    bits. Raises BadInput at a bad sample."""
+    Raises BadInput at a bad sample."""
     ranges = batch_ranges(reader.counts, config.eval.batch)
-    mine = [len(ranges) * rank // parallel.world for rank in (parallel.rank, parallel.rank + 1)]
-    edges = [first for first, _ in ranges] + [int(reader.counts.sum())]
-    first, stop = edges[mine[0]], edges[mine[1]]
-    parts: list[tuple[Tensor, ...]] = []
-    keys: list[str] = []
-    done = first
-    size = config.model.image.image_size
-    with evaluating(generator):
-        for batch in eval_batches(reader, image_size=size, batch=config.eval.batch, first=first, stop=stop):
-            labels = batch.labels if batch.labels is not None else torch.zeros(len(batch.keys), 0, dtype=torch.bool)
-            parts.append((*embed_batch(generator, batch, parallel), batch.owner + done, labels))
-            keys += batch.keys
-            done += len(batch.keys)
-    gathered = parallel.gather_objects(([torch.cat(column) for column in zip(*parts, strict=True)], keys))
-    columns = zip(*(tensors for tensors, _ in gathered if tensors), strict=True)
-    common_image, common_text, image, text, owner, labels = (torch.cat(column) for column in columns)
-    known = labels if labels.shape[1] else None
-    return Embedded(
-        common=Embeddings(common_image, common_text, owner, known),
-        features=Embeddings(image, text, owner, known),
-        keys=[key for _, part in gathered for key in part],
-    )
+    return _embed_ranges(generator, [(reader, *each) for each in ranges], config, parallel, None)
 
 
-# ---------------------------------------------------------------------------------------------- statistics
-
-Moments = tuple[int, Tensor, Tensor]
-"""Rows, their mean [E] and the sum of squared deviations from it [E], float64."""
-
-
-def _moments(x: Tensor) -> Moments:
-    x = x.double()
-    return len(x), x.mean(0), (x - x.mean(0)).square().sum(0)
-
-
-def _merged(a: Moments, b: Moments) -> Moments:
-    """The moments of both sets of rows (Chan, Golub & LeVeque, 1979)."""
-    (n, mean_a, square_a), (m, mean_b, square_b) = a, b
-    delta = mean_b - mean_a
-    return n + m, mean_a + delta * m / (n + m), square_a + square_b + delta.square() * n * m / (n + m)
+def embed_sample(
+    generator: Generator, readers: Sequence[ShardReader], samples: int, config: Config, parallel: Parallel
+) -> Embedded:
+    """Embed at most about `samples` samples of a training split (of a mixture: of all its data sets), in blocks that
+    lie evenly in it. Bad samples are left out, as training replaces them."""
+    ranges = [(reader, *block) for reader in readers for block in _blocks(reader, samples // len(readers))]
+    return _embed_ranges(generator, ranges, config, parallel, [])
 
 
 def _blocks(reader: ShardReader, samples: int) -> list[tuple[int, int]]:
     """Ranges of samples that lie evenly in the reader's split and have about `samples` samples together."""
     total = int(reader.counts.sum())
-    starts = [total * k // STATISTICS_BLOCKS for k in range(STATISTICS_BLOCKS + 1)]
-    most = -(-samples // STATISTICS_BLOCKS)
+    starts = [total * k // SAMPLE_BLOCKS for k in range(SAMPLE_BLOCKS + 1)]
+    most = -(-samples // SAMPLE_BLOCKS)
     return [(a, min(b, a + most)) for a, b in itertools.pairwise(starts) if b > a]
-
-
-def common_statistics(
-    generator: Generator, readers: Sequence[ShardReader], config: Config, parallel: Parallel
-) -> Statistics:
-    """Return mean and deviation of the common representations of a training split (of a mixture: of all its data sets).
-
-    Each process embeds a part, and any number of processes gives the same bits. Bad samples are left out, as training
-    replaces them."""
-    work = [(r, block) for r in readers for block in _blocks(r, STATISTICS_SAMPLES // len(readers))]
-    mine: list[tuple[int, Moments, Moments]] = []
-    with evaluating(generator):
-        for number in range(parallel.rank, len(work), parallel.world):
-            reader, (first, stop) = work[number]
-            batches = eval_batches(
-                reader,
-                image_size=config.model.image.image_size,
-                batch=config.eval.batch,
-                first=first,
-                stop=stop,
-                left_out=[],
-            )
-            made = [embed_batch(generator, batch, parallel)[:2] for batch in batches]
-            if made:
-                image, text = (torch.cat(column) for column in zip(*made, strict=True))
-                mine.append((number, _moments(image), _moments(text)))
-    every = sorted((m for part in parallel.gather_objects(mine) for m in part), key=lambda m: m[0])
-    _, image_all, text_all = every[0]
-    for _, image_moments, text_moments in every[1:]:
-        image_all, text_all = _merged(image_all, image_moments), _merged(text_all, text_moments)
-
-    def deviation(moments: Moments) -> Tensor:
-        return (moments[2] / moments[0]).sqrt()
-
-    return Statistics(image_all[1], deviation(image_all), text_all[1], deviation(text_all))

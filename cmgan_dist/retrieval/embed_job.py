@@ -102,7 +102,6 @@ def make_plan(options: EmbedOptions) -> Plan:
         output=options.output,
         batch=options.batch or saved.config.eval.batch,
         dtype=options.dtype,
-        unit=options.unit,
         device=device,
         threads=threads,
         skip_bad=options.skip_bad,
@@ -276,9 +275,8 @@ def finish(plan: Plan, made: Sequence[Part]) -> EmbeddingSet:
     spec = plan.saved.spec
     manifest = EmbeddingManifest(
         model=ModelIdentity(plan.job.model, str(Path(plan.job.run).resolve()), spec.data_name),
-        dim=plan.saved.config.model.common_dim,
+        dim=plan.saved.dim,
         dtype=plan.job.dtype,
-        unit=plan.job.unit,
         source=plan.source.identity,
         classes=list(plan.source.classes),
         attribution=plan.source.attribution,

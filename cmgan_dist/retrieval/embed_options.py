@@ -29,8 +29,6 @@ class EmbedOptions:
     """Splits of the data, such as train,test; all when left out."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of the stored vectors."""
-    unit: bool = True
-    """Give vectors unit length. --no-unit leaves them as the model makes them, which z-scores over a split need."""
     batch: int | None = None
     """Samples embedded at a time (None: as many as an evaluation of the run). The last bits depend on it."""
     task: str = ""

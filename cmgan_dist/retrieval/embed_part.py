@@ -1,6 +1,6 @@
 """One part of a source (`embed_source`) -> its files of embeddings (`embeddings`), by one process.
 
-Shapes: n images and m texts of the part, E dimensions of the common space."""
+Shapes: n images and m texts of the part, D dimensions of a vector."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -21,10 +20,9 @@ from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs import ledger
 from cmgan_dist.models.generator import Modality
 from cmgan_dist.models.saved import MODEL_NAME, read_model
-from cmgan_dist.retrieval.embed import embed_images, embed_texts, evaluating
+from cmgan_dist.retrieval.embed import embed_items, evaluating
 from cmgan_dist.retrieval.embed_source import Part, Reading, Source, open_source
 from cmgan_dist.retrieval.embeddings import ITEMS, write_shard
-from cmgan_dist.retrieval.metrics import unit_vectors
 from cmgan_dist.retrieval.model import Model
 
 
@@ -40,7 +38,6 @@ class Job:
     output: str
     batch: int
     dtype: str
-    unit: bool
     device: str
     threads: int
     """Threads that decode images."""
@@ -49,7 +46,7 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """Return what decides the bytes of a part's files beside its source: the same on every machine."""
-        return {"model": self.model, "batch": self.batch, "dtype": self.dtype, "unit": self.unit}
+        return {"model": self.model, "batch": self.batch, "dtype": self.dtype}
 
 
 class Worker:
@@ -68,7 +65,7 @@ class Worker:
         self.job = job
 
     def project(self, part: Part, left_out: list[str]) -> tuple[list[Entry], dict[Modality, torch.Tensor]]:
-        """Return the samples of a part and their common representations, image [n, E] and text [m, E].
+        """Return the samples of a part and their vectors, image [n, D] and text [m, D].
 
         A modality without any is not there. Raises BadInput at a bad sample unless the job skips them; a line for each
         is added to `left_out`."""
@@ -77,13 +74,21 @@ class Worker:
         with evaluating(self.generator):
             for batch in self.source.batches(part, self.reading, left_out):
                 self._check(left_out)
-                if "image" in made:
-                    made["image"].append(embed_images(self.generator, batch.image, self.model)[0])
-                if "text" in made:
-                    made["text"].append(embed_texts(self.generator, batch.text, self.model)[0])
+                for modality, items in (("image", batch.image), ("text", batch.text)):
+                    if modality in made:
+                        made[modality].append(self._vectors(modality, items, part))
                 entries += entries_of(batch)
         self._check(left_out)
         return entries, {modality: torch.cat(rows) for modality, rows in made.items() if rows}
+
+    def _vectors(self, modality: Modality, items: torch.Tensor | list[str], part: Part) -> torch.Tensor:
+        """Return the vectors of a batch. Raises BadInput when they are not finite."""
+        made = embed_items(self.generator, modality, items, self.model)
+        if not torch.isfinite(made.common).all():
+            raise BadInput(
+                f"the vectors of {part.origin} are not finite: the model in {self.job.run} has diverged, use another"
+            )
+        return made.vectors(self.model.scoring, modality)
 
     def _check(self, left_out: Sequence[str]) -> None:
         if left_out and not self.job.skip_bad:
@@ -161,19 +166,12 @@ def embed_part(job: Job, part: Part) -> list[str]:
     with one_thread():
         worker = worker_of(job)
         source = worker.source.checksum(part)
-        entries, common = worker.project(part, left_out)
+        entries, made = worker.project(part, left_out)
         if worker.source.checksum(part) != source:
             raise BadInput(f"{job.location}: {part.origin} was changed while it was embedded: start again")
-        vectors = {modality: _stored(rows, job, part) for modality, rows in common.items()}
+        vectors = {modality: rows.numpy().astype(job.dtype) for modality, rows in made.items()}
         items = items_of(entries, part, worker.source.modalities)
         left_out = [shown(line) for line in left_out]
         record = ledger.Record(source, job.settings, left_out=left_out)
     write_shard(FileStore(job.output, "--output"), part.name, vectors, items, record)
     return left_out
-
-
-def _stored(common: torch.Tensor, job: Job, part: Part) -> np.ndarray:
-    """Return common representations [n, E] as they are stored. Raises BadInput when they are not finite."""
-    if not torch.isfinite(common).all():
-        raise BadInput(f"the vectors of {part.origin} are not finite: the model in {job.run} has diverged, use another")
-    return (unit_vectors(common) if job.unit else common).numpy().astype(job.dtype)

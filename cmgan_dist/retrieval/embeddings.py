@@ -101,8 +101,6 @@ class EmbeddingManifest:
     """Source and licence of the data."""
     shards: list[EmbeddedShard] = field(default_factory=list)
     """In canonical order: splits in the order of the data's manifest, then shards."""
-    unit: bool = True
-    """Vectors have unit length; else they are as the model made them."""
 
     def to_json(self) -> str:
         """Return the text of embeddings.json; `from_json` reads it."""
@@ -223,7 +221,7 @@ class EmbeddingSet:
             manifest = EmbeddingManifest.from_json(store.read(MANIFEST_NAME), where)
         except FileNotFoundError:
             raise BadInput(f"{where} does not exist: make it by launchers/embed.py, or name another folder") from None
-        if manifest.dtype not in DTYPES or not isinstance(manifest.unit, bool):
+        if manifest.dtype not in DTYPES:
             raise BadInput(f"{where} has vectors of a kind that this program does not know: embed again")
         told = [manifest.to_json(), *(ledger.text_of(_checked(store, manifest, shard)) for shard in manifest.shards)]
         return cls(store, manifest, hashlib.sha256("\0".join(told).encode("utf-8", "surrogatepass")).hexdigest())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_generator, read_model
-from cmgan_dist.retrieval.embed import Embedded, embed_split
+from cmgan_dist.retrieval.embed import embed_split
 from cmgan_dist.retrieval.embeddings import EmbeddingSet
 from cmgan_dist.retrieval.metrics import Embeddings
 from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
@@ -30,16 +31,13 @@ class EvaluationTask:
 
     saved: Saved
     reader: ShardReader
-    zscore: bool
-    """Standardise common representations per modality over the split, as the CM-GANs authors do."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the result: data, split, standardising, and checksums of the manifest and the model."""
+        """Return what decides the result: data, split, and checksums of the manifest and the model."""
         manifest = self.reader.manifest.to_json()
         return {
             "data": self.reader.data,
             "split": self.reader.split,
-            "zscore": self.zscore,
             "manifest": hashlib.sha256(manifest.encode()).hexdigest(),
             "model": self.saved.spec.files[MODEL_NAME],
         }
@@ -50,17 +48,18 @@ class Evaluation:
     """An evaluation holds what a task gave; it is equal on every process."""
 
     record: dict[str, Any]
-    """The contents of evaluation.json: "metrics" (`metrics.evaluate`), "baselines" {name: the same}, "classes", what
-    was asked, "seed" and "checkpoint"."""
-    embedded: Embedded
+    """The contents of evaluation.json: "metrics" (`metrics.evaluate`), "ends" and "baselines" {name: the same},
+    "classes", "scoring", what was asked, "seed" and "checkpoint"."""
+    vectors: Embeddings
+    keys: list[str]
 
     def embeddings_npz(self) -> bytes:
-        """Return a ``.npz`` file: image [N, E], text [M, E], text_owner [M], keys [N], labels [N, C] if there are."""
-        common, packed = self.embedded.common, io.BytesIO()
-        arrays = {"image": common.image, "text": common.text, "text_owner": common.text_owner}
-        if common.labels is not None:
-            arrays["labels"] = common.labels
-        keys = np.array(self.embedded.keys)
+        """Return a ``.npz`` file: image [N, D], text [M, D], text_owner [M], keys [N], labels [N, C] if there are."""
+        vectors, packed = self.vectors, io.BytesIO()
+        arrays = {"image": vectors.image, "text": vectors.text, "text_owner": vectors.text_owner}
+        if vectors.labels is not None:
+            arrays["labels"] = vectors.labels
+        keys = np.array(self.keys)
         np.savez(packed, allow_pickle=False, keys=keys, **{k: v.numpy() for k, v in arrays.items()})
         return packed.getvalue()
 
@@ -93,11 +92,11 @@ def check_data(saved: Saved, reader: ShardReader) -> None:
         )
 
 
-def open_task(run: str | Path, data: str = "", *, split: str = "test", zscore: bool | None = None) -> EvaluationTask:
+def open_task(run: str | Path, data: str = "", *, split: str = "test") -> EvaluationTask:
     """Read the best model of a run and open the split on which it is to be evaluated.
 
-    `data`: folder or URL; "" is the data that the run was trained on (the first of a mixture). `zscore`: None takes the
-    run's eval.zscore. Raises BadInput when run or data cannot be read, or do not fit together."""
+    `data`: folder or URL; "" is the data that the run was trained on (the first of a mixture). Raises BadInput when run
+    or data cannot be read, or do not fit together."""
     saved = read_model(run)
     if not data:
         data = saved.config.data.split(",")[0]
@@ -107,7 +106,7 @@ def open_task(run: str | Path, data: str = "", *, split: str = "test", zscore: b
             raise BadInput(f"the data that {run} was trained on is not at {data}: name where it is by --data")
     reader = ShardReader(data, split, saved.config.stream)
     check_data(saved, reader)
-    return EvaluationTask(saved, reader, saved.config.eval.zscore if zscore is None else zscore)
+    return EvaluationTask(saved, reader)
 
 
 def run_task(task: EvaluationTask, *, baselines: bool = True, parallel: Parallel | None = None) -> Evaluation:
@@ -119,7 +118,13 @@ def run_task(task: EvaluationTask, *, baselines: bool = True, parallel: Parallel
     parallel = parallel or Parallel(config.train.precision)
     generator = load_generator(saved).to(parallel.device)
     embedded = embed_split(generator, reader, config, parallel)
-    record: dict[str, Any] = {"metrics": evaluate_embeddings(embedded.common, zscore=task.zscore), "baselines": {}}
+    vectors = embedded.vectors(saved.scoring)
+    record: dict[str, Any] = {"metrics": evaluate_embeddings(vectors, zscore=False), "ends": {}, "baselines": {}}
+    spec = saved.scoring.spec
+    for objective in spec.shares:
+        if objective != spec.objective:
+            of_end = embedded.vectors(saved.scoring.made_for(objective))
+            record["ends"][objective] = evaluate_embeddings(of_end, zscore=False)
     if baselines:
         from cmgan_dist.retrieval.baselines import baseline_table  # scikit-learn takes a second to import
 
@@ -130,20 +135,19 @@ def run_task(task: EvaluationTask, *, baselines: bool = True, parallel: Parallel
         record["baselines"] = baseline_table(train, val, embedded.features)
     record |= {
         "classes": saved.spec.data.classes,
+        "scoring": dataclasses.asdict(spec),
         **task.identity(),
         "seed": config.train.seed,
         "checkpoint": f"best, at sample {saved.spec.progress.get('best_position')} of training",
     }
-    return Evaluation(record, embedded)
+    return Evaluation(record, vectors, embedded.keys)
 
 
-def evaluate(run: str | Path, data: str = "", *, split: str = "test", zscore: bool | None = None) -> dict[str, Any]:
+def evaluate(run: str | Path, data: str = "", *, split: str = "test") -> dict[str, Any]:
     """Return the metrics of a run's best model on a split: MAP and recall of every direction by name.
 
     Arguments and errors are those of `open_task`."""
-    metrics: dict[str, Any] = run_task(open_task(run, data, split=split, zscore=zscore), baselines=False).record[
-        "metrics"
-    ]
+    metrics: dict[str, Any] = run_task(open_task(run, data, split=split), baselines=False).record["metrics"]
     return metrics
 
 
@@ -170,12 +174,8 @@ def embeddings_of(made: EmbeddingSet, split: str) -> Embeddings:
     return Embeddings(image, text, torch.tensor(owners), multi_hot if made.manifest.classes else None)
 
 
-def evaluate_embedded(embeddings: str | Path, *, split: str = "test", zscore: bool = True) -> dict[str, Any]:
+def evaluate_embedded(embeddings: str | Path, *, split: str = "test") -> dict[str, Any]:
     """Return the metrics, as `evaluate`, of a split whose vectors launchers/embed.py has written.
 
-    `zscore`: as of `open_task`; it needs vectors as the model makes them, which ``--no-unit`` leaves. Raises BadInput
-    when the embeddings are not whole, have unit length, or are not of both modalities of that split."""
-    made = EmbeddingSet.open(embeddings)
-    if zscore and made.manifest.unit:
-        raise BadInput(f"{made.location} holds vectors of unit length, no z-scores of which are right: embed --no-unit")
-    return evaluate_embeddings(embeddings_of(made, split), zscore=zscore)
+    Raises BadInput when the embeddings are not whole or not of both modalities of that split."""
+    return evaluate_embeddings(embeddings_of(EmbeddingSet.open(embeddings), split), zscore=False)

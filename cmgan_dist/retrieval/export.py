@@ -3,7 +3,8 @@
 The way of an export: fold BatchNorm into the linear layers -> trace -> write aside -> read back -> compare with the
 model itself on random input -> give the files their names.
 
-Shapes: n rows, F features of a backbone, E dimensions of the common space, S the side of a picture in pixels, L tokens.
+Shapes: n rows, F features of a backbone, E dimensions of the common space, D of a vector, S the side of a picture in
+pixels, L tokens.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from cmgan_dist.kernels.norm import GroupBatchNorm
 from cmgan_dist.models.backbones import SentenceCNN, SentenceEncoder
 from cmgan_dist.models.generator import Generator, Modality
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_backbone
+from cmgan_dist.models.scoring import class_logits
 from cmgan_dist.models.weights import first_line
-from cmgan_dist.retrieval.metrics import l2_normalise
 
 TOLERANCE = 1e-5
 """The largest difference of any number of a unit vector between a file and the model that it was made from."""
@@ -89,11 +90,26 @@ class FoldedProjection(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features float32 [n, F] -> unit vectors [n, E]."""
+        """Features float32 [n, F] -> common representations [n, E]."""
         x = F.normalize(features, dim=1) if self.unit_input else features
         x = F.leaky_relu(self.hidden(x), self.hidden_slope)
         x = self.common(x)
-        return F.normalize(F.leaky_relu(x, self.common_slope) if self.common_slope != 1 else x, dim=1)
+        return F.leaky_relu(x, self.common_slope) if self.common_slope != 1 else x
+
+
+class _Vectors(nn.Module):
+    """Features -> vectors, by a projection, the modality's classifier and the model's scoring."""
+
+    def __init__(self, saved: Saved, generator: Generator, modality: Modality, projection: nn.Module) -> None:
+        super().__init__()
+        self.projection, self.modality = projection, modality
+        self.generator, self.scoring = generator, copy.deepcopy(saved.scoring).cpu()
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features.float()
+        common = self.projection(features)
+        out: Tensor = self.scoring(self.modality, features, common, class_logits(self.generator, self.modality, common))
+        return out
 
 
 class _FromPixels(nn.Module):
@@ -125,7 +141,7 @@ class _FromTokens(nn.Module):
 
 
 class _Eager(nn.Module):
-    """The generator's own projection, with its BatchNorm: what an exported file is compared with."""
+    """The generator's own projection, with its BatchNorm: what the folded one is compared with."""
 
     def __init__(self, generator: Generator, modality: Modality) -> None:
         super().__init__()
@@ -133,7 +149,7 @@ class _Eager(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         project = self.generator.project_images if self.modality == "image" else self.generator.project_texts
-        return l2_normalise(project(features.float())).float()
+        return project(features)
 
 
 @dataclass
@@ -142,7 +158,7 @@ class _Part:
 
     modality: Modality
     traced: nn.Module
-    """Inputs -> unit vectors [n, E]."""
+    """Inputs -> unit vectors [n, D]."""
     eager: nn.Module
     """The same by the model as it is."""
     inputs: dict[str, dict[int, Any]]
@@ -166,7 +182,10 @@ def _part_of(saved: Saved, generator: Generator, modality: Modality, backbone: b
     """Return a modality from features, or from raw input with its backbone. Raises BadInput when that is not known."""
     spec, generator = getattr(saved.spec, modality), copy.deepcopy(generator).cpu()
     random, rows = torch.Generator().manual_seed(0), torch.export.Dim("rows", min=1, max=1 << 20)
-    traced, eager = FoldedProjection(generator, modality), _Eager(generator, modality)
+    traced, eager = (
+        _Vectors(saved, generator, modality, projection)
+        for projection in (FoldedProjection(generator, modality), _Eager(generator, modality))
+    )
     facts = {
         "model_sha256": saved.spec.files[MODEL_NAME],
         "modality": modality,
@@ -307,8 +326,8 @@ def export_model(
     As CLIP exports are, each modality is a file of its own: ``mine.onnx`` becomes ``mine.image.onnx`` and
     ``mine.text.onnx``; with `modality` that one alone is written, to `path` itself. Any number of rows n goes in:
 
-        image_features float32 [n, F_i]     -> image_embeds float32 [n, E], unit length
-        text_features float32 [n, F_t]      -> text_embeds float32 [n, E], unit length
+        image_features float32 [n, F_i]     -> image_embeds float32 [n, D], unit length
+        text_features float32 [n, F_t]      -> text_embeds float32 [n, D], unit length
 
     `backbone`: with the backbones in the files, which then take ``pixels`` uint8 [n, 3, S, S], red, green and blue,
     cut and resized as `decode_image` does and not normalised (the file does it), and ``input_ids`` int64 [n, L] with,

@@ -37,10 +37,11 @@ class Column:
 
 
 def headline(evaluation: dict[str, Any]) -> tuple[list[Column], Rows]:
-    """Return the columns that any row has, and the rows: the model, then the baselines, chance last."""
+    """Return the columns that any row has, and the rows: the model, its other ends, then the baselines, chance last."""
     baselines = dict(evaluation.get("baselines") or {})
     chance = {"chance": baselines.pop("chance")} if "chance" in baselines else {}
-    rows = [(MODEL, evaluation.get("metrics") or {}), *baselines.items(), *chance.items()]
+    ends = [(f"{MODEL}, {end} end", metrics) for end, metrics in (evaluation.get("ends") or {}).items()]
+    rows = [(MODEL, evaluation.get("metrics") or {}), *ends, *baselines.items(), *chance.items()]
     columns = [
         *(Column("MAP", title, f"map/{name}") for name, title in DIRECTIONS.items()),
         Column("MAP", "mean", "map/mean"),

@@ -37,7 +37,7 @@ CARD_NAME = "README.md"
 TAGS = ["cross-modal-retrieval", "image-text-retrieval", "gan"]
 PATTERNS = ["*.json", "*.safetensors", CONFIG_NAME, "backbones/**"]
 """What of a repository is fetched: others may keep exported files beside it."""
-EVALUATION_FIELDS = ("metrics", "baselines", "split", "zscore", "manifest", "model", "checkpoint")
+EVALUATION_FIELDS = ("metrics", "ends", "baselines", "scoring", "split", "manifest", "model", "checkpoint")
 """What of an evaluation goes along: all but paths of this machine."""
 
 
@@ -85,12 +85,11 @@ def model_card(saved: Saved, evaluation: dict[str, Any], name: str, license: str
             front=yaml.safe_dump(front | ({"license": license} if license else {}), sort_keys=False),
             title=name.rpartition("/")[2],
             name=name,
-            dim=saved.config.model.common_dim,
+            dim=saved.dim,
             backbones={"image": spec.image, "text": spec.text},
             columns=columns,
             rows=rows,
             split=evaluation.get("split", ""),
-            zscore=evaluation.get("zscore", False),
             data_name=spec.data_name,
             attribution=spec.attribution,
             classes=spec.data.classes,

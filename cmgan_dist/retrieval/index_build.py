@@ -97,16 +97,15 @@ class Added:
 
     def _checked(self, rows: np.ndarray, shard: EmbeddedShard, modality: str) -> np.ndarray:
         """float32 [n, E]; those that are not of unit length, as after rounding to float16, are made so."""
-        unit = self.embeddings.manifest.unit
         length = np.linalg.norm(rows.astype(np.float32), axis=1)
-        good = np.abs(length - 1) < 0.01 if unit else (length > 0) & np.isfinite(length)  # neither NaN nor Inf
+        good = np.abs(length - 1) < 0.01
         if not good.all():
             row = int(np.flatnonzero(~good)[0])
             raise BadInput(
                 f"{self.embeddings.location}: {modality} vector {row} of {shard.name} has length {length[row]:.3g}, "
-                f"expected {'1' if unit else 'more than 0'}: embed again"
+                "expected 1: embed again"
             )
-        return rows if unit and rows.dtype == np.float32 else (rows / length[:, None]).astype(np.float32)
+        return rows if rows.dtype == np.float32 else (rows / length[:, None]).astype(np.float32)
 
     def sample(self, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return random vectors, float32 [n, E], their ids, ascending, and whether they are of images, bool [n]."""

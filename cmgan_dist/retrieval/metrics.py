@@ -185,6 +185,12 @@ def pair_ranks(
     return ranks
 
 
+def pair_recall(data: Embeddings, k: int = 10) -> float:
+    """Return Recall@k of pairs by the vectors of a set, mean of both directions (`evaluate`)."""
+    metrics = evaluate(Embeddings(data.image, data.text, data.text_owner), zscore=False, recall_ks=(k,))
+    return (metrics[f"recall/image_to_text@{k}"] + metrics[f"recall/text_to_image@{k}"]) / 2
+
+
 def directions(data: Embeddings, image: Tensor, text: Tensor, all_modal: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Return name -> (query, gallery, query labels, gallery labels, query's own position in the gallery or None)."""
     assert data.labels is not None

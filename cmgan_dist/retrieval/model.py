@@ -2,7 +2,7 @@
 
 Each modality goes alone: encoding texts reads no image backbone and no picture, and the other way round.
 
-Shapes: n items, E dimensions of the common space, F features of a backbone."""
+Shapes: n items, D dimensions of a vector, F features of a backbone."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from cmgan_dist.models.backbones import ImageBackbone, TextBackbone, image_featu
 from cmgan_dist.models.generator import Generator, Modality
 from cmgan_dist.models.saved import Saved, load_backbone, load_generator, read_model
 from cmgan_dist.models.weights import first_line
+from cmgan_dist.retrieval.embed import projected
 from cmgan_dist.retrieval.inputs import is_one, pixels_of, text_of
-from cmgan_dist.retrieval.metrics import unit_vectors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,6 +52,7 @@ class Model:
         """`device`: "auto" takes a GPU if there is one. Backbones are read when the first item comes."""
         self.saved, self.device = saved, _device_of(device)
         self.generator = load_generator(saved, backbones=False).to(self.device)
+        self.scoring = saved.scoring
         self._backbones: dict[Modality, ImageBackbone | TextBackbone] = {}
 
     @classmethod
@@ -72,8 +73,8 @@ class Model:
 
     @property
     def dim(self) -> int:
-        """E, the dimension of the common space."""
-        return self.saved.config.model.common_dim
+        """D, the dimension of the vectors."""
+        return self.saved.dim
 
     @property
     def classes(self) -> list[str]:
@@ -104,7 +105,6 @@ class Model:
         images: ImageItem | Iterable[ImageItem] | np.ndarray | Tensor,
         *,
         batch: int = ...,
-        standardise: bool = ...,
         on_error: Literal["raise"] = ...,
         progress: bool | None = ...,
     ) -> np.ndarray: ...
@@ -114,7 +114,6 @@ class Model:
         images: ImageItem | Iterable[ImageItem] | np.ndarray | Tensor,
         *,
         batch: int = ...,
-        standardise: bool = ...,
         on_error: Literal["skip"],
         progress: bool | None = ...,
     ) -> tuple[np.ndarray, np.ndarray]: ...
@@ -123,22 +122,20 @@ class Model:
         images: ImageItem | Iterable[ImageItem] | np.ndarray | Tensor,
         *,
         batch: int = 64,
-        standardise: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         progress: bool | None = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Return the vectors of pictures, float32 [n, E], of unit length; features [n, F] are taken too.
+        """Return the vectors of pictures, float32 [n, D], of unit length; features [n, F] are taken too.
 
         `images`: one or many paths, open files, bytes, arrays (uint8 [n, H, W, 3] are many) or PIL images; a generator
-        is read as it goes, so that memory does not grow with it. `batch`: how many are decoded together. `standardise`:
-        take off the training split's mean and divide by its deviation before, as a z-scored evaluation does.
-        `on_error`: "skip" leaves out what is no picture and returns the vectors and the positions, int64 [n], of the
-        items that they are of. `progress`: draw a bar on stderr, or print a line a minute where that is no terminal;
-        None does so on a terminal. Raises BadInput naming the item that is no picture by its position."""
+        is read as it goes, so that memory does not grow with it. `batch`: how many are decoded together. `on_error`:
+        "skip" leaves out what is no picture and returns the vectors and the positions, int64 [n], of the items that
+        they are of. `progress`: draw a bar on stderr, or print a line a minute where that is no terminal; None does so
+        on a terminal. Raises BadInput naming the item that is no picture by its position."""
         rows, chosen = self._check(images, batch, on_error), _Chosen("images", on_error)
         if rows is not None:
             chosen.kept.extend(range(len(rows)))
-            return chosen.returned(self._encode("image", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise))
+            return chosen.returned(self._encode("image", _slices(rows, FEATURE_ROWS), torch.from_numpy))
         if isinstance(images, Tensor):
             images = images.numpy(force=True)
         if is_one(images):
@@ -156,7 +153,7 @@ class Model:
         listed = cast("Iterable[object]", images)
         with _progress("pictures", listed, batch, progress) as advance:
             lots = _told(_lots(enumerate(listed), batch), advance)
-            return chosen.returned(self._encode("image", lots, features, standardise))
+            return chosen.returned(self._encode("image", lots, features))
 
     @overload
     def encode_texts(
@@ -164,7 +161,6 @@ class Model:
         texts: str | Iterable[str] | np.ndarray | Tensor,
         *,
         batch: int = ...,
-        standardise: bool = ...,
         on_error: Literal["raise"] = ...,
         progress: bool | None = ...,
     ) -> np.ndarray: ...
@@ -174,7 +170,6 @@ class Model:
         texts: str | Iterable[str] | np.ndarray | Tensor,
         *,
         batch: int = ...,
-        standardise: bool = ...,
         on_error: Literal["skip"],
         progress: bool | None = ...,
     ) -> tuple[np.ndarray, np.ndarray]: ...
@@ -183,18 +178,17 @@ class Model:
         texts: str | Iterable[str] | np.ndarray | Tensor,
         *,
         batch: int = 64,
-        standardise: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         progress: bool | None = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Return the vectors of texts, float32 [n, E], of unit length; features [n, F] are taken too.
+        """Return the vectors of texts, float32 [n, D], of unit length; features [n, F] are taken too.
 
         `batch`: how many go through the backbone together; the rest as of `encode_images`. Raises BadInput naming the
         text that is empty by its position."""
         rows, chosen = self._check(texts, batch, on_error), _Chosen("texts", on_error)
         if rows is not None:
             chosen.kept.extend(range(len(rows)))
-            return chosen.returned(self._encode("text", _slices(rows, FEATURE_ROWS), torch.from_numpy, standardise))
+            return chosen.returned(self._encode("text", _slices(rows, FEATURE_ROWS), torch.from_numpy))
         if isinstance(texts, bytes | bytearray):
             raise BadInput("the text is bytes: decode it first")
         listed = [texts] if isinstance(texts, str) else list(texts)
@@ -204,7 +198,7 @@ class Model:
         with _progress("texts", good, LOT * batch, progress) as advance:
             lots = _told(_lots(good, LOT * batch), advance)
             return chosen.returned(
-                self._encode("text", lots, lambda lot: text_features(backbone, lot, self.device, batch), standardise)
+                self._encode("text", lots, lambda lot: text_features(backbone, lot, self.device, batch))
             )
 
     def _check(self, items: object, batch: int, on_error: str) -> np.ndarray | None:
@@ -244,30 +238,18 @@ class Model:
         return push_to_hub(self.saved, name, private=private, license=license)
 
     @torch.no_grad()
-    def _encode(
-        self, modality: Modality, batches: Iterable[T], features: Callable[[T], Tensor], standardise: bool
-    ) -> np.ndarray:
-        project = self.generator.project_images if modality == "image" else self.generator.project_texts
+    def _encode(self, modality: Modality, batches: Iterable[T], features: Callable[[T], Tensor]) -> np.ndarray:
         parts = [torch.zeros(0, self.dim)]
         for part in batches:
             made = features(part).to(self.device).float()
             expected = getattr(self.saved.spec, modality).dim
             if made.ndim != 2 or made.shape[1] != expected:
                 raise BadInput(f"the {modality} features have shape {list(made.shape)}, expected [n, {expected}]")
-            common = project(made).float().cpu()
-            if not torch.isfinite(common).all():
+            items = projected(self.generator, modality, made)
+            if not torch.isfinite(items.common).all():
                 raise BadInput(f"{modality} vectors are not finite: the features are too large, or the model diverged")
-            parts.append(unit_vectors(self._standardised(common, modality) if standardise else common))
+            parts.append(items.vectors(self.scoring, modality))
         return torch.cat(parts).numpy()
-
-    def _standardised(self, common: Tensor, modality: Modality) -> Tensor:
-        """Return common representations [n, E] by the training split's statistics, float64. Raises BadInput when there
-        are none."""
-        statistics = self.saved.statistics
-        if statistics is None:
-            raise BadInput(f"{self.saved.folder} has no statistics of its training split: train it to its end")
-        mean, std = getattr(statistics, f"{modality}_mean"), getattr(statistics, f"{modality}_std")
-        return (common.double() - mean) / torch.where(std > 0, std, 1.0)
 
 
 def load_model(run: str | Path, device: str | torch.device = "auto") -> Model:

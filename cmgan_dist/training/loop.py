@@ -24,8 +24,9 @@ from cmgan_dist.distributed.join import is_lost_process
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
 from cmgan_dist.files import write_atomic
 from cmgan_dist.models.saved import BEST, read_model, save_model, stored_tensors
-from cmgan_dist.retrieval.embed import common_statistics, embed_split
+from cmgan_dist.retrieval.embed import embed_sample, embed_split
 from cmgan_dist.retrieval.metrics import evaluate, score_of
+from cmgan_dist.training.choose_scoring import SAMPLES, asked_of, best_alone, choose_scoring
 from cmgan_dist.training.phases import Phase, not_finite, phase_table, run_phase
 from cmgan_dist.training.recorder import Clock, tracing
 from cmgan_dist.training.run import Run, prepare
@@ -77,7 +78,7 @@ def run_training(run: Run) -> int:
                 loop(run, clock)
                 run.checkpointer.wait()
             if progress.position >= total:
-                keep_statistics(run)
+                keep_scoring(run)
         except RuntimeError as error:
             if parallel.world == 1 or not is_lost_process(error):
                 raise
@@ -235,25 +236,30 @@ def give_up(run: Run, losses: list[str], bad_losses: Tensor, batches: list[Batch
     )
 
 
-def keep_statistics(run: Run) -> None:
-    """Add the training split's statistics (`Statistics`) to the best model of a run that has ended, where they are not
-    there yet. Every process calls it; the generator that is evaluated has the best model's weights afterwards."""
-    saved = read_model(run.folder)
-    if saved.statistics is not None:
+def keep_scoring(run: Run) -> None:
+    """Choose how the best model of a run that has ended compares items, and keep that with it; nothing is done where it
+    was chosen by the same settings before. Every process calls it, the first one chooses; the generator that is
+    evaluated has the best model's weights afterwards."""
+    saved, config = read_model(run.folder), run.config
+    if saved.scoring.spec.asked == asked_of(config.eval, bool(run.spec.data.classes)):
         return
     generator = run.networks.eval_generator
     generator.load_state_dict(saved.tensors, strict=False)
-    statistics = common_statistics(generator, run.stream.readers, run.config, run.parallel)
+    train = embed_sample(generator, run.stream.readers, SAMPLES, config, run.parallel)
+    val = embed_split(generator, run.val_reader, config, run.parallel)
     if run.parallel.main:
         save_model(
             run.folder / BEST,
             run.spec,
-            saved.config,
+            dataclasses.replace(saved.config, eval=config.eval),
             saved.tensors,
             progress=saved.spec.progress,
             vocabulary=run.vocabulary,
-            statistics=statistics,
+            scoring=choose_scoring(
+                train, val, config.eval, run.networks.multi_label, config.train.seed, run.recorder.say
+            ),
         )
+    run.parallel.gather_objects(None)  # the others wait, so that none takes the model for unfinished
 
 
 def validate_now(run: Run) -> dict[str, float]:
@@ -262,7 +268,8 @@ def validate_now(run: Run) -> dict[str, float]:
     Return "score" and the metrics by name, equal on every process."""
     config, progress, recorder = run.config, run.progress, run.recorder
     embedded = embed_split(run.networks.eval_generator, run.val_reader, config, run.parallel)
-    metrics = evaluate(embedded.common, zscore=config.eval.zscore, all_modal=False)
+    vectors = best_alone(embedded, config.eval, run.networks.multi_label)
+    metrics = evaluate(vectors, zscore=False, all_modal=False)
     score = score_of(metrics)
     if progress.best is None or score > progress.best:
         progress.best, progress.best_position = score, progress.position

@@ -1,0 +1,194 @@
+"""How two items are compared: one vector per item, whose inner products are the scores.
+
+A vector joins up to three blocks, each with its share of the score:
+
+    class    posteriors p of the classes: p_image . p_text is the chance that both items are of one class
+    common   the common representation c at unit length: the cosine, raw or standardised by the training split
+    pair     a linear map of the backbone's feature, fitted to pairs (`training.pair_head`): a cosine too
+
+and, where a query bank is used, what QB-Norm (Bogolin et al., CVPR 2022, in the log domain) takes off an item that many
+training queries find: log-mean-exp of its scores with a bank of training items of the other modality. Every vector has
+unit length, by dimensions of its own modality that meet nothing of the other one's, so any index serves it.
+
+Shapes: n items, F feature dimensions, E common, C classes, P pair dimensions, K items of the bank, D of a vector."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmgan_dist.models.generator import Generator, Modality
+
+Objective = Literal["class", "pair", "both"]
+MODALITIES: tuple[Modality, Modality] = ("image", "text")
+OBJECTIVES: tuple[Objective, ...] = ("class", "pair", "both")
+PREFIX = "scoring/"
+"""Of the tensors' names in model.safetensors."""
+SPEC = "spec"
+"""Name of the tensor that holds the `ScoringSpec`: uint8, JSON."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What each block has of the score (they add up to 1), and how the bank counts."""
+
+    posterior: float = 0.0
+    common: float = 1.0
+    pair: float = 0.0
+    bank: float = 0.0
+    """Weight of what the bank takes off a score; 0 is off."""
+    sharpness: float = 20.0
+    """Factor b of the scores in log-mean-exp(b s) / b over the bank."""
+
+
+@dataclass(frozen=True)
+class ScoringSpec:
+    """What was asked of the scoring, and what validation chose for it."""
+
+    objective: Objective
+    """What the model's vectors are made for."""
+    asked: dict[str, Any]
+    """The settings of the config by which this was chosen."""
+    shares: dict[Objective, Shares]
+    """Objective -> its shares: "pair" alone without classes."""
+    standardise: bool = False
+    """Common representations by mean and deviation of the training split."""
+    validation: dict[Objective, dict[Objective, float]] = field(default_factory=dict)
+    """Objective -> measures on the validation split by which its shares were chosen."""
+
+
+class Blocks(NamedTuple):
+    """The blocks of n items of one modality, float64; None for one that the model has not."""
+
+    posterior: Tensor | None
+    """[n, C], no longer than 1."""
+    common: Tensor
+    """[n, E], unit length."""
+    pair: Tensor | None
+    """[n, P], unit length."""
+
+    def rows(self, index: Tensor) -> Blocks:
+        """Return the blocks of some rows."""
+        posterior, common, pair = self
+        return Blocks(
+            None if posterior is None else posterior[index], common[index], None if pair is None else pair[index]
+        )
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+class Scoring(nn.Module):
+    """The scoring of a model: its statistics, pair maps and bank, and the shares that are in use."""
+
+    def __init__(self, spec: ScoringSpec, tensors: Mapping[str, Tensor], multi_label: bool) -> None:
+        """`tensors`: what `tensors` returns, by name. `multi_label`: posteriors are a sigmoid a class."""
+        super().__init__()
+        self.spec, self.multi_label = spec, multi_label
+        self.shares = spec.shares[spec.objective]
+        for name, tensor in tensors.items():
+            if name != SPEC:
+                self.register_buffer(name, tensor)
+
+    @classmethod
+    def plain(cls) -> Scoring:
+        """Return the scoring of a model whose training has not ended: the cosine of common representations."""
+        return cls(ScoringSpec("pair", {}, {"pair": Shares()}), {}, False)
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], multi_label: bool) -> Scoring:
+        """Return the scoring that `tensors` of a saved model describe. Raises ValueError, KeyError or TypeError when
+        they do not."""
+        record = json.loads(bytes(tensors[SPEC].tolist()))
+        record["shares"] = {name: Shares(**shares) for name, shares in record["shares"].items()}
+        return cls(ScoringSpec(**record), tensors, multi_label)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that `read` needs, by name."""
+        text = json.dumps(dataclasses.asdict(self.spec), sort_keys=True).encode()
+        return {SPEC: torch.frombuffer(bytearray(text), dtype=torch.uint8), **dict(self.named_buffers())}
+
+    def made_for(self, objective: Objective) -> Scoring:
+        """Return the same scoring with the shares of another objective."""
+        spec = dataclasses.replace(self.spec, objective=objective)
+        return Scoring(spec, dict(self.named_buffers()), self.multi_label)
+
+    def _tensor(self, name: str) -> Tensor | None:
+        found = self._buffers.get(name)
+        return None if found is None else found.double()
+
+    def dim(self, common: int, classes: int) -> int:
+        """Return D for E = `common` and C = `classes`."""
+        shares, weight = self.shares, self._tensor("image_pair_weight")
+        dim = (classes + 2) * (shares.posterior > 0) + common * (shares.common > 0) + 4 * (shares.bank > 0)
+        return dim + (weight.shape[1] if shares.pair and weight is not None else 0)
+
+    def blocks(self, modality: Modality, feature: Tensor, common: Tensor, logits: Tensor | None) -> Blocks:
+        """Return the blocks of items with features [n, F], common representations [n, E] and class logits [n, C]."""
+        posterior = pair = None
+        if logits is not None and self.multi_label:
+            posterior = logits.double().sigmoid() / math.sqrt(logits.shape[1])
+        elif logits is not None:
+            posterior = logits.double().softmax(1)
+        common = common.double()
+        mean, std = self._tensor(f"{modality}_mean"), self._tensor(f"{modality}_std")
+        if self.spec.standardise and mean is not None and std is not None:
+            common = (common - mean) / torch.where(std > 0, std, 1.0)
+        weight, bias = self._tensor(f"{modality}_pair_weight"), self._tensor(f"{modality}_pair_bias")
+        if weight is not None and bias is not None:
+            pair = _unit(F.linear(feature.double(), weight.T, bias))
+        return Blocks(posterior, _unit(common), pair)
+
+    def bank_blocks(self, modality: Modality) -> Blocks | None:
+        """Return the blocks of the bank's items of a modality, None without a bank."""
+        posterior, common, pair = (self._tensor(f"{modality}_bank_{name}") for name in Blocks._fields)
+        return None if common is None else Blocks(posterior, common, pair)
+
+    def joined(self, modality: Modality, blocks: Blocks) -> Tensor:
+        """Return what the blocks make by their shares, float64 [n, D'], without the bank: at unit length."""
+        shares, own = self.shares, MODALITIES.index(modality)
+        parts = []
+        if shares.posterior and blocks.posterior is not None:
+            rest = torch.zeros_like(blocks.posterior[:, :2])
+            rest[:, own] = (1 - blocks.posterior.square().sum(1)).clamp_min(0).sqrt()
+            parts += [math.sqrt(shares.posterior) * x for x in (blocks.posterior, rest)]
+        if shares.common:
+            parts.append(math.sqrt(shares.common) * blocks.common)
+        if shares.pair and blocks.pair is not None:
+            parts.append(math.sqrt(shares.pair) * blocks.pair)
+        return torch.cat(parts, dim=1)
+
+    def vectors_of(self, modality: Modality, blocks: Blocks) -> Tensor:
+        """Return the vectors of items by their blocks, float32 [n, D], unit length."""
+        made, shares = self.joined(modality, blocks), self.shares
+        bank = self.bank_blocks("text" if modality == "image" else "image") if shares.bank else None
+        if bank is not None:
+            queries = self.joined("text" if modality == "image" else "image", bank)
+            scores = shares.sharpness * made @ queries.T
+            found = (scores.logsumexp(1) - math.log(len(queries))) / shares.sharpness * shares.bank
+            # image . text = score - found(image) - found(text); the last two make every length sqrt(2 + bank^2)
+            one, own = torch.ones_like(found), (shares.bank**2 - found.square()).clamp_min(0).sqrt()
+            columns = [-found, one, own, 0 * one] if modality == "image" else [one, -found, 0 * one, own]
+            made = torch.cat([made, torch.stack(columns, dim=1)], dim=1) / math.sqrt(2 + shares.bank**2)
+        return _unit(made).float()
+
+    def forward(self, modality: Modality, feature: Tensor, common: Tensor, logits: Tensor | None) -> Tensor:
+        """Return the vectors of items, float32 [n, D], unit length; the inputs are those of `blocks`."""
+        return self.vectors_of(modality, self.blocks(modality, feature, common, logits))
+
+
+def class_logits(generator: Generator, modality: Modality, common: Tensor) -> Tensor | None:
+    """Return the class logits [n, C] of common representations [n, E], None of a generator without classes."""
+    if not len(generator.classifiers):
+        return None
+    logits: Tensor = generator.classifiers[0 if modality == "image" else -1](common)
+    return logits.float()

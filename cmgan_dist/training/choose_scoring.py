@@ -1,0 +1,240 @@
+"""What happens to a model when its training has ended: the scoring (`models.scoring`) that validation likes best.
+
+First the pair head is fitted; then validation chooses, for each objective, what share each block has of the score and
+whether a query bank counts. Everything is measured by the metrics that evaluation reports, on the vectors that an index
+would hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmgan_dist.config.fields import EvalConfig
+from cmgan_dist.models.generator import Modality
+from cmgan_dist.models.scoring import MODALITIES, Blocks, Objective, Scoring, ScoringSpec, Shares
+from cmgan_dist.retrieval.embed import Embedded, Made
+from cmgan_dist.retrieval.metrics import Embeddings, evaluate, zscore
+from cmgan_dist.training.pair_head import fit_pair_head
+
+SAMPLES = 20_000
+"""Samples of the training split, at most, to which the pair head and the statistics are fitted."""
+IMAGES, CAPTIONS = 1000, 5
+"""Images of the validation split and captions of each (with labels one) on which shares are chosen, at most."""
+COARSE, FINE = 5, (0.1, 0.05, 0.025)
+"""Shares are multiples of 1 / COARSE first; then so much moves from one block to another where that helps."""
+BANKS = tuple(itertools.product((0.5, 1.0), (10.0, 20.0, 30.0)))
+"""(weight, sharpness) of the query bank that are tried."""
+ALONE = {"cosine": Shares(), "zscore": Shares(), "posterior": Shares(1.0, 0.0)}
+"""Shares where `eval.score` names one way."""
+BLOCKS = ("posterior", "common", "pair")
+
+
+def resolved_objective(config: EvalConfig, labelled: bool) -> Objective:
+    """Return what `eval.objective` asks for: with auto both ends of labelled data, pairs of others."""
+    if not labelled:
+        return "pair"
+    return "both" if config.objective == "auto" else config.objective
+
+
+def asked_of(config: EvalConfig, labelled: bool) -> dict[str, Any]:
+    """Return what decides a choice beside model and data."""
+    objective = resolved_objective(config, labelled)
+    return {"objective": objective, "score": config.score, "pair_head": config.pair_head, "bank": config.bank}
+
+
+def measures_of(data: Embeddings) -> dict[Objective, float]:
+    """Return what vectors reach for each objective: MAP for class, Recall@10 for pair, the mean of both for both."""
+    metrics = evaluate(data, zscore=False, all_modal=False, map_ks=(), recall_ks=(10,))
+    pair = (metrics["recall/image_to_text@10"] + metrics["recall/text_to_image@10"]) / 2
+    if data.labels is None:
+        return {"pair": pair}
+    found = metrics["map/mean"]
+    return {"pair": pair} if found is None else {"class": found, "pair": pair, "both": (found + pair) / 2}
+
+
+def best_alone(embedded: Embedded, config: EvalConfig, multi_label: bool) -> Embeddings:
+    """Return the vectors, by one block alone, that a validation during training measures: as `eval.score` says, by auto
+    those of most MAP (without labels: Recall@10). Z-scores are those of the validation split itself."""
+    scoring = Scoring.plain()
+    scoring.multi_label = multi_label
+    made: dict[str, Embeddings] = {}
+    if config.score in ("auto", "cosine"):
+        made["cosine"] = embedded.vectors(scoring)
+    if config.score in ("auto", "zscore"):
+        image, text = (zscore(side.common) for side in (embedded.image, embedded.text))
+        made["zscore"] = Embeddings(image, text, embedded.owner, embedded.labels)
+    if embedded.labels is not None and config.score in ("auto", "posterior"):
+        posterior = Scoring(ScoringSpec("class", {}, {"class": ALONE["posterior"]}), {}, multi_label)
+        made["posterior"] = embedded.vectors(posterior)
+    if len(made) == 1:
+        return next(iter(made.values()))
+    goal: Objective = "pair" if embedded.labels is None else "class"
+    return max(made.values(), key=lambda data: measures_of(data).get(goal, 0.0))
+
+
+@dataclass
+class _Choice:
+    """Candidates and what they reach on a part of the validation split."""
+
+    scoring: Scoring
+    image: Blocks
+    text: Blocks
+    owner: Tensor
+    labels: Tensor | None
+    known: dict[Shares, dict[Objective, float]]
+
+    def measured(self, shares: Shares) -> dict[Objective, float]:
+        """Return what shares reach for each objective."""
+        if shares not in self.known:
+            self.scoring.shares = shares
+            image, text = self.scoring.vectors_of("image", self.image), self.scoring.vectors_of("text", self.text)
+            self.known[shares] = measures_of(Embeddings(image, text, self.owner, self.labels))
+        return self.known[shares]
+
+    def climbed(self, objective: Objective, blocks: list[str]) -> Shares:
+        """Return the best known shares for an objective, after moving shares between blocks while that helps."""
+
+        def reached(shares: Shares) -> float:
+            return self.measured(shares).get(objective, 0.0)
+
+        best = max(self.known, key=reached)
+        for step in FINE:
+            moves = [_moved(best, a, b, step) for a, b in itertools.permutations(blocks, 2)]
+            candidate = max((each for each in moves if each is not None), key=reached, default=best)
+            if reached(candidate) > reached(best):
+                best = candidate
+        return best
+
+
+def _moved(shares: Shares, source: str, target: str, step: float) -> Shares | None:
+    left = round(getattr(shares, source) - step, 6)
+    if left < 0:
+        return None
+    return dataclasses.replace(shares, **{source: left, target: round(getattr(shares, target) + step, 6)})
+
+
+def _lattice(blocks: list[str]) -> list[Shares]:
+    """All shares of some blocks in multiples of 1 / COARSE."""
+    counts = itertools.product(range(COARSE + 1), repeat=len(blocks))
+    zero = dict.fromkeys(BLOCKS, 0.0)
+    return [
+        Shares(**{**zero, **{block: n / COARSE for block, n in zip(blocks, each, strict=True)}})
+        for each in counts
+        if sum(each) == COARSE
+    ]
+
+
+def _some(embedded: Embedded) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows of images and of texts on which shares are chosen, and the texts' owners among those images."""
+    n = len(embedded.keys)
+    images = torch.unique(torch.linspace(0, n - 1, min(n, IMAGES)).round().long())
+    place = torch.full((n,), -1)
+    place[images] = torch.arange(len(images))
+    most = CAPTIONS if embedded.labels is None else 1
+    number = torch.arange(len(embedded.owner)) - torch.searchsorted(embedded.owner, embedded.owner)
+    texts = ((place[embedded.owner] >= 0) & (number < most)).nonzero()[:, 0]
+    return images, texts, place[embedded.owner[texts]]
+
+
+def _bank(scoring: Scoring, train: Embedded, size: int, seed: int) -> dict[str, Tensor]:
+    """Return the blocks of `size` training items of each modality by the names that `Scoring` has for them."""
+    rng, out = np.random.default_rng(seed), dict[str, Tensor]()
+    for modality, made in zip(MODALITIES, (train.image, train.text), strict=True):
+        rows = torch.from_numpy(np.sort(rng.permutation(len(made.common))[:size]))
+        logits = None if made.logits is None else made.logits[rows]
+        blocks = scoring.blocks(modality, made.feature[rows], made.common[rows], logits)
+        named = zip(Blocks._fields, blocks, strict=True)
+        out |= {f"{modality}_bank_{name}": block.float() for name, block in named if block is not None}
+    return out
+
+
+@dataclass
+class _Chooser:
+    """What a choice is made from."""
+
+    train: Embedded
+    val: Embedded
+    asked: dict[str, Any]
+    multi_label: bool
+    seed: int
+
+    def choice(self, tensors: Mapping[str, Tensor], standardise: bool) -> _Choice:
+        """Return a choice among shares, with nothing measured yet."""
+        objective = self.asked["objective"]
+        spec = ScoringSpec(objective, self.asked, {objective: Shares()}, standardise)
+        scoring = Scoring(spec, tensors, self.multi_label)
+        images, texts, owner = _some(self.val)
+        sides: list[tuple[Modality, Made, Tensor]] = [("image", self.val.image, images), ("text", self.val.text, texts)]
+        image, text = (
+            scoring.blocks(m, made.feature[rows], made.common[rows], None if made.logits is None else made.logits[rows])
+            for m, made, rows in sides
+        )
+        labels = None if self.val.labels is None else self.val.labels[images]
+        return _Choice(scoring, image, text, owner, labels, {})
+
+    def mixed(self, tensors: dict[str, Tensor]) -> tuple[_Choice, dict[Objective, Shares]]:
+        """Choose shares of all blocks for each objective; a bank that one of them uses is added to `tensors`."""
+        both = [self.choice(tensors, standardise) for standardise in (False, True)]
+        chosen = max(both, key=lambda each: list(each.measured(Shares()).values())[-1])
+        blocks = ["common", *["posterior"] * (chosen.image.posterior is not None)]
+        blocks += ["pair"] * (chosen.image.pair is not None)
+        for each in _lattice(blocks):
+            chosen.measured(each)
+        shares = {objective: chosen.climbed(objective, blocks) for objective in chosen.measured(Shares())}
+        if not self.asked["bank"]:
+            return chosen, shares
+        bank = _bank(chosen.scoring, self.train, self.asked["bank"], self.seed)
+        chosen = self.choice({**tensors, **bank}, chosen.scoring.spec.standardise)
+        for objective, plain in shares.items():
+            with_bank = [dataclasses.replace(plain, bank=weight, sharpness=sharpness) for weight, sharpness in BANKS]
+            shares[objective] = max([plain, *with_bank], key=lambda each: chosen.measured(each)[objective])
+        if any(each.bank for each in shares.values()):
+            tensors |= bank
+        return chosen, shares
+
+
+def choose_scoring(
+    train: Embedded, val: Embedded, config: EvalConfig, multi_label: bool, seed: int, say: Callable[[str], None]
+) -> Scoring:
+    """Return the scoring that validation chooses for each objective, by `config`.
+
+    `train`: at most about SAMPLES samples of the training split. `seed`: of the pair head's draws and the bank's.
+    `say` gets lines for people."""
+    asked = asked_of(config, val.labels is not None)
+    tensors: dict[str, Tensor] = {}
+    for modality, common in (("image", train.image.common.double()), ("text", train.text.common.double())):
+        tensors |= {f"{modality}_mean": common.mean(0), f"{modality}_std": common.std(0, correction=0)}
+    chooser = _Chooser(train, val, asked, multi_label, seed)
+    if config.score == "auto":
+        head = fit_pair_head(train.features, val.features, seed, say) if config.pair_head else None
+        tensors |= {} if head is None else head.tensors()
+        chosen, shares = chooser.mixed(tensors)
+    else:
+        alone = Shares() if val.labels is None else ALONE[config.score]
+        chosen = chooser.choice(tensors, config.score == "zscore")
+        shares = dict.fromkeys(chosen.measured(alone), alone)
+    validation = {objective: chosen.measured(each) for objective, each in shares.items()}
+    for objective, each in shares.items():
+        say(f"scoring for {objective}: {described(each)}, validation {_shown(validation[objective])}")
+    if asked["objective"] not in shares:  # no image and text of the validation split share a class
+        shares[asked["objective"]] = shares["pair"]
+    spec = ScoringSpec(asked["objective"], asked, shares, chosen.scoring.spec.standardise, validation)
+    return Scoring(spec, tensors, multi_label)
+
+
+def described(shares: Shares) -> str:
+    """Return shares in words."""
+    parts = [f"{getattr(shares, block):.3g} {block}" for block in BLOCKS if getattr(shares, block)]
+    return " + ".join(parts) + (f", bank {shares.bank:g}" if shares.bank else "")
+
+
+def _shown(measures: Mapping[Objective, float]) -> str:
+    names: dict[Objective, str] = {"class": "MAP", "pair": "R@10"}
+    return ", ".join(f"{names[k]} {v:.4f}" for k, v in measures.items() if k in names)
