@@ -70,7 +70,7 @@ def main() -> None:
     cells = f", {manifest.nprobe} cells a query" if manifest.nprobe else ""
     print(f"{index.folder}: {len(index)} vectors of {index.dim} numbers, {manifest.kind}{cells}")
     hint = "" if manifest.recall >= TARGET else " (--kind exact finds all, in 5 ms for each 100,000 vectors)"
-    print(f"recall@10 {manifest.recall:.3f}{hint}, cosine by chance {mean:.3f} ± {std:.3f}")
+    print(f"recall@10 {manifest.recall:.3f}{hint}, score by chance {mean:.3f} ± {std:.3f}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from cmgan_dist.config.fields import Config
@@ -35,6 +36,7 @@ from cmgan_dist.errors import BadInput
 from cmgan_dist.files import sha256_of, write_atomic
 from cmgan_dist.models.generator import Generator, build_generator
 from cmgan_dist.models.saved import describe_model, save_model, stored_tensors
+from cmgan_dist.models.scoring import Objective, Scoring, ScoringSpec, Shares
 from cmgan_dist.models.vocabulary import Vocabulary
 from cmgan_dist.training.checkpoint import latest, read_checkpoint
 from cmgan_dist.training.state import build_networks
@@ -293,8 +295,32 @@ def set_up(config: Config, classes: int = 3):  # type: ignore[no-untyped-def]
     return build_networks(config, spec, None, parallel), parallel
 
 
-def save_untrained(run: Path, data: Path, config: Config, seed: int = 0) -> Generator:
-    """RUN/best of a generator as it is before training, fit for the data set in `data`; the generator, in eval mode."""
+def mixed_scoring(generator: Generator, classes: int, bank: int = 5) -> Scoring:
+    """A scoring of all blocks that has a bank and standardises, of random numbers, for a generator's dimensions."""
+    random, tensors = torch.Generator().manual_seed(0), {}
+    dims = {"image": generator.image_backbone.dim, "text": generator.text_backbone.dim}
+    common = generator.shared.linear[0].weight.shape[0]
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    for modality, dim in dims.items():
+        tensors |= {f"{modality}_mean": normal(common).double(), f"{modality}_std": 0.5 + normal(common).double() ** 2}
+        tensors |= {f"{modality}_pair_weight": normal(dim, 6), f"{modality}_pair_bias": normal(6)}
+        blocks = {"common": F.normalize(normal(bank, common)), "pair": F.normalize(normal(bank, 6))}
+        blocks |= {"posterior": normal(bank, classes).softmax(1)} if classes else {}
+        tensors |= {f"{modality}_bank_{name}": block for name, block in blocks.items()}
+    one = Shares(0.2 if classes else 0.0, 0.3, 0.5 if classes else 0.7, bank=0.5, sharpness=10.0)
+    shares: dict[Objective, Shares] = {"pair": one}
+    if classes:
+        shares |= {"class": Shares(0.9, 0.1, 0.0), "both": one}
+    return Scoring(ScoringSpec("both" if classes else "pair", {}, shares, standardise=True), tensors, False)
+
+
+def save_untrained(run: Path, data: Path, config: Config, seed: int = 0, mixed: bool = False) -> Generator:
+    """RUN/best of a generator as it is before training, fit for the data set in `data`; the generator, in eval mode.
+
+    `mixed`: with `mixed_scoring`."""
     torch.manual_seed(seed)
     manifest = load_manifest(data)
     vocabulary = Vocabulary(["red", "green", "blue", "dog", "boat"]) if config.model.text.name == "cnn" else None
@@ -303,7 +329,9 @@ def save_untrained(run: Path, data: Path, config: Config, seed: int = 0) -> Gene
     config.data = str(data)
     described = describe_model(config, spec, generator, manifest.name, manifest.attribution, manifest.details)
     stored = stored_tensors(generator)
-    save_model(run / "best", described, config, stored, progress={"best_position": 0}, vocabulary=vocabulary)
+    scoring = mixed_scoring(generator, len(spec.classes)) if mixed else None
+    progress = {"best_position": 0}
+    save_model(run / "best", described, config, stored, progress=progress, vocabulary=vocabulary, scoring=scoring)
     return generator.eval()
 
 

@@ -267,8 +267,7 @@ class Config:
     """A whole run."""
 
     preset: Annotated[str, Resumable] = "reference"
-    """Preset to start from: reference, features, openmoji, openmoji_tuned, wikipedia, wikipedia_tuned, pairs, raw or
-    smoke."""
+    """Preset to start from: reference, features, openmoji, wikipedia, pairs, raw or smoke."""
     data: Annotated[str, Resumable] = ""
     """Folder or URL of shards with manifest.json; several with commas between are mixed (stream.weights)."""
     output: Annotated[str, Resumable] = ""

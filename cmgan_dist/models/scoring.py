@@ -7,8 +7,8 @@ A vector joins up to three blocks, each with its share of the score:
     pair     a linear map of the backbone's feature, fitted to pairs (`training.pair_head`): a cosine too
 
 and, where a query bank is used, what QB-Norm (Bogolin et al., CVPR 2022, in the log domain) takes off an item that many
-training queries find: log-mean-exp of its scores with a bank of training items of the other modality. Every vector has
-unit length, by dimensions of its own modality that meet nothing of the other one's, so any index serves it.
+training queries find: log-mean-exp of its scores with a bank of training items of the other modality. Vectors are no
+longer than 1, and those of uncertain items shorter: scores are inner products, not cosines.
 
 Shapes: n items, F feature dimensions, E common, C classes, P pair dimensions, K items of the bank, D of a vector."""
 
@@ -129,7 +129,7 @@ class Scoring(nn.Module):
     def dim(self, common: int, classes: int) -> int:
         """Return D for E = `common` and C = `classes`."""
         shares, weight = self.shares, self._tensor("image_pair_weight")
-        dim = (classes + 2) * (shares.posterior > 0) + common * (shares.common > 0) + 4 * (shares.bank > 0)
+        dim = classes * (shares.posterior > 0) + common * (shares.common > 0) + 2 * (shares.bank > 0)
         return dim + (weight.shape[1] if shares.pair and weight is not None else 0)
 
     def blocks(self, modality: Modality, feature: Tensor, common: Tensor, logits: Tensor | None) -> Blocks:
@@ -153,36 +153,27 @@ class Scoring(nn.Module):
         posterior, common, pair = (self._tensor(f"{modality}_bank_{name}") for name in Blocks._fields)
         return None if common is None else Blocks(posterior, common, pair)
 
-    def joined(self, modality: Modality, blocks: Blocks) -> Tensor:
-        """Return what the blocks make by their shares, float64 [n, D'], without the bank: at unit length."""
-        shares, own = self.shares, MODALITIES.index(modality)
-        parts = []
-        if shares.posterior and blocks.posterior is not None:
-            rest = torch.zeros_like(blocks.posterior[:, :2])
-            rest[:, own] = (1 - blocks.posterior.square().sum(1)).clamp_min(0).sqrt()
-            parts += [math.sqrt(shares.posterior) * x for x in (blocks.posterior, rest)]
-        if shares.common:
-            parts.append(math.sqrt(shares.common) * blocks.common)
-        if shares.pair and blocks.pair is not None:
-            parts.append(math.sqrt(shares.pair) * blocks.pair)
-        return torch.cat(parts, dim=1)
+    def joined(self, blocks: Blocks) -> Tensor:
+        """Return what the blocks make by their shares, without the bank: float64 [n, D'], no longer than 1."""
+        shares = (self.shares.posterior, self.shares.common, self.shares.pair)
+        named = zip(shares, blocks, strict=True)
+        return torch.cat([math.sqrt(share) * block for share, block in named if share and block is not None], dim=1)
 
     def vectors_of(self, modality: Modality, blocks: Blocks) -> Tensor:
-        """Return the vectors of items by their blocks, float32 [n, D], unit length."""
-        made, shares = self.joined(modality, blocks), self.shares
+        """Return the vectors of items by their blocks, float32 [n, D], no longer than 1."""
+        made, shares = self.joined(blocks), self.shares
         bank = self.bank_blocks("text" if modality == "image" else "image") if shares.bank else None
         if bank is not None:
-            queries = self.joined("text" if modality == "image" else "image", bank)
+            queries = self.joined(bank)
             scores = shares.sharpness * made @ queries.T
             found = (scores.logsumexp(1) - math.log(len(queries))) / shares.sharpness * shares.bank
-            # image . text = score - found(image) - found(text); the last two make every length sqrt(2 + bank^2)
-            one, own = torch.ones_like(found), (shares.bank**2 - found.square()).clamp_min(0).sqrt()
-            columns = [-found, one, own, 0 * one] if modality == "image" else [one, -found, 0 * one, own]
-            made = torch.cat([made, torch.stack(columns, dim=1)], dim=1) / math.sqrt(2 + shares.bank**2)
-        return _unit(made).float()
+            columns = [-found, torch.ones_like(found)]  # image . text = score - found(image) - found(text)
+            extra = torch.stack(columns if modality == "image" else columns[::-1], dim=1)
+            made = torch.cat([made, extra], dim=1) / math.sqrt(2 + shares.bank**2)
+        return made.float()
 
     def forward(self, modality: Modality, feature: Tensor, common: Tensor, logits: Tensor | None) -> Tensor:
-        """Return the vectors of items, float32 [n, D], unit length; the inputs are those of `blocks`."""
+        """Return the vectors of items, float32 [n, D], no longer than 1; the inputs are those of `blocks`."""
         return self.vectors_of(modality, self.blocks(modality, feature, common, logits))
 
 

@@ -98,7 +98,7 @@ def load_retrieved(path: Path, evaluation: dict[str, Any], items: Sequence[Galle
     classes = list(evaluation.get("classes") or [])
     if data.labels is not None and len(classes) != data.labels.shape[1]:
         classes = [f"class {c}" for c in range(data.labels.shape[1])]
-    return Retrieved(data, *common_space(data, zscored=False), list(items), classes)
+    return Retrieved(data, *common_space(data), list(items), classes)
 
 
 def precision_section(evaluation: dict[str, Any]) -> Section | None:

@@ -29,7 +29,11 @@ from cmgan_dist.retrieval.metrics import (
     mean,
     score_of,
 )
+from cmgan_dist.retrieval.metrics import Score as VectorScore
 
+COSINE: VectorScore = "cosine"
+ZSCORE: VectorScore = "zscore"
+INNER: VectorScore = "inner"
 RIDGES = (1e-2, 1e-1, 1.0, 3.0, 10.0)
 """Tried on validation; in units of the mean feature variance."""
 DIMS = (7, 20, 50, 100, 200, 384)
@@ -51,8 +55,8 @@ class Projection:
     text: Callable[[np.ndarray], np.ndarray]
     """[n, F_t] -> float64 [n, E]."""
     settings: dict[str, Any]
-    zscore: bool = False
-    """Standardise each dimension over the evaluated set before the cosine."""
+    score: VectorScore = "cosine"
+    """How what it makes is compared."""
 
     def first(self, dims: int) -> Projection:
         """Return this projection with its first `dims` dimensions only."""
@@ -73,9 +77,9 @@ class Projection:
             settings={**self.settings, "power": power},
         )
 
-    def scored(self, zscore: bool) -> Projection:
-        """Return this projection with or without z-scores."""
-        return replace(self, zscore=zscore, settings={**self.settings, "zscore": zscore})
+    def scored(self, score: VectorScore) -> Projection:
+        """Return this projection with another way to compare."""
+        return replace(self, score=score, settings={**self.settings, "score": score})
 
     def __call__(self, data: Embeddings) -> Embeddings:
         image, text = self.image(_numpy(data.image)), self.text(_numpy(data.text))
@@ -83,7 +87,7 @@ class Projection:
 
     def measured(self, data: Embeddings, **options: Any) -> dict[str, Any]:
         """Return `metrics.evaluate` of what it makes of a set of features, with `options` of that."""
-        return evaluate(self(data), zscore=self.zscore, **options)
+        return evaluate(self(data), self.score, **options)
 
 
 def _numpy(x: torch.Tensor) -> np.ndarray:
@@ -121,7 +125,7 @@ def cca(
 
 
 def _best_cca(train: Embeddings, ridges: Sequence[float], dims: Sequence[int], score: Score) -> Projection:
-    """Return the CCA that `score` likes best: first the ridges are chosen, then dimensions, power and z-scores."""
+    """Return the CCA that `score` likes best: first the ridges, then dimensions, power and z-scores or none."""
     pairs, widest = PairedRows(*_pairs(train)), max(dims)
 
     def reached(solved: tuple[Projection, np.ndarray]) -> float:
@@ -130,9 +134,9 @@ def _best_cca(train: Embeddings, ridges: Sequence[float], dims: Sequence[int], s
     solutions = (_projection(pairs, both) for both in itertools.product(ridges, ridges))
     projection, correlation = max(solutions, key=reached)
     choices = [
-        projection.first(d).weighted(correlation[:d], power).scored(zscore)
+        projection.first(d).weighted(correlation[:d], power).scored(way)
         for d in sorted({min(d, len(correlation)) for d in dims})
-        for power, zscore in [*((power, False) for power in POWERS), (0.0, True)]
+        for power, way in [*((power, COSINE) for power in POWERS), (0.0, ZSCORE)]
     ]
     return max(choices, key=score)
 
@@ -185,25 +189,9 @@ def logistic_regression(x: np.ndarray, labels: np.ndarray, penalty: float) -> Ca
     return probabilities
 
 
-def posterior_vectors(
-    image: Callable[[np.ndarray], np.ndarray], text: Callable[[np.ndarray], np.ndarray], settings: dict[str, Any]
-) -> Projection:
-    """Return vectors whose cosine between an image and a text is the inner product of their class probabilities, the
-    chance that both are of one class.
-
-    Each modality gets a dimension of its own that fills its vectors up to unit length [n, C + 2]."""
-
-    def filled(probabilities: np.ndarray, at: int) -> np.ndarray:
-        rest = np.zeros((len(probabilities), 2))
-        rest[:, at] = np.sqrt((1 - (probabilities**2).sum(1)).clip(min=0))
-        return np.concatenate([probabilities, rest], axis=1)
-
-    return Projection(lambda x: filled(image(x), 0), lambda x: filled(text(x), 1), {**settings, "score": "posterior"})
-
-
 def _logistic_choices(train: Embeddings, labels: np.ndarray, penalties: Sequence[float]) -> Iterator[Projection]:
     """Give a classifier per modality for each penalty, by cosine, by z-scored cosine and, of single labels, by
-    posterior."""
+    the inner product of the class probabilities: the chance that both are of one class."""
     rng = np.random.default_rng(0)
     image, text = _numpy(train.image), _numpy(train.text)
     rows = [np.sort(rng.permutation(len(x))[:MOST_ROWS]) for x in (image, text)]
@@ -214,10 +202,8 @@ def _logistic_choices(train: Embeddings, labels: np.ndarray, penalties: Sequence
             logistic_regression(text[rows[1]], text_labels[rows[1]], penalty),
         )
         plain = Projection(*maps, {"C": penalty})
-        yield plain.scored(False)
-        yield plain.scored(True)
-        if (labels.sum(1) == 1).all():
-            yield posterior_vectors(*maps, {"C": penalty})
+        single = bool((labels.sum(1) == 1).all())
+        yield from (plain.scored(score) for score in ((COSINE, ZSCORE, INNER) if single else (COSINE, ZSCORE)))
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -259,7 +245,7 @@ def baseline_table(
         return score_of(projection.measured(val, all_modal=False))
 
     image, text = _pairs(train)
-    regressions = (ridge_image_to_text(image, text, r).scored(z) for r in ridges for z in (False, True))
+    regressions = (ridge_image_to_text(image, text, r).scored(s) for r in ridges for s in (COSINE, ZSCORE))
     best = {"CCA": _best_cca(train, ridges, dims, by_pairs), "ridge image to text": max(regressions, key=by_pairs)}
     if train.labels is not None:
         labels = train.labels.cpu().numpy()

@@ -40,7 +40,7 @@ class Made:
     """[n, C]: class logits; None of a model without classes."""
 
     def vectors(self, scoring: Scoring, modality: Modality) -> Tensor:
-        """Return the items' vectors, float32 [n, D], unit length."""
+        """Return the items' vectors, float32 [n, D], no longer than 1."""
         return scoring.to(self.common.device)(modality, self.feature, self.common, self.logits)
 
 

@@ -6,9 +6,9 @@
     EMB/NAME.items.parquet     a row for each of these n + m vectors, images first (ITEMS)
     EMB/NAME.record.json       what the three were made from, with their checksums (`jobs.ledger`)
 
-Vectors have unit length unless embeddings.json says that they are as the model made them. A modality that a shard does
-not have has no ``.npy`` file. Items are numbered shard by shard, images before texts: the
-number is ``base[shard] + row``, so that vectors and items cannot slip against each other.
+Vectors are no longer than 1. A modality that a shard does not have has no ``.npy`` file. Items are numbered shard by
+shard, images before texts: the number is ``base[shard] + row``, so that vectors and items cannot slip against each
+other.
 
 Shapes: n images and m texts of a shard, E dimensions of the common space."""
 

@@ -119,12 +119,12 @@ def run_task(task: EvaluationTask, *, baselines: bool = True, parallel: Parallel
     generator = load_generator(saved).to(parallel.device)
     embedded = embed_split(generator, reader, config, parallel)
     vectors = embedded.vectors(saved.scoring)
-    record: dict[str, Any] = {"metrics": evaluate_embeddings(vectors, zscore=False), "ends": {}, "baselines": {}}
+    record: dict[str, Any] = {"metrics": evaluate_embeddings(vectors), "ends": {}, "baselines": {}}
     spec = saved.scoring.spec
     for objective in spec.shares:
         if objective != spec.objective:
             of_end = embedded.vectors(saved.scoring.made_for(objective))
-            record["ends"][objective] = evaluate_embeddings(of_end, zscore=False)
+            record["ends"][objective] = evaluate_embeddings(of_end)
     if baselines:
         from cmgan_dist.retrieval.baselines import baseline_table  # scikit-learn takes a second to import
 
@@ -178,4 +178,4 @@ def evaluate_embedded(embeddings: str | Path, *, split: str = "test") -> dict[st
     """Return the metrics, as `evaluate`, of a split whose vectors launchers/embed.py has written.
 
     Raises BadInput when the embeddings are not whole or not of both modalities of that split."""
-    return evaluate_embeddings(embeddings_of(EmbeddingSet.open(embeddings), split), zscore=False)
+    return evaluate_embeddings(embeddings_of(EmbeddingSet.open(embeddings), split))

@@ -35,7 +35,7 @@ from cmgan_dist.models.scoring import class_logits
 from cmgan_dist.models.weights import first_line
 
 TOLERANCE = 1e-5
-"""The largest difference of any number of a unit vector between a file and the model that it was made from."""
+"""The largest difference of any number of a vector between a file and the model that it was made from."""
 CHECKED_ROWS = (1, 7)
 """Rows of the batches on which a file is compared with the model; it is traced with TRACED_ROWS."""
 TRACED_ROWS = 2
@@ -158,7 +158,7 @@ class _Part:
 
     modality: Modality
     traced: nn.Module
-    """Inputs -> unit vectors [n, D]."""
+    """Inputs -> vectors [n, D]."""
     eager: nn.Module
     """The same by the model as it is."""
     inputs: dict[str, dict[int, Any]]
@@ -326,8 +326,8 @@ def export_model(
     As CLIP exports are, each modality is a file of its own: ``mine.onnx`` becomes ``mine.image.onnx`` and
     ``mine.text.onnx``; with `modality` that one alone is written, to `path` itself. Any number of rows n goes in:
 
-        image_features float32 [n, F_i]     -> image_embeds float32 [n, D], unit length
-        text_features float32 [n, F_t]      -> text_embeds float32 [n, D], unit length
+        image_features float32 [n, F_i]     -> image_embeds float32 [n, D], no longer than 1
+        text_features float32 [n, F_t]      -> text_embeds float32 [n, D], no longer than 1
 
     `backbone`: with the backbones in the files, which then take ``pixels`` uint8 [n, 3, S, S], red, green and blue,
     cut and resized as `decode_image` does and not normalised (the file does it), and ``input_ids`` int64 [n, L] with,

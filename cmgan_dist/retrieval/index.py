@@ -37,7 +37,7 @@ from cmgan_dist.retrieval.index_files import (
     whole_file,
 )
 from cmgan_dist.retrieval.index_items import Hit, Items, write_items
-from cmgan_dist.retrieval.nearest import ExactVectors, Found, unit_queries, write_exact
+from cmgan_dist.retrieval.nearest import ExactVectors, Found, fitting_queries, write_exact
 
 if TYPE_CHECKING:
     from cmgan_dist.models.generator import Modality
@@ -269,12 +269,12 @@ class Index:
 
     @property
     def chance(self) -> tuple[float, float]:
-        """Mean and standard deviation of cosines between random items, an image and a text where there are both."""
+        """Mean and standard deviation of scores between random items, an image and a text where there are both."""
         return self.manifest.chance
 
     @property
     def near(self) -> float:
-        """Cosine that the best hit of 9 in 10 stored items reaches, their own sample left out."""
+        """Score that the best hit of 9 in 10 stored items reaches, their own sample left out."""
         return self.manifest.near
 
     def source_of(self, item: int) -> dict[str, str]:
@@ -304,7 +304,7 @@ class Index:
     def search(
         self, vectors: np.ndarray, k: int = 10, *, modality: str | None = None, classes: Sequence[str] | None = None
     ) -> list[list[Hit]]:
-        """Return the k items nearest to each of `vectors`, [Q, E] or [E], by cosine: best first, equal ones by id.
+        """Return the k items nearest to each of `vectors`, [Q, E] or [E], by inner product: best first, equal by id.
 
         `modality`: only "image" or "text". `classes`: only items that have one of them. A query gets fewer than k only
         where no more fit. Raises BadInput when something does not fit the index."""
@@ -314,7 +314,7 @@ class Index:
             raise BadInput(f"modality is {modality!r}: it must be image or text")
         if isinstance(classes, str) or not all(isinstance(name, str) for name in classes or ()):
             raise BadInput(f"classes are {classes!r}: give a list of names")
-        opened, queries, allowed = self._opened, unit_queries(vectors, self.dim), None
+        opened, queries, allowed = self._opened, fitting_queries(vectors, self.dim), None
         if modality is not None or classes is not None:
             allowed = opened.items.allowed(modality, None if classes is None else tuple(classes))
         if not len(queries):

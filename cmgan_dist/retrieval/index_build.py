@@ -36,7 +36,7 @@ CHANCE = 1000
 TRAINED = 64
 """Vectors a cell that centroids are trained on; faiss asks for 39 at least."""
 STORED = 0.98
-"""Cosine of a vector with what is stored of it, below which it does not fit an index."""
+"""Inner product of a vector with what is stored of it, by its squared length, below which it does not fit an index."""
 SEED = 0
 
 Search = Callable[[int, np.ndarray, int, "np.ndarray | None"], list[Found]]
@@ -48,7 +48,7 @@ class Block:
     """Vectors of one modality that follow each other."""
 
     vectors: np.ndarray
-    """float32 [n, E], unit length."""
+    """float32 [n, E], no longer than 1."""
     ids: np.ndarray
     """int64 [n], ascending."""
     modality: str
@@ -81,7 +81,7 @@ class Added:
             first += shard.images + shard.texts
 
     def blocks(self) -> Iterator[Block]:
-        """Give all vectors in the order of their ids. Raises BadInput when one is not finite or of unit length."""
+        """Give all vectors in the order of their ids. Raises BadInput when one is not finite, zero or longer than 1."""
         console = Console(stderr=True)
         with Progress(console=console, disable=not (self.progress and console.is_terminal), transient=True) as bar:
             task = bar.add_task("vectors", total=self.count)
@@ -96,16 +96,18 @@ class Added:
                         bar.advance(task, len(part))
 
     def _checked(self, rows: np.ndarray, shard: EmbeddedShard, modality: str) -> np.ndarray:
-        """float32 [n, E]; those that are not of unit length, as after rounding to float16, are made so."""
+        """float32 [n, E]; one that is longer than 1, as after rounding to float16, gets unit length."""
         length = np.linalg.norm(rows.astype(np.float32), axis=1)
-        good = np.abs(length - 1) < 0.01
+        good = (length > 0) & (length < 1.01)  # neither NaN nor Inf
         if not good.all():
             row = int(np.flatnonzero(~good)[0])
             raise BadInput(
                 f"{self.embeddings.location}: {modality} vector {row} of {shard.name} has length {length[row]:.3g}, "
-                "expected 1: embed again"
+                "expected 1 or less, but not 0: embed again"
             )
-        return rows if rows.dtype == np.float32 else (rows / length[:, None]).astype(np.float32)
+        if rows.dtype == np.float32:
+            return rows
+        return (rows / np.maximum(length, 1)[:, None]).astype(np.float32)
 
     def sample(self, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return random vectors, float32 [n, E], their ids, ascending, and whether they are of images, bool [n]."""
@@ -123,7 +125,7 @@ class Added:
 
         `take`: ids -> vectors as they are stored."""
         vectors, ids, _ = self.sample(QUERIES, SEED)
-        far = np.einsum("ne,ne->n", take(ids), vectors) < STORED
+        far = np.einsum("ne,ne->n", take(ids), vectors) < STORED * np.einsum("ne,ne->n", vectors, vectors)
         if far.mean() > 0.01:
             raise BadInput(
                 f"{self.embeddings.location}: {far.mean():.0%} of its vectors lie outside of what the index was built "
@@ -295,7 +297,7 @@ def build_ivf(added: Added, train: Callable[[np.ndarray, int], Made]) -> tuple[M
 
 
 def measure_chance(items: Items, take: Callable[[np.ndarray], np.ndarray], dim: int) -> tuple[float, float]:
-    """Return mean and standard deviation of cosines between random images and texts that do not belong together.
+    """Return mean and standard deviation of scores between random images and texts that do not belong together.
 
     `take`: ids -> vectors [n, E]. Of an index with one modality: between different items. Where there is no such pair,
     what random directions have: 0 and E**-.5."""
@@ -313,7 +315,7 @@ def measure_chance(items: Items, take: Callable[[np.ndarray], np.ndarray], dim: 
 
 
 def measure_near(items: Items, vectors: Stored) -> float:
-    """Return the cosine that the best hit of 9 in 10 stored items reaches: images among texts, texts among images.
+    """Return the score that the best hit of 9 in 10 stored items reaches: images among texts, texts among images.
 
     An item's own sample does not count. Of an index with one modality: among its other items. 1 where nothing else is
     there."""

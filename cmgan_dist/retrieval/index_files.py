@@ -71,9 +71,9 @@ class IndexManifest:
     nprobe: int = 0
     """ivf_sq8: cells that a query visits."""
     chance: tuple[float, float] = (0.0, 0.0)
-    """Mean and standard deviation of cosines between random items."""
+    """Mean and standard deviation of scores between random items."""
     near: float = 0.0
-    """Cosine that the best hit of 9 in 10 stored items reaches, their own sample left out."""
+    """Score that the best hit of 9 in 10 stored items reaches, their own sample left out."""
     next_id: int = 0
     """Id of the next item that is added; ids of removed ones are not given again."""
     files: dict[str, FileSums] = field(default_factory=dict)

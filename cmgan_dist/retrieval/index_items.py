@@ -45,7 +45,7 @@ class Hit:
 
     id: int
     score: float
-    """Cosine with the query; 1 where nothing was searched."""
+    """Inner product with the query's vector; 1 where nothing was searched."""
     modality: str
     key: str
     caption: str | None

@@ -2,7 +2,7 @@
 
 Shapes: N images, M texts, E dimensions of the common space, C classes, Q queries, G gallery items.
 
-Rankings do not depend on the chunk size, and equal vectors tie: vectors of unit length are rounded to multiples of
+Rankings do not depend on the chunk size, and equal vectors tie: vectors no longer than 1 are rounded to multiples of
 2**-26, so that each product is a multiple of 2**-52 and each sum of them fits the 53 bits of a float64. The dot product
 is then exact, in whatever order a BLAS or a GPU adds. Ties rank by position in the gallery.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ UNIT = 2.0**-20
 CHUNK_ELEMENTS = 1 << 21
 """Similarities held at a time when no chunk is given: 16 MiB, and about ten times that while they are ranked."""
 RECALL_LEVELS = 101
+
+Score = Literal["inner", "cosine", "zscore"]
+"""How two vectors are compared (`common_space`)."""
 
 
 @dataclass
@@ -92,20 +95,25 @@ def unit_vectors(x: Tensor) -> Tensor:
     return torch.where(is_unit, x.float(), l2_normalise(x).float())
 
 
-def common_space(data: Embeddings, zscored: bool = True) -> tuple[Tensor, Tensor]:
-    """Return image [N, E] and text [M, E], float64, at unit length, z-scored per modality before if asked (as the
-    CM-GANs authors do); if not, they are rounded to float32, so that stored embeddings give the same figures.
+def common_space(data: Embeddings, score: Score = "inner") -> tuple[Tensor, Tensor]:
+    """Return image [N, E] and text [M, E], float64, such that the inner product is their score.
 
-    Raises BadInput when their dimensions differ."""
+    inner: as they are, no longer than 1. cosine: at unit length, rounded to float32. zscore: z-scored per modality over
+    the set before, as the CM-GANs authors do. Raises BadInput when their dimensions differ, or one is too long."""
     if data.image.shape[1] != data.text.shape[1]:
         raise BadInput(f"image has {data.image.shape[1]} dimensions, text {data.text.shape[1]}: project them first")
-    if zscored:
+    if score == "zscore":
         return l2_normalise(zscore(data.image)), l2_normalise(zscore(data.text))
-    return unit_vectors(data.image).double(), unit_vectors(data.text).double()
+    if score == "cosine":
+        return unit_vectors(data.image).double(), unit_vectors(data.text).double()
+    longest = max(float(x.double().norm(dim=1).max()) for x in (data.image, data.text))
+    if longest > 1 + UNIT:
+        raise BadInput(f"a vector has length {longest:.4g}, more than 1: score by cosine, or give vectors of a model")
+    return data.image.double(), data.text.double()
 
 
 def similarities(query: Tensor, gallery: Tensor, chunk: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield exact dot products of unit vectors, query [Q, E] by gallery [G, E], as (rows, float64 [rows, G]).
+    """Yield exact dot products of vectors no longer than 1, [Q, E] by [G, E], as (rows, float64 [rows, G]).
 
     `chunk` counts queries; None takes about CHUNK_ELEMENTS similarities at a time. Values are scaled by 2**52."""
     query, gallery = (query.double() * GRID).round(), (gallery.double() * GRID).round()
@@ -186,8 +194,8 @@ def pair_ranks(
 
 
 def pair_recall(data: Embeddings, k: int = 10) -> float:
-    """Return Recall@k of pairs by the vectors of a set, mean of both directions (`evaluate`)."""
-    metrics = evaluate(Embeddings(data.image, data.text, data.text_owner), zscore=False, recall_ks=(k,))
+    """Return Recall@k of pairs by the cosine, mean of both directions (`evaluate`)."""
+    metrics = evaluate(Embeddings(data.image, data.text, data.text_owner), "cosine", recall_ks=(k,))
     return (metrics[f"recall/image_to_text@{k}"] + metrics[f"recall/text_to_image@{k}"]) / 2
 
 
@@ -227,7 +235,7 @@ def add_means(result: dict[str, Any], ks: Sequence[int]) -> None:
 
 def evaluate(
     data: Embeddings,
-    zscore: bool = True,
+    score: Score = "inner",
     all_modal: bool = True,
     map_ks: Sequence[int] = (50,),
     recall_ks: Sequence[int] = (1, 5, 10),
@@ -240,7 +248,7 @@ def evaluate(
     image_to_all and text_to_all, where the gallery is both modalities and holds the query itself, and the same
     ``_without_query``. ``left_out/DIR`` counts queries without a relevant item, which no MAP includes;
     ``map_per_class/DIR`` lists C means (None without queries), ``precision/DIR`` the 101 points of the curve."""
-    image, text = common_space(data, zscore)
+    image, text = common_space(data, score)
     result: dict[str, Any] = {"images": len(image), "texts": len(text)}
     image_owner = torch.arange(len(image), device=image.device)
     for name, ranks in (

@@ -125,7 +125,7 @@ class Model:
         on_error: Literal["raise", "skip"] = "raise",
         progress: bool | None = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Return the vectors of pictures, float32 [n, D], of unit length; features [n, F] are taken too.
+        """Return the vectors of pictures, float32 [n, D], no longer than 1; features [n, F] are taken too.
 
         `images`: one or many paths, open files, bytes, arrays (uint8 [n, H, W, 3] are many) or PIL images; a generator
         is read as it goes, so that memory does not grow with it. `batch`: how many are decoded together. `on_error`:
@@ -181,7 +181,7 @@ class Model:
         on_error: Literal["raise", "skip"] = "raise",
         progress: bool | None = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Return the vectors of texts, float32 [n, D], of unit length; features [n, F] are taken too.
+        """Return the vectors of texts, float32 [n, D], no longer than 1; features [n, F] are taken too.
 
         `batch`: how many go through the backbone together; the rest as of `encode_images`. Raises BadInput naming the
         text that is empty by its position."""
@@ -213,7 +213,7 @@ class Model:
 
     def export(self, path: str | Path, *, modality: Modality | None = None, backbone: bool = False) -> list[Path]:
         """Write the model as ONNX (``.onnx``) or a torch.export program (``.pt2``), a file for each modality or the one
-        that `modality` names; return the paths. Features go in, or with `backbone` pixels and tokens; unit vectors come
+        that `modality` names; return the paths. Features go in, or with `backbone` pixels and tokens; vectors come
         out: `export.export_model` has names and shapes. Raises BadInput when a file is not equal to the model within
         1e-5."""
         from cmgan_dist.retrieval.export import export_model

@@ -1,8 +1,8 @@
-"""Exact nearest neighbours by cosine, in blocks of rows, so that vectors need not fit into memory.
+"""Exact nearest neighbours by inner product, in blocks of rows, so that vectors need not fit into memory.
 
-A block's scores are first computed in float32. Whatever could be among the best by them is scored again exactly: unit
-vectors are rounded to multiples of 2**-26, as in `metrics`, so that a float64 sum of products has no rounding error and
-does not depend on how rows were cut into blocks. Equal scores rank by id.
+A block's scores are first computed in float32. Whatever could be among the best by them is scored again exactly:
+vectors, no longer than 1, are rounded to multiples of 2**-26, as in `metrics`, so that a float64 sum of products has no
+rounding error and does not depend on how rows were cut into blocks. Equal scores rank by id.
 
 Shapes: Q queries, N vectors, n of them in a block, E dimensions."""
 
@@ -29,8 +29,8 @@ Found = tuple[np.ndarray, np.ndarray]
 """Scores float32 and ids int64 of one query, best first."""
 
 
-def unit_queries(vectors: np.ndarray, dim: int) -> np.ndarray:
-    """Return queries, [Q, E] or [E], as float32 [Q, E] of unit length; a row of zeros stays so.
+def fitting_queries(vectors: np.ndarray, dim: int) -> np.ndarray:
+    """Return queries, [Q, E] or [E], as float32 [Q, E]; one that is longer than 1 gets unit length.
 
     Raises BadInput when they are no numbers, have not `dim` of them, or one is not finite."""
     try:
@@ -45,7 +45,7 @@ def unit_queries(vectors: np.ndarray, dim: int) -> np.ndarray:
     if not np.isfinite(queries).all():
         raise BadInput("the query holds NaN or Inf: give finite numbers")
     length = np.linalg.norm(queries.astype(np.float64), axis=1, keepdims=True)
-    return np.asarray(queries / np.where(length > 0, length, 1), np.float32)
+    return np.asarray(queries / np.maximum(length, 1), np.float32)
 
 
 def _products(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ class Nearest:
     """The k nearest, to each of Q queries, of the vectors that were pushed."""
 
     def __init__(self, queries: np.ndarray, k: int) -> None:
-        """`queries`: float32 [Q, E] of unit length."""
+        """`queries`: float32 [Q, E], no longer than 1."""
         self.queries, self.k = queries, k
         self._grid = np.rint(queries.astype(np.float64) * GRID) / GRID
         self._slack = np.float32(2 * (queries.shape[1] + 8) * 2.0**-24)  # twice what a float32 dot product may err
@@ -70,7 +70,7 @@ class Nearest:
         self._id = np.zeros(0, np.int64)
 
     def push(self, vectors: np.ndarray, ids: np.ndarray) -> None:
-        """Take in vectors float32 [n, E] of unit length with their ids int64 [n]."""
+        """Take in vectors float32 [n, E], no longer than 1, with their ids int64 [n]."""
         rows = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(len(self.queries), 1)))
         for first in range(0, len(vectors), rows):
             self._push_block(np.asarray(vectors[first : first + rows]), ids[first : first + rows])

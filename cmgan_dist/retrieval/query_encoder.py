@@ -31,7 +31,7 @@ def missing_packages() -> list[str]:
 
 
 class QueryEncoder:
-    """One modality of a model, from raw queries to unit vectors."""
+    """One modality of a model, from raw queries to vectors."""
 
     def __init__(self, path: Path) -> None:
         """Read an ``.onnx`` file of a model with its backbone. Raises BadInput when it is none."""

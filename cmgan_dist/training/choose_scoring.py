@@ -20,7 +20,7 @@ from cmgan_dist.config.fields import EvalConfig
 from cmgan_dist.models.generator import Modality
 from cmgan_dist.models.scoring import MODALITIES, Blocks, Objective, Scoring, ScoringSpec, Shares
 from cmgan_dist.retrieval.embed import Embedded, Made
-from cmgan_dist.retrieval.metrics import Embeddings, evaluate, zscore
+from cmgan_dist.retrieval.metrics import Embeddings, evaluate, l2_normalise, zscore
 from cmgan_dist.training.pair_head import fit_pair_head
 
 SAMPLES = 20_000
@@ -51,7 +51,7 @@ def asked_of(config: EvalConfig, labelled: bool) -> dict[str, Any]:
 
 def measures_of(data: Embeddings) -> dict[Objective, float]:
     """Return what vectors reach for each objective: MAP for class, Recall@10 for pair, the mean of both for both."""
-    metrics = evaluate(data, zscore=False, all_modal=False, map_ks=(), recall_ks=(10,))
+    metrics = evaluate(data, all_modal=False, map_ks=(), recall_ks=(10,))
     pair = (metrics["recall/image_to_text@10"] + metrics["recall/text_to_image@10"]) / 2
     if data.labels is None:
         return {"pair": pair}
@@ -68,7 +68,7 @@ def best_alone(embedded: Embedded, config: EvalConfig, multi_label: bool) -> Emb
     if config.score in ("auto", "cosine"):
         made["cosine"] = embedded.vectors(scoring)
     if config.score in ("auto", "zscore"):
-        image, text = (zscore(side.common) for side in (embedded.image, embedded.text))
+        image, text = (l2_normalise(zscore(side.common)) for side in (embedded.image, embedded.text))
         made["zscore"] = Embeddings(image, text, embedded.owner, embedded.labels)
     if embedded.labels is not None and config.score in ("auto", "posterior"):
         posterior = Scoring(ScoringSpec("class", {}, {"class": ALONE["posterior"]}), {}, multi_label)

@@ -269,7 +269,7 @@ def validate_now(run: Run) -> dict[str, float]:
     config, progress, recorder = run.config, run.progress, run.recorder
     embedded = embed_split(run.networks.eval_generator, run.val_reader, config, run.parallel)
     vectors = best_alone(embedded, config.eval, run.networks.multi_label)
-    metrics = evaluate(vectors, zscore=False, all_modal=False)
+    metrics = evaluate(vectors, all_modal=False)
     score = score_of(metrics)
     if progress.best is None or score > progress.best:
         progress.best, progress.best_position = score, progress.position

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 
@@ -81,7 +82,7 @@ def embeddings(n: int = 40, labels: bool = True, captions: int = 1, classes: int
     onehot = torch.eye(classes)[torch.arange(n) % classes]
     image = torch.cat([onehot, torch.zeros(n, 3)], 1) + 0.5 * torch.randn(n, classes + 3, generator=g)
     text = image[owner] + 0.5 * torch.randn(len(owner), classes + 3, generator=g)
-    return Embeddings(image, text, owner, onehot.bool() if labels else None)
+    return Embeddings(F.normalize(image), F.normalize(text), owner, onehot.bool() if labels else None)
 
 
 def save_test(run: Path, data: Embeddings, classes: list[str]) -> dict[str, Any]:
@@ -92,8 +93,8 @@ def save_test(run: Path, data: Embeddings, classes: list[str]) -> dict[str, Any]
     np.savez(run / "embeddings.npz", keys=keys, **{k: v.numpy() for k, v in arrays.items()})
     worse = Embeddings(data.image.roll(1, 0), data.text, data.text_owner, data.labels)
     evaluation = {
-        "metrics": evaluate(data),
-        "baselines": {"chance": chance(data), "CCA": evaluate(worse)},
+        "metrics": evaluate(data, "cosine"),
+        "baselines": {"chance": chance(data), "CCA": evaluate(worse, "cosine")},
         "classes": classes,
         "data": "toy",
         "split": "test",

@@ -47,7 +47,6 @@ def make_embeddings(
     dim: int = 16,
     classes: tuple[str, ...] = ("animal", "boat", "car"),
     dtype: str = "float32",
-    unit: bool = True,
     model: str = "ab" * 32,
     run: str = "runs/nowhere",
     seed: int = 0,
@@ -94,7 +93,7 @@ def make_embeddings(
     source = SourceIdentity("shards", f"/data/{folder.name}")
     identity = ModelIdentity(model, run, "toy")
     manifest = EmbeddingManifest(
-        identity, stored.shape[1], dtype, source, list(classes), f"by {folder.name}", shards=listed, unit=unit
+        identity, stored.shape[1], dtype, source, list(classes), f"by {folder.name}", shards=listed
     )
     store.write(MANIFEST_NAME, manifest.to_json())
     return made

@@ -21,7 +21,6 @@ from cmgan_dist.models.weights import weights_sha256
 from cmgan_dist.retrieval import embed_source
 from cmgan_dist.retrieval.embeddings import EmbeddingSet
 from cmgan_dist.retrieval.evaluate import embeddings_of, evaluate_embedded, open_task, run_task
-from cmgan_dist.retrieval.metrics import common_space
 from cmgan_dist.retrieval.model import load_model
 from tests.retrieval.embed_cases import embedded, files, raw_run, whole
 from tests.toy import jpeg, make_features, make_raw, save_untrained, small_config
@@ -38,27 +37,23 @@ def features(tmp_path: Path) -> tuple[Path, Path]:
 # ---------------------------------------------------------------------------------------------- what is written
 
 
-@pytest.mark.parametrize("kind", ["raw", "features"])
+@pytest.mark.parametrize("kind", ["raw", "features", "mixed"])
 def test_figures_are_those_of_an_evaluation_to_the_last_digit(
     kind: str, features: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    run, data = features if kind == "features" else raw_run(tmp_path, name="raw_run")
-    unit, plain = tmp_path / "unit", tmp_path / "plain"
-    made = whole(run, unit, data=data)
-    whole(run, plain, data=data, unit=False)
+    run, data = raw_run(tmp_path, name="raw_run") if kind == "raw" else features
+    if kind == "mixed":
+        run = tmp_path / "mixed"
+        save_untrained(run, data, small_config(8, eval__batch=7), mixed=True)
+    made = whole(run, tmp_path / "emb", data=data)
     for split in ("train", "test"):
-        for zscore in (False, True):
-            expected = run_task(open_task(run, str(data), split=split, zscore=zscore), baselines=False)
-            assert evaluate_embedded(plain, split=split, zscore=zscore) == expected.record["metrics"]
-            if not zscore:
-                assert evaluate_embedded(unit, split=split, zscore=False) == expected.record["metrics"]
-        for mine, theirs in zip(
-            common_space(embeddings_of(made, split), False), common_space(expected.embedded.common, False), strict=True
-        ):
-            assert torch.equal(mine, theirs)
-    for where, asked, said in ((unit, {}, "embed --no-unit"), (plain, {"split": "night"}, "of a split 'night'")):
-        with pytest.raises(BadInput, match=said):
-            evaluate_embedded(where, **asked)
+        expected = run_task(open_task(run, str(data), split=split), baselines=False)
+        assert evaluate_embedded(tmp_path / "emb", split=split) == expected.record["metrics"]
+        found = embeddings_of(made, split)
+        assert torch.equal(found.image, expected.vectors.image)
+        assert torch.equal(found.text, expected.vectors.text)
+    with pytest.raises(BadInput, match="of a split 'night'"):
+        evaluate_embedded(tmp_path / "emb", split="night")
 
 
 def test_items_say_what_each_vector_is_of(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def settle_statistics(generator: Generator, dims: tuple[int, int]) -> None:
     generator.eval()
 
 
-def trained_model(run: Path, data: Path, **fields: object) -> Model:
-    save_untrained(run, data, small_config(8, **fields))
+def trained_model(run: Path, data: Path, mixed: bool = False, **fields: object) -> Model:
+    save_untrained(run, data, small_config(8, **fields), mixed=mixed)
     model = load_model(run)
     settle_statistics(model.generator, (12, 7))
     return model
@@ -40,6 +40,7 @@ FORMS = [
     {"model__input_norm": "batch"},
     {"model__input_norm": "l2", "model__share_layers": False},
     {"model__common_activation": False},
+    {"mixed": True},
 ]
 
 

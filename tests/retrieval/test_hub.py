@@ -35,7 +35,7 @@ def raw_config() -> Config:
 
 def record_of(run: Path, **fields: object) -> None:
     metrics = {"map/mean": 0.61, "map/image_to_text": 0.6, "recall/image_to_text@1": 0.125}
-    record = {"metrics": metrics, "baselines": {"CCA": {"map/mean": 0.4}}, "split": "test", "zscore": False}
+    record = {"metrics": metrics, "baselines": {"CCA": {"map/mean": 0.4}}, "split": "test"}
     record |= {"data": "/somewhere/data", "model": sha256_of(run / "best" / "model.safetensors"), **fields}
     (run / "evaluation.json").write_text(json.dumps(record))
 

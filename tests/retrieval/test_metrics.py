@@ -71,7 +71,7 @@ def cosine(a: Tensor, b: Tensor) -> np.ndarray:
 def test_map_equals_the_naive_loop_and_scikit_learn(multi: bool, captions: tuple[int, ...]) -> None:
     data = made(captions=captions, multi=multi)
     assert data.labels is not None
-    result = evaluate(data, zscore=False, map_ks=(1, 7, 50))
+    result = evaluate(data, "cosine", map_ks=(1, 7, 50))
     labels = data.labels.numpy()
     text_labels = labels[data.text_owner]
     for name, query, gallery, ql, gl in (
@@ -100,7 +100,7 @@ def test_map_equals_the_naive_loop_and_scikit_learn(multi: bool, captions: tuple
 def test_all_modal_gallery_with_and_without_the_query(without: bool) -> None:
     data = made(captions=(2, 1))
     assert data.labels is not None
-    result = evaluate(data, zscore=False)
+    result = evaluate(data, "cosine")
     both, labels = torch.cat([data.image, data.text]), torch.cat([data.labels, data.labels[data.text_owner]]).numpy()
     similarity, relevant = cosine(both, both), (labels.astype(int) @ labels.T.astype(int)) > 0
     n = len(data.image)
@@ -119,7 +119,7 @@ def test_chunks_and_duplicates_give_bit_identical_results() -> None:
     text = torch.cat([data.text, data.text[:25], data.text[:25]])
     owner = torch.cat([data.text_owner, data.text_owner[30:55], data.text_owner[5:30]])
     data = Embeddings(data.image, text, owner, data.labels)
-    results = [json.dumps(evaluate(data, chunk=chunk)) for chunk in (1, 7, 1000, None)]
+    results = [json.dumps(evaluate(data, "zscore", chunk=chunk)) for chunk in (1, 7, 1000, None)]
     assert results[0] == results[1] == results[2] == results[3]
     image, text = common_space(data)
     ranked = top_k(image, text, len(text))
@@ -145,14 +145,14 @@ def test_queries_without_a_relevant_item_are_left_out_and_counted() -> None:
     assert data.labels is not None
     labels = data.labels.clone()
     labels[3] = labels[8] = False
-    result = evaluate(Embeddings(data.image, data.text, data.text_owner, labels), zscore=False)
+    result = evaluate(Embeddings(data.image, data.text, data.text_owner, labels), "cosine")
     assert result["left_out/image_to_text"] == result["left_out/text_to_image"] == 2
     kept = torch.tensor([i for i in range(20) if i not in (3, 8)])
     relevant = (labels.int() @ labels.int()[data.text_owner].T > 0).numpy()
     similarity = cosine(data.image, data.text)
     expected = np.mean([naive_ap(list(similarity[i]), list(relevant[i])) for i in kept.tolist()])
     assert result["map/image_to_text"] == pytest.approx(expected, abs=1e-12)
-    nothing = evaluate(Embeddings(data.image, data.text, data.text_owner, torch.zeros(20, 4)))
+    nothing = evaluate(Embeddings(data.image, data.text, data.text_owner, torch.zeros(20, 4)), "cosine")
     assert nothing["map/mean"] is None
     assert nothing["map_per_class/image_to_text"] == [None] * 4
     assert nothing["left_out/image_to_all"] == 20
@@ -161,7 +161,7 @@ def test_queries_without_a_relevant_item_are_left_out_and_counted() -> None:
 
 def test_recall_with_uneven_captions_equals_the_naive_loop() -> None:
     data = made(n=30, captions=(3, 0, 1))
-    result = evaluate(Embeddings(data.image, data.text, data.text_owner), zscore=False)
+    result = evaluate(Embeddings(data.image, data.text, data.text_owner), "cosine")
     similarity, owner = cosine(data.image, data.text), data.text_owner.tolist()
     ranks: dict[str, list[int]] = {"image_to_text": [], "text_to_image": []}
     for i in range(30):
@@ -179,7 +179,8 @@ def test_recall_with_uneven_captions_equals_the_naive_loop() -> None:
 
 def test_pair_recall_is_there_with_labels_too() -> None:
     data = made()
-    with_labels, without = evaluate(data), evaluate(Embeddings(data.image, data.text, data.text_owner))
+    with_labels = evaluate(data, "cosine")
+    without = evaluate(Embeddings(data.image, data.text, data.text_owner), "cosine")
     assert without.items() <= with_labels.items()
 
 
@@ -190,14 +191,14 @@ def test_zscore_makes_constant_dimensions_zero() -> None:
     np.testing.assert_allclose(z[:, [0, 2]].mean(0), 0, atol=1e-12)
     np.testing.assert_allclose(z[:, [0, 2]].std(0, correction=0), 1, atol=1e-12)
     data = Embeddings(torch.ones(4, 3), torch.ones(4, 3), torch.arange(4))
-    assert evaluate(data)["median_rank/image_to_text"] == 2.5
+    assert evaluate(data, "cosine")["median_rank/image_to_text"] == 2.5
 
 
 def test_zscore_is_a_choice() -> None:
     data = made()
     shifted = Embeddings(data.image + 3, 7 * data.text - 5, data.text_owner, data.labels)
-    assert evaluate(shifted)["map/mean"] == pytest.approx(evaluate(data)["map/mean"], abs=1e-9)
-    assert abs(evaluate(shifted, zscore=False)["map/mean"] - evaluate(data, zscore=False)["map/mean"]) > 0.01
+    assert evaluate(shifted, "zscore")["map/mean"] == pytest.approx(evaluate(data, "zscore")["map/mean"], abs=1e-9)
+    assert abs(evaluate(shifted, "cosine")["map/mean"] - evaluate(data, "cosine")["map/mean"]) > 0.01
 
 
 def test_wrong_input_is_named() -> None:

@@ -22,7 +22,7 @@ from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs import local
 from cmgan_dist.models.saved import load_generator, read_model
 from cmgan_dist.retrieval import model as model_module
-from cmgan_dist.retrieval.embed import common_statistics, embed_split
+from cmgan_dist.retrieval.embed import embed_split
 from cmgan_dist.retrieval.metrics import l2_normalise
 from cmgan_dist.retrieval.model import Model, load_model, pixels_of
 from tests.toy import save_untrained, small_config
@@ -46,15 +46,15 @@ def test_raw_items_get_the_vectors_of_an_evaluation_after_the_data_is_gone(
     save_untrained(tmp_path / "run", data, config)
     reader = ShardReader(str(data), "test")
     samples = list(reader)
-    expected = embed_split(load_generator(read_model(tmp_path / "run")), reader, config, Parallel()).common
+    expected = embed_split(load_generator(read_model(tmp_path / "run")), reader, config, Parallel())
     shutil.move(tmp_path / "run" / "best", tmp_path / "copy")
     shutil.rmtree(data)
     model = cmgan_dist.load(str(tmp_path / "copy"))
     images = [s.image for s in samples if isinstance(s.image, bytes)]
     texts = [t for s in samples if isinstance(s.texts, list) for t in s.texts]
     for batch in (3, 64):
-        np.testing.assert_allclose(model.encode_images(images, batch=batch), unit(expected.image), atol=2e-6)
-        np.testing.assert_allclose(model.encode_texts(texts, batch=batch), unit(expected.text), atol=2e-6)
+        np.testing.assert_allclose(model.encode_images(images, batch=batch), unit(expected.image.common), atol=2e-6)
+        np.testing.assert_allclose(model.encode_texts(texts, batch=batch), unit(expected.text.common), atol=2e-6)
     assert (model.dim, model.classes) == (8, ["class 0", "class 1", "class 2"])
     made = model.encode_texts(texts)
     assert made.dtype == np.float32
@@ -119,17 +119,15 @@ def test_features_go_in_where_no_backbone_is_known(feature_data: Callable[..., P
     data, config = feature_data(), small_config(8)
     save_untrained(tmp_path / "run", data, config)
     reader = ShardReader(str(data), "val")
-    common = embed_split(load_generator(read_model(tmp_path / "run")), reader, config, Parallel())
+    split = embed_split(load_generator(read_model(tmp_path / "run")), reader, config, Parallel())
     model = load_model(tmp_path / "run")
-    made = model.encode_images(common.features.image.numpy())
-    np.testing.assert_allclose(made, unit(common.common.image), atol=1e-6)
-    np.testing.assert_allclose(model.encode_texts(common.features.text.numpy()), unit(common.common.text), atol=1e-6)
+    made = model.encode_images(split.features.image.numpy())
+    np.testing.assert_allclose(made, unit(split.image.common), atol=1e-6)
+    np.testing.assert_allclose(model.encode_texts(split.features.text.numpy()), unit(split.text.common), atol=1e-6)
     with pytest.raises(BadInput, match=r"image features have shape \[2, 5\], expected \[n, 12\]"):
         model.encode_images(np.zeros((2, 5), np.float32))
     with pytest.raises(BadInput, match="takes text features of 7 numbers and does not say what made them"):
         model.encode_texts("a dog")
-    with pytest.raises(BadInput, match="no statistics of its training split"):
-        model.encode_images(np.zeros((2, 12), np.float32), standardise=True)
 
 
 @pytest.mark.parametrize(
@@ -272,46 +270,6 @@ def test_progress_is_told_where_asked(
     assert re.search(r"pictures: \d+ of 30, [\d.]+ a second, 0 min left\n", capsys.readouterr().err)
     model.encode_images(iter(pictures), batch=2, progress=True)
     assert re.search(r"pictures: \d+, [\d.]+ a second\n", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("most", [100_000, 32])
-def test_statistics_are_those_of_the_split(
-    most: int, feature_data: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against numpy over all rows, which 32 of 96 samples in even blocks come near to."""
-    monkeypatch.setattr("cmgan_dist.retrieval.embed.STATISTICS_SAMPLES", most)
-    data, config = feature_data(captions=2), small_config(8)
-    generator = save_untrained(tmp_path / "run", data, config)
-    reader = ShardReader(str(data), "train")
-    generator.train()
-    found = common_statistics(generator, [reader], config, Parallel())
-    assert generator.training
-    common = embed_split(generator, reader, config, Parallel()).common
-    for name, rows in (("image", common.image), ("text", common.text)):
-        exact = rows.double().numpy()
-        tolerance = {"rtol": 1e-5, "atol": 1e-7} if most > 96 else {"atol": 0.2}
-        np.testing.assert_allclose(getattr(found, f"{name}_mean").numpy(), exact.mean(0), **tolerance)
-        np.testing.assert_allclose(getattr(found, f"{name}_std").numpy(), exact.std(0), **tolerance)
-
-
-def test_statistics_leave_bad_samples_out(raw_data: Callable[..., Path], tmp_path: Path) -> None:
-    data, config = raw_data(spoil={3: "image", 7: "text"}), raw_config()
-    generator = save_untrained(tmp_path / "run", data, config)
-    statistics = common_statistics(generator, [ShardReader(str(data), "train")], config, Parallel())
-    assert torch.isfinite(statistics.image_mean).all()
-
-
-def test_standardising_takes_the_training_split_s_statistics(feature_data: Callable[..., Path], tmp_path: Path) -> None:
-    data, config = feature_data(), small_config(8)
-    generator = save_untrained(tmp_path / "run", data, config)
-    saved = read_model(tmp_path / "run")
-    saved.statistics = common_statistics(generator, [ShardReader(str(data), "train")], config, Parallel())
-    features = torch.randn(5, 7)
-    made = model_module.Model(saved).encode_texts(features.numpy(), standardise=True)
-    with torch.no_grad():
-        common = generator.project_texts(features).double()
-    expected = (common - saved.statistics.text_mean) / saved.statistics.text_std
-    np.testing.assert_allclose(made, unit(expected), atol=1e-5)
 
 
 def test_pictures_in_memory_are_turned_and_coloured_like_files(raw_data: Callable[..., Path], tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ function scoreOf(hit) {
   const bar = make("i");
   const sd = hit.above_chance;
   line.append(bar, sd === null ? `score ${hit.score.toFixed(2)}` : distance(sd));
-  line.title = `cosine ${hit.score.toFixed(3)}`;
+  line.title = `score ${hit.score.toFixed(3)}`;
   line.classList.toggle("low", sd !== null && sd < 2);
   const share = (hit.score - chance) / (1 - chance); // from chance to the same
   bar.style.setProperty("--share", `${Math.max(0, Math.min(1, share)) * 100}%`);
