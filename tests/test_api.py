@@ -41,7 +41,7 @@ def test_a_config_is_trained_evaluated_and_used(feature_data: Callable[..., Path
     metrics = cmgan_dist.evaluate(config.output)
     model = cmgan_dist.load(config.output)
     assert 0 < metrics["map/mean"] <= 1
-    assert model.saved.statistics is not None
+    assert model.saved.scoring.spec.asked
     assert not (tmp_path / "run" / "report.html").exists()
 
 

@@ -180,7 +180,7 @@ class _Part:
 
 def _part_of(saved: Saved, generator: Generator, modality: Modality, backbone: bool) -> _Part:
     """Return a modality from features, or from raw input with its backbone. Raises BadInput when that is not known."""
-    spec, generator = getattr(saved.spec, modality), copy.deepcopy(generator).cpu()
+    spec, generator = getattr(saved.spec, modality), copy.deepcopy(generator).cpu().requires_grad_(False)
     random, rows = torch.Generator().manual_seed(0), torch.export.Dim("rows", min=1, max=1 << 20)
     traced, eager = (
         _Vectors(saved, generator, modality, projection)

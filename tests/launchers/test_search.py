@@ -84,7 +84,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     done = launch("index", folder / "emb", "--output", folder / "index")
     assert done.returncode == 0, done.stderr
     assert re.search(
-        r"index: 7 vectors of 8 numbers, exact\nrecall@10 1\.000, cosine by chance -?0\.\d+ ± 0\.\d+\n", done.stdout
+        r"index: 7 vectors of 8 numbers, exact\nrecall@10 1\.000, score by chance -?0\.\d+ ± 0\.\d+\n", done.stdout
     )
     return World(folder / "run", folder / "index", folder)
 

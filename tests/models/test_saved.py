@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -24,7 +23,6 @@ from cmgan_dist.models.generator import Generator, build_generator
 from cmgan_dist.models.saved import (
     BackboneSpec,
     ModelSpec,
-    Statistics,
     check_shapes,
     describe_model,
     keep_weights,
@@ -34,12 +32,17 @@ from cmgan_dist.models.saved import (
     save_model,
     stored_tensors,
 )
+from cmgan_dist.models.scoring import Scoring, ScoringSpec, Shares
 from cmgan_dist.models.vocabulary import Vocabulary
 from tests.toy import small_config
 
 FEATURES = DataSpec(["cat", "dog"], "single", 6, 5)
 RAW = DataSpec(["cat", "dog"], "single", None, None)
-STATISTICS = Statistics(*(torch.rand(8, dtype=torch.float64) for _ in range(4)))
+SCORING = Scoring(
+    ScoringSpec("pair", {}, {"pair": Shares()}, standardise=True),
+    {f"{m}_{name}": torch.rand(8, dtype=torch.float64) for m in ("image", "text") for name in ("mean", "std")},
+    multi_label=False,
+)
 
 
 def save(best: Path, seed: int = 0, **options: object) -> Generator:
@@ -70,7 +73,7 @@ def save_raw(best: Path, config: Config) -> Generator:
 
 
 def test_there_and_back_in_eval_mode(tmp_path: Path) -> None:
-    made = save(tmp_path / "run" / "best", statistics=STATISTICS)
+    made = save(tmp_path / "run" / "best", scoring=SCORING)
     for where in (tmp_path / "run", str(tmp_path / "run" / "best")):
         saved = read_model(where)
         found = load_generator(saved)
@@ -78,10 +81,9 @@ def test_there_and_back_in_eval_mode(tmp_path: Path) -> None:
         assert all(torch.equal(v, found.state_dict()[k]) for k, v in made.state_dict().items())
         assert (saved.spec.data, saved.spec.image.name, saved.spec.image.dim) == (FEATURES, "features", 6)
         assert saved.config == small_config(10)
-        assert saved.statistics is not None
-        for field in dataclasses.fields(Statistics):
-            ours, theirs = (getattr(s, field.name) for s in (saved.statistics, STATISTICS))
-            assert ours.dtype == torch.float64
+        assert saved.scoring.spec == SCORING.spec
+        for ours, theirs in zip(saved.scoring.tensors().values(), SCORING.tensors().values(), strict=True):
+            assert ours.dtype == theirs.dtype
             assert torch.equal(ours, theirs)
     rows = torch.randn(9, 6)
     parts = torch.cat([found.project_images(rows[:4]), found.project_images(rows[4:])])
@@ -90,7 +92,7 @@ def test_there_and_back_in_eval_mode(tmp_path: Path) -> None:
 
 def test_equal_models_are_equal_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        save(tmp_path / name, statistics=STATISTICS)
+        save(tmp_path / name, scoring=SCORING)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 

@@ -99,7 +99,7 @@ def test_a_card_shows_no_metrics_of_another_checkpoint(feature_data: Callable[..
     assert "MAP mean" not in card
     assert "license" not in front_of(card)
     assert "Pairs without class labels." in card
-    assert "t = model.encode_texts(features)  # float32 [n, 7] -> [n, 8], unit length" in card
+    assert "t = model.encode_texts(features)  # float32 [n, 7] -> [n, 8], no longer than 1" in card
     assert "| image | not known |  | 12 |" in card
 
 

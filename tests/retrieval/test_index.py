@@ -23,7 +23,7 @@ from tests.retrieval.embeddings_cases import Made, clustered, make_embeddings
 
 def naive(made: Made, query: np.ndarray, k: int, fits: list[int]) -> list[tuple[int, float]]:
     """(id, cosine) by a loop in Python floats."""
-    unit = query.astype(np.float64) / np.linalg.norm(query.astype(np.float64))
+    unit = query.astype(np.float64) / max(1, np.linalg.norm(query.astype(np.float64)))
     scored = [(-sum(a * b for a, b in zip(unit.tolist(), made.vectors[i].tolist(), strict=True)), i) for i in fits]
     return [(i, -score) for score, i in sorted(scored)[:k]]
 
@@ -190,19 +190,20 @@ def test_half_precision_vectors_are_no_longer_than_1(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, made.vectors, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["exact", "hnsw"])
+@pytest.mark.parametrize("kind", ["exact", "ivf_sq8"])
 def test_short_vectors_rank_by_the_inner_product(kind: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     plain = clustered(rng, 40, 16, 4, 0.4) * rng.uniform(0.1, 1, (40, 1)).astype(np.float32)
     make_embeddings(tmp_path / "emb", [(20, 20)], vectors=plain)
     index = Index.build(tmp_path / "emb", tmp_path / "index", kind=kind)
-    np.testing.assert_array_equal(np.stack([index.vector(i) for i in range(40)]), plain)
+    stored = np.stack([index.vector(i) for i in range(40)])
+    np.testing.assert_allclose(stored, plain, atol=0 if kind == "exact" else 0.01)
     for query in plain[:5]:
         hits = index.search(query, 40)[0]
-        assert [hit.id for hit in hits][:10] == np.argsort(-(plain.astype(np.float64) @ query), kind="stable").tolist()[
-            :10
-        ]
-        np.testing.assert_allclose([hit.score for hit in hits[:10]], np.sort(plain @ query)[::-1][:10], atol=1e-6)
+        scores = plain.astype(np.float64) @ query
+        if kind == "exact":
+            assert [hit.id for hit in hits] == np.argsort(-scores, kind="stable").tolist()
+        np.testing.assert_allclose([hit.score for hit in hits], scores[[hit.id for hit in hits]], atol=0.02)
 
 
 @pytest.mark.parametrize(("length", "said"), [(0.0, "0"), (1.5, "1.5"), (np.nan, "nan")])
@@ -259,7 +260,7 @@ def test_ivf_finds_what_exact_search_finds(modality: str | None, large: tuple[Ma
     expected = Index.open(exact).search(queries, 10, modality=modality)
     shares = [len(set(ids_of(a)) & set(ids_of(b))) / 10 for a, b in zip(found, expected, strict=True)]
     assert np.mean(shares) > 0.93
-    unit = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    unit = queries / np.maximum(1, np.linalg.norm(queries, axis=1, keepdims=True))
     for query, hits in zip(unit, found, strict=True):
         np.testing.assert_allclose([h.score for h in hits], made.vectors[ids_of(hits)] @ query, atol=0.02)
         assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)

@@ -121,7 +121,7 @@ def test_chunks_and_duplicates_give_bit_identical_results() -> None:
     data = Embeddings(data.image, text, owner, data.labels)
     results = [json.dumps(evaluate(data, "zscore", chunk=chunk)) for chunk in (1, 7, 1000, None)]
     assert results[0] == results[1] == results[2] == results[3]
-    image, text = common_space(data)
+    image, text = common_space(data, "cosine")
     ranked = top_k(image, text, len(text))
     position = ranked.argsort(dim=1)
     m = len(text) - 50
@@ -219,7 +219,7 @@ from cmgan_dist.retrieval.metrics import Embeddings, common_space, pair_ranks, r
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 n = 20_000
 data = Embeddings(torch.randn(n, 8), torch.randn(n, 8), torch.arange(n), torch.eye(10)[torch.arange(n) % 10].bool())
-image, text = common_space(data)
+image, text = common_space(data, "cosine")
 rank_classes(image[:8], text, data.labels[:8], data.labels)
 before = peak()
 pair_ranks(image[:4000], text, torch.arange(4000), data.text_owner)

@@ -212,4 +212,4 @@ def test_a_best_model_that_is_gone_is_made_again_by_the_next_start(
         model.write_bytes(content)
     done = run_to_end(data, run, "train.epochs=2")
     assert "is kept there again" in " ".join(done.stderr.split())
-    assert read_model(run).statistics is not None
+    assert read_model(run).scoring.spec.asked

@@ -91,20 +91,20 @@ def test_values_are_applied_to_a_copy() -> None:
     base = preset("features")
     changed = with_values(base, {"loss.inter": 2.5, "model.text.max_tokens": 3})
     assert (changed.loss.inter, changed.model.text.max_tokens) == (2.5, 3)
-    assert (base.loss.inter, base.model.text.max_tokens) == (0.3, 64)
+    assert (base.loss.inter, base.model.text.max_tokens) == (0.0, 64)
     assert get_value(changed, "model.text.max_tokens") == 3
 
 
 def test_what_pbt_multiplied_is_moved_back_into_its_range() -> None:
     values = {path: get_value(preset("features"), path) for path in SPACE}
-    values |= {"model.dropout": 0.9, "optim.generator_steps": 2.4, "loss.inter": 1e-9}
+    values |= {"model.dropout": 0.9, "optim.generator_steps": 2.4, "loss.contrastive": 1e-9}
     clipped = clip(SPACE, values)
-    assert (clipped["model.dropout"], clipped["optim.generator_steps"], clipped["loss.inter"]) == (0.7, 2, 0.01)
+    assert (clipped["model.dropout"], clipped["optim.generator_steps"], clipped["loss.contrastive"]) == (0.7, 2, 0.03)
     assert not outside_of(SPACE, clipped)
     assert {k: v for k, v in clipped.items() if v != values[k]}.keys() == {
         "model.dropout",
         "optim.generator_steps",
-        "loss.inter",
+        "loss.contrastive",
     }
 
 
