@@ -82,9 +82,9 @@ def test_there_and_back_in_eval_mode(tmp_path: Path) -> None:
         assert (saved.spec.data, saved.spec.image.name, saved.spec.image.dim) == (FEATURES, "features", 6)
         assert saved.config == small_config(10)
         assert saved.scoring.spec == SCORING.spec
-        for ours, theirs in zip(saved.scoring.tensors().values(), SCORING.tensors().values(), strict=True):
-            assert ours.dtype == theirs.dtype
-            assert torch.equal(ours, theirs)
+        ours, theirs = saved.scoring.tensors(), SCORING.tensors()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs)
     rows = torch.randn(9, 6)
     parts = torch.cat([found.project_images(rows[:4]), found.project_images(rows[4:])])
     torch.testing.assert_close(found.project_images(rows), parts)
