@@ -28,24 +28,29 @@ from cmgan_dist.errors import BadInput, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_CONTRAST = ["loss.contrastive=0", "loss.class_contrastive=0"]
-NO_GAN = ["loss.intra=0", "loss.inter=0"]
-APART = ["model.share_classifier=false", "loss.classification=1.0"]
+INTER, INTRA = ["loss.inter=0.3", "loss.mismatch=conditional"], ["loss.intra=0.1"]
+APART = ["model.share_classifier=false", "loss.classification=1.0", *NO_CONTRAST]
 VARIANTS: dict[str, list[str]] = {
-    "full": [],
-    "no inter-modality GAN": ["loss.inter=0"],
-    "no intra-modality GAN, no decoder": ["loss.intra=0"],
-    "no GAN": NO_GAN,
+    "preset": [],
+    "with GAN": [*INTER, *INTRA],
+    "with inter-modality GAN": INTER,
+    "with intra-modality GAN and decoder": INTRA,
     "no contrastive": ["loss.contrastive=0"],
     "no class contrastive": ["loss.class_contrastive=0"],
     "layers not shared": ["model.share_layers=false"],
-    "class loss only": [*NO_GAN, *NO_CONTRAST],
-    "class loss + GAN": NO_CONTRAST,
-    "two classifiers, class loss only": [*APART, *NO_GAN, *NO_CONTRAST],
-    "two classifiers, class loss + GAN": [*APART, *NO_CONTRAST, "loss.inter=3.0"],
+    "class loss only": NO_CONTRAST,
+    "class loss + GAN": [*NO_CONTRAST, *INTER, *INTRA],
+    "two classifiers, class loss only": APART,
+    "two classifiers, class loss + GAN": [*APART, *INTER, *INTRA, "loss.inter=3.0"],
+    "no pair head": ["eval.pair_head=false"],
+    "no query bank": ["eval.bank=0"],
 }
 """Name -> overrides of the preset. With a classifier of its own per modality, as in the reference, the class loss does
 not bring the modalities together: that is where the adversarial terms work."""
-PAIR_VARIANTS = ("full", "no inter-modality GAN", "no intra-modality GAN, no decoder", "no GAN", "layers not shared")
+PAIR_VARIANTS = (
+    *("preset", "with GAN", "with inter-modality GAN", "with intra-modality GAN and decoder", "layers not shared"),
+    *("no pair head", "no query bank"),
+)
 """Those that make sense without labels."""
 
 
@@ -79,7 +84,7 @@ def run(variant: str, seed: int, arguments: Arguments) -> dict[str, Any]:
         train += ["--data", str(arguments.data), "--output", str(folder), f"train.seed={seed}", "train.threads=1"]
         train += ["train.tracker=none", *VARIANTS[variant]]
         evaluate = [sys.executable, str(ROOT / "launchers" / "evaluate.py"), str(folder), "--json"]
-        evaluate += [] if seed == 0 and variant == "full" else ["--no-baselines"]
+        evaluate += [] if seed == 0 and variant == "preset" else ["--no-baselines"]
         for command in (train, evaluate):
             finished = subprocess.run(command, env=common, capture_output=True, text=True, check=False)
             if finished.returncode:
@@ -88,6 +93,12 @@ def run(variant: str, seed: int, arguments: Arguments) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     record["validation"] = max(line["score"] for line in lines if line["kind"] == "val")
     return record
+
+
+def end_of(record: dict[str, Any], measure: str) -> dict[str, Any]:
+    """Return the metrics of the end that a measure belongs to: MAP to the class end, recall to the pair end."""
+    ends: dict[str, dict[str, Any]] = record["ends"]
+    return ends.get("class" if measure.startswith("map") else "pair", record["metrics"])
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -114,7 +125,7 @@ def main() -> None:
     rows: dict[str, dict[str, dict[str, float]]] = {}
     for variant, runs in found.items():
         rows[variant] = {"validation": spread([r["validation"] for r in runs])}
-        rows[variant] |= {m: spread([r["metrics"][m] for r in runs]) for m in measures}
+        rows[variant] |= {m: spread([end_of(r, m)[m] for r in runs]) for m in measures}
     baselines: dict[str, Any] = next((r["baselines"] for runs in found.values() for r in runs if r["baselines"]), {})
     for name, values in baselines.items():
         rows[name] = {m: {"mean": values[m], "std": 0.0} for m in measures}
