@@ -48,7 +48,7 @@ def features() -> Config:
     config.optim.generator_steps, config.optim.update = 1, "joint"
     config.optim.schedule = "cosine"
     config.train.epochs = 100
-    config.train.val_every = config.train.save_every = 25
+    config.train.val_every = config.train.save_every = 10
     config.train.log_every = 5
     return config
 

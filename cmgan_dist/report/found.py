@@ -131,6 +131,26 @@ def precision_section(evaluation: dict[str, Any]) -> Section | None:
     return Section("Precision and recall", read, [svg(figure, alt)])
 
 
+def frontier_section(evaluation: dict[str, Any]) -> Section | None:
+    """Return MAP over Recall@10 between the ends of model and baselines, or None when it was not measured."""
+    curves = evaluation.get("frontiers") or {}
+    if not curves:
+        return None
+    figure, (axis,) = grid(1, 1, 3.6)
+    for i, (name, points) in enumerate(curves.items()):
+        style = {"linewidth": 2.4, "zorder": 3} if name == MODEL else {"linewidth": 1.3, "zorder": 2}
+        recall, found = [100 * point[1] for point in points], [point[0] for point in points]
+        axis.plot(recall, found, marker="o", markersize=4, label=name, color=COLOURS[i % len(COLOURS)], **style)
+    axis.set_xlabel("Recall@10, mean of both directions, %")
+    axis.set_ylabel("MAP, mean of both directions")
+    axis.legend()
+    read = (
+        "Items of the same class first (MAP) and a query's own partner first (recall) pull against each other. A curve "
+        "goes from the end that finds classes, at the top left, to the one that finds partners; further out is better."
+    )
+    return Section("Between both ends", read, [svg(figure, "MAP over Recall@10 of the model and of the baselines.")])
+
+
 def per_class_section(evaluation: dict[str, Any]) -> Section | None:
     """Return MAP of each class in both directions, or None when it was not measured."""
     metrics = evaluation.get("metrics") or {}

@@ -4,8 +4,8 @@ Made from what lies in the run's folder; a part that is not there yet is left ou
 
     config.yaml       the whole Config
     metrics.jsonl     lines of kind "train" (loss/PHASE/TERM, accuracy/D/GROUP, margin/D) and "val" (`metrics.evaluate`)
-    evaluation.json   "metrics" (`metrics.evaluate`), "ends" and "baselines" {name: the same}, "classes"; and, shown as
-                      they are, "data", "split", "seed", "checkpoint"
+    evaluation.json   "metrics" (`metrics.evaluate`), "ends" and "baselines" {name: the same}, "frontiers",
+                      "classes"; and, shown as they are, "data", "split", "seed", "checkpoint"
     embeddings.npz    image [N, D], text [M, D], text_owner [M], keys [N], labels [N, C] where the pairs have classes
 """
 
@@ -22,6 +22,7 @@ from cmgan_dist.files import parse_json, write_atomic
 from cmgan_dist.report.curves import discriminator_section, loss_section, validation_section
 from cmgan_dist.report.found import (
     example_section,
+    frontier_section,
     load_retrieved,
     matrix_section,
     per_class_section,
@@ -51,6 +52,7 @@ def write_report(run: Path, items: Sequence[GalleryItem] | None = None) -> Path:
             validation_section(val),
             loss_section(train),
             discriminator_section(train),
+            frontier_section(evaluation),
             precision_section(evaluation),
             per_class_section(evaluation),
             matrix_section(retrieved),

@@ -27,10 +27,13 @@ from cmgan_dist.retrieval.metrics import (
     directions,
     evaluate,
     mean,
+    recall_of,
     score_of,
 )
 from cmgan_dist.retrieval.metrics import Score as VectorScore
 
+PAIRS, CLASSIFIER = "CCA", "logistic regression"
+"""Names of the baselines that find partners and classes best."""
 COSINE: VectorScore = "cosine"
 ZSCORE: VectorScore = "zscore"
 INNER: VectorScore = "inner"
@@ -217,39 +220,42 @@ def _pairs(data: Embeddings) -> tuple[np.ndarray, np.ndarray]:
     return _numpy(data.image[data.text_owner]), _numpy(data.text)
 
 
-def _pair_score(metrics: dict[str, Any]) -> float:
-    return float(np.mean([metrics[f"recall/{name}@10"] for name in ("image_to_text", "text_to_image")]))
+def check_features(train: Embeddings, other: Embeddings, name: str) -> None:
+    """Raises BadInput when the features of the split `name` have other dimensions than those of the training split."""
+    if other.image.shape[1] != train.image.shape[1] or other.text.shape[1] != train.text.shape[1]:
+        raise BadInput(f"the {name} features have other dimensions than the train features: pack both the same way")
 
 
-def baseline_table(
+def best_baselines(
     train: Embeddings,
     val: Embeddings,
-    test: Embeddings,
     dims: Sequence[int] = DIMS,
     ridges: Sequence[float] = RIDGES,
     penalties: Sequence[float] = PENALTIES,
-) -> dict[str, dict[str, Any]]:
-    """Return name -> `metrics.evaluate` of the test split, for CCA, ridge from image to text, logistic regression (with
-    labels) and `chance`. ``settings`` of each holds what validation chose. Raises BadInput when the splits' features
-    disagree."""
-    for name, other in (("val", val), ("test", test)):
-        if other.image.shape[1] != train.image.shape[1] or other.text.shape[1] != train.text.shape[1]:
-            raise BadInput(f"the {name} features have other dimensions than the train features: pack both the same way")
-
+) -> dict[str, Projection]:
+    """Return name -> the projection that validation chose, for CCA, ridge from image to text and, with labels, logistic
+    regression. Raises BadInput when the splits' features disagree."""
+    check_features(train, val, "val")
     pairs = replace(val, labels=None)  # MAP would be measured for nothing
 
     def by_pairs(projection: Projection) -> float:
-        return _pair_score(projection.measured(pairs))
+        return recall_of(projection.measured(pairs))
 
     def by_classes(projection: Projection) -> float:
         return score_of(projection.measured(val, all_modal=False))
 
     image, text = _pairs(train)
     regressions = (ridge_image_to_text(image, text, r).scored(s) for r in ridges for s in (COSINE, ZSCORE))
-    best = {"CCA": _best_cca(train, ridges, dims, by_pairs), "ridge image to text": max(regressions, key=by_pairs)}
+    best = {PAIRS: _best_cca(train, ridges, dims, by_pairs), "ridge image to text": max(regressions, key=by_pairs)}
     if train.labels is not None:
         labels = train.labels.cpu().numpy()
-        best["logistic regression"] = max(_logistic_choices(train, labels, penalties), key=by_classes)
+        best[CLASSIFIER] = max(_logistic_choices(train, labels, penalties), key=by_classes)
+    return best
+
+
+def baseline_table(best: dict[str, Projection], test: Embeddings) -> dict[str, dict[str, Any]]:
+    """Return name -> `metrics.evaluate` of the test split, for what `best_baselines` found and `chance`; ``settings``
+    of each holds what validation chose."""
     table = {name: {**p.measured(test), "settings": p.settings} for name, p in best.items()}
     table["chance"] = chance(test)
     return table

@@ -19,6 +19,7 @@ from cmgan_dist.errors import BadInput
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_generator, read_model
 from cmgan_dist.retrieval.embed import embed_split
 from cmgan_dist.retrieval.embeddings import EmbeddingSet
+from cmgan_dist.retrieval.headline import MODEL
 from cmgan_dist.retrieval.metrics import Embeddings
 from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
 
@@ -49,7 +50,7 @@ class Evaluation:
 
     record: dict[str, Any]
     """The contents of evaluation.json: "metrics" (`metrics.evaluate`), "ends" and "baselines" {name: the same},
-    "classes", "scoring", what was asked, "seed" and "checkpoint"."""
+    "frontiers", "classes", "scoring", what was asked, "seed" and "checkpoint"."""
     vectors: Embeddings
     keys: list[str]
 
@@ -126,13 +127,19 @@ def run_task(task: EvaluationTask, *, baselines: bool = True, parallel: Parallel
             of_end = embedded.vectors(saved.scoring.made_for(objective))
             record["ends"][objective] = evaluate_embeddings(of_end)
     if baselines:
-        from cmgan_dist.retrieval.baselines import baseline_table  # scikit-learn takes a second to import
+        from cmgan_dist.retrieval.baselines import CLASSIFIER, PAIRS, baseline_table, best_baselines, check_features
+        from cmgan_dist.retrieval.frontier import baseline_frontier, model_frontier
 
         train, val = (
             embed_split(generator, ShardReader(reader.data, s, config.stream), config, parallel).features
             for s in (config.stream.train_split, config.stream.val_split)
         )
-        record["baselines"] = baseline_table(train, val, embedded.features)
+        check_features(train, embedded.features, "test")
+        best = best_baselines(train, val)
+        record["baselines"] = baseline_table(best, embedded.features)
+        curves = {MODEL: model_frontier(saved.scoring, embedded)}
+        curves |= {f"{CLASSIFIER} + {PAIRS}": baseline_frontier(best, embedded.features)}
+        record["frontiers"] = {name: points for name, points in curves.items() if points}
     record |= {
         "classes": saved.spec.data.classes,
         "scoring": dataclasses.asdict(spec),

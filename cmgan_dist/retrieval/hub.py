@@ -37,7 +37,7 @@ CARD_NAME = "README.md"
 TAGS = ["cross-modal-retrieval", "image-text-retrieval", "gan"]
 PATTERNS = ["*.json", "*.safetensors", CONFIG_NAME, "backbones/**"]
 """What of a repository is fetched: others may keep exported files beside it."""
-EVALUATION_FIELDS = ("metrics", "ends", "baselines", "scoring", "split", "manifest", "model", "checkpoint")
+EVALUATION_FIELDS = ("metrics", "ends", "baselines", "frontiers", "scoring", "split", "manifest", "model", "checkpoint")
 """What of an evaluation goes along: all but paths of this machine."""
 
 

@@ -196,7 +196,12 @@ def pair_ranks(
 def pair_recall(data: Embeddings, k: int = 10) -> float:
     """Return Recall@k of pairs by the cosine, mean of both directions (`evaluate`)."""
     metrics = evaluate(Embeddings(data.image, data.text, data.text_owner), "cosine", recall_ks=(k,))
-    return (metrics[f"recall/image_to_text@{k}"] + metrics[f"recall/text_to_image@{k}"]) / 2
+    return recall_of(metrics, k)
+
+
+def recall_of(metrics: Mapping[str, Any], k: int = 10) -> float:
+    """Return Recall@k among what `evaluate` returned, mean of both directions."""
+    return float(metrics[f"recall/image_to_text@{k}"] + metrics[f"recall/text_to_image@{k}"]) / 2
 
 
 def directions(data: Embeddings, image: Tensor, text: Tensor, all_modal: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:

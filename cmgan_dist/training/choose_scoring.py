@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from cmgan_dist.config.fields import EvalConfig
 from cmgan_dist.models.generator import Modality
 from cmgan_dist.models.scoring import MODALITIES, Blocks, Objective, Scoring, ScoringSpec, Shares
 from cmgan_dist.retrieval.embed import Embedded, Made
-from cmgan_dist.retrieval.metrics import Embeddings, evaluate, l2_normalise, zscore
+from cmgan_dist.retrieval.metrics import Embeddings, evaluate, l2_normalise, recall_of, score_of, zscore
 from cmgan_dist.training.pair_head import fit_pair_head
 
 SAMPLES = 20_000
@@ -52,31 +52,37 @@ def asked_of(config: EvalConfig, labelled: bool) -> dict[str, Any]:
 def measures_of(data: Embeddings) -> dict[Objective, float]:
     """Return what vectors reach for each objective: MAP for class, Recall@10 for pair, the mean of both for both."""
     metrics = evaluate(data, all_modal=False, map_ks=(), recall_ks=(10,))
-    pair = (metrics["recall/image_to_text@10"] + metrics["recall/text_to_image@10"]) / 2
+    pair = recall_of(metrics)
     if data.labels is None:
         return {"pair": pair}
     found = metrics["map/mean"]
     return {"pair": pair} if found is None else {"class": found, "pair": pair, "both": (found + pair) / 2}
 
 
-def best_alone(embedded: Embedded, config: EvalConfig, multi_label: bool) -> Embeddings:
-    """Return the vectors, by one block alone, that a validation during training measures: as `eval.score` says, by auto
-    those of most MAP (without labels: Recall@10). Z-scores are those of the validation split itself."""
-    scoring = Scoring.plain()
-    scoring.multi_label = multi_label
-    made: dict[str, Embeddings] = {}
+def _alone(embedded: Embedded, config: EvalConfig, multi_label: bool) -> Iterator[Embeddings]:
+    """Give the vectors of one block alone, each that `eval.score` allows. Z-scores are those of the set itself."""
     if config.score in ("auto", "cosine"):
-        made["cosine"] = embedded.vectors(scoring)
+        yield embedded.vectors(Scoring.plain())
     if config.score in ("auto", "zscore"):
         image, text = (l2_normalise(zscore(side.common)) for side in (embedded.image, embedded.text))
-        made["zscore"] = Embeddings(image, text, embedded.owner, embedded.labels)
+        yield Embeddings(image, text, embedded.owner, embedded.labels)
     if embedded.labels is not None and config.score in ("auto", "posterior"):
-        posterior = Scoring(ScoringSpec("class", {}, {"class": ALONE["posterior"]}), {}, multi_label)
-        made["posterior"] = embedded.vectors(posterior)
-    if len(made) == 1:
-        return next(iter(made.values()))
-    goal: Objective = "pair" if embedded.labels is None else "class"
-    return max(made.values(), key=lambda data: measures_of(data).get(goal, 0.0))
+        posterior = ScoringSpec("class", {}, {"class": ALONE["posterior"]})
+        yield embedded.vectors(Scoring(posterior, {}, multi_label))
+
+
+def validation_of(embedded: Embedded, config: EvalConfig, multi_label: bool) -> tuple[float, dict[str, Any]]:
+    """Return what validation maximises during training, and the metrics (`metrics.evaluate`) by which MAP is largest.
+
+    The score is the most that any one block reaches: of MAP with `eval.objective` class, of Recall@10 with pair, the
+    mean of both with both; without labels of the mean of Recall@1, 5 and 10. Raises BadInput where there is no MAP."""
+    ways = [evaluate(vectors, all_modal=False) for vectors in _alone(embedded, config, multi_label)]
+    best = max(ways, key=score_of)
+    if embedded.labels is None:
+        return score_of(best), best
+    recall = max(recall_of(metrics) for metrics in ways)
+    scores = {"class": score_of(best), "pair": recall, "both": (score_of(best) + recall) / 2}
+    return scores[resolved_objective(config, labelled=True)], best
 
 
 @dataclass

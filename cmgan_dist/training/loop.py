@@ -25,8 +25,7 @@ from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
 from cmgan_dist.files import write_atomic
 from cmgan_dist.models.saved import BEST, read_model, save_model, stored_tensors
 from cmgan_dist.retrieval.embed import embed_sample, embed_split
-from cmgan_dist.retrieval.metrics import evaluate, score_of
-from cmgan_dist.training.choose_scoring import SAMPLES, asked_of, best_alone, choose_scoring
+from cmgan_dist.training.choose_scoring import SAMPLES, asked_of, choose_scoring, validation_of
 from cmgan_dist.training.phases import Phase, not_finite, phase_table, run_phase
 from cmgan_dist.training.recorder import Clock, tracing
 from cmgan_dist.training.run import Run, prepare
@@ -268,9 +267,7 @@ def validate_now(run: Run) -> dict[str, float]:
     Return "score" and the metrics by name, equal on every process."""
     config, progress, recorder = run.config, run.progress, run.recorder
     embedded = embed_split(run.networks.eval_generator, run.val_reader, config, run.parallel)
-    vectors = best_alone(embedded, config.eval, run.networks.multi_label)
-    metrics = evaluate(vectors, all_modal=False)
-    score = score_of(metrics)
+    score, metrics = validation_of(embedded, config.eval, run.networks.multi_label)
     if progress.best is None or score > progress.best:
         progress.best, progress.best_position = score, progress.position
         if run.parallel.main:

@@ -15,7 +15,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
+from cmgan_dist.config.fields import ImageBackboneConfig, Pool, TextBackboneConfig
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.backbones import (
@@ -389,6 +389,25 @@ def test_the_sentence_encoder_is_encode() -> None:
     assert (backbone(rows) - expected[1:3]).abs().max() < 1e-5
     same = build_text_backbone(TextBackboneConfig("sentence", str(folder), max_tokens=32))
     assert torch.equal(same(tokens), made)
+
+
+def test_pools_are_those_of_the_tokens_alone() -> None:
+    """Each text by itself through the transformer, pooled in numpy; in a batch the padding must not show."""
+    backbone = build_text_backbone(TextBackboneConfig("sentence", MINILM, pools=("cls", "sentence", "max")))
+    assert isinstance(backbone, SentenceEncoder)
+    made = backbone(backbone.tokenise(SENTENCES)).numpy()
+    assert made.shape == (len(SENTENCES), backbone.dim) == (len(SENTENCES), 3 * 384)
+    for text, row in zip(SENTENCES, made, strict=True):
+        words = backbone.model.encode(text, output_value="token_embeddings").cpu().numpy()
+        for block, pool in ((row[:384], words[0]), (row[768:], words.max(0))):
+            np.testing.assert_allclose(block, pool / np.linalg.norm(pool), atol=1e-5)
+        np.testing.assert_allclose(row[384:768], backbone.model.encode(text), atol=1e-5)
+
+
+@pytest.mark.parametrize("pools", [(), ("max", "max")])
+def test_pools_are_named_once_each(pools: tuple[Pool, ...]) -> None:
+    with pytest.raises(BadInput, match=r"model\.text\.pools is .*name one or more pools, each once"):
+        build_text_backbone(TextBackboneConfig("sentence", MINILM, pools=pools))
 
 
 def test_a_sentence_encoder_counts_tokens_and_not_characters() -> None:

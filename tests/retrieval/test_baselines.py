@@ -16,6 +16,7 @@ from cmgan_dist.errors import BadInput
 from cmgan_dist.retrieval import baselines
 from cmgan_dist.retrieval.baselines import (
     baseline_table,
+    best_baselines,
     cca,
     chance,
     chance_ap,
@@ -132,12 +133,12 @@ def test_classes_that_the_training_split_lacks_have_no_probability() -> None:
 def test_table_beats_chance_and_chooses_on_validation_only(captions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     train, val, test = (features(n, seed, captions=captions) for n, seed in ((300, 1), (80, 2), (100, 3)))
     scored = []
-    for name in ("score_of", "_pair_score"):
+    for name in ("score_of", "recall_of"):
         monkeypatch.setattr(baselines, name, lambda metrics: scored.append(metrics["images"]) or 0.0)
-    baseline_table(train, val, test)
+    baseline_table(best_baselines(train, val), test)
     assert set(scored) == {80}
     monkeypatch.undo()
-    table = baseline_table(train, val, test)
+    table = baseline_table(best_baselines(train, val), test)
     assert list(table) == ["CCA", "ridge image to text", "logistic regression", "chance"]
     for name in list(table)[:-1]:
         assert table[name]["map/mean"] > 1.5 * table["chance"]["map/mean"]
@@ -148,7 +149,8 @@ def test_table_beats_chance_and_chooses_on_validation_only(captions: int, monkey
 
 
 def test_table_without_labels() -> None:
-    table = baseline_table(*(features(n, n, labels=False) for n in (300, 80, 100)))
+    train, val, test = (features(n, n, labels=False) for n in (300, 80, 100))
+    table = baseline_table(best_baselines(train, val), test)
     assert list(table) == ["CCA", "ridge image to text", "chance"]
     assert table["CCA"]["recall/image_to_text@1"] > 3 * table["chance"]["recall/image_to_text@1"]
 
@@ -157,7 +159,7 @@ def test_table_names_features_that_disagree() -> None:
     data = features(30, 1)
     other = Embeddings(data.image[:, :5], data.text, data.text_owner, data.labels)
     with pytest.raises(BadInput, match="the val features have other dimensions"):
-        baseline_table(data, other, data)
+        best_baselines(data, other)
 
 
 @pytest.mark.parametrize(("relevant", "gallery"), [(1, 1), (1, 9), (4, 9), (9, 9), (2, 30)])

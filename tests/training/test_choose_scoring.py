@@ -96,7 +96,7 @@ def test_no_bank_and_no_pair_head() -> None:
 def test_a_run_ends_with_a_scoring_and_chooses_anew_when_asked(
     feature_data: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = small_config(8, eval__bank=20)
+    config = small_config(8, eval__bank=20, train__epochs=2, train__val_every=1, train__tracker="none")
     config.data, config.output = str(feature_data(captions=2)), str(tmp_path / "run")
     train(config)
     first = read_model(config.output)
