@@ -3,7 +3,7 @@
     python -m bench.encode --run runs/openmoji --data data/openmoji [--items 256] [--rounds 5]
 
 Each contestant is a process of its own with one thread; in every round they take turns, and a figure is the median of
-processor time per item over the rounds. `Model` goes all the way to unit vectors of the common space, the others stop
+processor time per item over the rounds. `Model` goes all the way to vectors, the others stop
 at the backbone's features; those are projected by the model once, to see that all encode the same. Contestants:
 
     Model                    encode_images, encode_texts as they are called without options

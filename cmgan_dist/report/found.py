@@ -40,9 +40,9 @@ class Direction(NamedTuple):
     """Queries and gallery of one direction of retrieval, with the row of the image that each belongs to."""
 
     query: torch.Tensor
-    """float64 [Q, E], unit length."""
+    """float64 [Q, D], no longer than 1."""
     gallery: torch.Tensor
-    """float64 [G, E], unit length."""
+    """float64 [G, D], no longer than 1."""
     query_owner: torch.Tensor
     """int64 [Q]."""
     gallery_owner: torch.Tensor
@@ -55,9 +55,9 @@ class Retrieved:
 
     data: Embeddings
     image: torch.Tensor
-    """float64 [N, E], unit length."""
+    """float64 [N, D], no longer than 1."""
     text: torch.Tensor
-    """float64 [M, E], unit length."""
+    """float64 [M, D], no longer than 1."""
     items: list[GalleryItem]
     """One for each image."""
     classes: list[str]

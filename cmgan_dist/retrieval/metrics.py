@@ -88,7 +88,7 @@ def l2_normalise(x: Tensor) -> Tensor:
 
 
 def unit_vectors(x: Tensor) -> Tensor:
-    """Return the rows of x [n, E] at unit length, float32, as embeddings are stored; a row of zeros stays so.
+    """Return the rows of x [n, E] at unit length, float32; a row of zeros stays so.
 
     Rows that have unit length already keep their bits."""
     is_unit = (x.double().norm(dim=1, keepdim=True) - 1).abs() <= UNIT
