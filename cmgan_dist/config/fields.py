@@ -224,6 +224,9 @@ class TrainConfig:
     """Decay per batch of an exponential moving average of the generator, used in evaluation; 0 is off."""
     val_every: Annotated[float, Range(0, 1e9), Resumable] = 10.0
     """Epochs between validations; 0 validates at the end only."""
+    select: Annotated[Literal["best", "last"], Resumable] = "best"
+    """Which generator is kept in best/: that of the best validation, or of the last, where a validation split is too
+    small to tell and the schedule ends at a rate of 0."""
     save_every: Annotated[float, Range(1e-9, 1e9), Resumable] = 10.0
     """Epochs between checkpoints."""
     keep: Annotated[int, Range(1, 1e6), Resumable] = 2

@@ -48,6 +48,7 @@ def features() -> Config:
     config.optim.generator_steps, config.optim.update = 1, "joint"
     config.optim.schedule = "cosine"
     config.train.epochs = 100
+    config.train.select = "last"
     config.train.val_every = config.train.save_every = 10
     config.train.log_every = 5
     return config
@@ -87,6 +88,7 @@ def pairs() -> Config:
     config.loss.contrastive, config.loss.temperature = 1.0, 0.07
     config.optim.generator_lr = config.optim.discriminator_lr = 1e-3
     config.optim.weight_decay = 1e-2
+    config.train.select = "best"
     config.train.epochs = 15
     config.train.val_every = config.train.save_every = 1
     return config
@@ -107,6 +109,7 @@ def raw() -> Config:
     config.loss.class_contrastive, config.loss.class_temperature = 1.0, 0.2
     config.optim.generator_lr = config.optim.discriminator_lr = 2e-3
     config.optim.weight_decay = 1e-2
+    config.train.select = "best"
     config.train.epochs = 60
     config.train.val_every = config.train.save_every = 5
     config.train.log_every = 2

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cmgan_dist.report.page import Section, render
-from cmgan_dist.retrieval.headline import MODEL, Column, Rows, headline
+from cmgan_dist.retrieval.headline import END, MODEL, Column, Rows, headline
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ def results_table(evaluation: dict[str, Any], console: Console | None = None) ->
     columns, rows = headline(evaluation)
     source = " ".join(str(evaluation[name]) for name in ("data", "split") if evaluation.get(name) is not None)
     title = f"Retrieval on {escape(source)}" if source else "Retrieval"
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
     for name, _ in rows:
-        table.add_column(escape(name), justify="right", style="cyan" if name.startswith(MODEL) else None)
+        ours = name == MODEL or name.endswith(END.format(""))
+        words = escape(name).replace(" ", "\n")  # so that none is cut on a terminal of 80 columns
+        table.add_column(words, justify="right", style="cyan" if ours else None)
     for column, following in zip(columns, [*columns[1:], None], strict=True):
         best = _best(column, rows)
         cells = []

@@ -7,6 +7,8 @@ from typing import Any
 
 MODEL = "CM-GAN"
 """Name of the row that shows the run itself."""
+END = "{} end"
+"""Name of a row that shows the run by the shares of another objective."""
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 """Titles of the two directions of retrieval, by the names that metrics bear."""
 
@@ -40,7 +42,7 @@ def headline(evaluation: dict[str, Any]) -> tuple[list[Column], Rows]:
     """Return the columns that any row has, and the rows: the model, its other ends, then the baselines, chance last."""
     baselines = dict(evaluation.get("baselines") or {})
     chance = {"chance": baselines.pop("chance")} if "chance" in baselines else {}
-    ends = [(f"{MODEL}, {end} end", metrics) for end, metrics in (evaluation.get("ends") or {}).items()]
+    ends = [(END.format(end), metrics) for end, metrics in (evaluation.get("ends") or {}).items()]
     rows = [(MODEL, evaluation.get("metrics") or {}), *ends, *baselines.items(), *chance.items()]
     columns = [
         *(Column("MAP", title, f"map/{name}") for name, title in DIRECTIONS.items()),

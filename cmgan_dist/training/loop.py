@@ -262,13 +262,13 @@ def keep_scoring(run: Run) -> None:
 
 
 def validate_now(run: Run) -> dict[str, float]:
-    """Embed and score the validation split, and keep the generator when it is the best so far.
+    """Embed and score the validation split, and keep the generator as `train.select` says.
 
     Return "score" and the metrics by name, equal on every process."""
     config, progress, recorder = run.config, run.progress, run.recorder
     embedded = embed_split(run.networks.eval_generator, run.val_reader, config, run.parallel)
     score, metrics = validation_of(embedded, config.eval, run.networks.multi_label)
-    if progress.best is None or score > progress.best:
+    if progress.best is None or score > progress.best or config.train.select == "last":
         progress.best, progress.best_position = score, progress.position
         if run.parallel.main:
             save_model(

@@ -14,6 +14,7 @@ from cmgan_dist.models.saved import read_model
 from cmgan_dist.models.scoring import Scoring, Shares
 from cmgan_dist.retrieval.embed import Embedded, Made
 from cmgan_dist.retrieval.evaluate import open_task, run_task
+from cmgan_dist.training import loop
 from cmgan_dist.training.choose_scoring import asked_of, choose_scoring, measures_of
 from cmgan_dist.training.loop import train
 from tests.toy import small_config
@@ -115,3 +116,16 @@ def test_a_run_ends_with_a_scoring_and_chooses_anew_when_asked(
     assert other.scoring.shares == Shares(1.0, 0.0)
     assert other.spec.files != first.spec.files
     assert {k: v.tolist() for k, v in other.tensors.items()} == {k: v.tolist() for k, v in first.tensors.items()}
+
+
+@pytest.mark.parametrize(("select", "epoch"), [("best", 1), ("last", 3)])
+def test_the_best_or_the_last_generator_is_kept(
+    select: str, epoch: int, feature_data: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    falling = iter((0.9, 0.5, 0.7))
+    monkeypatch.setattr(loop, "validation_of", lambda *a: (next(falling), {}))
+    config = small_config(8, train__epochs=3, train__val_every=1, train__tracker="none", train__select=select)
+    config.data, config.output = str(feature_data()), str(tmp_path / "run")
+    train(config)
+    progress = read_model(config.output).spec.progress
+    assert progress["best_position"] == epoch * progress["epoch_samples"]
