@@ -135,7 +135,8 @@ class Prototypes(Rival):
 
     def loss(self, image: Tensor, text: Tensor, labels: Tensor | None) -> Tensor:
         assert labels is not None
-        return losses.prototype_contrast(*self(image, text), self.prototypes, labels, self.temperature)
+        u, v = self(image, text)
+        return losses.prototype_contrast(u, v, self.prototypes, labels, self.temperature)
 
     def posteriors(self, x: Tensor) -> Tensor:
         return (losses.cosines(x, self.prototypes) / self.temperature).softmax(1)
@@ -151,7 +152,8 @@ class ClipProjection(Rival):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / settings["temperature"])))
 
     def loss(self, image: Tensor, text: Tensor, labels: Tensor | None) -> Tensor:
-        return losses.info_nce(*self(image, text), self.log_scale.clamp_max(math.log(100)).exp())
+        u, v = self(image, text)
+        return losses.info_nce(u, v, self.log_scale.clamp_max(math.log(100)).exp())
 
 
 class VsePlusPlus(Rival):
@@ -165,7 +167,8 @@ class VsePlusPlus(Rival):
         self.margin = settings["margin"]
 
     def loss(self, image: Tensor, text: Tensor, labels: Tensor | None) -> Tensor:
-        return losses.max_of_hinges(*self(image, text), self.margin)
+        u, v = self(image, text)
+        return losses.max_of_hinges(u, v, self.margin)
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def fit(method: Method, settings: Settings, data: Data, seed: int, epochs: int) 
         for image, text, labels in batches(train, int(settings["batch"]), generator):
             loss = model.loss(image, text, labels)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
         schedule.step()
         if epoch % every and epoch < epochs:
