@@ -113,7 +113,7 @@ def test_the_gradient_reaches_the_embeddings_reversed(pair: tuple[Tensor, Tensor
 def test_acmr_is_trained_against_its_modality_classifier() -> None:
     """A step along the modality term alone: its own gradient for the classifier, the opposite one for the encoders."""
     method = METHODS["ACMR"]
-    settings = {**draws(method, 1)[0], "width": 8, "dropout": 0.0, "structure": 0.0}
+    settings = {**draws(method, 1)[0], "width": 64, "dropout": 0.0, "structure": 0.0}
     torch.manual_seed(0)
     model = method.build((5, 6, CLASSES), {**settings, "adversary": 2.0})
     image, text = torch.randn(ROWS, 5), torch.randn(ROWS, 6)
@@ -129,6 +129,7 @@ def test_acmr_is_trained_against_its_modality_classifier() -> None:
     u, v = model(image, text)
     modality = losses.acmr_modality(model.modality(u).squeeze(1), model.modality(v).squeeze(1))  # type: ignore[operator]
     (plain,) = torch.autograd.grad(modality, [model.image[1].weight])  # type: ignore[index]
+    assert plain.abs().max() > 1e-3
     torch.testing.assert_close(strong[0] - none[0], -2.0 * plain)
     torch.testing.assert_close(strong[1], none[1])
 
@@ -172,6 +173,12 @@ def test_max_of_hinges(pair: tuple[Tensor, Tensor]) -> None:
     assert losses.max_of_hinges(u, v, margin).item() == pytest.approx(expected)
 
 
+def test_the_hardest_negative_may_have_a_negative_cosine() -> None:
+    angles = torch.tensor([0.0, 2 * math.pi / 3, 4 * math.pi / 3])
+    star = torch.stack([angles.cos(), angles.sin()], dim=1)
+    assert losses.max_of_hinges(star, star, 2.0).item() == pytest.approx(2 * (2 - 1 - 0.5))
+
+
 def test_a_batch_has_pairs_and_every_image_once(feature_data: Callable[..., Path]) -> None:
     train = read_data(feature_data(captions=3)).scaled["train"]
     seen, texts = [], set()
@@ -197,7 +204,7 @@ def test_a_batch_has_pairs_and_every_image_once(feature_data: Callable[..., Path
 def test_the_best_check_is_returned(feature_data: Callable[..., Path]) -> None:
     data = read_data(feature_data())
     method = METHODS["CLIP4CMR (PCL)"]
-    fitted: Fitted = fit(method, {**draws(method, 1)[0], "width": 64, "rate": 3e-3}, data, 0, 20)
+    fitted: Fitted = fit(method, {**draws(method, 1)[0], "width": 64, "rate": 0.05}, data, 0, 40)
     assert measure(embed(fitted.model, data.scaled["val"]), fitted.way)["map/mean"] == pytest.approx(fitted.score)
     assert fitted.score > 0.8
 
