@@ -188,7 +188,8 @@ def fit(method: Method, settings: Settings, data: Data, seed: int, epochs: int) 
 
 
 def draws(method: Method, tries: int, seed: int = 0) -> list[dict[str, float]]:
-    """Return `tries` settings of a method: the first value of each, then random ones, the same for the same seed."""
+    """Return `tries` settings of a method: the first value of each, then random ones, of which one may come twice. They
+    are the same for the same seed."""
     rng, space = random.Random(seed), method.space
     first = {name: values[0] for name, values in space.items()}
     return [first, *({name: rng.choice(values) for name, values in space.items()} for _ in range(tries - 1))]
