@@ -10,8 +10,13 @@ import pytest
 
 from tests.toy import ROOT
 
-FILES = sorted((ROOT / "bench").glob("*.py"))
-SCRIPTS = [path.stem for path in FILES if "__main__" in path.read_text(encoding="utf-8")]
+FILES = sorted((ROOT / "bench").rglob("*.py"))
+SCRIPTS = {
+    path.stem if path.parent.name == "bench" else path.parent.name: path
+    for path in FILES
+    if '"__main__"' in path.read_text(encoding="utf-8")
+}
+"""Name of a script, or of a package with a ``__main__.py`` -> its file."""
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -29,7 +34,7 @@ def test_a_script_shows_its_options(
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_docstring_names_the_command(name: str) -> None:
-    doc = ast.get_docstring(ast.parse((ROOT / "bench" / f"{name}.py").read_text(encoding="utf-8")))
+    doc = ast.get_docstring(ast.parse(SCRIPTS[name].read_text(encoding="utf-8")))
     assert doc
     assert f"python -m bench.{name} " in doc
 
