@@ -323,7 +323,7 @@ def test_who_waits_too_long_is_told_to_come_again(index: MemoryIndex) -> None:
 def test_a_failure_of_the_server_is_told_and_it_goes_on(index: MemoryIndex) -> None:
     model = HueModel()
     model.encode_images = lambda images: 1 / 0  # type: ignore[method-assign,assignment,return-value]
-    with running(index, model) as address, httpx2.Client(base_url=address) as client:
+    with running(index, model) as address, httpx2.Client(base_url=address, timeout=60) as client:
         assert "the server failed" in error_of(upload(client, colour(0.1)), 500)
         assert client.get("/api/search", params={"text": "red"}).status_code == 200
 
