@@ -29,11 +29,12 @@ from cmgan_dist.models.generator import Generator, Modality
 
 Objective = Literal["class", "pair", "both"]
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
-OBJECTIVES: tuple[Objective, ...] = ("class", "pair", "both")
 PREFIX = "scoring/"
 """Of the tensors' names in model.safetensors."""
 SPEC = "spec"
 """Name of the tensor that holds the `ScoringSpec`: uint8, JSON."""
+STATISTICS = ("_mean", "_std")
+"""Ends of the names of tensors that are kept as float64; pair maps and bank were made as float32."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,13 @@ class Blocks(NamedTuple):
     pair: Tensor | None
     """[n, P], unit length."""
 
-    def rows(self, index: Tensor) -> Blocks:
-        """Return the blocks of some rows."""
-        posterior, common, pair = self
-        return Blocks(
-            None if posterior is None else posterior[index], common[index], None if pair is None else pair[index]
-        )
-
 
 def _unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 class Scoring(nn.Module):
-    """The scoring of a model: its statistics, pair maps and bank, and the shares that are in use."""
+    """The scoring of a model: its statistics, pair maps and bank, all float64, and the shares that are in use."""
 
     def __init__(self, spec: ScoringSpec, tensors: Mapping[str, Tensor], multi_label: bool) -> None:
         """`tensors`: what `tensors` returns, by name. `multi_label`: posteriors are a sigmoid a class."""
@@ -97,7 +91,7 @@ class Scoring(nn.Module):
         self.shares = spec.shares[spec.objective]
         for name, tensor in tensors.items():
             if name != SPEC:
-                self.register_buffer(name, tensor)
+                self.register_buffer(name, tensor.double())
 
     @classmethod
     def plain(cls) -> Scoring:
@@ -115,7 +109,8 @@ class Scoring(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Return all that `read` needs, by name."""
         text = json.dumps(dataclasses.asdict(self.spec), sort_keys=True).encode()
-        return {SPEC: torch.frombuffer(bytearray(text), dtype=torch.uint8), **dict(self.named_buffers())}
+        kept = {n: x if n.endswith(STATISTICS) else x.float() for n, x in self.named_buffers()}
+        return {SPEC: torch.frombuffer(bytearray(text), dtype=torch.uint8), **kept}
 
     def made_for(self, objective: Objective) -> Scoring:
         """Return the same scoring with the shares of another objective."""
@@ -123,8 +118,7 @@ class Scoring(nn.Module):
         return Scoring(spec, dict(self.named_buffers()), self.multi_label)
 
     def _tensor(self, name: str) -> Tensor | None:
-        found = self._buffers.get(name)
-        return None if found is None else found.double()
+        return self._buffers.get(name)
 
     def dim(self, common: int, classes: int) -> int:
         """Return D for E = `common` and C = `classes`."""

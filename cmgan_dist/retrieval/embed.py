@@ -18,7 +18,7 @@ from cmgan_dist.data.batch import batch_ranges, eval_batches
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.models.backbones import image_features, text_features
 from cmgan_dist.models.generator import Generator, Modality
-from cmgan_dist.models.scoring import Scoring, class_logits
+from cmgan_dist.models.scoring import Blocks, Scoring, class_logits
 from cmgan_dist.retrieval.metrics import Embeddings
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ class Made:
     """[n, E]: common representations."""
     logits: Tensor | None
     """[n, C]: class logits; None of a model without classes."""
+
+    def blocks(self, scoring: Scoring, modality: Modality, rows: Tensor) -> Blocks:
+        """Return the blocks of some of the items."""
+        logits = None if self.logits is None else self.logits[rows]
+        return scoring.blocks(modality, self.feature[rows], self.common[rows], logits)
 
     def vectors(self, scoring: Scoring, modality: Modality) -> Tensor:
         """Return the items' vectors, float32 [n, D], no longer than 1."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmgan_dist.models.scoring import MODALITIES, Scoring, Shares
+from cmgan_dist.models.scoring import Scoring, Shares
 from cmgan_dist.retrieval.baselines import CLASSIFIER, PAIRS, Projection
 from cmgan_dist.retrieval.embed import Embedded
 from cmgan_dist.retrieval.metrics import Embeddings, common_space, evaluate, recall_of
@@ -62,11 +62,8 @@ def model_frontier(scoring: Scoring, embedded: Embedded) -> list[Point]:
     if embedded.labels is None or not {"class", "both", "pair"} <= shares.keys():
         return []
     images, texts = _pairs(embedded.owner, IMAGES)
-    sides = [
-        scoring.blocks(m, made.feature[rows], made.common[rows], None if made.logits is None else made.logits[rows])
-        for m, made, rows in zip(MODALITIES, (embedded.image, embedded.text), (images, texts), strict=True)
-    ]
-    products = [None if a is None or b is None else a @ b.T for a, b in zip(*sides, strict=True)]
+    image, text = embedded.image.blocks(scoring, "image", images), embedded.text.blocks(scoring, "text", texts)
+    products = [None if a is None or b is None else a @ b.T for a, b in zip(image, text, strict=True)]
     points = []
     for way in _ways(shares):
         parts = [share * product for share, product in zip(way, products, strict=True) if product is not None and share]

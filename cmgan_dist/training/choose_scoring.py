@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from cmgan_dist.config.fields import EvalConfig
-from cmgan_dist.models.generator import Modality
 from cmgan_dist.models.scoring import MODALITIES, Blocks, Objective, Scoring, ScoringSpec, Shares
-from cmgan_dist.retrieval.embed import Embedded, Made
+from cmgan_dist.retrieval.embed import Embedded
 from cmgan_dist.retrieval.metrics import Embeddings, evaluate, l2_normalise, recall_of, score_of, zscore
 from cmgan_dist.training.pair_head import fit_pair_head
 
@@ -154,9 +153,7 @@ def _bank(scoring: Scoring, train: Embedded, size: int, seed: int) -> dict[str, 
     rng, out = np.random.default_rng(seed), dict[str, Tensor]()
     for modality, made in zip(MODALITIES, (train.image, train.text), strict=True):
         rows = torch.from_numpy(np.sort(rng.permutation(len(made.common))[:size]))
-        logits = None if made.logits is None else made.logits[rows]
-        blocks = scoring.blocks(modality, made.feature[rows], made.common[rows], logits)
-        named = zip(Blocks._fields, blocks, strict=True)
+        named = zip(Blocks._fields, made.blocks(scoring, modality, rows), strict=True)
         out |= {f"{modality}_bank_{name}": block.float() for name, block in named if block is not None}
     return out
 
@@ -177,11 +174,8 @@ class _Chooser:
         spec = ScoringSpec(objective, self.asked, {objective: Shares()}, standardise)
         scoring = Scoring(spec, tensors, self.multi_label)
         images, texts, owner = _some(self.val)
-        sides: list[tuple[Modality, Made, Tensor]] = [("image", self.val.image, images), ("text", self.val.text, texts)]
-        image, text = (
-            scoring.blocks(m, made.feature[rows], made.common[rows], None if made.logits is None else made.logits[rows])
-            for m, made, rows in sides
-        )
+        image = self.val.image.blocks(scoring, "image", images)
+        text = self.val.text.blocks(scoring, "text", texts)
         labels = None if self.val.labels is None else self.val.labels[images]
         return _Choice(scoring, image, text, owner, labels, {})
 
