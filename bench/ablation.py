@@ -3,7 +3,8 @@
     python -m bench.ablation --preset openmoji --data data/openmoji-features [--seeds 5] [--jobs 2]
 
 Each run is `launchers/train.py` and `launchers/evaluate.py` as a user calls them: validation picks the checkpoint, the
-test split is read once by the finished run. Finished runs in --work are not done again. Writes bench/results/NAME.json.
+test split is read once by the finished run. A term that is added is tried with each of WEIGHTS on seed 0; validation
+chooses one for all seeds. Finished runs in --work are not done again. Writes bench/results/NAME.json.
 """
 
 from __future__ import annotations
@@ -28,30 +29,38 @@ from cmgan_dist.errors import BadInput, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_CONTRAST = ["loss.contrastive=0", "loss.class_contrastive=0"]
-INTER, INTRA = ["loss.inter=0.3", "loss.mismatch=conditional"], ["loss.intra=0.1"]
-APART = ["model.share_classifier=false", "loss.classification=1.0", *NO_CONTRAST]
-VARIANTS: dict[str, list[str]] = {
+WEIGHTS = ("0.1", "0.5", "2.0")
+"""What stands for WEIGHT in a variant; validation of seed 0 chooses."""
+INTER, INTRA = ["loss.inter=WEIGHT", "loss.mismatch=conditional"], ["loss.intra=WEIGHT"]
+MODALITY = ["loss.modality=WEIGHT", "loss.r1=1"]
+GAN = [*INTER, *INTRA, *MODALITY]
+APART = ["model.share_classifier=false", "loss.classification=1.0", *NO_CONTRAST, "eval.score=cosine"]
+PAIR_VARIANTS: dict[str, list[str]] = {
     "preset": [],
-    "with GAN": [*INTER, *INTRA],
     "with inter-modality GAN": INTER,
-    "with intra-modality GAN and decoder": INTRA,
-    "no contrastive": ["loss.contrastive=0"],
-    "no class contrastive": ["loss.class_contrastive=0"],
+    "with intra-modality GAN": INTRA,
+    "with modality GAN": MODALITY,
+    "with all GANs": GAN,
     "layers not shared": ["model.share_layers=false"],
-    "class loss only": NO_CONTRAST,
-    "class loss + GAN": [*NO_CONTRAST, *INTER, *INTRA],
-    "two classifiers, class loss only": APART,
-    "two classifiers, class loss + GAN": [*APART, *INTER, *INTRA, "loss.inter=3.0"],
     "no pair head": ["eval.pair_head=false"],
     "no query bank": ["eval.bank=0"],
 }
+"""Name -> overrides of the preset that make sense without labels."""
+VARIANTS: dict[str, list[str]] = {
+    **PAIR_VARIANTS,
+    "no contrastive": ["loss.contrastive=0"],
+    "no class contrastive": ["loss.class_contrastive=0"],
+    "class loss only": NO_CONTRAST,
+    "two classifiers": APART,
+    "two classifiers, inter-modality GAN": [*APART, *INTER],
+    "two classifiers, intra-modality GAN": [*APART, *INTRA],
+    "two classifiers, modality GAN": [*APART, *MODALITY],
+    "two classifiers, modality GAN without R1": [*APART, "loss.modality=WEIGHT"],
+    "two classifiers, all GANs": [*APART, *GAN],
+    "two classifiers, contrastive": [*APART, "loss.contrastive=WEIGHT"],
+}
 """Name -> overrides of the preset. With a classifier of its own per modality, as in the reference, the class loss does
-not bring the modalities together: that is where the adversarial terms work."""
-PAIR_VARIANTS = (
-    *("preset", "with GAN", "with inter-modality GAN", "with intra-modality GAN and decoder", "layers not shared"),
-    *("no pair head", "no query bank"),
-)
-"""Those that make sense without labels."""
+not bring the modalities together: that is where the adversarial terms work, and the cosine shows it."""
 
 
 @dataclass
@@ -74,15 +83,17 @@ class Arguments:
     """Name of the results file; ablation-PRESET when left out."""
 
 
-def run(variant: str, seed: int, arguments: Arguments) -> dict[str, Any]:
+def run(variant: str, weight: str, seed: int, arguments: Arguments) -> dict[str, Any]:
     """Train and evaluate once; returns evaluation.json with the best validation score."""
-    folder = arguments.work / arguments.preset / variant.replace(" ", "-").replace(",", "") / f"seed{seed}"
+    name = "-".join([*variant.replace(",", "").split(), *[weight] * bool(weight)])
+    folder = arguments.work / arguments.preset / name / f"seed{seed}"
     done = folder / "evaluation.json"
     if not done.is_file():
         common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         train = [sys.executable, str(ROOT / "launchers" / "train.py"), "--preset", arguments.preset]
         train += ["--data", str(arguments.data), "--output", str(folder), f"train.seed={seed}", "train.threads=1"]
-        train += ["train.tracker=none", *VARIANTS[variant]]
+        train += ["train.tracker=none", "train.report=false"]
+        train += [override.replace("WEIGHT", weight) for override in VARIANTS[variant]]
         evaluate = [sys.executable, str(ROOT / "launchers" / "evaluate.py"), str(folder), "--json"]
         evaluate += [] if seed == 0 and variant == "preset" else ["--no-baselines"]
         for command in (train, evaluate):
@@ -92,7 +103,33 @@ def run(variant: str, seed: int, arguments: Arguments) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(done.read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     record["validation"] = max(line["score"] for line in lines if line["kind"] == "val")
+    record["weight"] = weight
     return record
+
+
+def weights_of(variant: str) -> tuple[str, ...]:
+    """Return the weights that are tried for a variant; one, "", where it has none."""
+    return WEIGHTS if any("WEIGHT" in override for override in VARIANTS[variant]) else ("",)
+
+
+def all_runs(variants: list[str], arguments: Arguments) -> dict[str, list[dict[str, Any]]]:
+    """Do all runs, seed 0 with each weight first; return variant -> the records of its seeds."""
+
+    def done(tasks: list[tuple[str, str, int]], what: str) -> list[dict[str, Any]]:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            futures = [pool.submit(run, *task, arguments) for task in tasks]
+            return [future.result() for future in track(futures, what, console=Console(stderr=True))]
+
+    tasks = [(variant, weight, 0) for variant in variants for weight in weights_of(variant)]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for (variant, _, _), record in zip(tasks, done(tasks, "tries"), strict=True):
+        best = found.setdefault(variant, [record])
+        if record["validation"] > best[0]["validation"]:
+            best[0] = record
+    tasks = [(variant, found[variant][0]["weight"], seed) for variant in variants for seed in range(1, arguments.seeds)]
+    for (variant, _, _), record in zip(tasks, done(tasks, "seeds"), strict=True):
+        found[variant].append(record)
+    return found
 
 
 def end_of(record: dict[str, Any], measure: str) -> dict[str, Any]:
@@ -112,19 +149,13 @@ def main() -> None:
     for variant in chosen:
         if variant not in VARIANTS:
             raise BadInput(f"--variants names '{variant}': choose from {', '.join(VARIANTS)}")
-    tasks = [(variant, seed) for variant in chosen for seed in range(arguments.seeds)]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        futures = [pool.submit(run, *task, arguments) for task in tasks]
-        records = [future.result() for future in track(futures, "runs", console=Console(stderr=True))]
-    found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in chosen}
-    for (variant, _), record in zip(tasks, records, strict=True):
-        found[variant].append(record)
-
+    found = all_runs(chosen, arguments)
     measures = ["map/image_to_text", "map/text_to_image", "map/mean"] if labelled else []
     measures += [f"recall/{way}@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
-    rows: dict[str, dict[str, dict[str, float]]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for variant, runs in found.items():
         rows[variant] = {"validation": spread([r["validation"] for r in runs])}
+        rows[variant] |= {"weight": runs[0]["weight"]} if runs[0]["weight"] else {}
         rows[variant] |= {m: spread([end_of(r, m)[m] for r in runs]) for m in measures}
     baselines: dict[str, Any] = next((r["baselines"] for runs in found.values() for r in runs if r["baselines"]), {})
     for name, values in baselines.items():
@@ -137,7 +168,10 @@ def main() -> None:
         table.add_column(measure.replace("/", "\n"), justify="right")
     for name, row in rows.items():
         cells = [row.get(m) for m in short]
-        table.add_row(name, *(f"{c['mean']:.3f}\n±{c['std']:.3f}" if c else "–" for c in cells))
+        table.add_row(
+            f"{name} x{row['weight']}" if "weight" in row else name,
+            *(f"{c['mean']:.3f}\n±{c['std']:.3f}" if c else "–" for c in cells),
+        )
     Console(width=140).print(table)
     record = {"preset": arguments.preset, "seeds": arguments.seeds, "rows": rows}
     print(f"written to {write_results(arguments.name or f'ablation-{arguments.preset}', record)}")

@@ -153,6 +153,9 @@ class LossConfig:
     """Generator: fool the intra-modality discriminators with reconstructions."""
     inter: Weight = 1.0
     """Generator: fool the inter-modality discriminators with the other modality's common representation."""
+    modality: Weight = 0.0
+    """Generator: hide from a discriminator, which knows the class, whether a common representation is of an image or of
+    a text (Miyato & Koyama's projection, ICLR 2018). It needs loss.r1, 1 for a start."""
     classification: Weight = 1.0
     """Generator: classify common representations (softmax, or sigmoid per class for multi-label data)."""
     contrastive: Weight = 0.0
@@ -180,7 +183,7 @@ class OptimConfig:
     generator_lr: Rate = 1e-3
     """Learning rate of the generator."""
     discriminator_lr: Rate = 1e-3
-    """Learning rate of the four discriminators."""
+    """Learning rate of the discriminators."""
     generator_beta1: Decay = 0.5
     """Adam's first-moment decay of the generator."""
     discriminator_beta1: Decay = 0.5
@@ -270,7 +273,7 @@ class Config:
     """A whole run."""
 
     preset: Annotated[str, Resumable] = "reference"
-    """Preset to start from: reference, features, openmoji, wikipedia, pairs, raw or smoke."""
+    """Preset to start from: reference, paper, features, openmoji, wikipedia, pairs, raw or smoke."""
     data: Annotated[str, Resumable] = ""
     """Folder or URL of shards with manifest.json; several with commas between are mixed (stream.weights)."""
     output: Annotated[str, Resumable] = ""

@@ -17,7 +17,7 @@ from cmgan_dist.config.presets import preset
 from cmgan_dist.config.safe_yaml import parse_yaml, read_text, shown
 from cmgan_dist.errors import BadInput
 
-LOSS_TERMS = ("intra", "inter", "classification", "contrastive", "class_contrastive")
+LOSS_TERMS = ("intra", "inter", "modality", "classification", "contrastive", "class_contrastive")
 """Weights of the terms that train the generator."""
 TEST_SPLIT = "test"
 """The split that has no part in training, neither for updates nor to choose the best checkpoint."""

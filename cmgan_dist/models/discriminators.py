@@ -1,10 +1,12 @@
-"""What the generator is judged by: intra-modality discriminators D_I, D_T and inter-modality ones D_CI, D_CT.
+"""What the generator is judged by: intra-modality discriminators D_I, D_T, inter-modality ones D_CI, D_CT, and D_M.
 
-They are those of Peng, Qi & Yuan (2019), arXiv 1710.05106, as docs/reference.md lists them. Each takes rows of several
-groups (real, fake, mismatched) one after another, so that one call serves them all; groups are normalised apart, as by
-separate calls. Outputs are logits in fp32.
+The four are those of Peng, Qi & Yuan (2019), arXiv 1710.05106, as docs/reference.md lists them; D_M tells the modality
+of a common representation, given its class. Each takes rows of several groups (real, fake, mismatched) one after
+another, so that one call serves them all; groups are normalised apart, as by separate calls. Outputs are logits in
+fp32.
 
-Shapes: R rows in all, K groups of n_k rows, F feature dimensions of the discriminator's own modality, E common.
+Shapes: R rows in all, K groups of n_k rows, F feature dimensions of the discriminator's own modality, E common,
+C classes.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from cmgan_dist.kernels.norm import GroupBatchNorm
 from cmgan_dist.kernels.pair_linear import pair_linear
 from cmgan_dist.models.generator import SLOPE, Reconstruction
 
-NAMES = ("d_image", "d_text", "d_image_inter", "d_text_inter")
-"""The names of D_I, D_T, D_CI (which conditions on the image feature) and D_CT (on the text feature), in this order."""
+NAMES = ("d_image", "d_text", "d_image_inter", "d_text_inter", "d_modality")
+"""The names of D_I, D_T, D_CI (which conditions on the image feature), D_CT (on the text feature) and D_M, in this
+order."""
 
 
 def _linear(inputs: int, outputs: int, config: ModelConfig, bias: bool = True) -> nn.Linear:
@@ -87,13 +90,40 @@ class InterDiscriminator(nn.Module):
         return self.out(self.norm(x, groups)).squeeze(1).float()
 
 
-def build_discriminators(config: ModelConfig, image_dim: int, text_dim: int) -> nn.ModuleDict:
-    """Return the four discriminators by name; `image_dim` is F_i and `text_dim` is F_t."""
+class ModalityDiscriminator(nn.Module):
+    """D_M: is a common representation of an image or of a text, given its classes?
+
+    A projection discriminator (Miyato & Koyama, "cGANs with Projection Discriminator", ICLR 2018, eq. 4): with h =
+    LeakyReLU(Linear(E, 512)) of the representation, the logit is Linear(512, 1) of h plus the inner product of h with
+    the mean of the classes' embeddings. Without classes the first part is all."""
+
+    def __init__(self, classes: int, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.discriminator_dim
+        self.hidden = _linear(config.common_dim, width, config)
+        self.out = _linear(width, 1, config)
+        self.classes = _linear(classes, width, config, bias=False) if classes else None
+
+    def forward(self, common: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the logits [R] of common representations [R, E] with labels bool [R, C]; > 0 says image.
+
+        Rows without a label, and `labels` None, are judged by the part that knows no class."""
+        x = F.leaky_relu(self.hidden(common), SLOPE)
+        logit = self.out(x).squeeze(1)
+        if self.classes is not None and labels is not None:
+            share = labels.to(x.dtype) / labels.sum(1, keepdim=True).clamp_min(1)
+            logit = logit + (x * self.classes(share)).sum(1)
+        return logit.float()
+
+
+def build_discriminators(config: ModelConfig, image_dim: int, text_dim: int, classes: int) -> nn.ModuleDict:
+    """Return the five discriminators by name; `image_dim` is F_i, `text_dim` F_t and `classes` C, 0 without labels."""
     return nn.ModuleDict(
         {
             "d_image": IntraDiscriminator(image_dim, config),
             "d_text": IntraDiscriminator(text_dim, config),
             "d_image_inter": InterDiscriminator(image_dim, config),
             "d_text_inter": InterDiscriminator(text_dim, config),
+            "d_modality": ModalityDiscriminator(classes, config),
         }
     )

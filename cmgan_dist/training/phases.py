@@ -1,9 +1,9 @@
 """Who trains on what, in which order: the phase table of one batch, the losses of its phases, and one update.
 
-A batch is one no-grad generator forward that serves all discriminator phases (step.py); D_T, D_I, D_CT, D_CI once
-each; then `optim.generator_steps` times the generator, image and text in turn or both at once. That is the training of
-Peng, Qi & Yuan, "CM-GANs" (ACM TOMM 15(1), 2019; arXiv 1710.05106), with the choices that docs/reference.md lists. One
-generic loop runs the table; no branch knows a phase by name.
+A batch is one no-grad generator forward that serves all discriminator phases (step.py); D_T, D_I, D_CT, D_CI, D_M
+once each, those whose weight is not 0; then `optim.generator_steps` times the generator, image and text in turn or both
+at once. That is the training of Peng, Qi & Yuan, "CM-GANs" (ACM TOMM 15(1), 2019; arXiv 1710.05106), with the choices
+that docs/reference.md lists, and with D_M beside it. One generic loop runs the table; no branch knows a phase by name.
 
 Where each weight of `config.loss` is used; c is the common representation of a row, f its feature, r its
 reconstruction, c' and f' are those of its other modality; -> stands before what D shall say or is made to say:
@@ -14,9 +14,12 @@ reconstruction, c' and f' are those of its other modality; -> stands before what
     D_CI, D_CT  D(c, f) -> real        1                           inter_discriminator_terms
                 D(c', f) -> fake       1/2
                 mismatched -> fake     1/2
-    all four D  R1, WGAN-GP's penalty  r1, gradient_penalty        _penalties
+    D_M         D(c of image) -> real  1                           modality_discriminator_terms
+                D(c of text) -> fake   1
+    all D       R1, WGAN-GP's penalty  r1, gradient_penalty        _penalties
     G_I, G_T    D(c, f') -> real       inter, D is D_CT or D_CI    _modality_terms
     (joint: G)  D(r) -> real           intra, D is D_I or D_T      _modality_terms
+                D_M(c) -> the other    modality                    _modality_terms
                 class of c             classification              _modality_terms
                 c near c'              contrastive                 _contrastive_terms
                 c near its class       class_contrastive           _contrastive_terms
@@ -62,7 +65,8 @@ def intra_discriminator_terms(inputs: StepInputs, modality: Modality) -> Terms:
     real, fake = inputs.discriminators[name](own.feature, own.reconstruction).chunk(2)
     _record(inputs, name, {"real": real, "fake": fake})
     adversarial = _adversarial(inputs, real, [(fake, 1.0, None)])
-    return {"adversarial": adversarial, **_penalties(inputs, name, [own.feature], [own.reconstruction.dense])}
+    penalties = _penalties(inputs, inputs.discriminators[name], [own.feature], [own.reconstruction.dense])
+    return {"adversarial": adversarial, **penalties}
 
 
 def inter_discriminator_terms(inputs: StepInputs, modality: Modality) -> Terms:
@@ -84,7 +88,25 @@ def inter_discriminator_terms(inputs: StepInputs, modality: Modality) -> Terms:
     _record(inputs, name, {"real": real, "fake": fake, "mismatched": mismatched})
     adversarial = _adversarial(inputs, real, [(fake, 0.5, None), (mismatched, 0.5, drawn.mask)])
     between = ([own.common.float(), feature], [lambda: other.common, lambda: feature])
-    return {"adversarial": adversarial, **_penalties(inputs, name, *between)}
+    judge = partial(inputs.discriminators[name], groups=[len(feature)])
+    return {"adversarial": adversarial, **_penalties(inputs, judge, *between)}
+
+
+def modality_discriminator_terms(inputs: StepInputs) -> Terms:
+    """Return the loss terms of D_M: common representations of images -> real, of texts of the same classes -> fake.
+
+    With BCE, the modality classifier of ACMR (Wang et al., ACM MM 2017), given the class: mean[-log D(c_i, y)] +
+    mean[-log(1 - D(c_t, y))]. Neither modality is the real one, so R1 is the mean of the penalties on both. The loss
+    has weight 1; `loss.modality` weighs the generator's part, and 0 leaves the phase out."""
+    name, labels = "d_modality", inputs.labels
+    commons = [inputs.outputs[modality].common.float() for modality in ("image", "text")]
+    both = None if labels is None else torch.cat([labels, labels])
+    image, text = inputs.discriminators[name](torch.cat(commons), both).chunk(2)
+    _record(inputs, name, {"real": image, "fake": text})
+    adversarial = _adversarial(inputs, image, [(text, 1.0, None)])
+    turned = torch.cat(commons[::-1])
+    judge = partial(inputs.discriminators[name], labels=both)
+    return {"adversarial": adversarial, **_penalties(inputs, judge, [torch.cat(commons)], [lambda: turned])}
 
 
 def _adversarial(inputs: StepInputs, real: Tensor, fakes: losses.Fakes) -> Tensor:
@@ -101,27 +123,27 @@ def _record(inputs: StepInputs, name: str, groups: dict[str, Tensor]) -> None:
         inputs.stats[f"margin/{name}"] = groups["real"].mean() - groups["fake"].mean()
 
 
-def _penalties(inputs: StepInputs, name: str, real: list[Tensor], fake: list[Callable[[], Tensor]]) -> Terms:
+def _penalties(
+    inputs: StepInputs, judge: Callable[..., Tensor], real: list[Tensor], fake: list[Callable[[], Tensor]]
+) -> Terms:
     """Return R1 on real input, every `loss.r1_every` batches, and WGAN-GP's penalty between real and fake.
 
-    `real`: the discriminator's inputs, [B, ...] each; `fake` makes their counterparts, which only WGAN-GP needs."""
-    config, module, terms = inputs.config.loss, inputs.discriminators[name], Terms()
-
-    def call(inputs: list[Tensor]) -> Tensor:
-        return module(*inputs, [len(inputs[0])]) if len(inputs) == 2 else module(*inputs)
-
+    `judge`: the discriminator, from its inputs to logits. `real`: these inputs, [B, ...] each; `fake` makes their
+    counterparts, which only WGAN-GP needs."""
+    config, terms = inputs.config.loss, Terms()
     batch = inputs.position // inputs.config.stream.global_batch
     with torch.autocast(real[0].device.type, enabled=False):  # gradients of the input would underflow in fp16
         if config.r1 and batch % config.r1_every == 0:
             at = [x.detach().float().requires_grad_() for x in real]
-            terms["r1"] = config.r1 * config.r1_every / 2 * losses.squared_gradient_norm(call(at), at)
+            terms["r1"] = config.r1 * config.r1_every / 2 * losses.squared_gradient_norm(judge(*at), at)
         if config.adversarial == "wgan-gp":
             draws = generator_for(inputs.config.train.seed, inputs.position, 9).random(inputs.rows.total)
             draws = draws[inputs.rows.own]  # the same for a row whatever the number of processes
             share = torch.from_numpy(draws).float()[:, None].to(real[0].device)
+            share = share.repeat(len(real[0]) // len(share), 1)  # D_M judges both modalities' rows
             ends = [(f().detach().float(), r.detach().float()) for r, f in zip(real, fake, strict=True)]
             at = [torch.lerp(f, r, share).requires_grad_() for f, r in ends]
-            terms["gradient_penalty"] = config.gradient_penalty * losses.gradient_penalty(call(at), at)
+            terms["gradient_penalty"] = config.gradient_penalty * losses.gradient_penalty(judge(*at), at)
     return terms
 
 
@@ -150,11 +172,12 @@ def generator_terms(inputs: StepInputs, modalities: tuple[Modality, ...]) -> Ter
 
 
 def _modality_terms(inputs: StepInputs, modality: Modality, output: ModalityOutput) -> Terms:
-    """Return one modality's terms of the generator: fool two discriminators, and classify.
+    """Return one modality's terms of the generator: fool the discriminators, and classify.
 
     inter, weight `loss.inter`: the other modality's inter-modality discriminator takes the own common representation
     for the other's; with BCE mean[-log D_CT(c, f_text)] for images and mean[-log D_CI(c, f_image)] for texts.
     intra, weight `loss.intra`: the own intra-modality discriminator takes the reconstruction for a feature.
+    modality, weight `loss.modality`: D_M takes an image's common representation for a text's and the other way round.
     classification, weight `loss.classification`: the semantic constraint, cross-entropy of the class logits."""
     config, terms = inputs.config.loss, Terms()
     if config.inter:
@@ -169,6 +192,10 @@ def _modality_terms(inputs: StepInputs, modality: Modality, output: ModalityOutp
         assert output.reconstruction is not None
         logits = inputs.unwrapped[f"d_{modality}"](output.reconstruction)
         terms["intra"] = config.intra * losses.generator_loss(config.adversarial, logits)
+    if config.modality:
+        logits = inputs.unwrapped["d_modality"](output.common, inputs.labels)
+        logits = -logits if modality == "image" else logits
+        terms["modality"] = config.modality * losses.generator_loss(config.adversarial, logits)
     if config.classification and inputs.labels is not None:
         assert output.logits is not None
         term = losses.classification(output.logits, inputs.labels, inputs.multi_label, config.label_smoothing)
@@ -206,7 +233,7 @@ class Phase:
     """One row of the phase table: one update of one module."""
 
     name: str
-    """The name in the log: D_T, D_I, D_CT, D_CI, G_I, G_T, or G for both modalities at once."""
+    """The name in the log: D_T, D_I, D_CT, D_CI, D_M, G_I, G_T, or G for both modalities at once."""
     module: str
     """The module that trains and whose optimiser steps; every other module is frozen."""
     loss: Callable[[StepInputs], Terms]
@@ -216,7 +243,7 @@ class Phase:
 def phase_table(config: Config) -> list[Phase]:
     """Return the phases of one batch in order.
 
-    A weight of 0 for `loss.intra` or `loss.inter` leaves the discriminators of that kind out."""
+    A weight of 0 for `loss.intra`, `loss.inter` or `loss.modality` leaves the discriminators of that kind out."""
     table = []
     if config.loss.intra:
         table += [
@@ -228,6 +255,8 @@ def phase_table(config: Config) -> list[Phase]:
             Phase("D_CT", "d_text_inter", partial(inter_discriminator_terms, modality="text")),
             Phase("D_CI", "d_image_inter", partial(inter_discriminator_terms, modality="image")),
         ]
+    if config.loss.modality:
+        table.append(Phase("D_M", "d_modality", modality_discriminator_terms))
     if config.optim.update == "joint":
         turn = [Phase("G", "generator", partial(generator_terms, modalities=("image", "text")))]
     else:

@@ -90,9 +90,8 @@ def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None
     config and data do not fit together, or where DeepSpeed would not train what `config` asks for."""
     torch.manual_seed(config.train.seed)  # the same initial weights on every process
     generator = build_generator(config.model, spec, vocabulary)
-    unwrapped = dict(
-        build_discriminators(config.model, generator.image_backbone.dim, generator.text_backbone.dim).items()
-    )
+    dims = (generator.image_backbone.dim, generator.text_backbone.dim)
+    unwrapped = dict(build_discriminators(config.model, *dims, len(spec.classes)).items())
     if not config.loss.intra:  # parts that no loss reaches have no optimiser state either
         generator.image_decoder.requires_grad_(False)
         generator.text_decoder.requires_grad_(False)

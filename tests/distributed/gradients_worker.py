@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, object]] = {
     "conditional hinge": {"loss__mismatch": "conditional", "loss__adversarial": "hinge"},
     "wgan-gp": {"loss__adversarial": "wgan-gp"},
     "r1": {"loss__r1": 1.0, "loss__r1_every": 1},
+    "modality": {"loss__modality": 1.0, "loss__r1": 1.0, "loss__r1_every": 1},
     "gathered negatives": {"loss__contrastive": 1.0, "loss__class_contrastive": 0.5, "optim__update": "joint"},
     "accumulated": {"optim__accumulate": 3, "loss__contrastive": 1.0},
     "accumulated joint": {"optim__accumulate": 2, "optim__update": "joint", "model__share_layers": False},

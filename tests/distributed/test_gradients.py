@@ -10,7 +10,7 @@ from tests.toy import run_workers
 pytestmark = pytest.mark.process
 
 SLOW = pytest.mark.slow
-FAST = ("reference", "wgan-gp", "gathered negatives", "accumulated", "trained backbone", "reduced in bf16")
+FAST = ("reference", "wgan-gp", "modality", "gathered negatives", "accumulated", "trained backbone", "reduced in bf16")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from cmgan_dist.config.fields import Config, ModelConfig
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.models.generator import build_generator
-from cmgan_dist.training.phases import phase_table, run_phase
+from cmgan_dist.training.phases import generator_terms, phase_table, run_phase
 from cmgan_dist.training.step import RowRange, build_step_inputs, draw_mismatched
 from tests.toy import make_batch, set_up, small
 
@@ -22,6 +22,8 @@ CASES = [
     {"contrastive": 1.0, "class_contrastive": 1.0},
     {"intra": 0.0},
     {"inter": 0.0},
+    {"modality": 1.0, "r1": 1.0, "r1_every": 1},
+    {"modality": 1.0, "adversarial": "wgan-gp"},
 ]
 
 
@@ -74,6 +76,7 @@ def test_a_single_modality_generator_holds_the_parameters_that_get_a_gradient(
 def test_the_reference_table_is_the_published_order() -> None:
     names = [p.name for p in phase_table(Config())]
     assert names == ["D_T", "D_I", "D_CT", "D_CI"] + ["G_I", "G_T"] * 5
+    assert [p.name for p in phase_table(small(modality=1.0, intra=0.0, inter=0.0))][:2] == ["D_M", "G_I"]
 
 
 def test_one_discriminator_step_against_plain_torch() -> None:
@@ -118,6 +121,47 @@ def test_one_generator_step_against_plain_torch() -> None:
     torch.testing.assert_close(torch.stack(list(terms.values())).sum(), loss.detach())
     for (name, a), (_, b) in zip(networks.generator.named_parameters(), mine.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("classes", [3, 0])
+def test_the_modality_discriminator_step_against_plain_torch(classes: int) -> None:
+    """D_M written out: BCE of both modalities given their classes, R1 on both, Adam."""
+    config = small(modality=1.0, intra=0.0, inter=0.0, r1=0.8, r1_every=1, contrastive=1.0)
+    networks, parallel = set_up(config, classes)
+    inputs = build_step_inputs(make_batch(classes=classes), networks, config, parallel, 0)
+    mine = copy.deepcopy(networks.unwrapped["d_modality"])
+    optimizer = torch.optim.Adam(mine.parameters(), lr=1e-3, betas=(0.5, 0.999))
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    loss, penalty = torch.zeros(()), torch.zeros(())
+    for modality, wanted in (("image", torch.ones(10)), ("text", torch.zeros(10))):
+        common = inputs.outputs[modality].common.detach().requires_grad_()  # type: ignore[index]
+        logits = mine(common, inputs.labels)
+        loss = loss + bce(logits, wanted)
+        for row in torch.autograd.grad(logits.sum(), common, create_graph=True)[0]:
+            penalty = penalty + row.square().sum() / 20
+    (loss + 0.8 / 2 * penalty).backward()
+    optimizer.step()
+    terms = run_phase(phase_table(config)[0], [inputs], networks.engines, parallel.autocast)
+    torch.testing.assert_close(terms["loss/D_M/adversarial"], loss.detach())
+    torch.testing.assert_close(terms["loss/D_M/r1"], 0.4 * penalty.detach())
+    for a, b in zip(networks.unwrapped["d_modality"].parameters(), mine.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_generator_hides_its_modality() -> None:
+    """Images are to be called texts, and texts images."""
+    config = small(modality=0.7, intra=0.0, inter=0.0, classification=0.0)
+    networks, parallel = set_up(config)
+    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0)
+    image, text = networks.generator(inputs.image, inputs.text, classify=False, decode=False)
+    judge, bce = networks.unwrapped["d_modality"], torch.nn.functional.binary_cross_entropy_with_logits
+    expected = {
+        "G_I": 0.7 * bce(judge(image.common, inputs.labels), torch.zeros(10)),
+        "G_T": 0.7 * bce(judge(text.common, inputs.labels), torch.ones(10)),
+    }
+    for phase in phase_table(config)[1:3]:
+        terms = generator_terms(inputs, ("image",) if phase.name == "G_I" else ("text",))
+        torch.testing.assert_close(torch.stack(list(terms.values())).sum(), expected[phase.name])
 
 
 def test_image_and_text_share_the_same_storage() -> None:
