@@ -25,7 +25,13 @@ GRID = 2.0**26
 UNIT = 2.0**-20
 """A float32 vector whose length is as near to 1 as this has unit length already, and was rounded since."""
 CHUNK_ELEMENTS = 1 << 21
-"""Similarities held at a time when no chunk is given: 16 MiB, and about ten times that while they are ranked."""
+"""Similarities held at a time when no chunk is given: 16 MiB, and about four times that while they are ranked."""
+LAST = -(2.0**53)
+"""Similarity of what is left out of a gallery: less than any."""
+COARSE = 2.0**23
+"""What similarities are divided by to fit 31 bits."""
+MOST_MIXED = 64
+"""Groups of equal upper bits in a row that are put in order one by one."""
 RECALL_LEVELS = 101
 
 Score = Literal["inner", "cosine", "zscore"]
@@ -145,37 +151,67 @@ def rank_classes(
     AP = sum(precision at each relevant rank) / relevant items in the gallery. AP@k divides by the relevant items *among
     the first k*, as DSCMR's published evaluation does (`fx_calc_map_label`), and is 0 when there are none.
     `query_position` int64 [Q] leaves each query itself out of the gallery."""
-    ap, ap_at = np.zeros(len(query)), {k: np.zeros(len(query)) for k in ks}
-    precision = torch.zeros(RECALL_LEVELS, dtype=torch.float64, device=query.device)
-    rank = torch.arange(1, len(gallery) + 1, dtype=torch.float64, device=query.device)
-    levels = torch.arange(RECALL_LEVELS, device=query.device)
+    ap, ap_at = np.full(len(query), np.nan), {k: np.full(len(query), np.nan) for k in ks}
+    precision = np.zeros(RECALL_LEVELS)
     gallery_classes = gallery_labels.float().T
     for rows, similarity in similarities(query, gallery, chunk):
         shared = query_labels[rows].float() @ gallery_classes > 0
         if query_position is not None:
             own = query_position[rows, None]
-            similarity.scatter_(1, own, -torch.inf)
+            similarity.scatter_(1, own, LAST)
             shared.scatter_(1, own, False)
-        hit = shared.gather(1, similarity.argsort(dim=1, descending=True, stable=True))
-        hits = hit.cumsum(1)
-        at_rank = hits / rank
-        # A running sum, since the order in which sum() adds depends on the shape of the chunk.
-        gained = torch.where(hit, at_rank, 0.0).cumsum(1)
-        total = hits[:, -1]
-        ap[rows] = (gained[:, -1] / total).cpu().numpy()
-        for k in ks:
-            last = min(k, len(gallery)) - 1
-            at_k = gained[:, last] / hits[:, last].clamp_min(1)
-            ap_at[k][rows] = torch.where(total > 0, at_k, torch.nan).cpu().numpy()
-        answered = total > 0
-        best_from = at_rank[answered].flip(1).cummax(1).values.flip(1)
-        needed = (levels * total[answered, None] + RECALL_LEVELS - 2) // (RECALL_LEVELS - 1)
-        first_rank = torch.searchsorted(hits[answered], needed)
-        # Added one query at a time, so that the sum does not depend on how queries were cut into chunks.
-        for curve in best_from.gather(1, first_rank):
-            precision += curve
+        for row, ranks in zip(range(rows.start, rows.stop), relevant_ranks(similarity, shared), strict=True):
+            if len(ranks):
+                ap[row], at = average_precision(ranks, ks)
+                for k in ks:
+                    ap_at[k][row] = at[k]
+                precision += interpolated_precision(ranks)
+    answered = (~np.isnan(ap)).sum()
     with np.errstate(invalid="ignore"):
-        return Ranking(ap, ap_at, precision.cpu().numpy() / (~np.isnan(ap)).sum())
+        return Ranking(ap, ap_at, precision / answered)
+
+
+def relevant_ranks(similarity: Tensor, relevant: Tensor) -> Iterator[np.ndarray]:
+    """Yield int64 [R], ascending from 1, for each row: the ranks of its R relevant items among all G, by similarity.
+
+    `similarity` float64 [n, G], whole numbers as `similarities` gives them, or LAST; `relevant` bool [n, G]. Ties rank
+    by position. What is sorted is 32 bits an item, the similarity's upper ones and whether it is relevant, three times
+    as fast as positions by all 53; where an item that is relevant and one that is not agree in all upper bits, these
+    few are put in order by all of them, and the whole row where such are many."""
+    upper = ~(similarity / COARSE).int()  # ascending: the most similar first
+    keys = (upper << 1) | ~relevant
+    in_order = torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.device.type == "cpu" else keys.sort(1).values
+    mixed, hits = (in_order[:, 1:] ^ in_order[:, :-1]) == 1, (in_order & 1) == 0
+    groups = mixed.nonzero()
+    many = torch.bincount(groups[:, 0], minlength=len(keys)) > MOST_MIXED
+    for row in many.nonzero()[:, 0]:
+        hits[row] = relevant[row, similarity[row].argsort(descending=True, stable=True)]
+    for row, place in groups[~many[groups[:, 0]]]:
+        _settle(hits[row], in_order[row], upper[row], similarity[row], relevant[row], in_order[row, place] >> 1)
+    found = hits.nonzero().cpu().numpy()
+    yield from np.split(found[:, 1] + 1, np.searchsorted(found[:, 0], np.arange(1, len(hits))))
+
+
+def _settle(hits: Tensor, in_order: Tensor, upper: Tensor, similarity: Tensor, relevant: Tensor, bits: Tensor) -> None:
+    """Put the items whose upper bits are `bits`, a scalar, in order by all bits; the others are [G], of one row."""
+    items = (upper == bits).nonzero()[:, 0]
+    items = items[similarity[items].argsort(descending=True, stable=True)]
+    first = int(torch.searchsorted(in_order, bits << 1))
+    hits[first : first + len(items)] = relevant[items]
+
+
+def average_precision(ranks: np.ndarray, ks: Sequence[int]) -> tuple[float, dict[int, float]]:
+    """Return AP and k -> AP@k of one query from the ranks of its relevant items, ascending (`rank_classes`)."""
+    gained = np.cumsum(np.arange(1, len(ranks) + 1) / ranks)  # a running sum, whose order does not depend on the length
+    among = {k: int(np.searchsorted(ranks, k, side="right")) for k in ks}
+    return gained[-1] / len(ranks), {k: gained[n - 1] / n if n else 0.0 for k, n in among.items()}
+
+
+def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
+    """Return float64 [101]: the largest precision from each recall 0, 0.01 ... 1 on, of one query as above."""
+    best_from = np.maximum.accumulate((np.arange(1, len(ranks) + 1) / ranks)[::-1])[::-1]
+    needed = (np.arange(RECALL_LEVELS) * len(ranks) + RECALL_LEVELS - 2) // (RECALL_LEVELS - 1)
+    return best_from[np.maximum(needed, 1) - 1]
 
 
 def pair_ranks(

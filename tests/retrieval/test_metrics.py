@@ -140,6 +140,19 @@ def test_ties_rank_by_position() -> None:
     assert pair_ranks(gallery[:1], gallery, torch.tensor([2]), torch.arange(4)).tolist() == [3]
 
 
+@pytest.mark.parametrize("groups", [3, 200])
+def test_similarities_that_differ_in_their_last_bits_only_are_in_order(groups: int) -> None:
+    """More of them than the upper 31 bits can tell apart; few groups of such are put in order one by one, many not."""
+    g = torch.Generator().manual_seed(groups)
+    base = torch.linspace(-0.5, 0.5, groups, dtype=torch.float64).repeat_interleave(4)
+    gallery = (base + torch.randint(0, 3, (len(base),), generator=g) * 2.0**-40)[torch.randperm(len(base), generator=g)]
+    similarity = (gallery * 2.0**52).round()[None].repeat(5, 1)
+    relevant = torch.rand(5, len(base), generator=g) < 0.4
+    for row, ranks in enumerate(metrics.relevant_ranks(similarity, relevant)):
+        order = sorted(range(len(base)), key=lambda j: (-similarity[row, j].item(), j))
+        assert ranks.tolist() == [rank for rank, j in enumerate(order, 1) if relevant[row, j]]
+
+
 def test_queries_without_a_relevant_item_are_left_out_and_counted() -> None:
     data = made(n=20, classes=4)
     assert data.labels is not None
