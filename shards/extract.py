@@ -22,14 +22,8 @@ from cmgan_dist.config.fields import ImageBackboneConfig, Pool, TextBackboneConf
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS, parse_sample
 from cmgan_dist.errors import BadSample
-from cmgan_dist.models.backbones import (
-    ImageBackbone,
-    TextBackbone,
-    build_image_backbone,
-    build_text_backbone,
-    image_features,
-    text_features,
-)
+from cmgan_dist.models.backbone import ImageBackbone, TextBackbone
+from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone, image_features, text_features
 from shards.shard_file import npy, try_sample
 
 IMAGE_MEMBERS = ("image.npy", *IMAGE_EXTENSIONS)

@@ -25,7 +25,8 @@ from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs import ledger
 from cmgan_dist.jobs.local import parallel_map, usable_cores
 from cmgan_dist.jobs.staging import remove_leftovers
-from cmgan_dist.models.backbones import TimmBackbone
+from cmgan_dist.models.backbone import PixelBackbone
+from cmgan_dist.models.clip import is_open_clip
 from cmgan_dist.models.weights import weights_sha256
 from shards.assemble import assemble, print_summary, write_manifest
 from shards.extract import Extractor, Options, extractor, feature_samples
@@ -47,15 +48,18 @@ class FeaturesCommand:
     output: Path
     """Folder for the feature shards and their manifest.json."""
     image_backbone: str = "features"
-    """timm model for the images, such as tf_efficientnet_lite0; "features" copies them as they are."""
+    """timm model for the images, such as tf_efficientnet_lite0, or a tower of open_clip, such as open_clip:ViT-B-32;
+    "features" copies them as they are."""
     image_weights: str = ""
-    """"hub", a .pth or .safetensors file, or "package:NAME" for weights in a package."""
+    """"hub", a .pth or .safetensors file, or "package:NAME" for weights in a package; of open_clip "hub:TAG", a file or
+    a folder."""
     image_size: int = 224
     """Side of the square that the image backbone sees, in pixels."""
     text_backbone: str = "features"
-    """"sentence" for a sentence-transformers model; "features" copies the texts as they are."""
+    """"sentence" for a sentence-transformers model, or a tower of open_clip, such as open_clip:ViT-B-32; "features"
+    copies the texts as they are."""
     text_weights: str = ""
-    """Folder of the model, "hub:NAME" or "package:NAME"."""
+    """Folder of the model, "hub:NAME" or "package:NAME"; of open_clip as for images."""
     text_pool: str = "sentence"
     """What of a text's tokens makes its feature, with commas between: "sentence" as the model itself pools them, "max"
     over the tokens, "cls" the first token. sentence,max,cls finds more of the right pictures."""
@@ -107,8 +111,10 @@ def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Option
             raise BadInput("--image-weights is empty: features of random weights are of no use, name some weights")
         image = (command.image_backbone, command.image_weights, command.image_size)
     if command.text_backbone != "features" and manifest.text == "utf8":
-        if command.text_backbone != "sentence":
-            raise BadInput(f"--text-backbone is '{command.text_backbone}': only sentence works without training")
+        if command.text_backbone != "sentence" and not is_open_clip(command.text_backbone):
+            raise BadInput(
+                f"--text-backbone is '{command.text_backbone}': without training only sentence and open_clip:MODEL work"
+            )
         text = (command.text_backbone, command.text_weights, command.max_tokens, chosen_pools(command.text_pool))
     if image is None and text is None:
         raise BadInput(
@@ -156,7 +162,7 @@ def details_of(made: Extractor, settings: dict[str, Any]) -> dict[str, Any]:
             if weights != "hub" and not weights.startswith(("hub:", "package:")):
                 weights = str(Path(weights).absolute())
             details[side] = {"backbone": chosen[0], "weights": weights, **settings[side]}
-    if isinstance(made.image, TimmBackbone):
+    if isinstance(made.image, PixelBackbone):
         details["image"] |= {"mean": made.image.mean, "std": made.image.std}
     return details
 

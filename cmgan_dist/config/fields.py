@@ -66,9 +66,11 @@ class ImageBackboneConfig:
     """What turns an image into a feature vector."""
 
     name: str = "features"
-    """"features" (precomputed in the shards) or any timm model, such as tf_efficientnet_lite0 or vgg19."""
+    """"features" (precomputed in the shards), any timm model, such as tf_efficientnet_lite0 or vgg19, or a tower of
+    open_clip, such as open_clip:ViT-B-32."""
     weights: str = ""
-    """"" random, "hub" timm's download, a .pth or .safetensors file, or "package:NAME" for weights in a package."""
+    """"" random, "hub" timm's download, a .pth or .safetensors file, or "package:NAME" for weights in a package. Of
+    open_clip: "hub:TAG", a file, or a folder with open_clip_config.json."""
     trainable: bool = False
     """Fine-tune it with the generator; else it is frozen and in eval mode."""
     checkpoint: bool = False
@@ -82,14 +84,16 @@ class TextBackboneConfig:
     """What turns a text into a feature vector."""
 
     name: str = "features"
-    """"features" (precomputed), "cnn" (Kim 2014) or "sentence" (a sentence-transformers model)."""
+    """"features" (precomputed), "cnn" (Kim 2014), "sentence" (a sentence-transformers model) or a tower of open_clip,
+    such as open_clip:ViT-B-32."""
     weights: str = ""
-    """sentence: a folder, "hub:NAME" or "package:NAME". cnn: a word2vec or GloVe file, or "" for random words."""
+    """sentence: a folder, "hub:NAME" or "package:NAME". cnn: a word2vec or GloVe file, or "" for random words. Of
+    open_clip: "hub:TAG", a file, or a folder with open_clip_config.json."""
     trainable: bool = False
     """Fine-tune it with the generator. The cnn's convolutions are always trained; false keeps word vectors that came
     from a file as they are."""
     checkpoint: bool = False
-    """sentence, trained: keep few activations and compute the others again in the backward pass."""
+    """sentence or open_clip, trained: keep few activations and compute the others again in the backward pass."""
     pools: tuple[Pool, ...] = ("sentence",)
     """sentence: what of a text's tokens makes its feature, one after another: "sentence" as the model itself pools
     them, "max" over the tokens, "cls" the first token; the latter two at unit length."""

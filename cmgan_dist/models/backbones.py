@@ -1,8 +1,5 @@
-"""What turns a raw image or text into a feature vector: timm models, a sentence CNN, sentence-transformers models.
-
-Networks know two interfaces only, `ImageBackbone` and `TextBackbone`; precomputed features are one of each.
-A frozen backbone stays in eval mode whatever `train` says, so its BatchNorm statistics never move, and its features
-have no gradient.
+"""What turns a raw image or text into a feature vector: timm models, a sentence CNN, sentence-transformers models, and
+the towers of open_clip (`models.clip`), by the names in a config.
 
 Shapes: B rows, L words or tokens of the longest text of a batch, F feature dimension."""
 
@@ -21,6 +18,8 @@ from torch import Tensor, nn
 
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.errors import BadInput
+from cmgan_dist.models.backbone import ImageBackbone, PixelBackbone, TextBackbone, TextInput, raw_texts
+from cmgan_dist.models.clip import ClipImageBackbone, ClipTextBackbone, is_open_clip
 from cmgan_dist.models.vocabulary import BOUND, PAD, Vocabulary, load_word_vectors
 from cmgan_dist.models.weights import (
     LITE_MEAN,
@@ -32,89 +31,21 @@ from cmgan_dist.models.weights import (
     read_weights,
 )
 
-TextInput = Tensor | Mapping[str, Tensor]
-"""Features [B, F], or tokens: tensors whose first dimension is B."""
 CPU_IMAGES = 8
 """Images that a CPU takes at a time: with 64, half the time goes into fetching memory for activations."""
 TEXTS, CPU_TEXTS = 64, 32
 """Texts that a backbone takes at a time, and at most on a CPU, where 64 take a quarter longer."""
 
-# timm and sentence_transformers take seconds to import: only the backbones that need them do.
-
-
-class _Backbone(nn.Module):
-    dim: int
-    """F."""
-    trainable: bool
-    random = False
-    """Frozen at random weights, which nothing but their values brings back."""
-
-    def __init__(self, dim: int, trainable: bool) -> None:
-        super().__init__()
-        self.dim, self.trainable = dim, trainable
-
-    def settle(self) -> None:
-        """Freeze the parameters and leave training mode, unless trainable. Called when all modules are there."""
-        self.requires_grad_(self.trainable)
-        self.train()
-
-    def train(self, mode: bool = True) -> _Backbone:
-        super().train(mode and self.trainable)
-        return self
-
-
-class ImageBackbone(_Backbone):
-    """An image backbone makes float32 features [B, F]. This one takes features that are stored already; its subclasses
-    take images."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Return float32 features [B, F] of B images, or of features that are stored already.
-
-        Images: uint8 [B, H, W, 4] as `decode_image` makes them, or [B, 3, H, W] of uint8 or of floats in 0..1.
-        """
-        return image.float()
-
-
-class TextBackbone(_Backbone):
-    """A text backbone makes float32 features [B, F]. This one takes features that are stored already; its subclasses
-    take texts."""
-
-    def tokenise(self, texts: list[str] | Tensor, device: torch.device | str = "cpu") -> TextInput:
-        """Return what `forward` takes for B texts, or for features [B, F], on `device`."""
-        return _features(texts).to(device, non_blocking=True)
-
-    def lengths(self, texts: list[str]) -> list[int]:
-        """Return how long each text is, in any unit: texts of like length go through together with little padding."""
-        return [len(text) for text in texts]
-
-    def forward(self, tokens: TextInput) -> Tensor:
-        """Return float32 features [B, F] of the tokens of B texts, or of features that are stored already."""
-        assert isinstance(tokens, Tensor)
-        return tokens.float()
-
-
-def _features(texts: list[str] | Tensor) -> Tensor:
-    if not isinstance(texts, Tensor):
-        raise BadInput("model.text.name is 'features' but the texts are raw: name a text backbone")
-    return texts
-
-
-def _raw(texts: list[str] | Tensor) -> list[str]:
-    if isinstance(texts, Tensor):
-        raise BadInput("model.text.name is a text backbone but the texts are features: set it to features")
-    return texts
+# timm, sentence_transformers and open_clip take seconds to import: only the backbones that need them do.
 
 
 # ---------------------------------------------------------------------------------------------- image: timm
 
 
-class TimmBackbone(ImageBackbone):
+class TimmBackbone(PixelBackbone):
     """A timm backbone is any timm model without its classifier: normalisation, and the pooled features before it.
 
     For VGG these are fc7, the second hidden layer of 4096 after its ReLU, which is what Caffe's in-place fc7 holds."""
-
-    scale: Tensor
-    shift: Tensor
 
     def __init__(self, config: ImageBackboneConfig) -> None:
         """Raises BadInput naming the field."""
@@ -140,27 +71,10 @@ class TimmBackbone(ImageBackbone):
             if is_lite(state):
                 mean, std = LITE_MEAN, LITE_STD
             load_strictly(model, state, config.weights)
-        super().__init__(_output_dim(model, config), config.trainable)
-        self.model = model
-        self.random = not config.weights and not config.trainable
+        super().__init__(model, config, mean, std)
         if config.checkpoint and config.trainable:
             _checkpoint_activations(model, name)
-        self.set_normalisation([float(x) for x in mean], [float(x) for x in std])
         self.settle()
-
-    def set_normalisation(self, mean: list[float], std: list[float]) -> None:
-        """Take `mean` off each colour channel of an image in 0..1, and divide by `std`."""
-        self.mean, self.std = mean, std
-        self.register_buffer("scale", 1 / torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", torch.tensor(mean).view(3, 1, 1), persistent=False)
-
-    def forward(self, image: Tensor) -> Tensor:
-        if image.dtype == torch.uint8:
-            image = (image[..., :3].movedim(-1, 1) if image.shape[-1] == 4 else image) / 255
-        image = image.float().contiguous(memory_format=torch.channels_last)  # convolutions on CPU take half the time
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            features: Tensor = self.model((image - self.shift) * self.scale)
-        return features.float()
 
 
 def _checkpoint_activations(model: nn.Module, name: str) -> None:
@@ -182,21 +96,6 @@ def _checkpoint_activations(model: nn.Module, name: str) -> None:
             part.register_forward_pre_hook(partial(momentum_once, momentum=part.momentum))
 
 
-@torch.no_grad()
-def _output_dim(model: nn.Module, config: ImageBackboneConfig) -> int:
-    """F, from one picture. Raises BadInput when the model does not make one vector of it."""
-    model.eval()
-    try:
-        made = model(torch.zeros(1, 3, config.image_size, config.image_size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise BadInput(
-            f"model.image.image_size is {config.image_size}: {config.name} cannot take it ({first_line(error)})"
-        ) from None
-    if not isinstance(made, Tensor) or made.ndim != 2:
-        raise BadInput(f"model.image.name is '{config.name}', which does not make one vector of an image")
-    return made.shape[1]
-
-
 def build_image_backbone(config: ImageBackboneConfig, feature_dim: int | None = None) -> ImageBackbone:
     """Build the image backbone of a config; `feature_dim` is F of precomputed features. Raises BadInput naming the
     field."""
@@ -204,7 +103,7 @@ def build_image_backbone(config: ImageBackboneConfig, feature_dim: int | None = 
         if feature_dim is None:
             raise BadInput("model.image.name is 'features' but the data holds raw images: name an image backbone")
         return ImageBackbone(feature_dim, trainable=False)
-    return TimmBackbone(config)
+    return ClipImageBackbone(config) if is_open_clip(config.name) else TimmBackbone(config)
 
 
 # ---------------------------------------------------------------------------------------------- text: sentence CNN
@@ -237,7 +136,7 @@ class SentenceCNN(TextBackbone):
 
     def tokenise(self, texts: list[str] | Tensor, device: torch.device | str = "cpu") -> TextInput:
         """Return {"ids": int64 [B, L]} of B texts, cut at `max_tokens`, with 0 behind the end."""
-        ids = [torch.tensor(self.vocabulary.encode(text)[: self.max_tokens]) for text in _raw(texts)]
+        ids = [torch.tensor(self.vocabulary.encode(text)[: self.max_tokens]) for text in raw_texts(texts)]
         return {"ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD).to(device)}
 
     def forward(self, tokens: TextInput) -> Tensor:
@@ -298,7 +197,7 @@ class SentenceEncoder(TextBackbone):
 
     def tokenise(self, texts: list[str] | Tensor, device: torch.device | str = "cpu") -> TextInput:
         """Return the model's own tokens of B texts, each [B, L]."""
-        tokens = self.model.preprocess(_raw(texts))
+        tokens = self.model.preprocess(raw_texts(texts))
         return {name: value.to(device) for name, value in tokens.items() if isinstance(value, Tensor)}
 
     def lengths(self, texts: list[str]) -> list[int]:
@@ -354,8 +253,10 @@ def build_text_backbone(
         "cnn": lambda: _build_cnn(config, vocabulary),
         "sentence": lambda: SentenceEncoder(config),
     }
+    if is_open_clip(config.name):
+        return ClipTextBackbone(config)
     if config.name not in builders:
-        raise BadInput(f"model.text.name is '{config.name}', expected features, cnn or sentence")
+        raise BadInput(f"model.text.name is '{config.name}', expected features, cnn, sentence or open_clip:MODEL")
     return builders[config.name]()
 
 

@@ -19,13 +19,8 @@ from cmgan_dist.config.fields import ModelConfig
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput
 from cmgan_dist.kernels.norm import GroupBatchNorm
-from cmgan_dist.models.backbones import (
-    ImageBackbone,
-    TextBackbone,
-    TextInput,
-    build_image_backbone,
-    build_text_backbone,
-)
+from cmgan_dist.models.backbone import ImageBackbone, TextBackbone, TextInput
+from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone
 from cmgan_dist.models.vocabulary import Vocabulary
 
 SLOPE = 0.2

@@ -31,13 +31,9 @@ from cmgan_dist.config.load import load_config, to_yaml
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import LATER, OtherVersion, commit_files, parse_sealed, sealed_json, sha256_of, write_atomic
-from cmgan_dist.models.backbones import (
-    ImageBackbone,
-    TextBackbone,
-    TimmBackbone,
-    build_image_backbone,
-    build_text_backbone,
-)
+from cmgan_dist.models.backbone import ImageBackbone, PixelBackbone, TextBackbone
+from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone
+from cmgan_dist.models.clip import is_open_clip
 from cmgan_dist.models.generator import Generator, Modality, build_generator
 from cmgan_dist.models.scoring import PREFIX as SCORING
 from cmgan_dist.models.scoring import Scoring
@@ -55,13 +51,14 @@ class BackboneSpec:
     """How the features of one modality are made from raw input."""
 
     name: str
-    """A timm model, "sentence", "cnn", or "features" where nothing says how the features were made."""
+    """A timm model, "sentence", "cnn", "open_clip:MODEL", or "features" where nothing says how they were made."""
     dim: int
     """F, the feature dimension."""
     trained: bool = False
     """Trained with the generator: its tensors are in model.safetensors."""
     weights: str = ""
-    """"hub", "hub:NAME", "package:NAME", a path in best/, or the path on the machine of training; "" when trained."""
+    """"hub", "hub:NAME", "package:NAME", a path in best/, or the path on the machine of training; "" when trained, but
+    for what a tokeniser or an architecture comes from."""
     weights_sha256: str = ""
     """Of the built backbone, by `weights_sha256`; "" when trained or not known."""
     image_size: int | None = None
@@ -129,8 +126,9 @@ def _backbone_spec(
             return BackboneSpec("features", dim)
         known = ("weights", "weights_sha256", "image_size", "max_tokens", "pools", "mean", "std")
         return BackboneSpec(made["backbone"], dim, **{k: made[k] for k in known if k in made})
-    if backbone.trainable:  # a sentence encoder's tokeniser comes from where its first weights came from
-        spec = BackboneSpec(chosen.name, dim, True, chosen.weights if chosen.name == "sentence" else "")
+    if backbone.trainable:  # tokeniser and architecture may come from where the first weights came from
+        folder = is_open_clip(chosen.name) and Path(chosen.weights or "\0").is_dir()
+        spec = BackboneSpec(chosen.name, dim, True, chosen.weights if chosen.name == "sentence" or folder else "")
     else:
         spec = BackboneSpec(chosen.name, dim, False, chosen.weights, weights_sha256(backbone))
     if isinstance(chosen, ImageBackboneConfig):
@@ -138,7 +136,7 @@ def _backbone_spec(
     else:
         spec.max_tokens = chosen.max_tokens
         spec.pools = list(chosen.pools) if chosen.name == "sentence" else None
-    if isinstance(backbone, TimmBackbone):
+    if isinstance(backbone, PixelBackbone):
         spec.mean, spec.std = backbone.mean, backbone.std
     return spec
 
@@ -352,8 +350,7 @@ def load_generator(saved: Saved, *, backbones: bool = True) -> Generator:
     tensors, vocabulary = saved.tensors, None
     if backbones:
         vocabulary = _vocabulary_of(saved)
-        stored = {m: any(k.startswith(f"{m}_backbone.") for k in tensors) for m in ("image", "text")}
-        config.image.weights = "" if stored["image"] else _source_of(saved, "image")
+        config.image.weights = _source_of(saved, "image")
         config.text.weights = "" if config.text.name == "cnn" else _source_of(saved, "text")
     else:
         config.image.name = config.text.name = "features"
@@ -386,7 +383,7 @@ def load_backbone(saved: Saved, modality: Modality) -> ImageBackbone | TextBackb
         for k, v in saved.tensors.items()
         if k.startswith(f"{modality}_backbone.")
     }
-    weights = "" if kept and spec.name != "sentence" else _source_of(saved, modality)
+    weights = _source_of(saved, modality)
     backbone: ImageBackbone | TextBackbone
     if modality == "image":
         size = spec.image_size or ImageBackboneConfig.image_size
@@ -406,7 +403,7 @@ def load_backbone(saved: Saved, modality: Modality) -> ImageBackbone | TextBackb
 
 def _set_normalisation(backbone: ImageBackbone | TextBackbone, spec: BackboneSpec) -> None:
     """Normalise images as in training: trained weights do not tell what the first ones were made with."""
-    if isinstance(backbone, TimmBackbone) and spec.mean is not None and spec.std is not None:
+    if isinstance(backbone, PixelBackbone) and spec.mean is not None and spec.std is not None:
         backbone.set_normalisation(spec.mean, spec.std)
 
 

@@ -70,12 +70,12 @@ def read_weights(weights: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it holds more than tensors")
-    except _UNREADABLE_WEIGHTS as error:
+    except UNREADABLE as error:
         raise BadInput(f"model.image.weights: {path} is not a file of weights ({first_line(error)})") from None
     return state
 
 
-_UNREADABLE_WEIGHTS = (
+UNREADABLE = (
     OSError,
     RuntimeError,
     ValueError,
@@ -85,6 +85,7 @@ _UNREADABLE_WEIGHTS = (
     pickle.UnpicklingError,
     SafetensorError,
 )
+"""What libraries raise at a file of weights that they cannot read."""
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], weights: str) -> None:

@@ -205,7 +205,8 @@ def _part_of(saved: Saved, generator: Generator, modality: Modality, backbone: b
         facts["image_size"] = str(size)
         raw = (_FromPixels(made, traced).eval(), _FromPixels(made, eager).eval())
         return _Part(modality, *raw, {"pixels": {0: rows}}, pixels, facts)
-    assert isinstance(made, SentenceCNN | SentenceEncoder)
+    if not isinstance(made, SentenceCNN | SentenceEncoder):
+        raise BadInput(f"a text tower of {spec.name} is not exported with its tokens: export it from features")
     longest = spec.max_tokens or TextBackboneConfig.max_tokens
     free = {0: rows, 1: torch.export.Dim("tokens", min=1 if isinstance(made, SentenceCNN) else 2, max=longest)}
     facts["max_tokens"] = str(longest)

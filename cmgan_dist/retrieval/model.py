@@ -22,7 +22,8 @@ from cmgan_dist.data.folder import checked_path
 from cmgan_dist.distributed.precision import autocast
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs.local import Advance, progress_of
-from cmgan_dist.models.backbones import ImageBackbone, TextBackbone, image_features, text_features
+from cmgan_dist.models.backbone import ImageBackbone, TextBackbone
+from cmgan_dist.models.backbones import image_features, text_features
 from cmgan_dist.models.generator import Generator, Modality
 from cmgan_dist.models.saved import Saved, load_backbone, load_generator, read_model
 from cmgan_dist.models.weights import first_line

@@ -16,7 +16,7 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.order import generator_for
 from cmgan_dist.distributed.processes import Parallel
-from cmgan_dist.models.backbones import TextInput
+from cmgan_dist.models.backbone import TextInput
 from cmgan_dist.models.generator import Modality, ModalityOutput
 from cmgan_dist.training.state import Networks
 

@@ -18,11 +18,10 @@ from torch import Tensor
 from cmgan_dist.config.fields import ImageBackboneConfig, Pool, TextBackboneConfig
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.errors import BadInput
+from cmgan_dist.models.backbone import ImageBackbone, TextBackbone
 from cmgan_dist.models.backbones import (
-    ImageBackbone,
     SentenceCNN,
     SentenceEncoder,
-    TextBackbone,
     TimmBackbone,
     build_image_backbone,
     build_text_backbone,

@@ -40,6 +40,7 @@ from shards.features import FeaturesCommand, record_name, write_features
 from shards.scan import scan_shard
 from shards.shard_file import write_shard
 from shards.verify import verify
+from tests.models.clip_cases import MEAN, stored_clip
 from tests.toy import save_untrained, small_config
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +180,26 @@ def test_pools_of_texts_are_stored_and_made_again_by_a_model(
         np.testing.assert_allclose(
             model.encode_texts(raw.texts), model.encode_texts(np.asarray(stored.texts, np.float32)), atol=1e-5
         )
+
+
+def test_towers_of_clip_make_features_in_every_process_and_a_model_makes_them_again(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], tmp_path: Path
+) -> None:
+    folder, _ = stored_clip(tmp_path / "clip")
+    towers = {f"{side}_backbone": "open_clip:stored" for side in ("image", "text")}
+    towers |= {f"{side}_weights": str(folder) for side in ("image", "text")}
+    data = raw_data()
+    made = write_features(command(data, image_size=32, processes=2, **towers))
+    assert (made.image_dim, made.text_dim, made.details["image"]["mean"]) == (12, 12, MEAN)
+    save_untrained(tmp_path / "run", tmp_path / "out", small_config(8))
+    model, reader = cmgan_dist.load(tmp_path / "run"), ShardReader(str(tmp_path / "out"), "test")
+    for raw, stored in zip(ShardReader(str(data), "test"), reader, strict=True):
+        assert isinstance(raw.texts, list)
+        for found, expected in (
+            (model.encode_texts(raw.texts), model.encode_texts(np.asarray(stored.texts, np.float32))),
+            (model.encode_images([raw.image]), model.encode_images(np.asarray(stored.image, np.float32)[None])),
+        ):
+            np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_equal_weights_elsewhere_give_equal_records(
@@ -540,7 +561,7 @@ def test_a_changed_or_missing_shard(raw_data: Callable[..., Path], command: Call
     ("options", "message"),
     [
         ({"image_weights": ""}, "--image-weights is empty"),
-        ({"text_backbone": "cnn"}, "only sentence works without training"),
+        ({"text_backbone": "cnn"}, "without training only sentence and open_clip:MODEL work"),
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"processes": 0}, "--processes is 0"),
         (
