@@ -6,8 +6,8 @@ the image side, of the text side, and those that both reach; a module that train
 those groups whose parameters got gradients, as in plain torch; clipping and the loss scale see them as one.
 
 Losses call the modules themselves, never DeepSpeed's engine: its forward would set hooks on outputs, which fire in the
-inner derivatives of R1 and WGAN-GP too and reduce what is not there yet. What is left are hooks on parameters. They fire
-in the outer backward alone, once a parameter, and reduce gradients bucket by bucket while the backward goes on.
+inner derivatives of R1 and WGAN-GP too and reduce what is not there yet. What is left are hooks on parameters, which
+fire in the outer backward alone, once each, and reduce gradients bucket by bucket while the backward goes on.
 
 Parameters stay fp32 and lower precision is torch's autocast, as under DDP: `bf16.enabled` would leave BatchNorm's
 buffers behind. The optimiser is torch's fused one, on the CPU too (`zero_force_ds_cpu_optimizer`): it is as fast there
@@ -19,11 +19,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cmgan_dist.distributed.engine import MOMENTS, AdamSettings, Engine, adamw
@@ -38,6 +40,8 @@ from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimiz
 
 if not torch.cuda.is_available():
     deepspeed.ops.__compatible_ops__ = {}  # else it compiles, for a minute, collectives that only its inference uses
+
+warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's, not ours
 
 BUCKET = 2**24
 """The most elements that are reduced at once unless the configuration says so: 64 MiB. DeepSpeed's own 2 GB would take
@@ -63,7 +67,14 @@ class _Group:
         size = sum(p.numel() for p in named.values())
         own["zero_optimization"].setdefault("reduce_bucket_size", min(size, BUCKET))
         model = nn.ParameterList(named.values())
-        self.engine, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=own)
+        try:
+            self.engine, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=own)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadInput(
+                f"DeepSpeed's configuration has {'.'.join(map(str, first['loc']))} {first['input']!r}: {first['msg']}; "
+                "correct it in deepspeed_config_file, or train with a file of launchers/configs/"
+            ) from None
         self.norm = self.zero.scaled_global_norm
         """Returns the norm of this group's gradients over all processes, or -1 where one is not finite."""
 
@@ -137,6 +148,7 @@ class ZeroEngine(Engine):
                 "fp16 or bf16, which is autocast with fp32 parameters"
             )
         if not dist.is_initialized():
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         self.config = config
         super().__init__(module, parts, settings, device)
@@ -197,7 +209,8 @@ class ZeroEngine(Engine):
     def _rescale(self, scaler: torch.amp.GradScaler, skipped: Tensor) -> dict[str, Tensor]:
         """Do what the scaler's `update` does, which asks for the gradients of a whole optimiser."""
         scale, tracker = scaler._scale, scaler._growth_tracker
-        assert scale is not None and tracker is not None, "no backward since the engine was made"
+        assert scale is not None, "no backward since the engine was made"
+        assert tracker is not None
         factors = scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
         torch._amp_update_scale_(scale, tracker, skipped.to(scale.device), *factors)
         return {"scale": scale.clone(), "skipped": skipped}
