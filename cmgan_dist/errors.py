@@ -58,7 +58,8 @@ def _tell(sentence: str, aloud: bool = True) -> None:
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
         with contextlib.suppress(OSError):  # it has been said; the report alone would end without it
-            Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+            Path(f"{report}.part").write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+            os.replace(f"{report}.part", report)  # a launcher that ends this process reads all or nothing
 
 
 def run_main(main: Callable[[], int | None]) -> None:

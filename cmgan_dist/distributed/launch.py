@@ -7,11 +7,13 @@ python -m cmgan_dist.distributed.launch --standalone --nproc_per_node 2 launcher
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from cmgan_dist.errors import EXIT_LOST
 
@@ -23,14 +25,21 @@ def main(words: Sequence[str]) -> int:
     try:
         run.run(run.parse_args(list(words)))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            if 0 not in error.failures and failure.error_file_data["message"]:  # the first process has not said it
-                print(failure.message, file=sys.stderr)
-            return failure.exitcode
-        print(f"error: process {rank} was ended by {failure.signal_name()}: start again to go on", file=sys.stderr)
-        return EXIT_LOST
+        failures = error.failures
+        rank = min(failures, key=lambda rank: (_ended_by_launcher(failures[rank]), failures[rank].timestamp))
+        first = failures[rank]
+        if first.exitcode < 0:
+            print(f"error: process {rank} was ended by {first.signal_name()}: start again to go on", file=sys.stderr)
+            return EXIT_LOST
+        if rank and os.path.isfile(first.error_file) and not (0 in failures and os.path.isfile(failures[0].error_file)):
+            print(first.message, file=sys.stderr)  # the first process says what all find, but was ended before
+        return first.exitcode
     return 0
+
+
+def _ended_by_launcher(failure: ProcessFailure) -> bool:
+    """Return whether this is how torchrun ends the others when a process has failed."""
+    return failure.exitcode == -signal.SIGTERM
 
 
 if __name__ == "__main__":
