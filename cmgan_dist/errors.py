@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 EXIT_DONE = 0
 """The command did all of its work."""
@@ -45,14 +49,26 @@ class BadSample(ValueError):
     """One sample cannot be used. The message says why; the stream replaces the sample."""
 
 
+def _tell(sentence: str, aloud: bool = True) -> None:
+    """Print an error to stderr, and leave it where torchrun, and DeepSpeed's launcher, look for what to end their own
+    report with: the file TORCHELASTIC_ERROR_FILE. Not `aloud`: another process of the run prints the same."""
+    line = f"error: {_as_called(sentence)}"
+    if aloud:
+        print(line, file=sys.stderr, flush=True)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        with contextlib.suppress(OSError):  # it has been said; the report alone would end without it
+            Path(f"{report}.part").write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+            os.replace(f"{report}.part", report)  # a launcher that ends this process reads all or nothing
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: bad input, and a file that cannot be read or written, end as one sentence on
     stderr and exit code 2."""
     try:
         code = main()
     except BadInput as error:
-        if not error.everywhere or os.environ.get("RANK", "0") == "0":
-            print(f"error: {_as_called(str(error))}", file=sys.stderr)
+        _tell(str(error), aloud=not error.everywhere or os.environ.get("RANK", "0") == "0")
         code = EXIT_BAD_INPUT
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,10 +76,10 @@ def run_main(main: Callable[[], int | None]) -> None:
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or str(error)
-        print(f"error: {named}{reason}: check the path, its permissions and the free space", file=sys.stderr)
+        _tell(f"{named}{reason}: check the path, its permissions and the free space")
         code = EXIT_BAD_INPUT
     except LostProcess as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell(str(error))
         os._exit(EXIT_LOST)  # what waits for the lost process, at exit too, would wait on
     sys.stdout.flush()
     sys.exit(code or EXIT_DONE)

@@ -8,13 +8,12 @@ Exit codes: 0 done, 2 bad input, 85 saved after a signal.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
 from cmgan_dist.config.cli import log_to_stderr, parse_arguments
 from cmgan_dist.config.load import check_places, to_yaml
-from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput, run_main
+from cmgan_dist.errors import EXIT_DONE, BadInput, run_main
 
 if TYPE_CHECKING:  # torch takes seconds to import: first come the cheap checks
     from cmgan_dist.training.run import Run
@@ -49,9 +48,8 @@ def main() -> int:
 
         start_all_processes()
         run = prepare(config, arguments.resume)
-    except BadInput:
-        if os.environ.get("RANK", "0") != "0":
-            return EXIT_BAD_INPUT  # every process finds the same: the first one says it
+    except BadInput as error:
+        error.everywhere = True  # every process finds the same
         raise
     return train_and_report(run)
 

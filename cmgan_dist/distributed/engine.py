@@ -7,7 +7,7 @@ same under DeepSpeed ZeRO. Their states have one form, named by parameter, so th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,12 @@ class AdamSettings:
     """Scale losses, skip steps whose gradients overflow and lower the scale (Micikevicius et al., ICLR 2018)."""
 
 
+def adamw(parameters: Sequence[nn.Parameter], settings: AdamSettings) -> torch.optim.AdamW:
+    """Return the optimiser of `parameters`, torch's fused one, which a CPU has too."""
+    betas, decay = (settings.beta1, settings.beta2), settings.weight_decay
+    return torch.optim.AdamW(parameters, lr=settings.lr, betas=betas, weight_decay=decay, fused=True)
+
+
 class Engine:
     """An engine trains one module with one optimiser."""
 
@@ -53,12 +59,10 @@ class Engine:
         self.parameters = list(self.named_parameters.values())
         self.vectors = [p for p in self.parameters if p.ndim == 1]
         self.scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE) if settings.fp16 else None
-        self.optimizer = self._optimizer()
+        self._build()
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        s = self.settings
-        betas = (s.beta1, s.beta2)
-        return torch.optim.AdamW(self.parameters, lr=s.lr, betas=betas, weight_decay=s.weight_decay, fused=True)
+    def _build(self) -> None:
+        self.optimizer = adamw(self.parameters, self.settings)
 
     def set_rate(self, factor: float) -> None:
         """Set the learning rate from here on to `factor` times the one in the settings."""
@@ -121,10 +125,7 @@ class Engine:
         for name, parameter in self.named_parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 out[f"{name}/{key}"] = value
-        if self.scaler is not None and self.scaler._scale is not None:
-            for key, value in self.scaler.state_dict().items():
-                out[f"scaler/{key}"] = torch.tensor(value, dtype=torch.float64)
-        return out
+        return out | self._scaler_state()
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` of an engine of the same module returned, `ZeroEngine` included.
@@ -135,6 +136,15 @@ class Engine:
                 made = {k: state[f"{name}/{k}"].to(parameter.device).clone() for k in MOMENTS}
                 step = state[f"{name}/step"].to(parameter.device, torch.float32).clone()
                 self.optimizer.state[parameter] = {"step": step, **made}
+        self._load_scaler(state)
+
+    def _scaler_state(self) -> dict[str, Tensor]:
+        if self.scaler is None or self.scaler._scale is None:
+            return {}
+        found = self.scaler.state_dict().items()
+        return {f"scaler/{key}": torch.tensor(value, dtype=torch.float64) for key, value in found}
+
+    def _load_scaler(self, state: dict[str, Tensor]) -> None:
         if self.scaler is not None and "scaler/scale" in state:
             found = {k.removeprefix("scaler/"): float(v) for k, v in state.items() if k.startswith("scaler/")}
             whole = ("growth_interval", "_growth_tracker")

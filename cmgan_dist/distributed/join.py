@@ -44,13 +44,13 @@ def start_all_processes() -> None:
     launch, _ = asked.parse_known_args(words)
     if launch.num_processes <= 1:
         return
-    log.info("accelerate started one process: starting %d by torch.distributed.run", launch.num_processes)
+    log.info("accelerate started one process: starting %d", launch.num_processes)
     per_machine = launch.num_processes // launch.num_machines
     where = ["--nnodes", str(launch.num_machines), "--node_rank", str(launch.machine_rank)]
     where += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
     if launch.num_machines == 1:
         where = ["--standalone"]  # a free port: two runs on one machine do not meet
-    command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc_per_node", str(per_machine)]
+    command = [sys.executable, "-m", "cmgan_dist.distributed.launch", *where, "--nproc_per_node", str(per_machine)]
     os.environ.pop("MASTER_PORT")
     os.execv(sys.executable, [*command, *sys.argv])
 
@@ -119,26 +119,35 @@ def take_zero_config() -> dict[str, Any] | None:
         return None  # expects one engine for all that trains
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path != "none":
+        where = f"deepspeed_config_file {path}"
         try:
-            config = parse_json(Path(path).read_bytes())
+            config = _without_auto(parse_json(Path(path).read_bytes()))
             stage = int(config["zero_optimization"]["stage"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(
-                f"deepspeed_config_file {path} cannot be used ({type(error).__name__}: {error}): give a JSON file with "
+                f"{where} cannot be used ({type(error).__name__}: {error}): give a JSON file with "
                 "zero_optimization.stage, as in launchers/configs/"
             ) from None
     else:
-        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+        where, stage = "deepspeed_config.zero_stage", int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
         config = {"zero_optimization": {"stage": stage}}
         device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
         if device != "none":
             config["zero_optimization"]["offload_optimizer"] = {"device": device}
     if stage not in (1, 2):
         raise BadInput(
-            f"DeepSpeed ZeRO stage {stage} is not supported: the generator's losses go through modules of other "
-            "engines, whose parameters stage 3 takes apart; use stage 1 or 2, or DDP without DeepSpeed"
+            f"{where} asks for ZeRO stage {stage}: set it to 1 or 2, or train without DeepSpeed (stage 3 takes "
+            "parameters apart that the losses of other modules go through)"
         )
     return config
+
+
+def _without_auto(config: Any) -> Any:
+    """Return a DeepSpeed configuration without the values "auto", which `accelerate launch` is to fill in: DeepSpeed's
+    own default stands in their place, or what this project sets."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _without_auto(value) for key, value in config.items() if value != "auto"}
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -143,8 +143,8 @@ class Parallel:
         """Move `module` to the device, synchronise its BatchNorms and return the engine that trains it.
 
         `parts`: modules that losses call in its place, by name, each of which has the parameters that get a gradient
-        then; a parameter may be in several. Raises BadInput for parts under ZeRO, which would count what has no
-        gradient as zero."""
+        then; a parameter may be in several. Raises BadInput for a DeepSpeed configuration that asks for what is not
+        used."""
         parts = parts or {"": module}
         module.to(self.device)
         if self.world > 1:

@@ -175,7 +175,7 @@ class Decoder(nn.Module):
     def forward(self, common: Tensor) -> Reconstruction:
         """Return the reconstruction [B, F] of features from common representations [B, E]."""
         weight, bias = self.out.weight, self.out.bias
-        # as views: DeepSpeed reduces the gradients of parameters that leave a forward by themselves twice
+        # as views: without gradients these are constants, but parameters themselves would still get gradients
         return Reconstruction(self.norm(self.hidden(common), [len(common)]), weight.view_as(weight), bias.view_as(bias))
 
 

@@ -12,7 +12,6 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.distributed.engine import AdamSettings, Engine
 from cmgan_dist.distributed.processes import Parallel
-from cmgan_dist.errors import BadInput
 from cmgan_dist.models.discriminators import NAMES, build_discriminators
 from cmgan_dist.models.generator import Generator, SingleModalityGenerator, build_generator
 from cmgan_dist.models.saved import check_shapes, stored_tensors
@@ -87,7 +86,7 @@ def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None
     """Return the networks of a config for data of the kind `spec`, on the device, with their engines.
 
     `vocabulary` is for the text CNN. Every process starts with the same weights, by `train.seed`. Raises BadInput where
-    config and data do not fit together, or where DeepSpeed would not train what `config` asks for."""
+    config and data do not fit together."""
     torch.manual_seed(config.train.seed)  # the same initial weights on every process
     generator = build_generator(config.model, spec, vocabulary)
     dims = (generator.image_backbone.dim, generator.text_backbone.dim)
@@ -102,11 +101,6 @@ def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None
         for module in (generator, *unwrapped.values()):
             module.compile()
     optim = config.optim
-    if parallel.zero and (config.loss.r1 or config.loss.adversarial == "wgan-gp"):
-        raise BadInput(
-            "loss.r1 and loss.adversarial=wgan-gp take gradients of gradients, which DeepSpeed's engines get wrong: "
-            "set loss.r1=0 and bce or hinge, or train without DeepSpeed"
-        )
 
     def settings(lr: float, beta1: float, decay: float = 0.0) -> AdamSettings:
         return AdamSettings(lr, beta1, optim.beta2, decay, optim.clip, fp16=config.train.precision == "fp16")

@@ -1,0 +1,87 @@
+"""What a launch that fails leaves for its user to read: the sentence of the process that failed, last of all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
+from tests.toy import ROOT, environment, torchrun
+
+pytestmark = pytest.mark.process
+OURS = [sys.executable, "-m", "cmgan_dist.distributed.launch", "--standalone", "--nproc_per_node", "2"]
+WRONG = """
+import os, signal, sys, time
+from cmgan_dist.errors import BadInput, run_main
+rank, case = int(os.environ["RANK"]), sys.argv[1]
+def main():
+    if case == "everywhere" or (case == "second" and rank):
+        raise BadInput("--data x is no folder: name another", everywhere=True)
+    if case == "killed" and rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if case == "saved":
+        return 85
+    time.sleep(60 if case in ("second", "killed") else 0)
+run_main(main)
+"""
+
+
+def launch(command: list[str], case: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "wrong.py"
+    script.write_text(WRONG)
+    words = [*command, str(script), case]
+    return subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "last"),
+    [
+        ("everywhere", EXIT_BAD_INPUT, "error: --data x is no folder: name another"),
+        ("second", EXIT_BAD_INPUT, "error: --data x is no folder: name another"),
+        ("killed", EXIT_LOST, "error: process 1 was ended by SIGKILL: start again to go on"),
+        ("saved", EXIT_SIGNALLED, ""),
+        ("well", 0, ""),
+    ],
+)
+def test_ours_ends_with_the_sentence_and_the_exit_code(case: str, code: int, last: str, tmp_path: Path) -> None:
+    """`second`: of a process that is not the first, which says what all find."""
+    done = launch(OURS, case, tmp_path)
+    assert done.returncode == code
+    assert done.stderr.strip().splitlines() == ([last] if last else [])
+
+
+def test_torchrun_ends_its_report_with_the_sentence(tmp_path: Path) -> None:
+    """DeepSpeed's launcher and that of accelerate for several GPUs are the same code."""
+    done = launch(torchrun(2), "second", tmp_path)
+    *_, sentence, border = done.stderr.strip().splitlines()
+    assert sentence == "  traceback : error: --data x is no folder: name another"
+    assert set(border) == {"="}
+
+
+def test_quiet_leaves_the_sentence_alone(tmp_path: Path) -> None:
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "2"]
+    words = [*accelerate, "launchers/train.py", "--preset", "smoke", "--data", str(tmp_path / "x"), "--output", "y"]
+    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: data folder {tmp_path / 'x'} does not exist")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_is_left_for_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+
+    def fail() -> None:
+        raise BadInput("no")
+
+    for path in (str(report), str(tmp_path / "nowhere" / "error.json")):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", path)
+        with pytest.raises(SystemExit) as ended:
+            run_main(fail)
+        assert ended.value.code == EXIT_BAD_INPUT
+    assert json.loads(report.read_text())["message"] == "error: no"
+    assert [path.name for path in tmp_path.iterdir()] == ["error.json"]
