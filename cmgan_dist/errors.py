@@ -37,6 +37,10 @@ class BadInput(ValueError):
         self.everywhere = everywhere
 
 
+class Unreadable(BadInput):
+    """A file is there and the system does not give it: nothing is known of what it holds, so nothing may replace it."""
+
+
 class LostProcess(RuntimeError):
     """Another process of the run is gone or does not answer. Launchers print it and exit with 1."""
 

@@ -23,7 +23,8 @@ from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs import ledger
-from cmgan_dist.jobs.local import parallel_map, usable_cores
+from cmgan_dist.jobs.cores import usable_cores
+from cmgan_dist.jobs.local import parallel_map
 from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.backbones import TimmBackbone
 from cmgan_dist.models.weights import weights_sha256

@@ -23,7 +23,8 @@ from cmgan_dist.data.manifest import MANIFEST_NAME as DATA_MANIFEST_NAME
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs import ledger
-from cmgan_dist.jobs.local import parallel_map, usable_cores
+from cmgan_dist.jobs.cores import usable_cores
+from cmgan_dist.jobs.local import parallel_map
 from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_backbone, read_model
