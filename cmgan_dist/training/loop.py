@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cmgan_dist.config.fields import Config, micro_batch
 from cmgan_dist.data.batch import Batch
+from cmgan_dist.data.handover import is_lost_worker, lost_worker
 from cmgan_dist.data.order import mix
 from cmgan_dist.distributed.join import is_lost_process
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
@@ -74,6 +75,8 @@ def _run_training(run: Run) -> int:
             if progress.position >= total:
                 keep_scoring(run)
         except RuntimeError as error:
+            if is_lost_worker(error):
+                raise lost_worker(error) from None
             if parallel.world == 1 or not is_lost_process(error):
                 raise
             raise LostProcess(

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -43,24 +42,6 @@ VOCABULARY_SAMPLES = 200_000
 """Samples of the training split whose words make the vocabulary of the text CNN."""
 LOCK = "train"
 """The kind of work for which a run owns its folder (`jobs.lock`)."""
-T = TypeVar("T")
-
-
-def on_main(parallel: Parallel, work: Callable[[], T]) -> T:
-    """Return what `work` returns on the first process, on every process; its BadInput or OSError is raised on all."""
-    outcome: T | BadInput | OSError | None = None
-    if parallel.main:
-        try:
-            outcome = work()
-        except BadInput as error:
-            error.everywhere = True
-            outcome = error
-        except OSError as error:
-            outcome = error
-    outcome = parallel.gather_objects(outcome)[0]
-    if isinstance(outcome, BadInput | OSError):
-        raise outcome
-    return outcome
 
 
 def check_same_run(run: Path, config: Config, may_change: Sequence[str] = ()) -> Config | None:
@@ -199,7 +180,7 @@ def go_on(run: Path, networks: Networks, start: Progress, parallel: Parallel) ->
 
     Every process calls it; the first one looks, so that all take the same. Raises BadInput when the checkpoint is of
     another model or other data, or there are checkpoints and none can be used."""
-    found = on_main(parallel, lambda: latest(run))
+    found = parallel.on_main(lambda: latest(run))
     if found is None:
         return start
     progress, tensors = read_checkpoint(found)
@@ -212,7 +193,7 @@ def go_on(run: Path, networks: Networks, start: Progress, parallel: Parallel) ->
             everywhere=True,
         )
     networks.load(tensors, str(found))
-    if not on_main(parallel, lambda: best_is_whole(run)):
+    if not parallel.on_main(lambda: best_is_whole(run)):
         progress.best = None  # the next validation keeps what it finds
     return progress
 
@@ -237,9 +218,9 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
         config.train.precision, tracker, str(run), config.train.timeout_s, config.train.reduce_precision
     )
     with contextlib.ExitStack() as held:
-        on_main(parallel, lambda: held.enter_context(owning(run, LOCK)))
+        parallel.on_main(lambda: held.enter_context(owning(run, LOCK)))
         if resume == "never":
-            on_main(parallel, lambda: set_aside(run))
+            parallel.on_main(lambda: set_aside(run))
         take_threads(config, parallel)
         data = DataSpec.of(stream.manifest)
         vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None

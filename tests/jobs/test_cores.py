@@ -30,7 +30,11 @@ def groups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
         ("0::/\n", {"cpu.max": "50000 100000\n"}, 0.5),
         ("0::/not/here\n", {"cpu.max": "200000 100000\n"}, 2.0),
         ("0::/a\n", {"a/cpu.max": "max 100000\n"}, None),
-        ("3:cpu,cpuacct:/d\n", {"cpu,cpuacct/d/cpu.cfs_quota_us": "300000", "cpu,cpuacct/d/cpu.cfs_period_us": "100000"}, 3.0),  # fmt: skip
+        (
+            "3:cpu,cpuacct:/d\n",
+            {"cpu,cpuacct/d/cpu.cfs_quota_us": "300000", "cpu,cpuacct/d/cpu.cfs_period_us": "100000"},
+            3.0,
+        ),
         ("3:cpu:/d\n", {"cpu/d/cpu.cfs_quota_us": "-1\n", "cpu/d/cpu.cfs_period_us": "100000\n"}, None),
         ("3:memory:/d\n", {}, None),
         ("0::/a\n", {"a/cpu.max": "nonsense"}, None),

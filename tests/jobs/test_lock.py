@@ -128,5 +128,5 @@ def test_without_flock_the_process_named_in_the_file_tells(tmp_path: Path, monke
 def test_a_place_that_cannot_be_written_gets_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("n" * 300)):
-        with pytest.raises(BadInput, match="cannot be written .*: name a folder that is yours"):
+        with pytest.raises(BadInput, match=r"cannot be written .*: name a folder that is yours"):
             owning(place, "train").__enter__()

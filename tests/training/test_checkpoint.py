@@ -113,7 +113,7 @@ def test_a_checkpoint_that_may_be_whole_is_not_passed_over(tmp_path: Path, monke
     """Of a later version, or one that the system does not give: following the advice leads to the one before."""
     write(tmp_path, 64, 128)
     reseal(newest(tmp_path) / "state.json", version=2)
-    with pytest.raises(BadInput, match="has version 2, this program reads 1: .*move it away"):
+    with pytest.raises(BadInput, match=r"has version 2, this program reads 1: .*move it away"):
         latest(tmp_path)
     reseal(newest(tmp_path) / "state.json", version=1)
 
@@ -122,7 +122,7 @@ def test_a_checkpoint_that_may_be_whole_is_not_passed_over(tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr("cmgan_dist.training.checkpoint.sha256_of", denied)
-        with pytest.raises(BadInput, match="cannot be read .Permission denied.: .*move it away"):
+        with pytest.raises(BadInput, match=r"cannot be read .Permission denied.: .*move it away"):
             latest(tmp_path)
     newest(tmp_path).rename(tmp_path / "away")
     assert position_of(tmp_path) == 64
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_may_be_whole_is_not_passed_over(tmp_path: Path, monke
 
 def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(BadInput, match="checkpoints cannot be read .Not a directory.: make it a readable folder"):
+    with pytest.raises(BadInput, match=r"checkpoints cannot be read .Not a directory.: make it a readable folder"):
         latest(tmp_path)
     (tmp_path / "checkpoints").unlink()
     (tmp_path / "checkpoints").symlink_to(tmp_path / "unmounted")
