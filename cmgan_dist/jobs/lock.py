@@ -1,6 +1,7 @@
 """One owner of an output: who writes to a folder holds a lock on it, and whoever comes second is told who that is.
 
-    FOLDER/.NAME.lock    locked by flock(2), which ends with the process however that ends; in it who holds the lock
+    FOLDER/.NAME.lock    locked by flock(2), which ends with the process however that ends; in it who holds the lock. An
+                         owner that ends by itself removes it
 
 flock reaches over hosts on NFS, and on Lustre and GPFS where they are mounted so. Elsewhere it does not, so the owner
 also counts on in the file, and a process of another machine first watches whether the count stands still: a run whose
@@ -58,45 +59,64 @@ def owning(folder: Path, name: str) -> Iterator[None]:
 
     Other kinds of work on it go on. Raises BadInput when another process owns it, naming that, or the folder cannot be
     written."""
+    path = folder / lock_name(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / lock_name(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = _locked(folder, path)
     except OSError as error:
         raise BadInput(
             f"{folder} cannot be written ({error.strerror}): name a folder that is yours, or make it writable"
         ) from None
-    _held.add(descriptor)
     try:
-        _acquire(folder, name, descriptor)
         with _counting(folder, descriptor):
             yield
     finally:
         if descriptor in _held:  # else this is a forked process, and the lock its parent's
-            _held.remove(descriptor)
-            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            _close(descriptor)
 
 
-def _acquire(folder: Path, name: str, descriptor: int) -> None:
-    """Lock the file. Raises BadInput when its owner lives."""
-    deadline, locked = time.monotonic() + GRACE_S, False
-    while not locked:
+def _locked(folder: Path, path: Path) -> int:
+    """Return a descriptor of the file that holds the lock. Raises BadInput when its owner lives, and OSError."""
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        _held.add(descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
+            locked = _lock(descriptor)
+            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                owner = _owner(path)
+                if owner and (_machine() != owner.get("machine") or not locked):
+                    _watch(folder, path, owner)
+                return descriptor
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise _refusal(folder, _owner(folder / lock_name(name))) from None
+                _close(descriptor)
+                raise _refusal(folder, _owner(path)) from None
             time.sleep(0.05)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-            break
-    owner = _owner(folder / lock_name(name))
-    if owner and (_machine() != owner.get("machine") or not locked):
-        _watch(folder, name, owner)
+        except BaseException:
+            _close(descriptor)
+            raise
+        _close(descriptor)  # its owner has ended and removed the file
 
 
-def _watch(folder: Path, name: str, owner: dict[str, Any]) -> None:
+def _close(descriptor: int) -> None:
+    _held.discard(descriptor)
+    os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a file and return whether the file system can. Raises BlockingIOError when another process has the lock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return False
+    return True
+
+
+def _watch(folder: Path, path: Path, owner: dict[str, Any]) -> None:
     """Return when the owner is gone: by its count or, on this machine, by its process. Raises BadInput if it lives."""
     if owner.get("machine") == _machine():
         if is_running(int(owner.get("pid", 0))):
@@ -109,7 +129,7 @@ def _watch(folder: Path, name: str, owner: dict[str, Any]) -> None:
     deadline = time.monotonic() + STILL_S
     while time.monotonic() < deadline:
         time.sleep(min(1.0, STILL_S / 4))
-        now = _owner(folder / lock_name(name))
+        now = _owner(path)
         if not now:  # it has ended
             return
         if now != owner:
@@ -120,7 +140,7 @@ def _owner(path: Path) -> dict[str, Any]:
     """Return what the owner says of itself, {} where nobody does. NFS looks again only where a file is opened anew."""
     try:
         found = parse_json(path.read_bytes().strip(b" \0\n"))
-    except ValueError:  # empty: its owner has ended, or not begun to count
+    except (FileNotFoundError, ValueError):  # its owner has ended, or not begun to count
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -138,7 +158,7 @@ def _machine() -> str:
 
 @contextmanager
 def _counting(folder: Path, descriptor: int) -> Iterator[None]:
-    """Say in the locked file who owns it and count on there; at the end the file is empty again."""
+    """Say in the locked file who owns it and count on there until the end."""
     record = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine(), "since": time.time()}
     ended = threading.Event()
 
@@ -166,4 +186,3 @@ def _counting(folder: Path, descriptor: int) -> Iterator[None]:
         if descriptor in _held:
             ended.set()
             thread.join()
-            os.ftruncate(descriptor, 0)
