@@ -31,6 +31,13 @@ def _as_called(sentence: str) -> str:
     return sentence
 
 
+def shown(text: str) -> str:
+    """Return a name or a line as any terminal and file can hold it, in one line: what has no glyph is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class BadInput(ValueError):
     """Input by the user is wrong. The message is one sentence that names the file, field or flag,
     what was wrong and what to do. Launchers print it to stderr and exit with 2."""
@@ -39,6 +46,10 @@ class BadInput(ValueError):
         """`everywhere`: every process of a run finds the same, so that the first one says it for all."""
         super().__init__(message)
         self.everywhere = everywhere
+
+
+class Unreadable(BadInput):
+    """A file is there and the system does not give it: nothing is known of what it holds, so nothing may replace it."""
 
 
 class LostProcess(RuntimeError):
@@ -52,7 +63,7 @@ class BadSample(ValueError):
 def _tell(sentence: str, aloud: bool = True) -> None:
     """Print an error to stderr, and leave it where torchrun, and DeepSpeed's launcher, look for what to end their own
     report with: the file TORCHELASTIC_ERROR_FILE. Not `aloud`: another process of the run prints the same."""
-    line = f"error: {_as_called(sentence)}"
+    line = f"error: {shown(_as_called(sentence))}"
     if aloud:
         print(line, file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -22,6 +22,8 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError as error:  # whose own words are the whole file
+        raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
 
 
 def sealed_json(record: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ python launchers/evaluate.py RUN --data DIR --split test [--json]
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -46,6 +47,7 @@ def main() -> None:
     from cmgan_dist.distributed.join import start_all_processes
     from cmgan_dist.distributed.processes import Parallel
     from cmgan_dist.files import write_atomic
+    from cmgan_dist.jobs.lock import owning
     from cmgan_dist.report.run import write_report
     from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, open_task, run_task
     from cmgan_dist.retrieval.gallery import gallery_items
@@ -64,24 +66,28 @@ def main() -> None:
         return
     pictures = gallery_items(task.reader, arguments.pictures)  # first: a wrong folder is said before the work
     parallel = Parallel(task.saved.config.train.precision)
-    found = run_task(task, baselines=arguments.baselines, parallel=parallel)
-    if parallel.main:
-        record = found.record | asked
-        try:
-            write_atomic(run / EMBEDDINGS_NAME, found.embeddings_npz())
-            write_atomic(run / RECORD_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-            report = write_report(run, pictures)
-        except OSError as error:
-            raise BadInput(f"{run} cannot be written ({error.strerror}): make it writable or free space") from None
-        show(record, report, arguments.json)
+    with contextlib.ExitStack() as held:
+        parallel.on_main(lambda: held.enter_context(owning(run, "evaluate")))
+        found = run_task(task, baselines=arguments.baselines, parallel=parallel)
+        if parallel.main:
+            record = found.record | asked
+            try:
+                write_atomic(run / EMBEDDINGS_NAME, found.embeddings_npz())
+                write_atomic(run / RECORD_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+                report = write_report(run, pictures)
+            except OSError as error:
+                raise BadInput(f"{run} cannot be written ({error.strerror}): make it writable or free space") from None
+            show(record, report, arguments.json)
     parallel.close()
 
 
 def known_record(path: Path) -> dict[str, Any]:
-    """Return an earlier evaluation; {} where there is none or it is damaged, so that it is made anew."""
+    """Return an earlier evaluation; {} where there is none or it is damaged, so that it is made anew.
+
+    Raises OSError when it is there and cannot be read."""
     try:
         record = parse_json(path.read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -23,7 +23,9 @@ from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs import ledger
-from cmgan_dist.jobs.local import parallel_map, usable_cores
+from cmgan_dist.jobs.cores import usable_cores
+from cmgan_dist.jobs.local import parallel_map
+from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.backbone import PixelBackbone
 from cmgan_dist.models.clip import is_open_clip
@@ -208,10 +210,8 @@ def finished_shard(output: Path, source: ShardInfo, settings: dict[str, Any], sk
     record = ledger.read(output / record_name(source.name))
     ours = record is not None and record.is_of(source.sha256, settings)
     if path.exists() and (not ours or (record is not None and record.left_out and not skip_bad)):
-        raise BadInput(
-            f"{path} was made from other data or with other options: "
-            "name a new --output, or pass --overwrite to make it anew"
-        )
+        how = "was made from other data or with other options" if record else "has no record that is whole"
+        raise BadInput(f"{path} {how}: name a new --output, or pass --overwrite to make it anew")
     if record is None or not ours or not record.finished or (record.left_out and not skip_bad):
         return None
     if record.written is None:
@@ -313,14 +313,28 @@ def _make_shards(
 
 
 def write_features(command: FeaturesCommand) -> Manifest:
-    """Write the feature shards of `command` and their manifest, which is returned. Raises BadInput.
+    """Write the feature shards of `command` and their manifest, which is returned.
 
-    Two runs may write one output at once: both make the shards that neither had finished, to the same bytes."""
+    Raises BadInput, also when another process is writing them."""
     manifest, output = load_manifest(command.data), command.output
     sources = _sources(command, manifest)
     options, processes = choose_options(command, manifest)
     made = extractor(options)
     settings = settings_of(made)
+    with owning(output, "features"):
+        return _write_owned(command, manifest, sources, options, processes, made, settings)
+
+
+def _write_owned(
+    command: FeaturesCommand,
+    manifest: Manifest,
+    sources: list[ShardInfo],
+    options: Options,
+    processes: int,
+    made: Extractor,
+    settings: dict[str, Any],
+) -> Manifest:
+    output = command.output
     try:
         output.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output)

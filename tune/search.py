@@ -28,6 +28,7 @@ from cmgan_dist.config.load import to_yaml
 from cmgan_dist.config.paths import get_value
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main
+from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.ray import start_ray
 from tune.confirm import best_config, confirm, test_scores
 from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base
@@ -99,12 +100,13 @@ def search(arguments: Arguments) -> int:
 
     INTERRUPT.seen = False
     plan = make_plan(arguments)
-    prepare_tune()
-    start_ray(arguments.address, arguments.nodes)
-    try:
-        return run_search(plan)
-    finally:
-        ray.shutdown()
+    with owning(Path(plan.output.path), "search") if plan.output.local else contextlib.nullcontext():
+        prepare_tune()
+        start_ray(arguments.address, arguments.nodes)
+        try:
+            return run_search(plan)
+        finally:
+            ray.shutdown()
 
 
 def make_plan(arguments: Arguments) -> Plan:

@@ -52,7 +52,7 @@ def _check_numbers(path: str, value: Any, setting: Setting) -> None:
         return
     several = isinstance(value, list | tuple)
     for number in value if several else [value]:
-        says = f"{path} {'has' if several else 'is'} {number!r}, expected"
+        says = f"{path} {'has' if several else 'is'} {shown(number)}, expected"
         if isinstance(number, bool) or not isinstance(number, int if setting.number is int else int | float):
             raise BadInput(f"{says} {'a whole' if setting.number is int else 'a'} number from {setting.range}")
         if number not in setting.range:
@@ -115,9 +115,10 @@ def _from_dict(cls: type, record: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in record:
         if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, 1)
+            key = " ".join(key.split())[:80] if isinstance(key, str) else shown(key)
+            close = difflib.get_close_matches(key, hints, 1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(hints)}"
-            raise BadInput(f"unknown config field {prefix}{' '.join(str(key).split())[:80]}: {hint}")
+            raise BadInput(f"unknown config field {prefix}{key}: {hint}")
     return cls(**{k: _convert(v, hints[k], prefix + k) for k, v in record.items()})
 
 
@@ -140,7 +141,8 @@ def from_yaml(text: str, where: str) -> Config:
     try:
         if not isinstance(record, dict):
             raise BadInput("it is not a mapping of fields")
-        start = dataclasses.asdict(preset(str(record.get("preset", "reference"))))
+        name = record.get("preset", "reference")
+        start = dataclasses.asdict(preset(name if isinstance(name, str) else shown(name)))
         return typing.cast(Config, _from_dict(Config, _merge(start, record), ""))
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None

@@ -13,6 +13,8 @@ MOST_BYTES = 1 << 20
 """Largest YAML file that is read; a config that names every setting has 4 kB."""
 MOST_VALUES = 100_000
 """Most values in a YAML text, each counted as often as aliases repeat it."""
+MOST_DIGITS = 1000
+"""Longest number; the time to read one grows with the square of its length."""
 
 
 def read_text(path: Path, where: str) -> str:
@@ -38,7 +40,10 @@ def read_text(path: Path, where: str) -> str:
 
 def shown(value: object) -> str:
     """Return a value as errors show it: in one line, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -67,6 +72,8 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
     if id(node) not in known:
         known[id(node)] = MOST_VALUES + 1
         below = getattr(node, "value", None)
+        if isinstance(below, str) and len(below) > MOST_DIGITS and node.tag.endswith((":int", ":float")):
+            raise ValueError(f"a number of {len(below)} characters")
         parts = below if isinstance(below, list) else []
         nodes = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
         known[id(node)] = 1 + sum(_count(part, known) for part in nodes)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cmgan_dist.config.fields import StreamConfig, resolved_streams
 from cmgan_dist.data.batch import Batch, SampleDecoder, join, stack_texts
+from cmgan_dist.data.handover import LOOK_S, Packed, next_item, pack
 from cmgan_dist.data.order import BalancedPlan, MixturePlan, Plan, SampleRef, streams_of_rank
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput, BadSample
@@ -25,16 +26,18 @@ log = logging.getLogger(__name__)
 
 MIN_READS_FOR_BAD_SHARE = 200
 """Samples read before the share of bad ones can stop a run."""
+STALLED_S = 600.0
+"""Seconds after which a worker that gives nothing is given up, beside the tries that a remote source has."""
 
 
-class _Chunks(IterableDataset["Batch | BadInput"]):
+class _Chunks(IterableDataset["Packed | Batch | BadInput"]):
     """What one worker yields: for every step the rows of its logical streams. BadInput is handed over as an item:
     raised in a worker it would arrive with a traceback in its message."""
 
     def __init__(self, stream: Stream, first_step: int) -> None:
         self.stream, self.first_step = stream, first_step
 
-    def __iter__(self) -> Iterator[Batch | BadInput]:
+    def __iter__(self) -> Iterator[Packed | Batch | BadInput]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         mine = self.stream.held
@@ -42,7 +45,8 @@ class _Chunks(IterableDataset["Batch | BadInput"]):
         part = mine[worker * each : (worker + 1) * each]
         for step in itertools.count(self.first_step):
             try:
-                yield self.stream.read_step(step, part)
+                batch = self.stream.read_step(step, part)
+                yield pack(batch) if info else batch
             except BadInput as error:
                 yield error
                 return
@@ -91,8 +95,11 @@ class Stream:
         if config.sampling == "epoch":
             return plan
         members = [m for m in self.readers[0].samples_by_class() if len(m)]
-        if len(members) < 2:
-            raise BadInput("stream.sampling=balanced needs samples of two classes or more: use epoch")
+        if len(members) < 2 or self.manifest.label_kind != "single":
+            raise BadInput(
+                "stream.sampling=balanced needs samples of two classes or more, each of one class, and the labels of "
+                f"{self.readers[0].data} are of the kind '{self.manifest.label_kind}': use epoch"
+            )
         return BalancedPlan(plan, members)
 
     def _check_mixture(self, config: StreamConfig, streams: int) -> None:
@@ -200,24 +207,26 @@ class Stream:
             yield from map(_good, chunks)
             return
         pinned = torch.cuda.is_available()
+        patience = STALLED_S + 10 * self.config.timeout_s * (1 + self.config.retries)
         loader = iter(
             DataLoader(
                 chunks,
                 batch_size=None,
                 num_workers=self.workers,
+                timeout=LOOK_S,
                 pin_memory=pinned and self.workers == 1,  # `join` makes new memory of the parts of several
                 multiprocessing_context="fork",  # a worker shares the plan and the open indexes
             )
         )
         try:
             while True:
-                yield join([_good(next(loader)) for _ in range(self.workers)], pinned)
+                yield join([_good(next_item(loader, patience)) for _ in range(self.workers)], pinned)
         finally:
             del loader  # ends the workers now: a traceback would keep them until it is collected
 
 
-def _good(item: Batch | BadInput) -> Batch:
-    """Return what a worker yields. Raises the BadInput that it hands over."""
+def _good(item: Packed | Batch | BadInput) -> Batch:
+    """Return the batch that a worker yields. Raises the BadInput that it hands over."""
     if isinstance(item, BadInput):
         raise item
-    return item
+    return item.unpack() if isinstance(item, Packed) else item

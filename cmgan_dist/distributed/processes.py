@@ -16,9 +16,10 @@ import logging
 import os
 import resource
 import signal
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,9 +33,10 @@ from cmgan_dist.distributed.engine import AdamSettings, Engine
 from cmgan_dist.distributed.join import JOIN_S, is_lost_process, join_torchrun, name_gloo_interface, take_zero_config
 from cmgan_dist.distributed.precision import autocast
 from cmgan_dist.distributed.sync_norm import synchronise_statistics
-from cmgan_dist.errors import LostProcess
+from cmgan_dist.errors import BadInput, LostProcess
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """The parameters M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)."""
 
@@ -229,6 +231,24 @@ class Parallel:
         out: list[Any] = [None] * self.world
         dist.all_gather_object(out, value)
         return out
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns on the first process, on every process; its BadInput or OSError is raised on all.
+
+        What it returns must pickle."""
+        outcome: T | BadInput | OSError | None = None
+        if self.main:
+            try:
+                outcome = work()
+            except BadInput as error:
+                error.everywhere = True
+                outcome = error
+            except OSError as error:
+                outcome = error
+        outcome = self.gather_objects(outcome)[0]
+        if isinstance(outcome, BadInput | OSError):
+            raise outcome
+        return outcome
 
     def memory(self) -> float:
         """Return the most memory, in GiB, that was held so far: on the GPU, or by this process without one."""

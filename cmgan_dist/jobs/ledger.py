@@ -5,13 +5,13 @@ knows whether it is whole, so it is made anew."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cmgan_dist.files import parse_json, sha256_of, write_atomic
+from cmgan_dist.files import parse_sealed, sealed_json, sha256_of, write_atomic
 
+VERSION = 1
 WRITTEN = {"name", "samples", "bytes", "sha256"}
 """What a record says of the file that was written."""
 
@@ -44,9 +44,9 @@ class Record:
 
 
 def parse(text: str | bytes) -> Record | None:
-    """Return the record in the text of a file, None when it is no record."""
+    """Return the record in the text of a file, None when it is no record, or a byte of it has changed."""
     try:
-        record = Record(**parse_json(text))
+        record = Record(**parse_sealed(text, VERSION))
         known = all(isinstance(one, dict) and set(one) == WRITTEN for one in record.files)
     except (ValueError, TypeError):
         return None
@@ -55,14 +55,16 @@ def parse(text: str | bytes) -> Record | None:
 
 def text_of(record: Record) -> str:
     """Return the text of a record's file; `parse` reads it."""
-    return json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n"
+    return sealed_json({"version": VERSION, **asdict(record)})
 
 
 def read(path: Path) -> Record | None:
-    """Return the record at `path`, None when there is none or it is no record."""
+    """Return the record at `path`, None when there is none or it is no record.
+
+    Raises OSError when it is there and cannot be read."""
     try:
         return parse(path.read_bytes())
-    except OSError:
+    except FileNotFoundError:
         return None
 
 

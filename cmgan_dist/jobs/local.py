@@ -18,16 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.jobs.cores import usable_cores
 
 Result = TypeVar("Result")
 Advance = Callable[[int], None]
 """Says how many more units are done."""
 LINE_EVERY_S = 60.0
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end_with_parent() -> None:

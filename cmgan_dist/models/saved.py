@@ -29,7 +29,7 @@ from torch import Tensor
 from cmgan_dist.config.fields import CONFIG_NAME, Config, ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.config.load import load_config, to_yaml
 from cmgan_dist.data.manifest import DataSpec
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, Unreadable
 from cmgan_dist.files import LATER, OtherVersion, commit_files, parse_sealed, sealed_json, sha256_of, write_atomic
 from cmgan_dist.models.backbone import ImageBackbone, PixelBackbone, TextBackbone
 from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone
@@ -272,8 +272,10 @@ def _read_spec(path: Path) -> ModelSpec:
         raise BadInput(f"{path} has version {error.version}, this program reads {VERSION}: train again") from None
     except BadInput:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} cannot be read ({error!r}): restore the best/ folder or train again") from None
+    except OSError as error:
+        raise Unreadable(f"{path} cannot be read ({error.strerror}): make it readable, or restore it") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} is damaged ({error!r}): restore the best/ folder or train again") from None
 
 
 def whole_file(folder: Path, name: str, expected: str | None) -> Path:
@@ -287,7 +289,7 @@ def whole_file(folder: Path, name: str, expected: str | None) -> Path:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise BadInput(f"{path} cannot be read ({error.strerror}): restore it or train again") from None
+            raise Unreadable(f"{path} cannot be read ({error.strerror}): make it readable, or restore it") from None
     state = "is damaged: its checksum is not in" if (folder / name).exists() else "is missing, but named in"
     raise BadInput(f"{folder / name} {state} {SPEC_NAME}: restore the best/ folder or train again")
 

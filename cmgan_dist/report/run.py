@@ -17,8 +17,9 @@ from typing import Any
 
 import matplotlib as mpl
 
-from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_json, write_atomic
+from cmgan_dist.config.fields import CONFIG_NAME
+from cmgan_dist.config.safe_yaml import read_text
+from cmgan_dist.files import write_atomic
 from cmgan_dist.report.curves import discriminator_section, loss_section, validation_section
 from cmgan_dist.report.found import (
     example_section,
@@ -30,6 +31,7 @@ from cmgan_dist.report.found import (
     space_section,
 )
 from cmgan_dist.report.page import STYLE, render_page
+from cmgan_dist.report.record import read_evaluation
 from cmgan_dist.report.table import headline_section
 from cmgan_dist.retrieval.gallery import GalleryItem
 from cmgan_dist.training.recorder import read_metrics
@@ -42,7 +44,7 @@ def write_report(run: Path, items: Sequence[GalleryItem] | None = None) -> Path:
     shown. Raises BadInput when a file of the run cannot be read or disagrees with another."""
     run = Path(run)
     lines = read_metrics(run)
-    evaluation = _read_evaluation(run / "evaluation.json")
+    evaluation = read_evaluation(run / "evaluation.json")
     retrieved = load_retrieved(run / "embeddings.npz", evaluation, items)
     train = [line for line in lines if line.get("kind") == "train"]
     val = [line for line in lines if line.get("kind") == "val"]
@@ -59,31 +61,18 @@ def write_report(run: Path, items: Sequence[GalleryItem] | None = None) -> Path:
             space_section(retrieved),
             example_section(retrieved),
         ]
-    config = run / "config.yaml"
+    config = run / CONFIG_NAME
     page = render_page(
         title=run.resolve().name,
         lead="A common space for images and texts: how it was trained and what it finds.",
         facts=_facts(evaluation, lines),
         sections=sections,
         when_empty="Nothing has been recorded yet.",
-        config=config.read_text(encoding="utf-8") if config.is_file() else None,
+        config=read_text(config, f"config file {config}") if config.is_file() else None,
     )
     path = run / "report.html"
     write_atomic(path, page)
     return path
-
-
-def _read_evaluation(path: Path) -> dict[str, Any]:
-    """Return the object in evaluation.json, empty where there is no such file. Raises BadInput naming the file."""
-    if not path.is_file():
-        return {}
-    try:
-        evaluation = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise BadInput(f"{path} is not JSON ({error}): evaluate the run again") from None
-    if not isinstance(evaluation, dict):
-        raise BadInput(f"{path} is not a JSON object: evaluate the run again")
-    return evaluation
 
 
 def _facts(evaluation: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ part gives the same bytes. Whoever finds all records at its end writes embedding
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -18,12 +19,14 @@ from typing import Any
 
 import torch
 
-from cmgan_dist.data.folder import is_unicode, shown
+from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.data.manifest import MANIFEST_NAME as DATA_MANIFEST_NAME
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs import ledger
-from cmgan_dist.jobs.local import parallel_map, usable_cores
+from cmgan_dist.jobs.cores import usable_cores
+from cmgan_dist.jobs.local import parallel_map
+from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_backbone, read_model
@@ -212,6 +215,22 @@ def embed(options: EmbedOptions) -> EmbeddingSet | None:
     Raises BadInput in one sentence, before anything is written where that can be."""
     try:
         plan = make_plan(options)
+    except BadInput as error:
+        error.everywhere = True  # every process of torchrun finds it
+        raise
+    with _owned(plan):
+        return _embed_owned(plan, options)
+
+
+def _owned(plan: Plan) -> contextlib.AbstractContextManager[None]:
+    """Own the output for this task's part of the work; other tasks have other locks. A remote output has none."""
+    if not plan.store.local:
+        return contextlib.nullcontext()
+    return owning(Path(plan.store.path), "embed" if plan.task.count == 1 else f"embed-{plan.task}".replace("/", "-of-"))
+
+
+def _embed_owned(plan: Plan, options: EmbedOptions) -> EmbeddingSet | None:
+    try:
         remove_foreign(plan)
         todo = find_todo(plan, plan.parts if options.finish else plan.share)
     except BadInput as error:

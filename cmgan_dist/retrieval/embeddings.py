@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import OtherVersion, parse_sealed, sealed_json
+from cmgan_dist.files import OtherVersion, parse_sealed, sealed_json, sha256_of
 from cmgan_dist.jobs import ledger
 from cmgan_dist.models.generator import Modality
 
@@ -203,9 +203,9 @@ def counted(shard: str, split: str, record: ledger.Record) -> EmbeddedShard:
 class EmbeddingSet:
     """Embeddings that lie in a folder or at a URL, for reading; iteration gives the shards in canonical order."""
 
-    def __init__(self, store: FileStore, manifest: EmbeddingManifest, sha256: str) -> None:
-        """Take what `open` has checked."""
-        self.store, self.manifest = store, manifest
+    def __init__(self, store: FileStore, manifest: EmbeddingManifest, sha256: str, sums: dict[str, str]) -> None:
+        """Take what `open` has checked; `sums`: name of a file -> its SHA-256, compared when it is first read."""
+        self.store, self.manifest, self._unread = store, manifest, sums
         self.sha256 = sha256
         """Checksum of embeddings.json and all records: of the same vectors it is the same."""
         self._number = {shard.name: number for number, shard in enumerate(manifest.shards)}
@@ -223,8 +223,10 @@ class EmbeddingSet:
             raise BadInput(f"{where} does not exist: make it by launchers/embed.py, or name another folder") from None
         if manifest.dtype not in DTYPES:
             raise BadInput(f"{where} has vectors of a kind that this program does not know: embed again")
-        told = [manifest.to_json(), *(ledger.text_of(_checked(store, manifest, shard)) for shard in manifest.shards)]
-        return cls(store, manifest, hashlib.sha256("\0".join(told).encode("utf-8", "surrogatepass")).hexdigest())
+        records = [_checked(store, manifest, shard) for shard in manifest.shards]
+        told = [manifest.to_json(), *map(ledger.text_of, records)]
+        sums = {written["name"]: written["sha256"] for record in records for written in record.files}
+        return cls(store, manifest, hashlib.sha256("\0".join(told).encode("utf-8", "surrogatepass")).hexdigest(), sums)
 
     @property
     def location(self) -> str:
@@ -268,6 +270,7 @@ class EmbeddingSet:
             return np.zeros((0, self.dim), dtype)
         name = vectors_name(shard.name, modality)
         try:
+            self._check(name)
             if self.store.local:
                 found: np.ndarray = np.load(f"{self.store.path}/{name}", mmap_mode="r")
             else:
@@ -288,12 +291,24 @@ class EmbeddingSet:
         shard = self.manifest.shards[shard] if isinstance(shard, int) else shard
         name = items_name(shard.name)
         try:
+            self._check(name)
             table = pq.read_table(io.BytesIO(self.store.read(name)))
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(name, error) from None
         if not table.schema.equals(ITEMS) or len(table) != shard.images + shard.texts:
             raise BadInput(f"{self.store.location(name)} is not the table of its shard's items: embed again")
         return table
+
+    def _check(self, name: str) -> None:
+        """Compare a file with its checksum, once. Raises BadInput when it is another."""
+        expected = self._unread.pop(name, None)
+        if expected is None:
+            return
+        path = f"{self.store.path}/{name}"
+        found = sha256_of(path) if self.store.local else hashlib.sha256(self.store.read(name)).hexdigest()
+        if found != expected:
+            self._unread[name] = expected
+            raise BadInput(f"{self.store.location(name)} is damaged: embed again, which makes it anew")
 
     def _unreadable(self, name: str, error: Exception) -> BadInput:
         return BadInput(f"{self.store.location(name)} cannot be read ({error}): restore it or embed again")

@@ -16,7 +16,6 @@ fingerprint; a few flipped bytes in a large file may."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import LATER, OtherVersion, commit_files, parse_sealed, sealed_json, sha256_of
+from cmgan_dist.jobs.lock import owning
 
 MANIFEST_NAME, ITEMS_NAME = "index.json", "items.parquet"
 VECTORS_NAMES = {"exact": "vectors.npy", "ivf_sq8": "vectors.faiss"}
@@ -148,23 +148,14 @@ def changing(folder: Path) -> Iterator[None]:
 
     The folder is made when need be. Raises BadInput when somebody else is changing it, or it cannot be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise BadInput(f"the index {folder} cannot be made ({error.strerror}): name another place") from None
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _settle(folder)
-        yield
-    except BlockingIOError:
-        raise BadInput(f"another process is changing the index {folder}: wait until it has ended") from None
+        with owning(folder, "index"):
+            _settle(folder)
+            yield
     except OSError as error:
         raise BadInput(
             f"the index {folder} cannot be written ({error.strerror or error}): free space there and start again; what "
             "was there before is whole"
         ) from None
-    finally:
-        os.close(held)
 
 
 def _settle(folder: Path) -> None:

@@ -1,43 +1,43 @@
 """How the state of a run gets to disk and back: all processes write it aside, it is fsynced and renamed; a run goes on
 from the newest checkpoint that is whole.
 
-RUN/checkpoints/samples-000000012800/     torch.distributed.checkpoint; every process writes its share of the tensors
-    __R_0.distcp          generator/..., d_image/..., ema/..., optimizer/... of process R (no frozen backbones)
-    .metadata             which tensor lies where
-    state.json            position, best score, sha256 of the files
+RUN/checkpoints/samples-000000012800/     other names in RUN/checkpoints are no checkpoints
+    rank-00000.safetensors    generator/..., d_image/..., ema/..., optimizer/...: what process 0 wrote of them (no
+                              frozen backbones)
+    state.json                position, best score, SHA-256 of the other files and of itself
 RUN/best/
-    ...                   the generator that validated best (models/saved.py)
+    ...                       the generator that validated best (models/saved.py)
 
-Tensors are stored whole and by name, so a checkpoint knows nothing of the number of processes, DDP or ZeRO.
+Tensors are stored whole and by name, so a checkpoint knows nothing of the number of processes, DDP or ZeRO. No file of
+it is a pickle: reading one runs no code.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import re
 import shutil
 import threading
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_json, sha256_of, write_atomic
+from cmgan_dist.files import OtherVersion, parse_sealed, sealed_json, sha256_of, write_atomic
 
 log = logging.getLogger(__name__)
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: meant so
 
 STATE = "state.json"
 """The file of a checkpoint that holds its progress and the sums of its files."""
+VERSION = 1
+_NAME = re.compile(r"samples-([0-9]+)")
 
 
 @dataclass
@@ -53,7 +53,15 @@ class Progress:
     bad_samples: int = 0
     """Samples that were replaced so far, on all processes."""
     epoch_samples: int = 0
-    """Samples in an epoch, by which a run tells whether it goes on with the data that it began with."""
+    """Samples in an epoch."""
+    data: str = ""
+    """Which data the run began with, by `Stream.fingerprint`."""
+
+
+def position_of(folder: Path) -> int | None:
+    """Return the position that a folder's name says, None where it is no name of a checkpoint."""
+    found = _NAME.fullmatch(folder.name)
+    return int(found[1]) if found else None
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -93,6 +101,8 @@ class Checkpointer:
         nothing else uses: collectives of the thread must not meet those of training."""
         self.folder = run / "checkpoints"
         self.keep, self.rank, self.world, self.group = keep, rank, world, group
+        self.newest: int | None = None
+        """The position of the last checkpoint that was written here, or that the run goes on from."""
         self._thread: threading.Thread | None = None
         self._error: str | None = None
 
@@ -106,7 +116,8 @@ class Checkpointer:
         The tensors may change as soon as it returns. It waits for the save before it, and raises BadInput when that one
         failed."""
         self.wait()
-        mine = {name: tensors[name].detach().cpu().clone() for name in share_of(tensors, self.rank, self.world)}
+        names = share_of(tensors, self.rank, self.world)
+        mine = {name: tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in names}
         self._thread = threading.Thread(target=self._write, args=(replace(progress), mine), name="checkpoint")
         self._thread.start()
 
@@ -118,8 +129,8 @@ class Checkpointer:
         if self._error is not None:
             error, self._error = self._error, None
             raise BadInput(
-                f"a checkpoint could not be written to {self.folder} ({error}): free space there and start again; "
-                "the earlier checkpoints are whole"
+                f"a checkpoint could not be written to {self.folder} ({error}): free space there, or make it writable, "
+                "and start again; the earlier checkpoints are whole"
             )
 
     def _agree(self, error: str | None, hashes: dict[str, str]) -> tuple[str | None, dict[str, str]]:
@@ -137,17 +148,26 @@ class Checkpointer:
         try:
             self._error = self._write_aside(aside, mine, progress)
             if self._error is None and self.rank == 0:
-                _sync_folder(aside)
-                if final.exists():  # left by a run that was resumed from an older one
-                    shutil.rmtree(final)
-                os.rename(aside, final)
-                _sync_folder(self.folder)
-                for old in sorted(self.folder.glob("samples-*"))[: -self.keep]:
-                    shutil.rmtree(old)
+                self._give_name(aside, final)
         except (OSError, RuntimeError) as error:  # the disk, or a process that is gone
             self._error = str(error)
-        if self._error is not None and self.rank == 0:
+        if self._error is None:
+            self.newest = progress.position
+        elif self.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
+
+    def _give_name(self, aside: Path, final: Path) -> None:
+        """Make what was written `aside` the checkpoint `final`, and remove those that are too many before it.
+
+        What lies behind it, such as one that could not be used, stays until the run comes there."""
+        _sync_folder(aside)
+        if os.path.lexists(final):  # it could not be used, or the run was resumed from an older one
+            _remove(final)
+        os.rename(aside, final)
+        _sync_folder(self.folder)
+        before = [path for path in checkpoints_of(self.folder) if (position_of(path) or 0) <= (position_of(final) or 0)]
+        for old in before[: -self.keep]:
+            _remove(old)
 
     def _write_aside(self, aside: Path, mine: dict[str, Tensor], progress: Progress) -> str | None:
         """Write a checkpoint to `aside`; return why it could not be written, the same on every process, or None."""
@@ -155,7 +175,7 @@ class Checkpointer:
         try:
             if self.rank == 0:
                 for leftover in self.folder.glob(".*.tmp"):
-                    shutil.rmtree(leftover)
+                    _remove(leftover)
                 aside.mkdir(parents=True)
         except OSError as failed:
             error = str(failed)
@@ -163,64 +183,121 @@ class Checkpointer:
         if error is not None:
             return error
         try:
-            writer = dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True)
-            dcp.save(mine, storage_writer=writer, process_group=self.group, no_dist=self.world == 1)
-            written = sorted(aside.glob(f"__{self.rank}_*.distcp"))
-            hashes = {path.name: sha256_of(path) for path in written}
-            if self.rank == 0:
-                hashes[".metadata"] = sha256_of(aside / ".metadata")
-        except CheckpointException as failed:
-            error = "; ".join(dict.fromkeys(str(cause[0]) for cause in failed.failures.values()))
-        except OSError as failed:
+            hashes = _write_share(aside / f"rank-{self.rank:05d}.safetensors", mine)
+        except (OSError, SafetensorError) as failed:
             error = str(failed)
         error, hashes = self._agree(error, hashes)
         if error is None and self.rank == 0:
-            write_atomic(aside / STATE, json.dumps(asdict(progress) | {"sha256": hashes}, indent=1) + "\n")
+            write_atomic(aside / STATE, sealed_json({"version": VERSION, **asdict(progress), "files": hashes}))
         return error
+
+
+def _write_share(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Write one process's tensors to disk and return {name of the file: its SHA-256}."""
+    save_file(tensors, path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {path.name: sha256_of(path)}
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file or link in its place. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def _check_whole(folder: Path) -> None:
-    """Raise ValueError, KeyError, TypeError or OSError when a file of the checkpoint is missing or damaged."""
-    state = parse_json((folder / STATE).read_bytes())
-    hashes = state.pop("sha256")
-    Progress(**state)
-    for name, expected in hashes.items():
-        if sha256_of(folder / name) != expected:
-            raise ValueError(f"{name} is damaged")
-    if ".metadata" not in hashes:
-        raise ValueError("it lists no .metadata")
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, by position; none where the folder is not there yet.
+
+    Raises BadInput when the folder cannot be read: that is not the same."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError as error:
+        if not folder.is_symlink():
+            return []
+        raise BadInput(f"{folder} is a link that leads nowhere: mount what it leads to, or remove the link") from error
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be read ({error.strerror}): make it a readable folder") from None
+    found = [(position_of(path), path) for path in map(folder.joinpath, names)]
+    return [path for position, path in sorted((p, path) for p, path in found if p is not None)]
+
+
+def _read_state(folder: Path) -> tuple[Progress, dict[str, str]]:
+    """Return a checkpoint's progress and the checksums of its files.
+
+    Raises OSError when it cannot be read, ValueError or TypeError when it is damaged."""
+    state = parse_sealed((folder / STATE).read_bytes(), VERSION)
+    files = state.pop("files")
+    progress = Progress(**state)
+    if progress.position != position_of(folder):
+        raise ValueError(f"it is of sample {progress.position}")
+    return progress, files
+
+
+def _why_unusable(folder: Path) -> str | None:
+    """Return what is damaged or missing in a checkpoint, None when it is whole.
+
+    Raises BadInput when it may be whole and cannot be read: an older one must not take its place unasked."""
+    try:
+        for name, expected in _read_state(folder)[1].items():
+            if sha256_of(folder / name) != expected:
+                return f"{name} is damaged"
+    except OtherVersion as error:
+        if isinstance(error.version, int):
+            raise BadInput(
+                f"checkpoint {folder} has version {error.version}, this program reads {VERSION}: go on with the "
+                "program that wrote it, or move it away to go back to the one before"
+            ) from None
+        return f"{STATE} is damaged, or of an earlier version"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        raise BadInput(
+            f"checkpoint {folder} cannot be read ({error.strerror}): make it readable, or move it away to go back to "
+            "the one before"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{STATE} is damaged: {error}"
+    return None
 
 
 def latest(run: Path) -> Path | None:
-    """Return the newest checkpoint that is whole, or None. A damaged one is named in the log and passed over."""
-    for folder in sorted((run / "checkpoints").glob("samples-*"), reverse=True):
-        try:
-            _check_whole(folder)
+    """Return the newest checkpoint that is whole, or None where there is none at all.
+
+    A damaged one is named in the log and passed over. Raises BadInput where checkpoints are there and none can be used,
+    or one cannot be read: a run that began anew would write over them."""
+    found = checkpoints_of(run / "checkpoints")
+    reasons = []
+    for folder in reversed(found):
+        why = _why_unusable(folder)
+        if why is None:
             return folder
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            log.warning("checkpoint %s cannot be used (%s): going back to the one before", folder, error)
-    return None
+        log.warning("checkpoint %s cannot be used (%s): going back to the one before", folder, why)
+        reasons.append(f"{folder.name}: {why}")
+    if not found:
+        return None
+    raise BadInput(
+        f"none of the {len(found)} checkpoints in {run / 'checkpoints'} can be used ({reasons[0]}): restore one, or "
+        "begin anew by --resume never, which moves this run aside"
+    )
 
 
 def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
     """Return progress and all tensors of a checkpoint that `latest` has found.
 
     Raises BadInput when it cannot be read, as where nodes do not share the storage."""
+    tensors: dict[str, Tensor] = {}
     try:
-        state = parse_json((folder / STATE).read_bytes())
-        del state["sha256"]
-        reader = dcp.FileSystemReader(folder)
-        tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (OSError, CheckpointException) as error:
+        progress, files = _read_state(folder)
+        for name in files:
+            tensors |= load_file(folder / name)
+    except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(
             f"checkpoint {folder} cannot be read here ({error}): --output must lie on storage that all nodes share"
         ) from None
-    return Progress(**state), tensors
+    return progress, tensors

@@ -11,14 +11,14 @@ import dataclasses
 import itertools
 import json
 import logging
-import math
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from cmgan_dist.config.fields import Config, OptimConfig, micro_batch
+from cmgan_dist.config.fields import Config, micro_batch
 from cmgan_dist.data.batch import Batch
+from cmgan_dist.data.handover import is_lost_worker, lost_worker
 from cmgan_dist.data.order import mix
 from cmgan_dist.distributed.join import is_lost_process
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
@@ -29,20 +29,11 @@ from cmgan_dist.training.choose_scoring import SAMPLES, asked_of, choose_scoring
 from cmgan_dist.training.phases import Phase, not_finite, phase_table, run_phase
 from cmgan_dist.training.recorder import Clock, tracing
 from cmgan_dist.training.run import Run, prepare
+from cmgan_dist.training.schedule import rate
 from cmgan_dist.training.state import update_average
 from cmgan_dist.training.step import StepInputs, build_step_inputs
 
 log = logging.getLogger(__name__)
-
-
-def rate(config: OptimConfig, epoch: float, epochs: float) -> float:
-    """Return the factor of the learning rates at `epoch` of a run of `epochs`, both of which may be fractions."""
-    warmup = min(1.0, (epoch + 1e-9) / config.warmup_epochs) if config.warmup_epochs else 1.0
-    if config.schedule == "halve":
-        return warmup * 0.5 ** math.floor(epoch / config.halve_every + 1e-9)
-    if config.schedule == "cosine":
-        return warmup * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
-    return warmup
 
 
 def train(config: Config, resume: str = "auto") -> int:
@@ -58,6 +49,11 @@ def run_training(run: Run) -> int:
     """Go on with `run` to its end or to a signal, and return the exit code (EXIT_DONE or EXIT_SIGNALLED).
 
     Raises BadInput, which may be this process's alone, and LostProcess when another one is gone or does not answer."""
+    with run.held:
+        return _run_training(run)
+
+
+def _run_training(run: Run) -> int:
     progress, total = run.progress, run.total
     parallel, recorder = run.parallel, run.recorder
     clock = Clock(parallel.device)
@@ -79,6 +75,8 @@ def run_training(run: Run) -> int:
             if progress.position >= total:
                 keep_scoring(run)
         except RuntimeError as error:
+            if is_lost_worker(error):
+                raise lost_worker(error) from None
             if parallel.world == 1 or not is_lost_process(error):
                 raise
             raise LostProcess(
@@ -220,7 +218,7 @@ def give_up(run: Run, losses: list[str], bad_losses: Tensor, batches: list[Batch
     keys = [key for part in parallel.gather_objects(mine) for key in part]
     saved = run.checkpointer.path(progress.position)
     run.checkpointer.wait()
-    if not saved.exists():
+    if run.checkpointer.newest != progress.position:
         run.checkpointer.save(progress, run.networks.tensors())
         run.checkpointer.wait()
     if parallel.main:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import logging
 import os
@@ -22,28 +24,39 @@ from cmgan_dist.data.order import steps_for
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.stream import Stream
 from cmgan_dist.distributed.processes import Parallel
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, Unreadable
 from cmgan_dist.files import write_atomic
+from cmgan_dist.jobs.cores import threads_for
+from cmgan_dist.jobs.lock import lock_name, owning
 from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.saved import BEST, ModelSpec, describe_model, keep_weights, read_model
 from cmgan_dist.models.vocabulary import Vocabulary
-from cmgan_dist.training.checkpoint import Checkpointer, Progress, latest, read_checkpoint
+from cmgan_dist.training.checkpoint import Checkpointer, Progress, checkpoints_of, latest, read_checkpoint
 from cmgan_dist.training.recorder import Recorder
+from cmgan_dist.training.schedule import rate
 from cmgan_dist.training.state import Networks, build_networks
 
 log = logging.getLogger(__name__)
 
 VOCABULARY_SAMPLES = 200_000
 """Samples of the training split whose words make the vocabulary of the text CNN."""
+LOCK = "train"
+"""The kind of work for which a run owns its folder (`jobs.lock`)."""
 
 
-def check_same_run(run: Path, config: Config, may_change: Sequence[str] = ()) -> None:
-    """Raises BadInput when `config` would go on with another model, data or order than the run has.
+def check_same_run(run: Path, config: Config, may_change: Sequence[str] = ()) -> Config | None:
+    """Return the config that the run in a folder had so far, None where there is none.
 
-    `may_change`: dotted names of settings that may differ beside those that every resumed run may change."""
+    `may_change`: dotted names of settings that may differ beside those that every resumed run may change. Raises
+    BadInput when `config` would go on with another model, data or order."""
     path = run / CONFIG_NAME
-    if not path.is_file():
-        return
+    if not os.path.lexists(path):
+        if checkpoints_of(run / "checkpoints"):
+            raise BadInput(
+                f"{run} has checkpoints and no {CONFIG_NAME}: restore it ({BEST}/{CONFIG_NAME} is a copy), or begin "
+                "anew by --resume never"
+            )
+        return None
     before = load_config(path)
     for name, setting in settings().items():
         old, new = get_value(before, name), get_value(config, name)
@@ -52,14 +65,28 @@ def check_same_run(run: Path, config: Config, may_change: Sequence[str] = ()) ->
                 f"{run} was trained with {name} {old!r}, not {new!r}: use that value, another --output, or "
                 "--resume never"
             )
+    return before
+
+
+def say_jump(before: Config, config: Config, progress: Progress) -> None:
+    """Log it where another length of the run changes the learning rate at the sample at which it goes on."""
+    epoch = progress.position / progress.epoch_samples
+    old, new = (rate(config.optim, epoch, epochs) for epochs in (before.train.epochs, config.train.epochs))
+    if abs(new - old) > 0.01:
+        first, then = (config.optim.generator_lr * factor for factor in (old, new))
+        log.warning(
+            "train.epochs is %g and was %g: by the %s schedule the learning rate jumps from %.3g to %.3g at epoch %g",
+            config.train.epochs, before.train.epochs, config.optim.schedule, first, then, epoch,
+        )  # fmt: skip
 
 
 def set_aside(run: Path) -> None:
     """Move what an earlier run left in the folder `run` to RUN/earlier-N, so that nothing is lost."""
-    inside = [p for p in run.iterdir() if not p.name.startswith("earlier-")] if run.is_dir() else []
+    found = sorted(run.iterdir()) if run.is_dir() else []
+    inside = [path for path in found if not path.name.startswith("earlier-") and path.name != lock_name(LOCK)]
     if not inside:
         return
-    target = next(path for n in itertools.count(1) if not (path := run / f"earlier-{n}").exists())
+    target = next(path for n in itertools.count(1) if not os.path.lexists(path := run / f"earlier-{n}"))
     target.mkdir()
     for path in inside:
         shutil.move(path, target / path.name)
@@ -94,6 +121,8 @@ class Run:
     """What best/ says of the model."""
     vocabulary: Vocabulary | None
     """The words of the text CNN; None without one."""
+    held: contextlib.ExitStack
+    """What is given back when the run ends: the lock on its folder."""
     on_validation: Callable[[Run, dict[str, float]], None] | None = None
     """Called on every process after a validation and the checkpoint that is due with it; gets "score" and metrics."""
     bad: int = 0
@@ -126,31 +155,45 @@ class Run:
 
 
 def best_is_whole(run: Path) -> bool:
-    """Return whether RUN/best can be read; where it cannot, the log says why and that it is made anew."""
+    """Return whether RUN/best is whole; where it is not, the log says why and that it is made anew.
+
+    Raises Unreadable where nobody can tell."""
     try:
         read_model(run)
+    except Unreadable:
+        raise
     except BadInput as error:
         log.warning("%s: a model is kept there again by the next validation", error)
         return False
     return True
 
 
-def go_on(run: Path, networks: Networks, epoch_samples: int, parallel: Parallel) -> Progress | None:
-    """Load the newest whole checkpoint of a run into its networks and return where it stands; None where there is none.
+def fingerprint_of(stream: Stream) -> str:
+    """Return a SHA-256 of the checksums of the training split's shards: which data it is, wherever that lies."""
+    shards = [[[s.name, s.samples, s.sha256] for s in reader.shards] for reader in stream.readers]
+    return hashlib.sha256(repr(shards).encode()).hexdigest()
+
+
+def go_on(run: Path, networks: Networks, start: Progress, parallel: Parallel) -> Progress:
+    """Load the newest whole checkpoint of a run into its networks and return where it stands; `start` where there is
+    none, which says of what data the run is.
 
     Every process calls it; the first one looks, so that all take the same. Raises BadInput when the checkpoint is of
-    another model, or its epochs have other samples than `epoch_samples`."""
-    found: Path | None = parallel.gather_objects(latest(run) if parallel.main else None)[0]
+    another model or other data, or there are checkpoints and none can be used."""
+    found = parallel.on_main(lambda: latest(run))
     if found is None:
-        return None
+        return start
     progress, tensors = read_checkpoint(found)
-    if progress.epoch_samples != epoch_samples:
+    if (progress.epoch_samples, progress.data) != (start.epoch_samples, start.data):
+        what = f"epochs of {progress.epoch_samples} samples, not {start.epoch_samples}"
+        if progress.epoch_samples == start.epoch_samples:
+            what = "shards with other checksums"
         raise BadInput(
-            f"{run} was trained on epochs of {progress.epoch_samples} samples, the data has {epoch_samples}: use the "
-            "same data, another --output, or --resume never"
+            f"{run} was trained on other data ({what}): use the same data, another --output, or --resume never",
+            everywhere=True,
         )
     networks.load(tensors, str(found))
-    if not parallel.gather_objects(not parallel.main or best_is_whole(run))[0]:
+    if not parallel.on_main(lambda: best_is_whole(run)):
         progress.best = None  # the next validation keeps what it finds
     return progress
 
@@ -169,40 +212,54 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     micro = dataclasses.replace(config.stream, global_batch=micro_batch(config))
     stream = Stream(config.data, micro, seed=config.train.seed, image_size=size, rank=rank, world=world)
     val_reader = ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
-    if resume == "auto":
-        check_same_run(run, config, may_change)
-    elif rank == 0:
-        set_aside(run)
-
+    before = check_same_run(run, config, may_change) if resume == "auto" else None
     tracker = config.train.tracker if rank == 0 else "none"
     parallel = Parallel(
         config.train.precision, tracker, str(run), config.train.timeout_s, config.train.reduce_precision
     )
-    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // parallel.local_world))
-    data = DataSpec.of(stream.manifest)
-    vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
-    networks = build_networks(config, data, vocabulary, parallel)
-    progress = go_on(run, networks, stream.epoch_samples, parallel) if resume == "auto" else None
-    progress = progress or Progress(epoch_samples=stream.epoch_samples)
-    manifest = stream.manifest
-    spec = describe_model(config, data, networks.generator, manifest.name, manifest.attribution, manifest.details)
-    if parallel.main:
-        write_atomic(run / CONFIG_NAME, to_yaml(config))
-        remove_leftovers(run)
-        keep_weights(run / BEST, spec)
-    parallel.start_trackers("tensorboard", {"preset": config.preset, "data": config.data})
-    return Run(
-        config=config,
-        folder=run,
-        stream=stream,
-        val_reader=val_reader,
-        parallel=parallel,
-        networks=networks,
-        recorder=Recorder(run, main=parallel.main, track=parallel.track),
-        checkpointer=Checkpointer(
+    with contextlib.ExitStack() as held:
+        parallel.on_main(lambda: held.enter_context(owning(run, LOCK)))
+        if resume == "never":
+            parallel.on_main(lambda: set_aside(run))
+        take_threads(config, parallel)
+        data = DataSpec.of(stream.manifest)
+        vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
+        networks = build_networks(config, data, vocabulary, parallel)
+        progress = Progress(epoch_samples=stream.epoch_samples, data=fingerprint_of(stream))
+        if resume == "auto":
+            progress = go_on(run, networks, progress, parallel)
+        if before is not None and progress.position and parallel.main:
+            say_jump(before, config, progress)
+        manifest = stream.manifest
+        spec = describe_model(config, data, networks.generator, manifest.name, manifest.attribution, manifest.details)
+        if parallel.main:
+            write_atomic(run / CONFIG_NAME, to_yaml(config))
+            remove_leftovers(run)
+            keep_weights(run / BEST, spec)
+        parallel.start_trackers("tensorboard", {"preset": config.preset, "data": config.data})
+        checkpointer = Checkpointer(
             run, config.train.keep, rank=parallel.rank, world=parallel.world, group=parallel.new_group()
-        ),
-        progress=progress,
-        spec=spec,
-        vocabulary=vocabulary,
-    )
+        )
+        checkpointer.newest = progress.position or None
+        return Run(
+            config=config,
+            folder=run,
+            stream=stream,
+            val_reader=val_reader,
+            parallel=parallel,
+            networks=networks,
+            recorder=Recorder(run, main=parallel.main, track=parallel.track),
+            checkpointer=checkpointer,
+            progress=progress,
+            spec=spec,
+            vocabulary=vocabulary,
+            held=held.pop_all(),
+        )
+
+
+def take_threads(config: Config, parallel: Parallel) -> None:
+    """Set how many threads this process computes with; the log says how many and why."""
+    threads, why = threads_for(parallel.local_world, config.train.threads)
+    torch.set_num_threads(threads)
+    if parallel.main:
+        log.info("%d thread%s a process (%s)", threads, "s" * (threads > 1), why)

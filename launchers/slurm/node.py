@@ -160,12 +160,14 @@ def check(job: Job) -> int:
     micro = dataclasses.replace(config.stream, global_batch=micro_batch(config))
     stream = Stream(config.data, micro, seed=config.train.seed, image_size=size, rank=0, world=job.world)
     ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
-    from cmgan_dist.training.run import check_same_run, set_aside
+    from cmgan_dist.jobs.lock import owning
+    from cmgan_dist.training.run import LOCK, check_same_run, set_aside
 
     if job.resume == "auto":
         check_same_run(job.output, config)
     elif "SLURM_JOB_ID" in os.environ and not integer("SLURM_RESTART_COUNT", 0):
-        set_aside(job.output)
+        with owning(job.output, LOCK):
+            set_aside(job.output)
     say(f"{job.nodes} x {job.processes} processes, logs in {job.output / 'logs'}")
     print(job.output)  # for the script
     return EXIT_DONE

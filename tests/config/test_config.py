@@ -337,3 +337,30 @@ def test_bad_command_lines_get_one_sentence(args: list[str], sentence: str) -> N
 def test_a_config_made_in_python_is_checked_like_one_from_a_file(field: str, value: object, said: str) -> None:
     with pytest.raises(BadInput, match=re.escape(said)):
         validate(with_values(preset("smoke"), {field: value}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: {epochs: 0x%s}" % ("f" * 5000),
+        "train: {epochs: %s}" % ("9" * 5000),
+        "stream: {window: 0x%s}" % ("f" * 900),
+        "stream: {weights: [0b%s]}" % ("1" * 900),
+        "data: 0x%s" % ("f" * 900),
+        "preset: 0x%s" % ("f" * 900),
+        "? 0x%s\n: 1" % ("f" * 900),
+        "train: {epochs: %s1}" % ("1:" * 300_000),
+        "train: {seed: !!int '%s'}" % ("9" * 5000),
+    ],
+    ids=range(9),
+)
+def test_a_number_of_any_length_is_one_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(BadInput) as caught:
+        validate(load_config(tmp_path / "config.yaml"))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_number_that_python_cannot_write_is_shown() -> None:
+    with pytest.raises(BadInput, match="stream.window is a number of thousands of digits, expected 1 to 1e"):
+        validate(with_values(Config(), {"stream.window": 1 << 20_000}))

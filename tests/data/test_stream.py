@@ -141,13 +141,14 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     config = StreamConfig(global_batch=32, logical_streams=16, window=2)
     pictures = make_pictures(folder / "pictures", COUNTS)
     features = make_features(folder / "features", splits={"train": COUNTS}, captions=3, label_kind="multi", dims=(4, 3))
+    single = make_features(folder / "single", splits={"train": COUNTS}, captions=3, dims=(4, 3))
     other = make_features(folder / "other", splits={"train": [9, 30]}, label_kind="multi", dims=(4, 3), seed=8)
     plain = make_features(folder / "plain", splits={"train": COUNTS}, label_kind="none", dims=(4, 3))
     found: dict[str, tuple[Path | str, StreamConfig]] = {
         "pictures": (pictures, config),
         "pictures balanced": (pictures, replace(config, sampling="balanced")),
         "features": (features, config),
-        "features balanced": (features, replace(config, sampling="balanced")),
+        "features balanced": (single, replace(config, sampling="balanced")),
         "no labels": (plain, config),
         "mixture": (f"{features},{other}", replace(config, weights=(3.0, 1.0))),
     }
@@ -386,7 +387,8 @@ def test_a_position_between_batches_is_one_sentence(cases: dict[str, Case]) -> N
 
 def test_balanced_sampling_needs_two_classes(tmp_path: Path, cases: dict[str, Case]) -> None:
     config = StreamConfig(global_batch=8, sampling="balanced")
-    for data in (make_pictures(tmp_path / "data", [9], one_class=True), cases["no labels"].data):
+    one_class = make_pictures(tmp_path / "data", [9], one_class=True)
+    for data in (one_class, cases["no labels"].data, cases["features"].data):  # the last has several labels a sample
         with pytest.raises(BadInput) as error:
             open_stream(data, config)
         one_sentence(error, "stream.sampling=balanced", "two classes", "use epoch")

@@ -386,8 +386,9 @@ def test_a_tar_without_its_finished_record(
     out = data.parent / "out"
     before = files(out)
     record = out / "train-000000.features.json"
-    begun = {**json.loads(record.read_text()), "finished": False, "written": None}
-    record.write_text(json.dumps(begun))
+    ended = ledger.read(record)
+    assert ended is not None
+    ledger.write(record, dataclasses.replace(ended, finished=False, written=None))
     flip(out / "train-000000.tar")
     write_features(command(data, text_backbone="features"))
     assert files(out) == before
@@ -396,10 +397,10 @@ def test_a_tar_without_its_finished_record(
         write_features(command(data, text_backbone="features"))
 
 
-def test_two_runs_on_one_output_at_once_leave_it_whole(
+def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_not_disturbed(
     raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of the first run's first shard a second run begins and ends."""
+    """In the middle of the first run's first shard a second run begins."""
     data = raw_data(counts={"train": 9, "test": 5})
     options = {"text_backbone": "features", "batch_size": 4}
     write_features(command(data, "whole", **options))
@@ -408,7 +409,8 @@ def test_two_runs_on_one_output_at_once_leave_it_whole(
         def with_a_second_run() -> Iterator[Any]:
             rows = iter(samples)
             yield next(rows)
-            write_features(command(data, **options))
+            with pytest.raises(BadInput, match=r"out is in use by process \d+ on "):
+                write_features(command(data, **options))
             yield from rows
 
         monkeypatch.setattr("shards.features.write_shard", write_shard)

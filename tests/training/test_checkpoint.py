@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import parse_json, sealed_json, sha256_of
 from cmgan_dist.training.checkpoint import Checkpointer, Progress, latest, read_checkpoint, share_of
 
 
@@ -58,7 +61,7 @@ def test_what_is_saved_may_change_at_once(tmp_path: Path) -> None:
 def test_a_checkpoint_damaged_anywhere_is_passed_over(damage: str, tmp_path: Path) -> None:
     """Each file in turn, at random places."""
     draw = random.Random(damage)
-    for name in ("__0_0.distcp", ".metadata", "state.json"):
+    for name in ("rank-00000.safetensors", "state.json"):
         for trial in range(4):
             run = tmp_path / f"{name}-{trial}"
             write(run, 64, 128)
@@ -69,12 +72,115 @@ def test_a_checkpoint_damaged_anywhere_is_passed_over(damage: str, tmp_path: Pat
                 path.unlink()
             elif damage == "flip":
                 data[at] ^= 1 << draw.randrange(8)
+                if b'"version": 1,' not in data and name == "state.json":  # said, and nothing is passed over
+                    continue
                 path.write_bytes(data)
             else:
                 path.write_bytes(data[: at if damage == "cut" else 0])
-            if name == "state.json" and damage == "flip":  # it has no checksum: the tensors are whole either way
-                continue
             assert position_of(run) == 64, (name, at)
+
+
+def newest(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("samples-*"))[-1]
+
+
+def reseal(path: Path, **fields: object) -> None:
+    """state.json with other fields and the right checksum."""
+    record = parse_json(path.read_bytes())
+    del record["sha256"]
+    path.write_text(sealed_json(record | fields))
+
+
+@pytest.mark.parametrize("digit", range(9))
+def test_a_changed_number_of_the_state_is_found(digit: int, tmp_path: Path) -> None:
+    write(tmp_path, 64, 128)
+    path = newest(tmp_path) / "state.json"
+    text = path.read_text()
+    at = [i for i, c in enumerate(text) if c.isdigit() and text[i - 1] not in "0123456789"][1:10][digit]
+    path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+    assert position_of(tmp_path) == 64
+
+
+def test_checkpoints_of_which_none_can_be_used_are_not_taken_for_none(tmp_path: Path) -> None:
+    write(tmp_path, 64, 128)
+    for folder in (tmp_path / "checkpoints").iterdir():
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"none of the 2 checkpoints .*samples-000000000128: .*--resume never"):
+        latest(tmp_path)
+
+
+def test_a_checkpoint_that_may_be_whole_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a later version, or one that the system does not give: following the advice leads to the one before."""
+    write(tmp_path, 64, 128)
+    reseal(newest(tmp_path) / "state.json", version=2)
+    with pytest.raises(BadInput, match=r"has version 2, this program reads 1: .*move it away"):
+        latest(tmp_path)
+    reseal(newest(tmp_path) / "state.json", version=1)
+
+    def denied(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cmgan_dist.training.checkpoint.sha256_of", denied)
+        with pytest.raises(BadInput, match=r"cannot be read .Permission denied.: .*move it away"):
+            latest(tmp_path)
+    newest(tmp_path).rename(tmp_path / "away")
+    assert position_of(tmp_path) == 64
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(BadInput, match=r"checkpoints cannot be read .Not a directory.: make it a readable folder"):
+        latest(tmp_path)
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(BadInput, match="is a link that leads nowhere: mount what it leads to"):
+        latest(tmp_path)
+
+
+def test_only_names_of_digits_are_checkpoints(tmp_path: Path) -> None:
+    write(tmp_path, 64, 128, keep=2)
+    first = tmp_path / "checkpoints" / "samples-000000000064"
+    for name in ("samples-best", "samples-", "samples-000000000064.old", "samples-000000000999"):
+        shutil.copytree(first, first.with_name(name))  # the last is of sample 64, whatever its name says
+    assert position_of(tmp_path) == 128
+    write(tmp_path, 192, keep=1)
+    assert {"samples-best", "samples-000000000064.old"} <= set(os.listdir(tmp_path / "checkpoints"))
+    assert position_of(tmp_path) == 192
+
+
+def test_one_that_was_just_written_stays_whatever_lies_behind_it(tmp_path: Path) -> None:
+    write(tmp_path, 64, 256, 512)
+    for behind in (256, 512):
+        (tmp_path / "checkpoints" / f"samples-{behind:012d}" / "state.json").unlink()
+    write(tmp_path, 128, keep=1)
+    assert position_of(tmp_path) == 128
+
+
+class Trap:
+    """Unpickling it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", [".metadata", "state.json", "rank-00000.safetensors", "__0_0.distcp", "data.pkl"])
+def test_no_pickle_of_a_checkpoint_is_read(name: str, tmp_path: Path) -> None:
+    write(tmp_path, 64, 128)
+    path, trap = newest(tmp_path) / name, tmp_path / "code has run"
+    path.write_bytes(pickle.dumps(Trap(trap)))
+    if name.startswith("rank"):
+        reseal(path.with_name("state.json"), files={name: sha256_of(path)})
+        found = latest(tmp_path)
+        assert found is not None
+        with pytest.raises(BadInput, match="cannot be read"):
+            read_checkpoint(found)
+    else:
+        assert position_of(tmp_path) == (64 if name == "state.json" else 128)
+    assert not trap.exists()
 
 
 def test_a_half_written_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
@@ -95,7 +201,7 @@ def test_a_full_disk_is_said_and_leaves_the_one_before(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     where = {
-        "tensors": "torch.distributed.checkpoint.filesystem._write_item",
+        "tensors": "cmgan_dist.training.checkpoint.save_file",
         "state": "cmgan_dist.training.checkpoint.write_atomic",
         "rename": "os.rename",
     }

@@ -1,0 +1,76 @@
+"""Threads are what the machine grants: affinity, quotas of cgroups, and OMP_NUM_THREADS where a user set it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cmgan_dist.jobs import cores
+from cmgan_dist.jobs.cores import cpu_quota, openmp_threads, threads_for, usable_cores
+from tests.toy import ROOT, environment, torchrun
+
+pytestmark = pytest.mark.process
+
+
+def groups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
+    for name, text in files.items():
+        (folder / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "cgroup" / name).write_text(text)
+    (folder / "self").write_text(own)
+    return folder / "cgroup", folder / "self"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "50000 100000\n"}, 0.5),
+        ("0::/not/here\n", {"cpu.max": "200000 100000\n"}, 2.0),
+        ("0::/a\n", {"a/cpu.max": "max 100000\n"}, None),
+        (
+            "3:cpu,cpuacct:/d\n",
+            {"cpu,cpuacct/d/cpu.cfs_quota_us": "300000", "cpu,cpuacct/d/cpu.cfs_period_us": "100000"},
+            3.0,
+        ),
+        ("3:cpu:/d\n", {"cpu/d/cpu.cfs_quota_us": "-1\n", "cpu/d/cpu.cfs_period_us": "100000\n"}, None),
+        ("3:memory:/d\n", {}, None),
+        ("0::/a\n", {"a/cpu.max": "nonsense"}, None),
+    ],
+)
+def test_the_least_quota_of_a_group_and_those_above_it(
+    own: str, files: dict[str, str], expected: float | None, tmp_path: Path
+) -> None:
+    assert cpu_quota(*groups(tmp_path, own, files)) == expected
+
+
+def test_a_quota_makes_cores_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(cores, "cpu_quota", lambda: 2.5)
+    assert usable_cores() == 3
+    assert threads_for(1) == (3, "3 usable cores, by a quota of 2.5, 1 process here")
+    monkeypatch.setattr(cores, "cpu_quota", lambda: 0.2)
+    assert usable_cores() == 1
+    monkeypatch.setattr(cores, "cpu_quota", lambda: None)
+    assert threads_for(4) == (2, "8 usable cores, 4 processes here")
+    assert threads_for(4, asked=7)[0] == 7
+
+
+@pytest.mark.parametrize(("text", "expected"), [("3", 3), ("2,1", 2), ("", None), ("0", None), ("many", None)])
+def test_what_a_user_says_in_the_environment(text: str, expected: int | None) -> None:
+    assert openmp_threads({"OMP_NUM_THREADS": text}) == expected
+
+
+@pytest.mark.parametrize("asked", ["", "3"])
+def test_a_launchers_own_value_is_no_users(asked: str, tmp_path: Path) -> None:
+    """torchrun sets OMP_NUM_THREADS=1 where it is not set."""
+    script = tmp_path / "say.py"
+    script.write_text("from cmgan_dist.jobs.cores import openmp_threads\nprint('threads', openmp_threads())\n")
+    env = environment()
+    del env["OMP_NUM_THREADS"]
+    env |= {"OMP_NUM_THREADS": asked} if asked else {}
+    done = subprocess.run([*torchrun(2), str(script)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:2] == [f"threads {asked or None}"] * 2, done.stderr[-2000:]
