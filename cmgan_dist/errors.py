@@ -27,6 +27,13 @@ def _as_called(sentence: str) -> str:
     return sentence
 
 
+def shown(text: str) -> str:
+    """Return a name or a line as any terminal and file can hold it, in one line: what has no glyph is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class BadInput(ValueError):
     """Input by the user is wrong. The message is one sentence that names the file, field or flag,
     what was wrong and what to do. Launchers print it to stderr and exit with 2."""
@@ -52,7 +59,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = main()
     except BadInput as error:
         if not error.everywhere or os.environ.get("RANK", "0") == "0":
-            print(f"error: {_as_called(str(error))}", file=sys.stderr)
+            print(f"error: {shown(_as_called(str(error)))}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,7 +67,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or str(error)
-        print(f"error: {named}{reason}: check the path, its permissions and the free space", file=sys.stderr)
+        sentence = f"{named}{reason}: check the path, its permissions and the free space"
+        print(f"error: {shown(sentence)}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

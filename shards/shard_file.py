@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cmgan_dist.data.folder import is_unicode
+from cmgan_dist.data.image import check_image
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.manifest import LabelKind, ShardInfo
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.staging import staging
 from shards.pairs import RawPair, Readable
-from shards.scan import check_image, scan_shard
+from shards.scan import scan_shard
 
 Members = Iterable[tuple[str, bytes]]
 """(extension, bytes) of a sample's members, in their order in the tar."""

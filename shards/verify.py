@@ -12,11 +12,12 @@ from pathlib import Path
 import tyro
 
 from cmgan_dist.data.index import ShardIndex, index_name
-from cmgan_dist.data.manifest import Manifest, ShardInfo, load_manifest
-from cmgan_dist.errors import BadInput
+from cmgan_dist.data.judge import Judge
+from cmgan_dist.data.manifest import ShardInfo, load_manifest
+from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs.local import parallel_map
 from shards.pack import PACKING_NAME
-from shards.scan import SampleFacts, ShardScan, scan_shard
+from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
 
 FOUND_PROBLEMS = 1
 """Exit code when there are problems; 0 when there are none."""
@@ -49,9 +50,9 @@ class VerifyCommand:
         """Check the data set, print what was found and return the exit code. Raises BadInput as `verify` does."""
         report = verify(self.data, decode=self.decode, processes=self.processes)
         for line in report.problems:
-            print(f"problem: {line}")
+            print(f"problem: {shown(line)}")
         for line in report.warnings:
-            print(f"warning: {line}")
+            print(f"warning: {shown(line)}")
         print(
             f"{self.data}: {report.samples} samples in {report.shards} shards, "
             f"{len(report.problems)} problems, {len(report.warnings)} warnings"
@@ -76,12 +77,14 @@ def verify(data: Path, *, decode: bool = True, processes: int | None = None) -> 
     ]
     if not listed:
         report.problems.append("the manifest lists no shards")
-    tasks = [(data / shard.name, shard.name, decode) for _, shard in present]
+    tasks = [(data / shard.name, shard.name, decode, Judge.of(manifest)) for _, shard in present]
     scans = parallel_map(scan_shard, tasks, title="verifying", processes=processes)
     for (_, shard), scan in zip(present, scans, strict=True):
         report.problems += _shard_problems(data, shard, scan)
+        report.warnings += foreign_files(scan)
         for facts in scan.samples:
-            report.problems += [f"{shard.name}: {line}" for line in _sample_problems(manifest, facts)]
+            if facts.fault:
+                report.problems.append(f"{shard.name}: {_sample_problem(facts)}")
     report.samples = sum(len(scan.samples) for scan in scans)
     report.shards = len(scans)
     _find_duplicates([(split, scan) for (split, _), scan in zip(present, scans, strict=True)], report)
@@ -122,25 +125,11 @@ def _shard_problems(data: Path, listed: ShardInfo, scan: ShardScan) -> Iterator[
         yield f"{index_name(name)} does not agree with the samples of {name}"
 
 
-def _sample_problems(manifest: Manifest, facts: SampleFacts) -> Iterator[str]:
-    if facts.fault:
-        # A member whose image or text stands elsewhere, or nowhere, is an orphan.
-        kind = "orphan member" if facts.fault.startswith("has no") else "sample"
-        names = ", ".join(f"{facts.key}.{extension}" for extension in facts.members)
-        yield f"{kind} {names}: {facts.fault}"
-        return
-    out_of_range = [label for label in facts.labels if not 0 <= label < len(manifest.classes)]
-    if out_of_range and manifest.label_kind != "none":
-        yield f"sample {facts.key}: label {out_of_range[0]} is out of range, there are {len(manifest.classes)} classes"
-    if manifest.label_kind == "single" and len(facts.labels) != 1:
-        yield f"sample {facts.key} has {len(facts.labels)} labels, expected one"
-    for what, found, expected in (
-        ("image", facts.image_dim, manifest.image_dim),
-        ("text", facts.text_dim, manifest.text_dim),
-    ):
-        if found != expected:
-            kinds = ["not features" if dim is None else f"features of size {dim}" for dim in (found, expected)]
-            yield f"sample {facts.key}: its {what} is {kinds[0]}, the manifest says {kinds[1]}"
+def _sample_problem(facts: SampleFacts) -> str:
+    # A member whose image or text stands elsewhere, or nowhere, is an orphan.
+    kind = "orphan member" if facts.fault.startswith(("has no image", "has no text")) else "sample"
+    names = ", ".join(f"{facts.key}.{extension}" for extension in facts.members)
+    return f"{kind} {names}: {facts.fault}"
 
 
 def _find_duplicates(scans: list[tuple[str, ShardScan]], report: Report) -> None:

@@ -11,16 +11,11 @@ import stat
 from collections.abc import Collection
 from pathlib import Path
 
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadInput, BadSample, shown
 
 MOST_FILE_BYTES = 256 << 20
 """A larger file is not read: RGB of the largest picture that is decoded takes as much without any compression."""
 log = logging.getLogger(__name__)
-
-
-def shown(text: str) -> str:
-    """Return a name or a line as any terminal and file can hold it, in one line: what has no glyph is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def is_unicode(text: str) -> bool:

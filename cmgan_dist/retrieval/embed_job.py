@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from cmgan_dist.data.folder import is_unicode, shown
+from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.data.manifest import MANIFEST_NAME as DATA_MANIFEST_NAME
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs import ledger
 from cmgan_dist.jobs.local import parallel_map, usable_cores
 from cmgan_dist.jobs.ranks import Task, find_task

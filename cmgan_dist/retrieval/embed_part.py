@@ -14,9 +14,8 @@ import pyarrow as pa
 import torch
 
 from cmgan_dist.data.batch import EvalBatch
-from cmgan_dist.data.folder import shown
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs import ledger
 from cmgan_dist.models.generator import Modality
 from cmgan_dist.models.saved import MODEL_NAME, read_model

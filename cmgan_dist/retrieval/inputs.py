@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cmgan_dist.data.folder import is_unicode, read_file, shown
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.data.folder import is_unicode, read_file
+from cmgan_dist.errors import BadInput, BadSample, shown
 
 
 def text_of(text: object, position: int = 0) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cmgan_dist.data.folder import is_unicode, read_file, shown
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.data.folder import is_unicode, read_file
+from cmgan_dist.errors import BadInput, BadSample, shown
 from shards.pairs import FileBytes
 
 

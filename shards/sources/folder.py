@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 
 import tyro
 
-from cmgan_dist.data.folder import shown, walk_files
+from cmgan_dist.data.folder import walk_files
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, shown
 from shards.pack import BuildCommand
 from shards.pairs import RawPair, RawPairs, check_shares, hash_split, make_key
 from shards.scan import SPLIT_ALIASES

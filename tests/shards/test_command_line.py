@@ -72,7 +72,7 @@ def test_wrong_folders_end_as_one_sentence(raw: Path, tmp_path: Path, capsys: py
     image.write_bytes(b"")
     assert "train05.png: the image does not decode" in error()
     image.write_bytes(picture(1, kind="GIF"))
-    assert "train05.png: the image is GIF: expected JPEG, PNG or WebP" in error()
+    assert "train05.png: the image does not decode (unknown format: expected JPEG, PNG or WebP)" in error()
     image.unlink()
     assert "train05.txt has no image of the same name" in error()
     image.write_bytes(good)
