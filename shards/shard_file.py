@@ -15,6 +15,7 @@ import numpy as np
 from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.data.image import check_image
 from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import LabelKind, ShardInfo
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
@@ -56,10 +57,8 @@ def _read_texts(texts: tuple[str, ...] | Readable) -> tuple[str, ...]:
 
 def read_members(pair: RawPair, label_kind: LabelKind, classes: int) -> list[tuple[str, bytes]]:
     """Read a raw pair and return its sample's `Members`; there are `classes` classes. Raises BadSample."""
-    if any(not 0 <= label < classes for label in pair.labels):
-        raise BadSample(f"label {list(pair.labels)} is out of range: there are {classes} classes")
-    if label_kind == "single" and len(pair.labels) != 1:
-        raise BadSample(f"has {len(pair.labels)} labels, expected one")
+    if label_kind != "none":
+        Judge(label_kind, classes, None, None).check_labels(pair.labels)
     members: list[tuple[str, bytes]] = []
     if isinstance(pair.image, np.ndarray):
         members.append(("image.npy", npy(pair.image)))
