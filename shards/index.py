@@ -8,9 +8,9 @@ from typing import Literal
 
 import tyro
 
-from cmgan_dist.data.folder import walk_files
+from cmgan_dist.data.folder import is_plain, walk_files
 from cmgan_dist.data.index import index_name
-from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, load_manifest, natural_splits
+from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo, load_manifest, natural_splits
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
@@ -102,6 +102,11 @@ class IndexCommand:
         names = walk_files(self.data, ["tar"])
         if not names:
             raise BadInput(f"{self.data} holds no .tar files")
+        odd = next((name for name in names if not is_plain(name)), None)
+        if odd is not None:
+            raise BadInput(
+                f"{shown(odd)} in {self.data} is no name for a shard, not UTF-8 or with line ends: rename it"
+            )
         tasks = [(self.data / name, name, self.decode) for name in names]
         scans, notes = self._usable(parallel_map(scan_shard, tasks, title="indexing", processes=self.processes))
         notes += [line for scan in scans for line in foreign_files(scan)]
@@ -120,7 +125,7 @@ class IndexCommand:
             image_dim=image_dim,
             text_dim=text_dim,
             attribution=self.attribution or (old.attribution if old else ""),
-            details=old.details if old and old.splits == splits else {"source": "index"},
+            details=old.details if old and _contents(old.splits) == _contents(splits) else {"source": "index"},
         )
         try:
             for scan in scans:
@@ -197,6 +202,11 @@ class IndexCommand:
 
 def _splits(scans: list[ShardScan]) -> list[str]:
     return natural_splits(split_of_shard(scan.info.name) for scan in scans)
+
+
+def _contents(splits: dict[str, list[ShardInfo]]) -> dict[str, list[tuple[str, str]]]:
+    """Return the names and checksums of the shards of each split."""
+    return {split: [(shard.name, shard.sha256) for shard in shards] for split, shards in splits.items()}
 
 
 def _read_names(path: Path) -> list[str]:

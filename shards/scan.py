@@ -19,6 +19,7 @@ from cmgan_dist.data.manifest import ShardInfo
 from cmgan_dist.data.sample import BadLabel, Sample, parse_sample
 from cmgan_dist.data.tar import Member, iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.models.vocabulary import split_words
 
 SPLIT_ALIASES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -48,7 +49,7 @@ class SampleFacts:
     size: tuple[int, int] | None = None
     """Width and height in pixels, when the image was decoded."""
     caption_lengths: list[tuple[int, int]] = field(default_factory=list)
-    """(characters, words) of each text."""
+    """(characters, words) of each text; words as the model's vocabulary counts them."""
 
 
 @dataclass
@@ -131,7 +132,7 @@ def _measure(sample: Sample, facts: SampleFacts) -> None:
     if isinstance(sample.texts, np.ndarray):
         facts.text_dim = sample.texts.shape[1]
     else:
-        facts.caption_lengths = [(len(text), len(text.split())) for text in sample.texts]
+        facts.caption_lengths = [(len(text), len(split_words(text))) for text in sample.texts]
 
 
 def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None = None) -> ShardScan:
@@ -162,5 +163,6 @@ def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None 
     except OSError as error:
         raise BadInput(f"cannot read shard {path}: {error.strerror}") from None
     index = ShardIndex.build(offsets, end, [facts.labels for facts in samples], layouts)
-    info = ShardInfo(name, len(samples), os.path.getsize(path), reader.digest.hexdigest())
+    sidecar = hashlib.sha256(index.to_bytes()).hexdigest()
+    info = ShardInfo(name, len(samples), os.path.getsize(path), reader.digest.hexdigest(), sidecar)
     return ShardScan(info, index, samples, damage, len(foreign), next(iter(foreign), ""))

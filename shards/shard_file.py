@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -139,10 +140,12 @@ def write_shard(output: Path, name: str, samples: Iterable[tuple[str, Members]])
 
 
 def has_index(output: Path, shard: ShardInfo) -> bool:
-    """Return whether the sidecar of a shard can be read and lists as many samples as the shard has."""
+    """Return whether the sidecar of a shard can be read, is the one listed, and has as many samples as the shard."""
     name = index_name(shard.name)
     try:
-        index = ShardIndex.from_bytes((output / name).read_bytes(), name)
+        data = (output / name).read_bytes()
+        index = ShardIndex.from_bytes(data, name)
     except (FileNotFoundError, BadInput):
         return False
-    return len(index) == shard.samples
+    same = shard.index_sha256 in ("", hashlib.sha256(data).hexdigest())
+    return same and len(index) == shard.samples

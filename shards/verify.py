@@ -4,6 +4,7 @@ A *problem* makes training wrong or a result untrue; a *warning* should be known
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import tyro
 
+from cmgan_dist.data.folder import read_file, walk_files
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo, load_manifest
-from cmgan_dist.errors import BadInput, shown
+from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.jobs.local import parallel_map
 from shards.pack import PACKING_NAME
 from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
@@ -92,13 +94,17 @@ def verify(data: Path, *, decode: bool = True, processes: int | None = None) -> 
 
 
 def _stray_files(data: Path, listed: set[str]) -> Iterator[str]:
-    sidecars = {index_name(name) for name in listed}
-    for path in sorted(data.rglob("*")):
-        name = path.relative_to(data).as_posix()
-        if (name.endswith(".tar") and name not in listed) or (name.endswith(".index.npz") and name not in sidecars):
+    """Give a line for each shard, sidecar and leftover that the manifest does not list.
+
+    Raises BadInput naming a folder that cannot be read."""
+    known = listed | {index_name(name) for name in listed}
+    for name in walk_files(data, ["tar", "npz"]):
+        if name.endswith((".tar", ".index.npz")) and name not in known:
             yield f"{name} is in the folder but not in the manifest"
-        elif path.name.endswith(".tmp") or name == PACKING_NAME:
-            yield f"{name} is left from a run that did not end"
+    leftovers = [path.relative_to(data).as_posix() for path in data.rglob("*.tmp")]
+    packing = [PACKING_NAME] if (data / PACKING_NAME).exists() else []
+    for name in sorted(leftovers + packing):
+        yield f"{name} is left from a run that did not end"
 
 
 def _shard_problems(data: Path, listed: ShardInfo, scan: ShardScan) -> Iterator[str]:
@@ -117,10 +123,13 @@ def _shard_problems(data: Path, listed: ShardInfo, scan: ShardScan) -> Iterator[
         yield f"{index_name(name)} is missing: write it with 'python -m shards index --overwrite'"
         return
     try:
-        index = ShardIndex.from_bytes(sidecar.read_bytes(), index_name(name))
-    except BadInput as error:
-        yield str(error)
+        data_of_index = read_file(sidecar)
+        index = ShardIndex.from_bytes(data_of_index, index_name(name))
+    except (BadInput, BadSample) as error:
+        yield str(error) if isinstance(error, BadInput) else f"{index_name(name)} {error}"
         return
+    if listed.index_sha256 not in ("", hashlib.sha256(data_of_index).hexdigest()):
+        yield f"{index_name(name)} has another checksum than the manifest says"
     if index.to_bytes() != scan.index.to_bytes():
         yield f"{index_name(name)} does not agree with the samples of {name}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import threading
@@ -41,8 +42,7 @@ def open_data_set(data: str, config: StreamConfig | None = None) -> tuple[ShardS
         retries=remote.retries,
         timeout_s=remote.timeout_s,
     )
-    manifest = store.read(MANIFEST_NAME).decode("utf-8", "replace")
-    return store, Manifest.from_json(manifest, store.location(MANIFEST_NAME))
+    return store, Manifest.from_json(store.read(MANIFEST_NAME), store.location(MANIFEST_NAME))
 
 
 class _Piece:
@@ -90,7 +90,13 @@ class ShardReader:
 
     def _read_index(self, shard: int) -> ShardIndex:
         name = index_name(self.shards[shard].name)
-        index = ShardIndex.from_bytes(self.store.read(name), self.store.location(name))
+        data, listed = self.store.read(name), self.shards[shard].index_sha256
+        if listed and hashlib.sha256(data).hexdigest() != listed:
+            raise BadInput(
+                f"{self.store.location(name)} has another checksum than the manifest says: "
+                f"run 'python -m shards index --overwrite {self.data}'"
+            )
+        index = ShardIndex.from_bytes(data, self.store.location(name))
         if len(index) != self.shards[shard].samples:
             raise BadInput(
                 f"{self.store.location(name)} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "

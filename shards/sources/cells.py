@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from cmgan_dist.data.folder import is_unicode
+from cmgan_dist.data.folder import is_plain, is_unicode
 from cmgan_dist.errors import BadSample, shown
 from cmgan_dist.files import parse_json_once
 from shards.scan import SPLIT_ALIASES
@@ -97,8 +97,8 @@ def _as_class(value: Any) -> str:
     name = _as_string(value, "label")
     if not is_unicode(name):
         raise BadSample(f"image path or label {shown(name)} is not UTF-8: rename it")
-    if not name.isprintable():
-        raise BadSample(f"its label {shown(name)} has characters that have no glyph: rename it")
+    if not is_plain(name):
+        raise BadSample(f"its label {shown(name)} holds control characters: rename it")
     return name
 
 

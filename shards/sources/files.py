@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmgan_dist.data.folder import is_unicode, read_file
+from cmgan_dist.data.folder import is_plain, is_unicode, read_file
 from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.jobs.staging import staging
 from shards.pairs import FileBytes, FileSlice
@@ -56,7 +56,15 @@ class Spool:
 
 
 def check_unicode(what: str, *texts: str) -> None:
-    """Raises BadInput naming `what` when one of the texts cannot be written as UTF-8."""
+    """Raise BadInput naming `what` when one of the texts cannot be written as UTF-8."""
     for text in texts:
         if not is_unicode(text):
             raise BadInput(f"{what} {shown(text)} is not UTF-8: rename it")
+
+
+def check_names(what: str, *names: str) -> None:
+    """Raise BadInput naming `what` when one of the names is not UTF-8 or holds control characters."""
+    check_unicode(what, *names)
+    for name in names:
+        if not is_plain(name):
+            raise BadInput(f"{what} {shown(name)} holds control characters: rename it")

@@ -19,7 +19,7 @@ from cmgan_dist.errors import BadInput, shown
 from shards.pack import BuildCommand
 from shards.pairs import RawPair, RawPairs, hash_split, make_key, missing_val, split_shares
 from shards.scan import SPLIT_ALIASES
-from shards.sources.files import PlainFile, check_unicode
+from shards.sources.files import PlainFile, check_names, check_unicode
 
 
 @dataclass(kw_only=True)
@@ -60,8 +60,9 @@ class FolderCommand(BuildCommand):
         named = tuple(dict.fromkeys(splits.values()))
         val, test = split_shares(self.val, self.test, named)
         name = self.name or self.input.resolve().name
-        for what, written in (("--name", [name]), ("--attribution", [self.attribution]), ("class folder", classes)):
-            check_unicode(what, *written)
+        check_names("--name", name)
+        check_names("class folder", *classes)
+        check_unicode("--attribution", self.attribution)
 
         def raw_pairs() -> Iterator[RawPair]:
             for path, split, class_name in images:

@@ -20,7 +20,7 @@ from shards.pack import BuildCommand
 from shards.pairs import RawPair, RawPairs, Readable, hash_split, make_key, missing_val, split_shares
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
-from shards.sources.files import PlainFile, Spool, check_unicode
+from shards.sources.files import PlainFile, Spool, check_names, check_unicode
 from shards.sources.rows import Row, column_names, read_rows
 
 Value = TypeVar("Value")
@@ -119,8 +119,8 @@ class TableCommand(BuildCommand):
         _check_spelling(classes)
         index = {label: i for i, label in enumerate(classes)}
         name = self.name or self.input.stem
-        for what, written in (("--name", [name]), ("--attribution", [self.attribution])):
-            check_unicode(what, *written)
+        check_names("--name", name)
+        check_unicode("--attribution", self.attribution)
         named = natural_splits(image.split for image in images if image.split)
         val, test = split_shares(self.val, self.test, named)
         kind: LabelKind = "multi" if table.multi else "single" if classes else "none"

@@ -84,7 +84,7 @@ def test_a_field_that_the_first_row_lacks_is_seen(folder: Path) -> None:
         ({"label": [1, [2]]}, "its label is a list"),
         ({"label": []}, "has no label"),
         ({"label": ["a", None]}, "a list of labels of which one is empty"),
-        ({"label": "a\nb"}, r"its label a\nb has characters that have no glyph"),
+        ({"label": "a\nb"}, r"its label a\nb holds control characters"),
         ({"image": 7}, "its image path is the number 7"),
         ({"image": {"bytes": "x"}}, "its picture is a text, expected bytes"),
         ({"image": {"a": 1}}, "its image path is a record"),
