@@ -26,6 +26,26 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
 
 
+def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {max(names, key=names.count)!r} twice")
+    return found
+
+
+_once = json.JSONDecoder(object_pairs_hook=_fields_once)
+
+
+def parse_json_once(text: str | bytes) -> Any:
+    """Return what a JSON text holds. Raises ValueError when it is none or not UTF-8, is nested without bound, or has an
+    object with a field twice, of which only the last would be seen."""
+    try:
+        return _once.decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def sealed_json(record: Mapping[str, Any]) -> str:
     """Return a JSON text of `record` that carries a checksum of itself, as "sha256"; `parse_sealed` reads it.
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.files import write_atomic
 
 
@@ -29,12 +30,12 @@ def assemble(
     """Return the manifest of the shards in `splits`; None stands for a shard without a good sample, which is not there.
 
     `image_dim` and `text_dim` are the sizes of features, None for encoded images and for texts.
-    Raises BadInput when not one shard of a split has a sample."""
+    Raises BadInput when not one shard of a split has a sample, or a name has characters that no terminal can show."""
     written = {split: [shard for shard in shards if shard is not None] for split, shards in splits.items()}
     for split, shards in splits.items():
         if shards and not written[split]:
             raise BadInput(f"split '{split}' of {name} has no samples: every pair of it was bad, mend some")
-    return Manifest(
+    manifest = Manifest(
         name=name,
         label_kind=label_kind,
         classes=classes,
@@ -46,6 +47,11 @@ def assemble(
         attribution=attribution,
         details=details,
     )
+    try:
+        manifest.check()
+    except ValueError as error:
+        raise BadInput(f"{shown(name)} cannot be described: {shown(str(error))}: rename it") from None
+    return manifest
 
 
 def write_manifest(output: Path, manifest: Manifest) -> None:
@@ -62,20 +68,20 @@ def print_summary(
     headline: str, manifest: Manifest, *, notes: Sequence[str] = (), left_out: Sequence[str] = ()
 ) -> None:
     """Print what a command did, the sizes of the splits and the notes; what was left out goes to stderr."""
-    print(headline)
+    print(shown(headline))
     print_sizes(manifest)
     for note in notes:
-        print(note)
+        print(shown(note))
     if left_out:
         print(f"left out {len(left_out)} bad pairs:", file=sys.stderr)
         for message in left_out:
-            print(f"  {message}", file=sys.stderr)
+            print(f"  {shown(message)}", file=sys.stderr)
 
 
 def print_sizes(manifest: Manifest) -> None:
     """Print a table of the samples, the shards and the MB of each split."""
-    table = Table("split", "samples", "shards", "MB", title=manifest.name)
+    table = Table("split", "samples", "shards", "MB", title=escape(manifest.name))
     for split, shards in manifest.splits.items():
         size = sum(shard.bytes for shard in shards) / 1e6
-        table.add_row(split, str(manifest.samples(split)), str(len(shards)), f"{size:.1f}")
+        table.add_row(escape(split), str(manifest.samples(split)), str(len(shards)), f"{size:.1f}")
     Console().print(table)

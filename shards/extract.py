@@ -20,14 +20,13 @@ import torch
 
 from cmgan_dist.config.fields import ImageBackboneConfig, Pool, TextBackboneConfig
 from cmgan_dist.data.image import decode_image
-from cmgan_dist.data.sample import IMAGE_EXTENSIONS, parse_sample
-from cmgan_dist.errors import BadSample
+from cmgan_dist.data.judge import Judge
+from cmgan_dist.data.sample import IMAGE_MEMBERS, TEXT_MEMBERS
+from cmgan_dist.data.tar import Member, members_of
+from cmgan_dist.errors import shown
 from cmgan_dist.models.backbone import ImageBackbone, TextBackbone
 from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone, image_features, text_features
 from shards.shard_file import npy, try_sample
-
-IMAGE_MEMBERS = ("image.npy", *IMAGE_EXTENSIONS)
-TEXT_MEMBERS = ("text.npy", "txt")
 
 
 @dataclass(frozen=True)
@@ -96,17 +95,14 @@ class _Loaded:
     """The texts when they are to be converted."""
 
 
-def _load(options: Options, key: str, members: dict[str, bytes]) -> _Loaded:
+def _load(options: Options, judge: Judge, group: list[Member]) -> _Loaded:
     """Parse a sample and decode what is to be converted. Raises BadSample."""
-    sample = parse_sample(key, members)
+    key, members = group[0].key, members_of(group)
+    sample = judge.read(key, members)
     loaded = _Loaded(key, members, None, None)
-    if options.image is not None:
-        if not isinstance(sample.image, bytes):
-            raise BadSample("has image features, the manifest says encoded images")
+    if options.image is not None and isinstance(sample.image, bytes):
         loaded.image = decode_image(sample.image, options.image[2])
-    if options.text is not None:
-        if not isinstance(sample.texts, list):
-            raise BadSample("has text features, the manifest says texts")
+    if options.text is not None and isinstance(sample.texts, list):
         loaded.texts = sample.texts
     return loaded
 
@@ -134,14 +130,14 @@ def _feature_members(
 
 
 def feature_samples(
-    made: Extractor, samples: Iterable[tuple[str, int, dict[str, bytes]]], shard: str, left_out: list[str]
+    made: Extractor, judge: Judge, groups: Iterable[list[Member]], shard: str, left_out: list[str]
 ) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    """Give (key, members) with features for each good one of a shard's `samples`, which are as `iter_samples` gives.
+    """Give (key, members) with features for each good sample of a shard, of which `iter_groups` gives the members.
 
     A bad sample gives a line of `left_out`. Raises BadInput at the first one unless the options skip them."""
-    options, samples = made.options, iter(samples)
-    while batch := list(itertools.islice(samples, options.batch_size)):
-        futures = [(key, made.pool.submit(_load, options, key, members)) for key, _, members in batch]
+    options, groups = made.options, iter(groups)
+    while batch := list(itertools.islice(groups, options.batch_size)):
+        futures = [(shown(group[0].key), made.pool.submit(_load, options, judge, group)) for group in batch]
         tried = [try_sample(f.result, f"{shard} sample {key}", options.skip_bad, left_out) for key, f in futures]
         rows = [row for row in tried if row is not None]
         if not rows:
@@ -155,6 +151,6 @@ def feature_samples(
             texts = list(np.split(made.texts([text for row in rows for text in row.texts or ()]), ends[:-1]))
         for row, image, text in zip(rows, images, texts, strict=True):
             write = partial(_feature_members, row, image, text, options.dtype)
-            found = try_sample(write, f"{shard} sample {row.key}", options.skip_bad, left_out)
+            found = try_sample(write, f"{shard} sample {shown(row.key)}", options.skip_bad, left_out)
             if found is not None:
                 yield row.key, found

@@ -18,8 +18,9 @@ import tyro
 
 from cmgan_dist.config.fields import Pool
 from cmgan_dist.data.index import index_name
+from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
-from cmgan_dist.data.tar import iter_samples
+from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs import ledger
@@ -177,7 +178,9 @@ def record_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".features.json"
 
 
-def make_shard(options: Options, data: Path, output: Path, source: ShardInfo, settings: dict[str, Any]) -> Made:
+def make_shard(
+    options: Options, judge: Judge, data: Path, output: Path, source: ShardInfo, settings: dict[str, Any]
+) -> Made:
     """Write the features of a shard: its tar and sidecar, then its record.
 
     Raises BadInput when the source is not what its manifest says, at a bad sample unless the options skip them, and
@@ -189,7 +192,8 @@ def make_shard(options: Options, data: Path, output: Path, source: ShardInfo, se
     try:
         ledger.write(path, ledger.Record(source.sha256, settings))
         with open(data / source.name, "rb") as raw:
-            samples = feature_samples(extractor(options), iter_samples(raw, source.name), source.name, left_out)
+            groups = iter_groups(raw, source.name)
+            samples = feature_samples(extractor(options), judge, groups, source.name, left_out)
             info = write_shard(output, source.name, samples)
         written = None if info is None else asdict(info)
         ledger.write(path, ledger.Record(source.sha256, settings, True, written, left_out))
@@ -293,7 +297,12 @@ def _find_done(command: FeaturesCommand, sources: list[ShardInfo], settings: dic
 
 
 def _make_shards(
-    command: FeaturesCommand, options: Options, processes: int, todo: list[ShardInfo], settings: dict[str, Any]
+    command: FeaturesCommand,
+    options: Options,
+    judge: Judge,
+    processes: int,
+    todo: list[ShardInfo],
+    settings: dict[str, Any],
 ) -> dict[str, Made]:
     """Make the shards of `todo` and print the rate; returns what was made of each, by name."""
     # Until the new manifest is written, the folder is not a data set.
@@ -301,7 +310,7 @@ def _make_shards(
     begun = time.monotonic()
     made = parallel_map(
         make_shard,
-        [(options, command.data, command.output, shard, settings) for shard in todo],
+        [(options, judge, command.data, command.output, shard, settings) for shard in todo],
         title="features",
         unit_counts=[shard.samples for shard in todo],
         processes=processes,
@@ -344,7 +353,7 @@ def _write_owned(
     done = _find_done(command, sources, settings)
     todo = [shard for shard in sources if shard.name not in done]
     if todo:
-        done |= _make_shards(command, options, processes, todo, settings)
+        done |= _make_shards(command, options, Judge.of(manifest), processes, todo, settings)
 
     left_out = [line for shard in sources for line in done[shard.name][1]]
     written = assemble(

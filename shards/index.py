@@ -8,14 +8,17 @@ from typing import Literal
 
 import tyro
 
-from cmgan_dist.data.folder import walk_files
+from cmgan_dist.data.folder import is_plain, walk_files
 from cmgan_dist.data.index import index_name
-from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, load_manifest, natural_splits
-from cmgan_dist.errors import BadInput
+from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo, load_manifest, natural_splits
+from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary, write_manifest
-from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, scan_shard
+from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, foreign_files, scan_shard
+
+MOST_CLASSES = 1 << 20
+"""Classes that labels can name."""
 
 
 def split_of_shard(name: str) -> str:
@@ -30,17 +33,25 @@ def split_of_shard(name: str) -> str:
 
 
 def label_kind_of(samples: list[SampleFacts]) -> LabelKind:
-    """Return ``none`` when no sample has a label, ``multi`` when one has several, else ``single``.
-
-    Raises BadInput when some samples have one label and others none."""
-    counts = [len(facts.labels) for facts in samples if not facts.fault]
-    most = max(counts, default=0)
-    if most == 1 and 0 in counts:
-        raise BadInput(
-            f"{counts.count(0)} of {len(counts)} samples have no label and the others one: "
-            "label them all, or pass --label-kind multi or none"
-        )
+    """Return ``none`` when no sample has a label, ``multi`` when one has several, else ``single``."""
+    most = max((len(facts.labels) for facts in samples), default=0)
     return "none" if most == 0 else "single" if most == 1 else "multi"
+
+
+def check_labels(samples: list[SampleFacts], kind: LabelKind) -> None:
+    """Raise BadInput when some of the samples have no label, or several where one is expected."""
+    bare = [facts for facts in samples if not facts.labels]
+    if bare:
+        raise BadInput(
+            f"{len(bare)} of {len(samples)} samples have no label (the first: {shown(bare[0].key)}): "
+            "label them all, or pass --label-kind none to train without labels"
+        )
+    several = [facts for facts in samples if len(facts.labels) > 1]
+    if several and kind == "single":
+        raise BadInput(
+            f"{len(several)} of {len(samples)} samples have several labels (the first: {shown(several[0].key)}): "
+            "pass --label-kind multi"
+        )
 
 
 def _one_kind(what: str, dims: set[int | None]) -> int | None:
@@ -69,6 +80,8 @@ class IndexCommand:
     """Source and licence, for the manifest."""
     overwrite: bool = False
     """Replace a manifest; its name, classes and attribution stay unless given anew, its details if no shard changed."""
+    decode: bool = True
+    """Decode every image, to count those that cannot be used; without, this is many times faster."""
     skip_bad: bool = False
     """Leave damaged and empty shards out and list them, instead of stopping at the first."""
     processes: int | None = None
@@ -89,21 +102,20 @@ class IndexCommand:
         names = walk_files(self.data, ["tar"])
         if not names:
             raise BadInput(f"{self.data} holds no .tar files")
-        tasks = [(self.data / name, name) for name in names]
-        scans, notes = self._usable(parallel_map(scan_shard, tasks, title="indexing", processes=self.processes))
-        samples = [facts for scan in scans for facts in scan.samples]
-        good = [facts for facts in samples if not facts.fault]
-        if not good:
-            raise BadInput(f"no sample in {self.data} can be used: sample {samples[0].key} {samples[0].fault}")
-        if len(good) < len(samples):
-            first = next(facts for facts in samples if facts.fault)
-            notes.append(
-                f"{len(samples) - len(good)} of {len(samples)} samples cannot be used (the first: {first.key}, "
-                f"{first.fault}); training replaces them, 'python -m shards verify' lists them"
+        odd = next((name for name in names if not is_plain(name)), None)
+        if odd is not None:
+            raise BadInput(
+                f"{shown(odd)} in {self.data} is no name for a shard, not UTF-8 or with line ends: rename it"
             )
+        tasks = [(self.data / name, name, self.decode) for name in names]
+        scans, notes = self._usable(parallel_map(scan_shard, tasks, title="indexing", processes=self.processes))
+        notes += [line for scan in scans for line in foreign_files(scan)]
+        good = self._good([facts for scan in scans for facts in scan.samples], notes)
         image_dim = _one_kind("images", {facts.image_dim for facts in good})
         text_dim = _one_kind("texts", {facts.text_dim for facts in good})
-        kind = self.label_kind or label_kind_of(samples)
+        kind = self.label_kind or label_kind_of(good)
+        if kind != "none":
+            check_labels(good, kind)
         splits = {split: [s.info for s in scans if split_of_shard(s.info.name) == split] for split in _splits(scans)}
         manifest = assemble(
             name=self.name or (old.name if old else self.data.resolve().name),
@@ -113,7 +125,7 @@ class IndexCommand:
             image_dim=image_dim,
             text_dim=text_dim,
             attribution=self.attribution or (old.attribution if old else ""),
-            details=old.details if old and old.splits == splits else {"source": "index"},
+            details=old.details if old and _contents(old.splits) == _contents(splits) else {"source": "index"},
         )
         try:
             for scan in scans:
@@ -122,6 +134,27 @@ class IndexCommand:
             raise BadInput(f"cannot write into {self.data}: {error.strerror}") from None
         write_manifest(self.data, manifest)
         return manifest, notes
+
+    def _good(self, samples: list[SampleFacts], notes: list[str]) -> list[SampleFacts]:
+        """Return the samples that can be used; how many cannot goes to `notes`. Raises BadInput when none can."""
+        faults = [
+            (facts, fault)
+            for facts in samples
+            if (fault := facts.fault or ("" if self.label_kind == "none" else facts.label_fault))
+        ]
+        if not faults:
+            return samples
+        first, reason = faults[0]
+        found = f"the first: {shown(first.key)}, {reason}"
+        if len(faults) == len(samples):
+            advice = "pass --label-kind none to train without labels" if first.label_fault else "mend them"
+            raise BadInput(f"no sample in {self.data} can be used ({found}): {advice}")
+        notes.append(
+            f"{len(faults)} of {len(samples)} samples cannot be used ({found}); "
+            "training replaces them, 'python -m shards verify' lists them"
+        )
+        bad = {id(facts) for facts, _ in faults}
+        return [facts for facts in samples if id(facts) not in bad]
 
     def _old_manifest(self) -> Manifest | None:
         """Return the manifest that is there, if it can be read. Raises BadInput at any when `overwrite` is off."""
@@ -153,8 +186,8 @@ class IndexCommand:
     def _class_names(self, samples: list[SampleFacts], old: Manifest | None) -> list[str]:
         """Return the class names. Raises BadInput when a label is negative or has no name in the file."""
         found = {label for facts in samples for label in facts.labels}
-        if not found:
-            raise BadInput(f"no sample in {self.data} has a label: pass --label-kind none")
+        if max(found) >= MOST_CLASSES:
+            raise BadInput(f"label {max(found)} is out of range: number the classes from 0, or pass --label-kind none")
         if self.classes is None:
             names = [str(i) for i in range(max(found) + 1)]
             if old is not None and len(old.classes) >= len(names):
@@ -169,6 +202,11 @@ class IndexCommand:
 
 def _splits(scans: list[ShardScan]) -> list[str]:
     return natural_splits(split_of_shard(scan.info.name) for scan in scans)
+
+
+def _contents(splits: dict[str, list[ShardInfo]]) -> dict[str, list[tuple[str, str]]]:
+    """Return the names and checksums of the shards of each split."""
+    return {split: [(shard.name, shard.sha256) for shard in shards] for split, shards in splits.items()}
 
 
 def _read_names(path: Path) -> list[str]:

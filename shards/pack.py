@@ -63,7 +63,10 @@ class BuildCommand:
         if self.shard_samples < 1 or self.shard_mib <= 0:
             raise BadInput("--shard-samples and --shard-mib must be positive")
         source = self.pairs()
-        manifest, left_out, was_complete = pack(source, self)
+        try:
+            manifest, left_out, was_complete = pack(source, self)
+        finally:
+            source.close()
         headline = f"already packed: {self.output}" if was_complete else f"packed {self.output}"
         print_summary(headline, manifest, notes=source.notes, left_out=left_out)
 
@@ -246,7 +249,7 @@ def pack(source: RawPairs, options: BuildCommand) -> tuple[Manifest, list[str], 
 
     Returns the manifest, a line for each pair left out, and whether all was there already.
     Raises BadInput on a bad pair (unless `skip_bad`), an empty split, or an output that holds another data set."""
-    output, left_out = options.output, list[str]()
+    output, left_out = options.output, list(source.left_out)
     shards, fingerprint = plan_shards(
         source.pairs, options.shard_samples, options.shard_mib * 2**20, options.skip_bad, left_out
     )

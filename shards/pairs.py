@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -96,7 +96,11 @@ class RawPairs:
     """The source and its options, for the manifest; no paths, so that equal data gives an equal manifest."""
     expected_splits: tuple[str, ...] = ("train",)
     notes: list[str] = field(default_factory=list)
-    """What was left out, said once after packing."""
+    """What the user should know, said once after packing."""
+    left_out: list[str] = field(default_factory=list)
+    """A line for each bad pair that the source has left out."""
+    close: Callable[[], None] = lambda: None
+    """Removes what the source keeps on disk until its pairs are packed."""
 
 
 def make_key(name: str) -> str:
@@ -122,7 +126,23 @@ def hash_split(key: str, val: float, test: float) -> str:
     return "test" if share < test else "val" if share < test + val else "train"
 
 
-def check_shares(val: float, test: float) -> None:
-    """Check the shares of `hash_split`. Raises BadInput unless they leave some pairs for train."""
-    if not (val >= 0 and test >= 0 and val + test < 1):
-        raise BadInput(f"--val {val} and --test {test} must be shares that leave some pairs for train")
+def split_shares(val: float | None, test: float | None, named: Collection[str]) -> tuple[float, float]:
+    """Return the shares for `hash_split`, of what belongs to train or to no split where the source has `named` splits.
+
+    `val` and `test` are as the user gave them: None is a tenth where the source names no splits, else nothing. Raises
+    BadInput unless they leave some pairs for train, and when the source has such a split already."""
+    for split, share in (("val", val), ("test", test)):
+        if share and split in named:
+            raise BadInput(f"--{split} is {share:g} but there is a split '{split}' already: leave the flag away")
+    rest = 0.0 if named else 0.1
+    shares = rest if val is None else val, rest if test is None else test
+    if not (min(shares) >= 0 and sum(shares) < 1):
+        raise BadInput(f"--val {shares[0]:g} and --test {shares[1]:g} must be shares that leave some pairs for train")
+    return shares
+
+
+def missing_val(splits: Collection[str]) -> list[str]:
+    """Return a line that says what to do where there is no split 'val', which training validates on."""
+    if "val" in splits:
+        return []
+    return ["there is no split 'val', which training validates on: --val 0.1 takes a tenth of train for it"]

@@ -5,46 +5,27 @@ Legend: a shard's *damage* is where its tar breaks off; a sample's *fault* is wh
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
-from PIL import Image
 
+from cmgan_dist.data.image import check_image
 from cmgan_dist.data.index import Layout, ShardIndex
+from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
-from cmgan_dist.data.sample import Sample, parse_sample
-from cmgan_dist.data.tar import iter_groups
+from cmgan_dist.data.sample import BadLabel, Sample, parse_sample
+from cmgan_dist.data.tar import Member, iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample
-
-IMAGE_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Pillow's name of a format -> member extension. An MPO is a JPEG with more pictures behind the first."""
+from cmgan_dist.models.vocabulary import split_words
 
 SPLIT_ALIASES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-
-
-def check_image(data: bytes) -> tuple[str, int, int]:
-    """Return (member extension, width, height) of an encoded image. Raises BadSample unless it decodes to its end."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                kind, (width, height) = image.format or "unknown", image.size
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise BadSample(f"the image does not decode ({reason})") from None
-    if kind not in IMAGE_FORMATS:
-        raise BadSample(f"the image is {kind}: expected JPEG, PNG or WebP")
-    return IMAGE_FORMATS[kind], width, height
 
 
 @dataclass
@@ -55,6 +36,9 @@ class SampleFacts:
     members: tuple[str, ...]
     """Extensions, in the tar's order."""
     labels: tuple[int, ...] = ()
+    """Class indices as its JSON says, () where it has none or says what is none."""
+    label_fault: str = ""
+    """Why what its JSON says is no label; a fault where the data set has labels."""
     fault: str = ""
     image_digest: bytes = b""
     """sha256 of the encoded image or of the feature values."""
@@ -65,7 +49,7 @@ class SampleFacts:
     size: tuple[int, int] | None = None
     """Width and height in pixels, when the image was decoded."""
     caption_lengths: list[tuple[int, int]] = field(default_factory=list)
-    """(characters, words) of each text."""
+    """(characters, words) of each text; words as the model's vocabulary counts them."""
 
 
 @dataclass
@@ -77,6 +61,17 @@ class ShardScan:
     samples: list[SampleFacts]
     damage: str
     """Where the tar breaks off; '' for a whole tar."""
+    foreign: int = 0
+    """Files in the tar that belong to no sample."""
+    first_foreign: str = ""
+    """Name of the first of them."""
+
+
+def foreign_files(scan: ShardScan) -> list[str]:
+    """Return a line that says how many files of a shard belong to no sample, none where all do."""
+    if not scan.foreign:
+        return []
+    return [f"{scan.foreign} files in {scan.info.name} belong to no sample, the first is {scan.first_foreign}"]
 
 
 class _HashingReader:
@@ -96,50 +91,69 @@ class _HashingReader:
         return data
 
 
-def sample_facts(key: str, members: dict[str, bytes], *, decode: bool) -> SampleFacts:
-    """Return the facts of a sample; with `decode`, its image is decoded. What cannot be used has a fault."""
-    facts = SampleFacts(key, tuple(members))
+def sample_facts(group: list[Member], *, decode: bool, judge: Judge | None = None) -> SampleFacts:
+    """Return the facts of a sample; with `decode`, its image is decoded. What cannot be used has a fault.
+
+    `judge`: of the data set, where that is known."""
+    facts = SampleFacts(group[0].key, tuple(member.extension for member in group))
     try:
-        sample: Sample = parse_sample(key, members)
+        sample = _parse(group, facts)
+        _measure(sample, facts)
+        if judge is not None:
+            if judge.labelled and facts.label_fault:
+                raise BadSample(facts.label_fault)
+            judge.check(sample)
+        if decode and isinstance(sample.image, bytes):
+            _, *size = check_image(sample.image)
+            facts.size = (size[0], size[1])
     except BadSample as fault:
         facts.fault = str(fault)
-        return facts
+    return facts
+
+
+def _parse(group: list[Member], facts: SampleFacts) -> Sample:
+    """Return the sample of its members, without labels where what it says is none. Raises BadSample."""
+    key, members = group[0].key, members_of(group)
+    try:
+        return parse_sample(key, members)
+    except BadLabel as fault:
+        facts.label_fault = str(fault)
+        return parse_sample(key, members, labelled=False)
+
+
+def _measure(sample: Sample, facts: SampleFacts) -> None:
+    """Note what a sample holds."""
     facts.labels = sample.labels
     if isinstance(sample.image, np.ndarray):
         facts.image_dim = len(sample.image)
         facts.image_digest = hashlib.sha256(sample.image.tobytes()).digest()
     else:
         facts.image_digest = hashlib.sha256(sample.image).digest()
-        if decode:
-            try:
-                _, *size = check_image(sample.image)
-                facts.size = (size[0], size[1])
-            except BadSample as fault:
-                facts.fault = str(fault)
     if isinstance(sample.texts, np.ndarray):
         facts.text_dim = sample.texts.shape[1]
     else:
-        facts.caption_lengths = [(len(text), len(text.split())) for text in sample.texts]
-    return facts
+        facts.caption_lengths = [(len(text), len(split_words(text))) for text in sample.texts]
 
 
-def scan_shard(path: Path, name: str, decode: bool = False) -> ShardScan:
+def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None = None) -> ShardScan:
     """Read the tar at `path` to its end; `name` is the shard's in the manifest. With `decode`, every image is decoded.
+
+    `judge`: of the data set, where that is known; the index does not depend on it.
 
     A tar that breaks off is no error: the scan says where. Raises BadInput when the file cannot be read."""
     offsets: list[int] = []
     layouts: list[Layout] = []
     samples: list[SampleFacts] = []
+    foreign: list[str] = []
     damage = ""
     try:
         with open(path, "rb") as file:
             reader = _HashingReader(file)
             try:
-                for group in iter_groups(cast(BinaryIO, reader), name):
+                for group in iter_groups(cast(BinaryIO, reader), name, foreign):
                     offsets.append(group[0].start)
                     layouts.append(Layout.of(group))
-                    members = {member.extension: member.data for member in group}
-                    samples.append(sample_facts(group[0].key, members, decode=decode))
+                    samples.append(sample_facts(group, decode=decode, judge=judge))
                 # The walk ends at a zero block, which belongs to no sample, or at the end of the file.
                 end = reader.position - reader.last
             except BadSample as error:
@@ -149,5 +163,6 @@ def scan_shard(path: Path, name: str, decode: bool = False) -> ShardScan:
     except OSError as error:
         raise BadInput(f"cannot read shard {path}: {error.strerror}") from None
     index = ShardIndex.build(offsets, end, [facts.labels for facts in samples], layouts)
-    info = ShardInfo(name, len(samples), os.path.getsize(path), reader.digest.hexdigest())
-    return ShardScan(info, index, samples, damage)
+    sidecar = hashlib.sha256(index.to_bytes()).hexdigest()
+    info = ShardInfo(name, len(samples), os.path.getsize(path), reader.digest.hexdigest(), sidecar)
+    return ShardScan(info, index, samples, damage, len(foreign), next(iter(foreign), ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -13,13 +14,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cmgan_dist.data.folder import is_unicode
+from cmgan_dist.data.image import check_image
 from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import LabelKind, ShardInfo
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.staging import staging
 from shards.pairs import RawPair, Readable
-from shards.scan import check_image, scan_shard
+from shards.scan import scan_shard
 
 Members = Iterable[tuple[str, bytes]]
 """(extension, bytes) of a sample's members, in their order in the tar."""
@@ -55,10 +58,8 @@ def _read_texts(texts: tuple[str, ...] | Readable) -> tuple[str, ...]:
 
 def read_members(pair: RawPair, label_kind: LabelKind, classes: int) -> list[tuple[str, bytes]]:
     """Read a raw pair and return its sample's `Members`; there are `classes` classes. Raises BadSample."""
-    if any(not 0 <= label < classes for label in pair.labels):
-        raise BadSample(f"label {list(pair.labels)} is out of range: there are {classes} classes")
-    if label_kind == "single" and len(pair.labels) != 1:
-        raise BadSample(f"has {len(pair.labels)} labels, expected one")
+    if label_kind != "none":
+        Judge(label_kind, classes, None, None).check_labels(pair.labels)
     members: list[tuple[str, bytes]] = []
     if isinstance(pair.image, np.ndarray):
         members.append(("image.npy", npy(pair.image)))
@@ -139,10 +140,12 @@ def write_shard(output: Path, name: str, samples: Iterable[tuple[str, Members]])
 
 
 def has_index(output: Path, shard: ShardInfo) -> bool:
-    """Return whether the sidecar of a shard can be read and lists as many samples as the shard has."""
+    """Return whether the sidecar of a shard can be read, is the one listed, and has as many samples as the shard."""
     name = index_name(shard.name)
     try:
-        index = ShardIndex.from_bytes((output / name).read_bytes(), name)
+        data = (output / name).read_bytes()
+        index = ShardIndex.from_bytes(data, name)
     except (FileNotFoundError, BadInput):
         return False
-    return len(index) == shard.samples
+    same = shard.index_sha256 in ("", hashlib.sha256(data).hexdigest())
+    return same and len(index) == shard.samples

@@ -14,18 +14,24 @@ from typing import Any
 
 import numpy as np
 import tyro
-from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from cmgan_dist.data.image import check_image, decode_image
 from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import Manifest, load_manifest
-from cmgan_dist.data.sample import Sample, parse_sample
+from cmgan_dist.data.sample import Sample
 from cmgan_dist.data.tar import iter_samples
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import print_sizes
 from shards.scan import SampleFacts, scan_shard
+
+GRID_SIDE = 224
+"""Side of a picture in the grid, in pixels: the square in its centre."""
 
 
 @dataclass
@@ -55,7 +61,7 @@ class StatsCommand:
             console.print(class_table(manifest, facts))
         console.print(length_table(facts))
         if manifest.attribution:
-            console.print(manifest.attribution, style="dim", highlight=False, markup=False)
+            console.print(shown(manifest.attribution), style="dim", highlight=False, markup=False)
         if manifest.image == "features":
             print(f"no picture grid: the images are features of size {manifest.image_dim}")
             return
@@ -63,13 +69,13 @@ class StatsCommand:
         missing = draw_grid(self.data, manifest, self.rows, self.columns, picture)
         print(f"wrote {picture}")
         if missing:
-            print(f"no installed font has these characters, drawn as boxes: {''.join(missing)}")
+            print(describe_missing(missing))
 
 
 def read_facts(data: Path, manifest: Manifest, processes: int | None) -> dict[str, list[SampleFacts]]:
     """Return split -> facts of its usable samples. Raises BadInput when a shard is missing or damaged."""
     listed = [(split, shard) for split, shards in manifest.splits.items() for shard in shards]
-    tasks = [(data / shard.name, shard.name, manifest.image == "encoded") for _, shard in listed]
+    tasks = [(data / shard.name, shard.name, manifest.image == "encoded", Judge.of(manifest)) for _, shard in listed]
     facts: dict[str, list[SampleFacts]] = {split: [] for split in manifest.splits}
     scans = parallel_map(scan_shard, tasks, title="reading", processes=processes)
     for (split, _), scan in zip(listed, scans, strict=True):
@@ -81,17 +87,17 @@ def read_facts(data: Path, manifest: Manifest, processes: int | None) -> dict[st
 
 def class_table(manifest: Manifest, facts: dict[str, list[SampleFacts]]) -> Table:
     """Return a table of the samples of each class in each split; a sample counts in each of its classes."""
-    table = Table("class", *facts, "all", title="samples a class")
+    table = Table("class", *map(escape, facts), "all", title="samples a class")
     counts = {split: Counter(label for one in found for label in one.labels) for split, found in facts.items()}
     for label, name in enumerate(manifest.classes):
         numbers = [counts[split][label] for split in facts]
-        table.add_row(name, *map(str, numbers), str(sum(numbers)))
+        table.add_row(escape(shown(name)), *map(str, numbers), str(sum(numbers)))
     return table
 
 
 def length_table(facts: dict[str, list[SampleFacts]]) -> Table:
     """Return a table of the smallest, the median and the largest of what is measured in each split."""
-    table = Table("", *facts, title="smallest / median / largest")
+    table = Table("", *map(escape, facts), title="smallest / median / largest")
     measures: dict[str, Any] = {
         "captions an image": lambda one: [len(one.caption_lengths)] if one.caption_lengths else [],
         "words a caption": lambda one: [words for _, words in one.caption_lengths],
@@ -113,7 +119,7 @@ def length_table(facts: dict[str, list[SampleFacts]]) -> Table:
 
 def choose_samples(data: Path, manifest: Manifest, count: int) -> list[tuple[str, Sample]]:
     """Return about `count` (split, sample) for the grid, the same ones on every call, the classes in turn."""
-    places = []
+    places, judge = [], Judge.of(manifest)
     for split, shards in manifest.splits.items():
         for shard in shards:
             index = ShardIndex.from_bytes((data / index_name(shard.name)).read_bytes(), index_name(shard.name))
@@ -131,11 +137,14 @@ def choose_samples(data: Path, manifest: Manifest, count: int) -> list[tuple[str
     for _, _, (_, _, split, name, (start, end)) in turns[:count]:
         with open(data / name, "rb") as file:
             file.seek(int(start))
-            key, _, members = next(iter_samples(io.BytesIO(file.read(int(end - start))), name))
-        try:
-            chosen.append((split, parse_sample(key, members)))
-        except BadSample:
-            continue  # verify names it; the grid goes on without it
+            try:
+                key, _, members = next(iter_samples(io.BytesIO(file.read(int(end - start))), name))
+                sample = judge.read(key, members)
+                if isinstance(sample.image, bytes):
+                    check_image(sample.image)
+            except (BadSample, StopIteration):
+                continue  # verify names it; the grid goes on without it
+        chosen.append((split, sample))
     return chosen
 
 
@@ -160,6 +169,14 @@ def fonts_for(text: str) -> tuple[list[str], list[str]]:
     return families, sorted(map(chr, missing))
 
 
+def describe_missing(characters: list[str]) -> str:
+    """Return a line that says which characters are drawn as boxes, a few of them, and which font has them."""
+    few = "".join(characters[:20]) + ("…" if len(characters) > 20 else "")
+    wide = any(unicodedata.east_asian_width(c) in "WF" for c in characters)
+    font = "Noto Sans CJK" if wide else "Noto Sans of their script"
+    return f"no installed font has {len(characters)} characters, drawn as boxes ({shown(few)}): install {font}"
+
+
 def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: Path) -> list[str]:
     """Write a PNG of rows x columns pictures with their first text; returns the characters that no font has.
 
@@ -181,8 +198,7 @@ def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: 
             axis.axis("off")
         for axis, (_, sample), caption in zip(axes, samples, captions, strict=False):
             if isinstance(sample.image, bytes):
-                with Image.open(io.BytesIO(sample.image)) as image:
-                    axis.imshow(np.asarray(image.convert("RGB")))
+                axis.imshow(decode_image(sample.image, GRID_SIDE)[..., :3])
             axis.set_title(caption, parse_math=False)
         figure.suptitle(f"{manifest.name}: {sum(map(manifest.samples, manifest.splits))} pairs", parse_math=False)
         out = io.BytesIO()
@@ -190,8 +206,7 @@ def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: 
             warnings.filterwarnings("ignore", "Glyph .* missing")  # the caller names them in one line
             FigureCanvasAgg(figure).print_png(out)
         try:
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            picture.write_bytes(out.getvalue())
+            write_atomic(picture, out.getvalue())
         except OSError as error:
             raise BadInput(f"cannot write the picture {picture}: {error.strerror}") from None
     return missing

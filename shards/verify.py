@@ -4,6 +4,7 @@ A *problem* makes training wrong or a result untrue; a *warning* should be known
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import tyro
 
+from cmgan_dist.data.folder import read_file, walk_files
 from cmgan_dist.data.index import ShardIndex, index_name
-from cmgan_dist.data.manifest import Manifest, ShardInfo, load_manifest
-from cmgan_dist.errors import BadInput
+from cmgan_dist.data.judge import Judge
+from cmgan_dist.data.manifest import ShardInfo, load_manifest
+from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.jobs.local import parallel_map
 from shards.pack import PACKING_NAME
-from shards.scan import SampleFacts, ShardScan, scan_shard
+from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
 
 FOUND_PROBLEMS = 1
 """Exit code when there are problems; 0 when there are none."""
@@ -49,9 +52,9 @@ class VerifyCommand:
         """Check the data set, print what was found and return the exit code. Raises BadInput as `verify` does."""
         report = verify(self.data, decode=self.decode, processes=self.processes)
         for line in report.problems:
-            print(f"problem: {line}")
+            print(f"problem: {shown(line)}")
         for line in report.warnings:
-            print(f"warning: {line}")
+            print(f"warning: {shown(line)}")
         print(
             f"{self.data}: {report.samples} samples in {report.shards} shards, "
             f"{len(report.problems)} problems, {len(report.warnings)} warnings"
@@ -76,12 +79,14 @@ def verify(data: Path, *, decode: bool = True, processes: int | None = None) -> 
     ]
     if not listed:
         report.problems.append("the manifest lists no shards")
-    tasks = [(data / shard.name, shard.name, decode) for _, shard in present]
+    tasks = [(data / shard.name, shard.name, decode, Judge.of(manifest)) for _, shard in present]
     scans = parallel_map(scan_shard, tasks, title="verifying", processes=processes)
     for (_, shard), scan in zip(present, scans, strict=True):
         report.problems += _shard_problems(data, shard, scan)
+        report.warnings += foreign_files(scan)
         for facts in scan.samples:
-            report.problems += [f"{shard.name}: {line}" for line in _sample_problems(manifest, facts)]
+            if facts.fault:
+                report.problems.append(f"{shard.name}: {_sample_problem(facts)}")
     report.samples = sum(len(scan.samples) for scan in scans)
     report.shards = len(scans)
     _find_duplicates([(split, scan) for (split, _), scan in zip(present, scans, strict=True)], report)
@@ -89,13 +94,17 @@ def verify(data: Path, *, decode: bool = True, processes: int | None = None) -> 
 
 
 def _stray_files(data: Path, listed: set[str]) -> Iterator[str]:
-    sidecars = {index_name(name) for name in listed}
-    for path in sorted(data.rglob("*")):
-        name = path.relative_to(data).as_posix()
-        if (name.endswith(".tar") and name not in listed) or (name.endswith(".index.npz") and name not in sidecars):
+    """Give a line for each shard, sidecar and leftover that the manifest does not list.
+
+    Raises BadInput naming a folder that cannot be read."""
+    known = listed | {index_name(name) for name in listed}
+    for name in walk_files(data, ["tar", "npz"]):
+        if name.endswith((".tar", ".index.npz")) and name not in known:
             yield f"{name} is in the folder but not in the manifest"
-        elif path.name.endswith(".tmp") or name == PACKING_NAME:
-            yield f"{name} is left from a run that did not end"
+    leftovers = [path.relative_to(data).as_posix() for path in data.rglob("*.tmp")]
+    packing = [PACKING_NAME] if (data / PACKING_NAME).exists() else []
+    for name in sorted(leftovers + packing):
+        yield f"{name} is left from a run that did not end"
 
 
 def _shard_problems(data: Path, listed: ShardInfo, scan: ShardScan) -> Iterator[str]:
@@ -114,33 +123,22 @@ def _shard_problems(data: Path, listed: ShardInfo, scan: ShardScan) -> Iterator[
         yield f"{index_name(name)} is missing: write it with 'python -m shards index --overwrite'"
         return
     try:
-        index = ShardIndex.from_bytes(sidecar.read_bytes(), index_name(name))
-    except BadInput as error:
-        yield str(error)
+        data_of_index = read_file(sidecar)
+        index = ShardIndex.from_bytes(data_of_index, index_name(name))
+    except (BadInput, BadSample) as error:
+        yield str(error) if isinstance(error, BadInput) else f"{index_name(name)} {error}"
         return
+    if listed.index_sha256 not in ("", hashlib.sha256(data_of_index).hexdigest()):
+        yield f"{index_name(name)} has another checksum than the manifest says"
     if index.to_bytes() != scan.index.to_bytes():
         yield f"{index_name(name)} does not agree with the samples of {name}"
 
 
-def _sample_problems(manifest: Manifest, facts: SampleFacts) -> Iterator[str]:
-    if facts.fault:
-        # A member whose image or text stands elsewhere, or nowhere, is an orphan.
-        kind = "orphan member" if facts.fault.startswith("has no") else "sample"
-        names = ", ".join(f"{facts.key}.{extension}" for extension in facts.members)
-        yield f"{kind} {names}: {facts.fault}"
-        return
-    out_of_range = [label for label in facts.labels if not 0 <= label < len(manifest.classes)]
-    if out_of_range and manifest.label_kind != "none":
-        yield f"sample {facts.key}: label {out_of_range[0]} is out of range, there are {len(manifest.classes)} classes"
-    if manifest.label_kind == "single" and len(facts.labels) != 1:
-        yield f"sample {facts.key} has {len(facts.labels)} labels, expected one"
-    for what, found, expected in (
-        ("image", facts.image_dim, manifest.image_dim),
-        ("text", facts.text_dim, manifest.text_dim),
-    ):
-        if found != expected:
-            kinds = ["not features" if dim is None else f"features of size {dim}" for dim in (found, expected)]
-            yield f"sample {facts.key}: its {what} is {kinds[0]}, the manifest says {kinds[1]}"
+def _sample_problem(facts: SampleFacts) -> str:
+    # A member whose image or text stands elsewhere, or nowhere, is an orphan.
+    kind = "orphan member" if facts.fault.startswith(("has no image", "has no text")) else "sample"
+    names = ", ".join(f"{facts.key}.{extension}" for extension in facts.members)
+    return f"{kind} {names}: {facts.fault}"
 
 
 def _find_duplicates(scans: list[tuple[str, ShardScan]], report: Report) -> None:

@@ -16,7 +16,7 @@ from cmgan_dist.data.manifest import Manifest
 from cmgan_dist.data.order import generator_for
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadInput, BadSample, shown
 
 
 @dataclass
@@ -53,14 +53,12 @@ class Batch:
 
 @dataclass
 class SampleDecoder:
-    """Turns a stored Sample into arrays: decodes and augments its image, checks its texts."""
+    """Turns a stored Sample, judged already, into arrays: decodes and augments its image."""
 
     image_size: int
     """Side of decoded images in pixels."""
     image_dim: int | None
-    """Expected F_i of image features; None for encoded images."""
-    text_dim: int | None
-    """Expected F_t of text features; None for texts."""
+    """F_i of image features; None for encoded images."""
     classes: int
     """C, 0 without labels."""
     augment: bool
@@ -69,7 +67,7 @@ class SampleDecoder:
     @classmethod
     def of(cls, manifest: Manifest, image_size: int, augment: bool) -> SampleDecoder:
         """Return the decoder of a data set's samples."""
-        return cls(image_size, manifest.image_dim, manifest.text_dim, len(manifest.classes), augment)
+        return cls(image_size, manifest.image_dim, len(manifest.classes), augment)
 
     def empty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Return memory for a batch, to be filled by rows: images, uint8 [rows, H, W, 4] or float32 [rows, F_i], and
@@ -87,39 +85,21 @@ class SampleDecoder:
 
         `draw` seeds the augmentation; None does none. Raises BadSample naming shard and key."""
         try:
-            texts = self.texts(sample)
             self.image(sample, draw, image)
         except BadSample as error:
-            raise BadSample(f"{shard} sample {sample.key}: {error}") from None
-        for label in sample.labels:
-            labels[label] = True
-        return texts
+            raise BadSample(f"{shard} sample {shown(sample.key)}: {error}") from None
+        labels[list(sample.labels)] = True
+        return sample.texts
 
     def image(self, sample: Sample, draw: int | None, out: np.ndarray) -> None:
         """Write the sample's image, uint8 [H, W, 4] or float32 [F_i], to `out`; `draw` seeds the augmentation.
 
-        Raises BadSample when it does not decode, or is not of the kind that the data set holds."""
+        Raises BadSample when it does not decode."""
         if isinstance(sample.image, bytes):
-            if self.image_dim is not None:
-                raise BadSample("has an encoded image, expected image features")
             rng = generator_for(draw, 6) if self.augment and draw is not None else None
             decode_image(sample.image, self.image_size, rng, out)
-        elif self.image_dim == len(sample.image):
-            out[:] = sample.image
         else:
-            expected = self.image_dim or "an encoded image"
-            raise BadSample(f"has {len(sample.image)} image features, expected {expected}")
-
-    def texts(self, sample: Sample) -> list[str] | np.ndarray:
-        """Return the sample's texts, or float32 [captions, F_t].
-
-        Raises BadSample when they are not of the kind that the data set holds."""
-        if isinstance(sample.texts, list):
-            if self.text_dim is not None:
-                raise BadSample("has a text, expected text features")
-        elif self.text_dim != sample.texts.shape[1]:
-            raise BadSample(f"has {sample.texts.shape[1]} text features, expected {self.text_dim or 'a text'}")
-        return sample.texts
+            out[:] = sample.image
 
 
 def stack_texts(texts: list[str | np.ndarray]) -> Tensor | list[str]:

@@ -8,6 +8,7 @@ import heapq
 import logging
 import os
 import stat
+import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_plain(text: str) -> bool:
+    """Return whether a name is one that any terminal, file and figure can show: no control characters, line ends or
+    halves of characters."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
 
 
 def checked_path(path: object, what: str) -> Path:

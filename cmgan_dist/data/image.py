@@ -9,10 +9,13 @@ Most JPEGs never see Pillow, whose resize takes longer than the decoding; bench/
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import struct
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
@@ -20,12 +23,22 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from cmgan_dist.errors import BadSample
+from cmgan_dist.data.jpeg import check_jpeg
+from cmgan_dist.errors import BadSample, shown
 
 MAX_PIXELS = 89_478_485
 """A picture with more is refused before it is decoded (256 MiB of RGB, Pillow's own limit)."""
+PILLOW_PIXELS = {"PNG": 50_000_000, "WEBP": 30_000_000}
+"""Most pixels of formats that are decoded whole, to pixels of four bytes that are then copied: PNG twice, and libwebp
+keeps more canvases. Less than 512 MiB and 5 s on one core, as of a JPEG (jpeg.py)."""
+DEEP_PNG_PIXELS = 25_000_000
+"""Most pixels of a PNG of 16 bits a channel."""
 FORMATS = ("JPEG", "PNG", "WEBP")
 """What is opened; JPEG takes in MPO, a JPEG with more pictures behind the first."""
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Pillow's name of a format -> extension of its member."""
+STRIP_PIXELS = 1 << 20
+"""Pixels of a large picture that are converted at a time, at least a row."""
 CROP_AREA = (0.5, 1.0)
 """Share of the picture that a random crop keeps: its texts describe the whole picture."""
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -65,29 +78,14 @@ def decode_image(
 
     Without `augment` the centred square is taken; with it, a random crop (Szegedy et al., CVPR 2015) and, half the
     time, a horizontal flip. Equal draws give equal pixels. `out`: where to write them, such as a row of a batch.
-    Raises BadSample with the reason."""
-    try:
-        shape, orientation = _upright_jpeg(data), 1
-        image = None
-        if shape is None:
-            image = open_image(data)
-            shape = image.size
-        if shape[0] * shape[1] > MAX_PIXELS:
-            raise BadSample(f"the image has {shape[0]} x {shape[1]} pixels, more than {MAX_PIXELS}")
-        if image is not None:
-            orientation = orientation_of(image)
+    Raises BadSample with the reason, for an image that is refused at any size and for any draws."""
+    with _refusing():
+        picture = _open(data)
+        orientation = 1 if picture.image is None else orientation_of(picture.image)
         # In stored coordinates: turned upright, a box in the centre or drawn evenly is one again.
-        box = centre_box(*shape) if augment is None else random_box(*shape, augment)
+        box = centre_box(*picture.shape) if augment is None else random_box(*picture.shape, augment)
         flip = augment is not None and augment.random() < 0.5
-        pixels, scale = _decode(data, image, shape, eighths_for(box, size, exact=augment is None))
-    except Image.DecompressionBombError:
-        raise BadSample(f"the image has more than {MAX_PIXELS} pixels") from None
-    except Image.UnidentifiedImageError:
-        raise BadSample("the image does not decode (unknown format: expected JPEG, PNG or WebP)") from None
-    except UNREADABLE as error:
-        if isinstance(error, BadSample):
-            raise
-        raise BadSample(f"the image does not decode ({str(error) or type(error).__name__})") from None
+        pixels, scale = _decode(picture, eighths_for(box, size, exact=augment is None))
     left, top, right, bottom = (edge * scale for edge in box)
     if augment is None:
         square = _resize(pixels[round(top) : math.ceil(bottom), round(left) : math.ceil(right)], size, bottom - top)
@@ -101,6 +99,67 @@ def decode_image(
         square = torch.from_numpy(np.ascontiguousarray(square).view("<i4")).flip(1).numpy().view("<u4")
     np.copyto(made.view("<u4")[..., 0], square)
     return made
+
+
+def check_image(data: bytes) -> tuple[str, int, int]:
+    """Return (member extension, width, height) of an encoded image.
+
+    Raises BadSample, as `decode_image` would at any size, unless it can be decoded to its end."""
+    with _refusing():
+        picture = _open(data)
+        kind = "JPEG" if picture.image is None else str(picture.image.format)
+        if picture.image is not None:
+            orientation_of(picture.image)
+        _decode(picture, _FAST_EIGHTHS[0])
+    return EXTENSIONS[kind], *picture.shape
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn what is raised at an image that cannot be decoded into BadSample."""
+    try:
+        yield
+    except BadSample:
+        raise
+    except Image.DecompressionBombError:
+        raise BadSample(f"the image has more than {MAX_PIXELS} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise BadSample("the image does not decode (unknown format: expected JPEG, PNG or WebP)") from None
+    except UNREADABLE as error:
+        raise BadSample(f"the image does not decode ({shown(str(error)) or type(error).__name__})") from None
+
+
+@dataclass
+class _Picture:
+    """An image of which the header was read."""
+
+    data: bytes
+    shape: tuple[int, int]
+    """Width and height as stored."""
+    image: Image.Image | None
+    """As Pillow opened it; None for a JPEG that is upright for sure."""
+
+
+def _open(data: bytes) -> _Picture:
+    """Return an image of which the header was read. Raises BadSample when to decode it would take too much."""
+    shape, image = _upright_jpeg(data), None
+    if shape is None:
+        image = open_image(data)
+        shape = image.size
+    if shape[0] * shape[1] > MAX_PIXELS:
+        raise BadSample(f"the image has {shape[0]} x {shape[1]} pixels, more than {MAX_PIXELS}")
+    if image is not None and image.format in PILLOW_PIXELS:
+        deep = image.format == "PNG" and data[24] == 16
+        _check_pixels(shape, DEEP_PNG_PIXELS if deep else PILLOW_PIXELS[image.format], image.format)
+    else:
+        check_jpeg(data, shape)
+    return _Picture(data, shape, image)
+
+
+def _check_pixels(shape: tuple[int, int], most: int, what: str) -> None:
+    if shape[0] * shape[1] > most:
+        found = f"{shape[0]} x {shape[1]} pixels"
+        raise BadSample(f"the image has {found}, more than the {most} of {what} that are decoded")
 
 
 def _upright_jpeg(data: bytes) -> tuple[int, int] | None:
@@ -169,24 +228,37 @@ def eighths_for(box: Box, size: int, exact: bool) -> int:
     return 8
 
 
-def _decode(data: bytes, image: Image.Image | None, shape: tuple[int, int], eighths: int) -> tuple[np.ndarray, float]:
+def _decode(picture: _Picture, eighths: int) -> tuple[np.ndarray, float]:
     """Return (all pixels, uint8 [h, w, 4]; scale): pixel x of the picture is found at x * scale.
 
-    A JPEG comes in `eighths` of its size. `image` is None for what `_upright_jpeg` has recognised."""
+    A JPEG comes in `eighths` of its size. The image that Pillow opened is of no use afterwards."""
+    image, shape = picture.image, picture.shape
     if image is None or (image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")):
         width, height = (-(-side * eighths // 8) for side in shape)  # libjpeg rounds up (jpeg_calc_output_dimensions)
         try:
-            return simplejpeg.decode_jpeg(data, "RGBX", min_height=height, min_width=width), eighths / 8
+            return simplejpeg.decode_jpeg(picture.data, "RGBX", min_height=height, min_width=width), eighths / 8
         except ValueError as error:
             if "premature" in str(error).lower():  # Pillow would fill up a picture whose cut end bears an end marker
                 raise BadSample(f"the image does not decode ({error})") from None
             # odd but perhaps readable, such as bytes behind the end: Pillow decides
-    pixels = np.array(to_rgb(image or open_image(data)).convert("RGBX"))
-    if pixels.shape[1::-1] != shape:
-        raise BadSample(
-            f"the image does not decode ({pixels.shape[1]} x {pixels.shape[0]} pixels, not as its header says)"
-        )
+    _check_pixels(shape, PILLOW_PIXELS["PNG"], "an odd JPEG")
+    image = image or open_image(picture.data)
+    if image.size != shape:
+        raise BadSample(f"the image does not decode ({image.width} x {image.height} pixels, not as its header says)")
+    pixels = _rgbx(image)
+    image.close()  # before the pixels are copied
     return pixels, 1.0
+
+
+def _rgbx(image: Image.Image) -> np.ndarray:
+    """Return all pixels of an image, uint8 [h, w, 4]. Raises what Pillow raises."""
+    image.load()
+    made = np.empty((image.height, image.width, 4), np.uint8)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(image.height, top + rows)))
+        made[top : top + rows] = np.asarray(to_rgb(strip).convert("RGBX"))
+    return made
 
 
 def _resize(pixels: np.ndarray, size: int, side: float | None = None) -> np.ndarray:

@@ -35,6 +35,7 @@ class Layout(NamedTuple):
         """Return the layout of a sample's members; an empty one where only a walk finds them again."""
         extensions = " ".join(member.extension for member in group)
         plain = extensions.isprintable() and extensions.count(" ") == len(group) - 1
+        plain = plain and len({member.extension for member in group}) == len(group)
         sizes = tuple(len(member.data) for member in group)
         if not plain or not all(member.header for member in group) or len(group) > MOST_MEMBERS or max(sizes) >> 32:
             return cls()
@@ -81,6 +82,8 @@ class ShardIndex:
         self._extensions = [extensions for _, *extensions in words]
         if words[:1] != [[""]] or not 0 <= min(self._key_bytes) <= max(self._key_bytes) <= BLOCK:
             raise ValueError("its patterns are none")
+        if any(len(set(extensions)) < len(extensions) for extensions in self._extensions):
+            raise ValueError("a sample has a member twice")
         members = np.asarray([len(extensions) for extensions in self._extensions])
         number, sizes = self.layouts[:, 0], self.layouts[:, 2:].astype(np.int64)
         if number.max(initial=0) >= len(members) or members.max() > columns - 2:

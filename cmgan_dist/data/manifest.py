@@ -16,11 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_json
+from cmgan_dist.data.folder import is_plain, is_unicode, read_file
+from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.files import parse_json_once
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
+MOST_MANIFEST_BYTES = 64 << 20
+"""Bytes of the largest manifest, of some 250,000 shards."""
 LabelKind = Literal["single", "multi", "none"]
 """Whether a sample has one class, any number of them, or the data set has none."""
 
@@ -35,6 +38,18 @@ class ShardInfo:
     bytes: int
     sha256: str
     """SHA-256 of the whole tar, in hexadecimal."""
+    index_sha256: str = ""
+    """SHA-256 of its sidecar; '' where the manifest does not say it."""
+
+    def __post_init__(self) -> None:
+        """Check the fields. Raises ValueError."""
+        if not isinstance(self.name, str) or not isinstance(self.sha256, str) or not isinstance(self.index_sha256, str):
+            raise ValueError("the name or a checksum of a shard is no text")
+        if not is_plain(self.name) or {"", ".", ".."} & set(self.name.split("/")):
+            raise ValueError(f"{shown(self.name)} is no name for a shard in the folder or below")
+        for number in (self.samples, self.bytes):
+            if type(number) is not int or number < 0:
+                raise ValueError(f"shard {self.name} has {number!r} samples or bytes")
 
 
 @dataclass
@@ -63,7 +78,9 @@ class Manifest:
     def shards(self, split: str) -> list[ShardInfo]:
         """Return the shards of a split. Raises BadInput when it is missing or has no samples."""
         if split not in self.splits:
-            raise BadInput(f"{self.name} has no split '{split}': its manifest has {', '.join(self.splits) or 'none'}")
+            packing = f"pack it again with --{split} 0.1, or " if split in ("val", "test") else ""
+            found = ", ".join(self.splits) or "none"
+            raise BadInput(f"{self.name} has no split '{split}': its manifest has {found}; {packing}name another split")
         shards = self.splits[split]
         if not sum(s.samples for s in shards):
             raise BadInput(f"split '{split}' of {self.name} has no samples: pack some or name another split")
@@ -79,24 +96,48 @@ class Manifest:
         return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, location: str) -> Manifest:
-        """Return the manifest in the text of a file; `location` is its path or URL, for messages.
+    def from_json(cls, text: str | bytes, location: str) -> Manifest:
+        """Return the manifest in the text of a file, UTF-8; `location` is its path or URL, for messages.
 
         Raises BadInput when the text is not a manifest of this version."""
         try:
-            record = parse_json(text)
+            record = parse_json_once(text)
             version = record.pop("version")
+            if version != MANIFEST_VERSION:
+                raise BadInput(
+                    f"{location} has version {version!r}, this program reads {MANIFEST_VERSION}: pack the data again"
+                )
             splits = {k: [ShardInfo(**s) for s in v] for k, v in record.pop("splits").items()}
             manifest = cls(splits=splits, **record)
+            manifest.check()
+        except BadInput:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{location} is not a manifest ({error}); write it with 'python -m shards index'") from None
-        if version != MANIFEST_VERSION:
+            said = shown(str(error))
             raise BadInput(
-                f"{location} has version {version}, this program reads {MANIFEST_VERSION}: pack the data again"
-            )
-        if manifest.label_kind not in ("single", "multi", "none"):
-            raise BadInput(f"{location}: label_kind is {manifest.label_kind!r}, expected single, multi or none")
+                f"{location} is not a manifest ({said}): write it with 'python -m shards index --overwrite DIR'"
+            ) from None
         return manifest
+
+    def check(self) -> None:
+        """Check the fields, and that terminals and figures can show the names. Raises ValueError."""
+        if self.label_kind not in ("single", "multi", "none"):
+            raise ValueError(f"label_kind is {self.label_kind!r}, expected single, multi or none")
+        if not isinstance(self.classes, list) or not isinstance(self.details, dict):
+            raise ValueError("its classes are no list, or its details no record")
+        for name in (self.name, *self.classes, *self.splits):
+            if not isinstance(name, str) or not is_plain(name):
+                raise ValueError(f"{name!r} is no name: one of a line without control characters is")
+        if not isinstance(self.attribution, str) or not is_unicode(self.attribution):
+            raise ValueError("its attribution is no text")
+        for kind, dim, features in ((self.image, self.image_dim, "encoded"), (self.text, self.text_dim, "utf8")):
+            if kind not in (features, "features") or (kind == "features") != (dim is not None):
+                raise ValueError(f"it holds {kind!r} of size {dim}")
+            if dim is not None and (type(dim) is not int or dim < 1):
+                raise ValueError(f"features of size {dim!r}")
+        names = [shard.name for shards in self.splits.values() for shard in shards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"it lists {max(names, key=names.count)} twice")
 
 
 def manifest_path(folder: Path) -> Path:
@@ -112,7 +153,15 @@ def manifest_path(folder: Path) -> Path:
 def load_manifest(data: str | os.PathLike[str]) -> Manifest:
     """Return the manifest of a folder. Raises BadInput when the folder or the manifest is missing or wrong."""
     path = manifest_path(Path(data))
-    return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+    return Manifest.from_json(read_manifest(path), str(path))
+
+
+def read_manifest(path: Path) -> bytes:
+    """Return the bytes of a manifest in a folder. Raises BadInput when it is too large or cannot be read."""
+    try:
+        return read_file(path, MOST_MANIFEST_BYTES)
+    except BadSample as error:
+        raise BadInput(f"{path} {error}: write it with 'python -m shards index --overwrite DIR'") from None
 
 
 def natural_splits(names: Iterable[str]) -> list[str]:

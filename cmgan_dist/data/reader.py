@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import BinaryIO, cast
 
 import numpy as np
 
 from cmgan_dist.config.fields import StreamConfig
 from cmgan_dist.data.cache import open_store
+from cmgan_dist.data.folder import MOST_FILE_BYTES
 from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest
-from cmgan_dist.data.sample import Sample, parse_sample
+from cmgan_dist.data.sample import Sample
 from cmgan_dist.data.store import ShardStore
 from cmgan_dist.data.tar import iter_samples
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadInput, BadSample, shown
 
 PIECE = 1 << 18
 """Bytes that are read at a time where samples follow each other; much more is slower: fresh memory each time."""
@@ -38,8 +42,20 @@ def open_data_set(data: str, config: StreamConfig | None = None) -> tuple[ShardS
         retries=remote.retries,
         timeout_s=remote.timeout_s,
     )
-    manifest = store.read(MANIFEST_NAME).decode("utf-8", "replace")
-    return store, Manifest.from_json(manifest, store.location(MANIFEST_NAME))
+    return store, Manifest.from_json(store.read(MANIFEST_NAME), store.location(MANIFEST_NAME))
+
+
+class _Piece:
+    """A piece of a shard, as a file that is read forward only."""
+
+    def __init__(self, read: Callable[[int, int], bytes], start: int, stop: int) -> None:
+        self._read, self.at, self.stop = read, start, stop
+
+    def read(self, size: int) -> bytes:
+        """Return the next `size` bytes, or fewer where the piece ends."""
+        data = self._read(self.at, min(self.at + size, self.stop))
+        self.at += len(data)
+        return data
 
 
 class ShardReader:
@@ -54,6 +70,7 @@ class ShardReader:
         set cannot be read or the split is missing, empty or incomplete."""
         self.store, self.manifest = open_data_set(data, config)
         self.data, self.split = data, split
+        self.judge = Judge.of(self.manifest)
         self.shards = self.manifest.shards(split)
         for shard in self.shards:
             if shard.samples == 0:
@@ -73,7 +90,13 @@ class ShardReader:
 
     def _read_index(self, shard: int) -> ShardIndex:
         name = index_name(self.shards[shard].name)
-        index = ShardIndex.from_bytes(self.store.read(name), self.store.location(name))
+        data, listed = self.store.read(name), self.shards[shard].index_sha256
+        if listed and hashlib.sha256(data).hexdigest() != listed:
+            raise BadInput(
+                f"{self.store.location(name)} has another checksum than the manifest says: "
+                f"run 'python -m shards index --overwrite {self.data}'"
+            )
+        index = ShardIndex.from_bytes(data, self.store.location(name))
         if len(index) != self.shards[shard].samples:
             raise BadInput(
                 f"{self.store.location(name)} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "
@@ -102,17 +125,27 @@ class ShardReader:
         """Return (key, members by extension) of a sample, nothing parsed. Raises BadSample, naming shard and reason."""
         sidecar, name = self.index(shard), self.shards[shard].name
         start, stop = sidecar.offsets[index : index + 2].tolist()
-        data = self._bytes(shard, start, stop)
-        if len(data) < stop - start:
+        large = stop - start > MOST_FILE_BYTES
+        data = b"" if large else self._bytes(shard, start, stop)
+        if len(data) < stop - start and not large:
             raise BadSample(f"{name} sample {index}: the shard is truncated at byte {start + len(data)}")
         row = sidecar.layouts[index].tolist()
-        if found := sidecar.slice_members(row, data, data):
+        if not large and (found := sidecar.slice_members(row, data, data)):
             return found
-        for key, _, members in iter_samples(io.BytesIO(data), name):  # the first one; or it says where damage is
-            if row[0]:
+        file = cast(BinaryIO, _Piece(partial(self._bytes, shard), start, stop)) if large else io.BytesIO(data)
+        for key, _, members in self._walk(file, name, index):  # the first one; or it says where damage is
+            if row[0] and not large:
                 raise BadSample(f"{name} sample {index}: byte {start} has other headers than those that were indexed")
             return key, members
         raise BadSample(f"{name} sample {index}: nothing at byte {start}")
+
+    def _walk(self, file: BinaryIO, name: str, index: int) -> Iterator[tuple[str, int, dict[str, bytes]]]:
+        """Yield what `iter_samples` yields. Raises BadSample, naming shard and sample."""
+        try:
+            yield from iter_samples(file, name)
+        except BadSample as error:
+            reason = str(error)
+            raise BadSample(reason if reason.startswith(name) else f"{name} sample {index}: {reason}") from None
 
     def read(self, shard: int, index: int) -> Sample:
         """Return a sample. Raises BadSample, naming shard and reason, when it cannot be used."""
@@ -120,17 +153,10 @@ class ShardReader:
 
     def _parse(self, shard: int, key: str, members: dict[str, bytes]) -> Sample:
         """Return the sample of its members. Raises BadSample when it cannot be used or does not fit the manifest."""
-        name = self.shards[shard].name
         try:
-            sample = parse_sample(key, members)
+            return self.judge.read(key, members)
         except BadSample as error:
-            raise BadSample(f"{name} sample {key}: {error}") from None
-        classes = len(self.manifest.classes)
-        if classes and any(not 0 <= label < classes for label in sample.labels):
-            raise BadSample(f"{name} sample {key}: label {sample.labels} is out of range, there are {classes} classes")
-        if self.manifest.label_kind != "none" and not sample.labels:
-            raise BadSample(f"{name} sample {key}: has no label")
-        return sample
+            raise BadSample(f"{self.shards[shard].name} sample {shown(key)}: {error}") from None
 
     def raw_samples(self) -> Iterator[tuple[int, str, dict[str, memoryview]]]:
         """Yield (shard, key, members by extension) of every whole sample in canonical order, read in large pieces.
@@ -141,7 +167,8 @@ class ShardReader:
             while first < len(sidecar):
                 start = int(sidecar.offsets[first])
                 stop = max(first + 1, int(np.searchsorted(sidecar.offsets, start + PIECE, side="right")) - 1)
-                data = self._bytes(shard, start, int(sidecar.offsets[stop]))
+                large = int(sidecar.offsets[stop]) - start > MOST_FILE_BYTES  # one sample, which `raw` reads
+                data = b"" if large else self._bytes(shard, start, int(sidecar.offsets[stop]))
                 whole, view = len(data), memoryview(data)
                 starts = (sidecar.offsets[first : stop + 1] - start).tolist()
                 for i, row in enumerate(sidecar.layouts[first:stop].tolist()):

@@ -1,6 +1,6 @@
 """What a sample is: its members in a tar, and what is read from them. No torch here.
 
-Members of the sample KEY (everything else is ignored):
+Members of the sample KEY (everything else is ignored; an array is taken before what it was made from):
 
     KEY.jpg | KEY.png | KEY.webp     the image, encoded        or  KEY.image.npy  [F_i] image features
     KEY.txt                          one text, UTF-8           or  KEY.text.npy   [F_t] or [captions, F_t] features
@@ -10,7 +10,6 @@ Members of the sample KEY (everything else is ignored):
 from __future__ import annotations
 
 import io
-import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,10 +19,19 @@ from typing import Any
 import numpy as np
 
 from cmgan_dist.data.folder import is_unicode
-from cmgan_dist.errors import BadSample
+from cmgan_dist.errors import BadSample, shown
+from cmgan_dist.files import parse_json_once
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Members that are an encoded image; of several, the first in this order is taken."""
+IMAGE_MEMBERS = ("image.npy", *IMAGE_EXTENSIONS)
+TEXT_MEMBERS = ("text.npy", "txt")
+MEMBERS = frozenset((*IMAGE_MEMBERS, *TEXT_MEMBERS, "json"))
+"""Extensions of what a sample is made of."""
+MOST_NUMBERS = 1 << 24
+"""Numbers of the largest array of features: 64 MiB as float32."""
+MOST_TEXT_BYTES, MOST_JSON_BYTES = 1 << 20, 1 << 23
+"""Bytes of the largest text, and of the largest JSON record, which can take thirty times as much in memory."""
 FEW = 10_000
 """Numbers of which OpenBLAS takes a dot product in the calling thread."""
 LABELS = range(-(1 << 31), 1 << 31)
@@ -43,20 +51,35 @@ class Sample:
     """Class indices; empty where the pair has none."""
 
 
+class BadLabel(BadSample):
+    """The labels of a sample are none; image and texts may be good."""
+
+
 def parse_labels(record: dict[str, Any]) -> tuple[int, ...]:
     """Return the class indices of a sample's JSON record, each once and rising: those of ``label`` (an int) or
-    ``labels`` (a list of ints); () if it has neither.
+    ``labels`` (a list of ints); () if it has neither, or null.
 
-    Raises BadSample when a label is no integer of 32 bits."""
-    value = record["labels"] if "labels" in record else record.get("label")
-    if value is None:
-        return ()
+    Raises BadLabel when a label is no integer of 32 bits, or the two fields do not say the same."""
+    found = [_class_indices(record[name]) for name in ("label", "labels") if record.get(name) is not None]
+    if len(set(found)) > 1:
+        raise BadLabel(f'"label" is {_brief(record["label"])} and "labels" is {_brief(record["labels"])}: keep one')
+    return found[0] if found else ()
+
+
+def _class_indices(value: Any) -> tuple[int, ...]:
+    """Return the class indices that a label stands for, each once and rising. Raises BadLabel."""
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise BadSample(f"label {value!r} is not an integer or a list of integers")
+        raise BadLabel(f"label {_brief(value)} is not an integer or a list of integers")
     if not all(v in LABELS for v in values):
-        raise BadSample(f"label {value!r} is out of range: a class index is below 2 ** 31")
+        raise BadLabel(f"label {_brief(value)} is out of range: a class index is below 2 ** 31")
     return tuple(sorted(set(values)))
+
+
+def _brief(value: object) -> str:
+    """Return a JSON value for a message, cut where it is long."""
+    text = shown(repr(value))
+    return text if len(text) <= 60 else text[:60] + "…"
 
 
 UNREADABLE_ARRAY = (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError, TokenError)
@@ -105,6 +128,8 @@ def parse_array(data: bytes, what: str) -> np.ndarray:
     start = _npy_start(data)
     try:
         layout = _npy_layout(data[:start])
+        if layout.numbers > MOST_NUMBERS:
+            raise BadSample(f"{what} has {layout.numbers} numbers, more than {MOST_NUMBERS}")
         if not layout.numbers:
             raise BadSample(f"{what} holds {layout.dtype} of shape {layout.shape}, not numbers")
         flat = np.frombuffer(data, layout.dtype, layout.numbers, start).astype(np.float32, copy=False)
@@ -120,49 +145,65 @@ def parse_array(data: bytes, what: str) -> np.ndarray:
     return flat if len(layout.shape) == 1 else flat.reshape(layout.shape)
 
 
-def parse_sample(key: str, members: dict[str, bytes]) -> Sample:
-    """Return the Sample of the members (extension -> bytes). Raises BadSample, naming what is missing or wrong."""
-    record: dict[str, Any] = {}
-    if "json" in members:
-        try:
-            record = json.loads(members["json"])
-        except (ValueError, RecursionError) as error:
-            raise BadSample(f"{key}.json is not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise BadSample(f"{key}.json is not a JSON object")
+def _parse_record(key: str, data: bytes) -> dict[str, Any]:
+    """Return the JSON record of a sample. Raises BadSample."""
+    if len(data) > MOST_JSON_BYTES:
+        raise BadSample(f"{key}.json has more than {MOST_JSON_BYTES >> 20} MiB")
+    try:
+        record = parse_json_once(data)
+    except ValueError as error:
+        raise BadSample(f"{key}.json is not JSON ({shown(str(error))})") from None
+    if not isinstance(record, dict):
+        raise BadSample(f"{key}.json is not a JSON object")
+    return record
 
-    image: bytes | np.ndarray
+
+def _parse_image(key: str, members: dict[str, bytes]) -> bytes | np.ndarray:
+    """Return the encoded image of a sample, or its features [F_i]. Raises BadSample."""
     if "image.npy" in members:
         image = parse_array(members["image.npy"], f"{key}.image.npy")
         if image.ndim != 1:
             raise BadSample(f"{key}.image.npy has shape {image.shape}, expected one dimension")
-    else:
-        found = next((e for e in IMAGE_EXTENSIONS if e in members), None)
-        if found is None:
-            raise BadSample("has no image: expected a .jpg, .png, .webp or .image.npy member")
-        image = members[found]
+        return image
+    found = next((e for e in IMAGE_EXTENSIONS if e in members), None)
+    if found is None:
+        raise BadSample("has no image: expected a .jpg, .png, .webp or .image.npy member")
+    return members[found]
 
-    texts: list[str] | np.ndarray
+
+def _parse_texts(key: str, members: dict[str, bytes], record: dict[str, Any]) -> list[str] | np.ndarray:
+    """Return the texts of a sample in their order, or their features [captions, F_t]. Raises BadSample."""
     if "text.npy" in members:
-        texts = parse_array(members["text.npy"], f"{key}.text.npy")
-        texts = texts if texts.ndim > 1 else texts.reshape(1, -1)
-        if texts.ndim != 2:
-            raise BadSample(f"{key}.text.npy has shape {texts.shape}, expected [F] or [captions, F]")
-    elif "texts" in record:
+        array = parse_array(members["text.npy"], f"{key}.text.npy")
+        array = array if array.ndim > 1 else array.reshape(1, -1)
+        if array.ndim != 2:
+            raise BadSample(f"{key}.text.npy has shape {array.shape}, expected [F] or [captions, F]")
+        return array
+    if "texts" in record:
         listed = record["texts"]
         if not isinstance(listed, list) or not listed or not all(isinstance(t, str) and t.strip() for t in listed):
             raise BadSample(f'{key}.json: "texts" must be a non-empty list of non-empty strings')
         if not all(map(is_unicode, listed)):
             raise BadSample(f'{key}.json: "texts" has half a character, a lone surrogate')
-        texts = listed
-    elif "txt" in members:
-        try:
-            text = members["txt"].decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise BadSample(f"{key}.txt is not UTF-8 ({error})") from None
-        if not text:
-            raise BadSample(f"{key}.txt is empty")
-        texts = [text]
-    else:
+        return list(listed)
+    if "txt" not in members:
         raise BadSample('has no text: expected a .txt or .text.npy member, or "texts" in .json')
-    return Sample(key, image, texts, parse_labels(record))
+    if len(members["txt"]) > MOST_TEXT_BYTES:
+        raise BadSample(f"{key}.txt has more than {MOST_TEXT_BYTES >> 20} MiB")
+    try:
+        text = members["txt"].decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{key}.txt is not UTF-8 ({error})") from None
+    if not text:
+        raise BadSample(f"{key}.txt is empty")
+    return [text]
+
+
+def parse_sample(key: str, members: dict[str, bytes], *, labelled: bool = True) -> Sample:
+    """Return the Sample of the members (extension -> bytes); without `labelled`, what it says of labels is ignored.
+
+    Raises BadSample, naming what is missing or wrong: BadLabel where it is the label."""
+    named = shown(key)
+    record = _parse_record(named, members["json"]) if "json" in members else {}
+    image, texts = _parse_image(named, members), _parse_texts(named, members, record)
+    return Sample(key, image, texts, parse_labels(record) if labelled else ())

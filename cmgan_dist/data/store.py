@@ -15,9 +15,9 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cmgan_dist.data.folder import checked_path
-from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo, manifest_path
-from cmgan_dist.errors import BadInput
+from cmgan_dist.data.folder import checked_path, read_file
+from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo, manifest_path, read_manifest
+from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
 
 
@@ -60,11 +60,14 @@ class LocalStore(ShardStore):
 
     def read(self, name: str) -> bytes:
         if name == MANIFEST_NAME:
-            return manifest_path(self.folder).read_bytes()
+            return read_manifest(manifest_path(self.folder))
         path = self.folder / name
         if not path.is_file():
             raise BadInput(f"shard index {path} does not exist: run 'python -m shards index {self.folder}'")
-        return path.read_bytes()
+        try:
+            return read_file(path)
+        except BadSample as error:
+            raise BadInput(f"shard index {path} {error}: run 'python -m shards index {self.folder}'") from None
 
     def check(self, shards: Sequence[ShardInfo]) -> None:
         for shard in shards:

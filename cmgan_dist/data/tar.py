@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from cmgan_dist.errors import BadSample
+from cmgan_dist.data.folder import MOST_FILE_BYTES
+from cmgan_dist.data.sample import IMAGE_MEMBERS, MEMBERS
+from cmgan_dist.errors import BadSample, shown
 
 BLOCK = 512
 """Bytes of a tar's block: headers are one, data fills whole ones."""
 PIECE = 1 << 24
 """Most bytes read at a time: what a header claims is not allocated before it is there."""
+NOTES = ("readme", "license", "licence", "copying", "notice", "changelog")
+"""Names of texts that say something of a tar, not of a picture."""
 
 
 def split_member_name(name: str) -> tuple[str, str]:
@@ -46,6 +50,14 @@ def _read(file: BinaryIO, size: int) -> bytes:
         pieces.append(piece)
         size -= len(piece)
     return b"".join(pieces)
+
+
+def _pass_over(file: BinaryIO, size: int) -> int:
+    """Read `size` bytes, or fewer where the file ends, keep none of them, and return their number."""
+    passed = 0
+    while passed < size and (piece := file.read(min(size - passed, PIECE))):
+        passed += len(piece)
+    return passed
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
@@ -100,6 +112,19 @@ class Member:
     header: bytes
     """The header block, where it is plain and says all; else b''."""
     data: bytes
+    too_large: bool = False
+    """Whether it has more than MOST_FILE_BYTES, of which `data` holds none."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the tar, the extension in lower case."""
+        return f"{self.key}.{self.extension}" if self.extension else self.key
+
+    def is_foreign(self) -> bool:
+        """Return whether no sample is made of such files: hidden ones (``._a.jpg``, ``.DS_Store``) and macOS's own."""
+        folder, _, stem = self.key.rpartition("/")
+        parts = folder.split("/") if folder else []
+        return not stem or any(part == "__MACOSX" or (part[:1] == "." and part.strip(".")) for part in parts)
 
 
 def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
@@ -118,10 +143,12 @@ def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
         kind = header[156:157]
         plain = None if pax else _plain(header)
         size = plain[1] if plain else _size(header, kind, pax, f"{name} has a damaged tar header at byte {offset}")
-        data = _read(file, size)
+        too_large = size > MOST_FILE_BYTES
+        data = b"" if too_large else _read(file, size)
+        there = _pass_over(file, size) if too_large else len(data)
         padding = file.read(-size % BLOCK)
-        if len(data) < size or len(padding) < -size % BLOCK:
-            raise BadSample(f"{name} is truncated at byte {offset + BLOCK + len(data) + len(padding)}")
+        if there < size or len(padding) < -size % BLOCK:
+            raise BadSample(f"{name} is truncated at byte {offset + BLOCK + there + len(padding)}")
         offset += BLOCK + size + len(padding)
         try:
             if kind == b"L":
@@ -132,7 +159,7 @@ def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
                 continue
             if kind in (b"0", b"\0"):
                 key, extension = split_member_name(pax.get("path", longname or (plain[0] if plain else _name(header))))
-                yield Member(key, extension, start, header if plain and longname is None else b"", data)
+                yield Member(key, extension, start, header if plain and longname is None else b"", data, too_large)
         except (ValueError, struct.error):
             raise BadSample(f"{name} has a damaged extended header before byte {offset}") from None
         longname, pax, start = None, {}, offset
@@ -161,25 +188,65 @@ def _name(header: bytes) -> str:
     return base
 
 
-def iter_groups(file: BinaryIO, name: str) -> Iterator[list[Member]]:
-    """Yield the members of each sample: consecutive ones with the same key.
+def iter_groups(file: BinaryIO, name: str, foreign: list[str] | None = None) -> Iterator[list[Member]]:
+    """Yield the members of each sample: consecutive ones with the same key, of which one or more are in MEMBERS.
 
-    Members without an extension belong to no sample. Raises BadSample as `iter_members` does."""
-    group: list[Member] = []
-    for member in iter_members(file, name):
-        if not member.extension:
-            continue
-        if group and member.key != group[0].key:
+    What belongs to no sample is passed over, where it stands between the members of one too, and its name is added to
+    `foreign`. Raises BadSample as `iter_members` does."""
+    passed: list[str] = [] if foreign is None else foreign
+    for group in _consecutive(iter_members(file, name), passed):
+        if _is_note(group):
+            passed += [member.name for member in group]
+        else:
             yield group
-            group = []
-        group.append(member)
+
+
+def _consecutive(members: Iterable[Member], passed: list[str]) -> Iterator[list[Member]]:
+    """Yield members with the same key together where one of them is in MEMBERS; the names of others go to `passed`."""
+    group: list[Member] = []
+    waiting: list[Member] = []
+    """Those of no known kind, behind the group: the first ones of the next, or of none."""
+    for member in members:
+        same = bool(group) and member.key == group[0].key
+        if member.is_foreign():
+            passed.append(member.name)
+            continue
+        if waiting and member.key != waiting[0].key:
+            passed += [one.name for one in waiting]
+            waiting = []
+        (group if same else waiting).append(member)
+        if not same and member.extension in MEMBERS:
+            if group:
+                yield group
+            group, waiting = waiting, []
+    passed += [one.name for one in waiting]
     if group:
         yield group
+
+
+def _is_note(group: list[Member]) -> bool:
+    """Return whether a group is a README or a licence, as a text or JSON without a picture."""
+    stem = group[0].key.rpartition("/")[2].lower()
+    return stem in NOTES and not any(member.extension in IMAGE_MEMBERS for member in group)
+
+
+def members_of(group: list[Member]) -> dict[str, bytes]:
+    """Return the data of a sample's members by extension.
+
+    Raises BadSample when one stands twice, or has more than MOST_FILE_BYTES."""
+    members: dict[str, bytes] = {}
+    for member in group:
+        if member.extension in MEMBERS and member.extension in members:
+            raise BadSample(f"has {shown(member.name)} twice: keep one of them")
+        if member.extension in MEMBERS and member.too_large:
+            raise BadSample(f"{shown(member.name)} has more than {MOST_FILE_BYTES >> 20} MiB")
+        members[member.extension] = member.data
+    return members
 
 
 def iter_samples(file: BinaryIO, name: str) -> Iterator[tuple[str, int, dict[str, bytes]]]:
     """Yield (key, offset of its first header, members by extension) of each sample.
 
-    Raises BadSample as `iter_members` does."""
+    Raises BadSample as `iter_members` and `members_of` do."""
     for group in iter_groups(file, name):
-        yield group[0].key, group[0].start, {member.extension: member.data for member in group}
+        yield group[0].key, group[0].start, members_of(group)

@@ -18,6 +18,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from cmgan_dist.data.image import UNREADABLE, open_image
 from cmgan_dist.errors import BadInput
 from cmgan_dist.report.page import COLOURS, INK, Section, grid, render, svg
 from cmgan_dist.retrieval.gallery import GalleryItem
@@ -383,10 +384,10 @@ def _image_tile(retrieved: Retrieved, row: int) -> Tile:
         return Tile([f"image {item.key}", retrieved.class_names(row)])
     words = "; ".join(item.texts[:1]) or item.key
     try:
-        with Image.open(io.BytesIO(item.image)) as picture:
+        with open_image(item.image) as picture:
             picture.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
             rgba = picture.convert("RGBA")
-    except (OSError, ValueError):
+    except (*UNREADABLE, Image.DecompressionBombError):
         return Tile([words])
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     file = io.BytesIO()

@@ -179,7 +179,7 @@ def pictures_by_source(index: Any, data: str = "") -> PicturesOf:
 
 def _manifest(data: str) -> Manifest:
     store = open_store(data)
-    return Manifest.from_json(store.read(MANIFEST_NAME).decode("utf-8", "replace"), store.location(MANIFEST_NAME))
+    return Manifest.from_json(store.read(MANIFEST_NAME), store.location(MANIFEST_NAME))
 
 
 def _splits(data: str) -> list[str]:

@@ -13,13 +13,13 @@ from pathlib import Path, PurePosixPath
 
 import tyro
 
-from cmgan_dist.data.folder import shown, walk_files
+from cmgan_dist.data.folder import walk_files
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, shown
 from shards.pack import BuildCommand
-from shards.pairs import RawPair, RawPairs, check_shares, hash_split, make_key
+from shards.pairs import RawPair, RawPairs, hash_split, make_key, missing_val, split_shares
 from shards.scan import SPLIT_ALIASES
-from shards.sources.files import PlainFile, check_unicode
+from shards.sources.files import PlainFile, check_names, check_unicode
 
 
 @dataclass(kw_only=True)
@@ -34,17 +34,17 @@ class FolderCommand(BuildCommand):
     """Name of the data set (None: the folder's)."""
     attribution: str = ""
     """Source and licence, for the manifest."""
-    val: float = 0.1
-    """Share of pairs in val, when there are no split folders."""
-    test: float = 0.1
-    """Share of pairs in test, when there are no split folders."""
+    val: float | None = None
+    """Share of pairs in val (None: 0.1 without split folders); with some but no val, it is taken of train."""
+    test: float | None = None
+    """Share of pairs in test, as of val."""
 
     def pairs(self) -> RawPairs:
         """List the images of the folder. Raises BadInput when there are none or only some have a class, and when a
         folder cannot be read or named."""
         if not self.input.is_dir():
             raise BadInput(f"input folder {self.input} does not exist")
-        check_shares(self.val, self.test)
+        split_shares(self.val, self.test, ())
         splits = _split_folders(self.input)
         images = list(_images(self.input, splits))
         if not images:
@@ -57,9 +57,12 @@ class FolderCommand(BuildCommand):
                 f"{flat} stands beside the class folder '{classes[0]}': move it into one, or give no image a class"
             )
 
+        named = tuple(dict.fromkeys(splits.values()))
+        val, test = split_shares(self.val, self.test, named)
         name = self.name or self.input.resolve().name
-        for what, written in (("--name", [name]), ("--attribution", [self.attribution]), ("class folder", classes)):
-            check_unicode(what, *written)
+        check_names("--name", name)
+        check_names("class folder", *classes)
+        check_unicode("--attribution", self.attribution)
 
         def raw_pairs() -> Iterator[RawPair]:
             for path, split, class_name in images:
@@ -67,22 +70,23 @@ class FolderCommand(BuildCommand):
                 key = make_key(below.encode("utf-8", "backslashreplace").decode())
                 yield RawPair(
                     key=key,
-                    split=split or hash_split(key, self.val, self.test),
+                    split=hash_split(key, val, test) if split in (None, "train") else split,
                     image=PlainFile(path),
                     texts=PlainFile(path.with_suffix(".txt")),
                     labels=() if class_name is None else (classes.index(class_name),),
                     where=shown(str(path)),
                 )
 
-        hashed = [split for split, share in (("val", self.val), ("test", self.test)) if share]
+        hashed = [split for split, share in (("val", val), ("test", test)) if share]
         return RawPairs(
             name=name,
             label_kind="single" if classes else "none",
             classes=classes,
             pairs=raw_pairs(),
             attribution=self.attribution,
-            details={"source": "folder", "val": self.val, "test": self.test},
-            expected_splits=tuple(splits.values()) or ("train", *hashed),
+            details={"source": "folder", "val": val, "test": test},
+            expected_splits=(*(named or ("train",)), *hashed),
+            notes=missing_val([*named, *hashed]),
         )
 
 

@@ -9,7 +9,6 @@ both are so joined to a third (union-find). The hash of the group's smallest cod
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from cmgan_dist.data.image import open_image
 from cmgan_dist.errors import BadInput, BadSample
 from shards.pack import BuildCommand
 from shards.pairs import RawPair, RawPairs, hash_number
@@ -251,5 +250,5 @@ class OpenMojiCommand(BuildCommand):
 
 def _thumbnail(path: Path) -> np.ndarray:
     """Return the pixels of a small picture, RGB [THUMBNAIL * THUMBNAIL * 3] of 0-255."""
-    with Image.open(io.BytesIO(Drawing(str(path), THUMBNAIL).read())) as image:
+    with open_image(Drawing(str(path), THUMBNAIL).read()) as image:
         return np.asarray(image.convert("RGB"), dtype=np.float64).ravel()

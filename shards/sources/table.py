@@ -1,27 +1,29 @@
 """A table with a row for each image and text: CSV, TSV, JSONL or Parquet.
 
-Columns: the image's path (relative to the table), its text, and, if there are any, its label and split. Rows with the
-same image become several captions of one sample. A label is a class name; several are separated by ``|`` or stand in a
-JSON list."""
+Columns: the image's path (relative to the table) or the picture itself, its text, and, if there are any, its label and
+split. Rows with the same image become several captions of one sample. A label is a class name; several are separated by
+``|`` or stand in a JSON list."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
 from cmgan_dist.data.manifest import LabelKind, natural_splits
-from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_json
+from cmgan_dist.errors import BadInput, BadSample, shown
 from shards.pack import BuildCommand
-from shards.pairs import RawPair, RawPairs, check_shares, hash_split, make_key
-from shards.scan import SPLIT_ALIASES
-from shards.sources.files import PlainFile, check_unicode
+from shards.pairs import RawPair, RawPairs, Readable, hash_split, make_key, missing_val, split_shares
+from shards.shard_file import try_sample
+from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
+from shards.sources.files import PlainFile, Spool, check_names, check_unicode
+from shards.sources.rows import Row, column_names, read_rows
 
+Value = TypeVar("Value")
 COMMON_NAMES = {
     "image": (
         "image",
@@ -47,14 +49,42 @@ class _Image:
     """The rows of one image, merged."""
 
     where: str
-    texts: list[str]
+    key: str
+    image: Readable
     labels: tuple[str, ...]
     split: str | None
+    texts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Row:
+    """What a row says."""
+
+    picture: Picture
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    listed: bool
+    """Whether its labels are a list."""
+    split: str | None
+
+
+@dataclass
+class _Table:
+    """What a table says."""
+
+    columns: dict[str, str]
+    """Role -> column."""
+    images: dict[str, _Image] = field(default_factory=dict)
+    """Path, or checksum of a picture in the table -> its rows merged."""
+    multi: bool = False
+    """Whether any row has a list of labels."""
+    left_out: list[str] = field(default_factory=list)
+    """A line for each row that was left out."""
 
 
 @dataclass(kw_only=True)
 class TableCommand(BuildCommand):
-    """Pack a table (.csv, .tsv, .jsonl or .parquet) with columns for image path, text, label and split.
+    """Pack a table (.csv, .tsv, .jsonl or .parquet) with columns for image (path or bytes), text, label and split.
 
     Rows with the same image become several captions of one sample. Several labels: separated by | or a JSON list.
     Without a split column a hash of the image path splits the pairs."""
@@ -73,83 +103,83 @@ class TableCommand(BuildCommand):
     """Name of the data set (None: the table's)."""
     attribution: str = ""
     """Source and licence, for the manifest."""
-    val: float = 0.1
-    """Share of images in val, when there is no split column."""
-    test: float = 0.1
-    """Share of images in test, when there is no split column."""
+    val: float | None = None
+    """Share of images in val (None: 0.1 without a split column); with one that has no val, it is taken of train."""
+    test: float | None = None
+    """Share of images in test, as of val."""
 
     def pairs(self) -> RawPairs:
         """List the images of the table. Raises BadInput naming the row or column that is wrong."""
-        check_shares(self.val, self.test)
-        images, multi, empty = self._merge()
-        classes = sorted({label for image in images.values() for label in image.labels}, key=_class_order)
+        split_shares(self.val, self.test, ())
+        names = column_names(self.input)
+        spool = Spool(self.output)
+        table = self._merge(_Table(self._columns(names)), spool)
+        images = table.images.values()
+        classes = sorted({label for image in images for label in image.labels}, key=_class_order)
+        _check_spelling(classes)
         index = {label: i for i, label in enumerate(classes)}
         name = self.name or self.input.stem
-        for what, written in (("--name", [name]), ("--attribution", [self.attribution])):
-            check_unicode(what, *written)
-        kind: LabelKind = "multi" if multi else "single" if classes else "none"
+        check_names("--name", name)
+        check_unicode("--attribution", self.attribution)
+        named = natural_splits(image.split for image in images if image.split)
+        val, test = split_shares(self.val, self.test, named)
+        kind: LabelKind = "multi" if table.multi else "single" if classes else "none"
 
         def raw_pairs() -> Iterator[RawPair]:
-            for path, image in images.items():
-                key = make_key(Path(path).with_suffix("").as_posix())
+            for image in images:
+                of_train = image.split in (None, "train")
                 yield RawPair(
-                    key=key,
-                    split=image.split or hash_split(key, self.val, self.test),
-                    image=PlainFile(self.input.parent / path),
+                    key=image.key,
+                    split=hash_split(image.key, val, test) if of_train else str(image.split),
+                    image=image.image,
                     texts=tuple(image.texts),
                     labels=tuple(sorted(index[label] for label in image.labels)),
                     where=f"{image.where} of {self.input.name}",
                 )
 
-        hashed = [split for split, share in (("val", self.val), ("test", self.test)) if share]
-        named = natural_splits(image.split for image in images.values() if image.split)
+        hashed = [split for split, share in (("val", val), ("test", test)) if share]
         return RawPairs(
             name=name,
             label_kind=kind,
             classes=classes,
             pairs=raw_pairs(),
             attribution=self.attribution,
-            details={"source": "table", "val": self.val, "test": self.test},
-            expected_splits=tuple(named) or ("train", *hashed),
-            notes=[f"{len(empty)} rows have no text, the first is {empty[0]}"] if empty else [],
+            details={"source": "table", "val": val, "test": test},
+            expected_splits=(*(named or ["train"]), *hashed),
+            notes=[_describe(table.columns, names, val, test), *missing_val([*named, *hashed])],
+            left_out=table.left_out,
+            close=spool.close,
         )
 
-    def _merge(self) -> tuple[dict[str, _Image], bool, list[str]]:
-        """Return image path -> its rows merged, whether any row had a list of labels, and the rows without text.
+    def _merge(self, table: _Table, spool: Spool) -> _Table:
+        """Read the rows into `table`, pictures in it into `spool`. Raises BadInput naming the row.
 
-        Raises BadInput naming the row, at a row without text only unless `skip_bad`."""
-        images: dict[str, _Image] = {}
-        multi = False
-        empty: list[str] = []
-        columns: dict[str, str] = {}
-        for where, row in read_rows(self.input):
-            columns = columns or self._columns(list(row))
-            path = str(row.get(columns["image"]) or "").strip()
-            if not path:
-                raise BadInput(f"{where} of {self.input} has no image path in column '{columns['image']}'")
-            texts = _as_texts(row.get(columns["text"]))
-            labels, listed = _as_labels(row.get(columns["label"])) if "label" in columns else ((), False)
-            if "label" in columns and not labels and not listed:
-                raise BadInput(f"{where} of {self.input} has no label in column '{columns['label']}'")
-            split = _as_split(row.get(columns["split"])) if "split" in columns else None
-            if "split" in columns and split is None:
-                raise BadInput(f"{where} of {self.input} has no split in column '{columns['split']}'")
-            check_unicode(f"{where} of {self.input}: image path or label", path, *labels)
-            multi = multi or listed
-            first = images.setdefault(path, _Image(where, [], labels, split))
-            if (first.labels, first.split) != (labels, split):
+        With `skip_bad` a row that cannot be used is left out and noted."""
+        for where, row in read_rows(self.input, list(dict.fromkeys(table.columns.values()))):
+            place = f"{where} of {self.input.name}"
+            found = try_sample(lambda r=row: _parse_row(r, table.columns), place, self.skip_bad, table.left_out)  # type: ignore[misc]
+            if found is None:
+                continue
+            identity, key, image = self._place(found.picture, spool, place)
+            first = table.images.setdefault(identity, _Image(where, key, image, found.labels, found.split))
+            if (first.labels, first.split) != (found.labels, found.split):
                 raise BadInput(
-                    f"{where} of {self.input} has another label or split than {first.where} for image {path}"
+                    f"{place} has another label or split than {first.where} for image {shown(found.picture.path)}"
                 )
-            if not texts:
-                empty.append(where)
-            first.texts += texts
-        if empty and not self.skip_bad:
-            column = columns["text"]
-            raise BadInput(f"{empty[0]} of {self.input} has no text in column '{column}' ({len(empty)} such rows)")
-        if not images:
-            raise BadInput(f"{self.input} has no rows")
-        return images, multi, empty
+            first.texts += found.texts
+            table.multi = table.multi or found.listed
+        if not table.images:
+            raise BadInput(f"{self.input} has no rows" + (" that can be used" if table.left_out else ""))
+        return table
+
+    def _place(self, picture: Picture, spool: Spool, place: str) -> tuple[str, str, Readable]:
+        """Return what tells an image from others, its key, and its bytes. Raises BadInput when it has no name."""
+        if picture.data is None:
+            path = picture.path
+            return path, make_key(Path(path).with_suffix("").as_posix()), PlainFile(self.input.parent / path)
+        digest = hashlib.sha256(picture.data).hexdigest()
+        stem = Path(picture.path).with_suffix("").as_posix() + "-" if Path(picture.path).name else ""
+        return digest, make_key(f"{stem}{digest[:16]}"), spool.keep(digest, picture.data)
 
     def _columns(self, names: list[str]) -> dict[str, str]:
         """Return role -> column. Raises BadInput when an image or text column or one that was named is missing."""
@@ -159,90 +189,53 @@ class TableCommand(BuildCommand):
             lower = {name.lower(): name for name in reversed(names)}
             column = wanted if wanted is not None else next((lower[c] for c in common if c in lower), None)
             if wanted is not None and wanted not in names:
-                raise BadInput(f"{self.input} has no column '{wanted}': it has {', '.join(names)}")
+                raise BadInput(f"{self.input} has no column '{wanted}': it has {shown(', '.join(names))}")
             if column is not None:
                 found[role] = column
-            elif role in ("image", "text"):
+            elif names and role in ("image", "text"):
                 raise BadInput(f"{self.input} has no {role} column that is recognised: name it with --{role}-column")
         return found
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give (how a message names the row, column -> value) of each row.
+def _parse_row(row: Row, columns: dict[str, str]) -> _Row:
+    """Return what a row says. Raises BadSample when it cannot be used."""
+    if isinstance(row, BadSample):
+        raise row
 
-    Rows count as an editor shows them: a CSV's header is row 1.
-
-    Raises BadInput when the file is missing, of another kind, not UTF-8 or damaged."""
-    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix.lower() not in readers:
-        raise BadInput(f"{path} is not a table that can be read: expected {', '.join(readers)}")
-    if not path.is_file():
-        raise BadInput(f"table {path} does not exist")
-    try:
-        for number, row in readers[path.suffix.lower()](path):
-            yield f"row {number}", row
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    def cell(role: str, parse: Callable[[Any], Value]) -> Value:
         try:
-            yield from enumerate(csv.DictReader(file, delimiter=delimiter, strict=True), start=2)
-        except csv.Error as error:
-            raise BadInput(f"{path} is not a whole table ({error})") from None
+            return parse(row.get(columns[role]))
+        except BadSample as error:
+            raise BadSample(f"{error} (column '{shown(columns[role])}')") from None
+
+    labels, listed = cell("label", as_labels) if "label" in columns else ((), False)
+    split = cell("split", as_split) if "split" in columns else None
+    return _Row(cell("image", as_picture), cell("text", as_texts), labels, listed, split)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = parse_json(line)
-                except ValueError as error:
-                    raise BadInput(f"row {number} of {path} is not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise BadInput(f"row {number} of {path} is not a JSON object")
-                yield number, row
+def _describe(columns: dict[str, str], names: list[str], val: float, test: float) -> str:
+    """Return a line that says which columns were taken for what, and which might have been."""
+    taken = [f"{role} is column '{column}'" for role, column in columns.items()]
+    if "label" not in columns:
+        taken.append("no labels")
+    if "split" not in columns:
+        taken.append(f"a hash of the image puts {val:g} into val and {test:g} into test")
+    known = {name for common in COMMON_NAMES.values() for name in common}
+    passed = [name for name in names if name.lower() in known and name not in columns.values()]
+    others = f"; not taken: {', '.join(passed)}" if passed else ""
+    return shown("; ".join(taken) + others)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise BadInput(f"{path} is not a whole Parquet file ({error})") from None
-
-
-def _as_texts(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [str(text).strip() for text in values if text is not None and str(text).strip()]
-
-
-def _as_labels(value: Any) -> tuple[tuple[str, ...], bool]:
-    """Return the class names and whether the cell is a list: ``a|b`` and ``["a", "b"]`` are."""
-    if isinstance(value, str) and value.strip().startswith("["):
+def _check_spelling(classes: list[str]) -> None:
+    """Raise BadInput when two class names are the same number."""
+    first: dict[float, str] = {}
+    for name in classes:
         try:
-            value = parse_json(value)
+            number = float(name)
         except ValueError:
-            return (value.strip(),), False  # a class name that begins with a bracket
-    if isinstance(value, str) and "|" in value:
-        value = value.split("|")
-    listed = isinstance(value, list)
-    names = {str(name).strip() for name in (value if listed else [value]) if name is not None}
-    return tuple(sorted(names - {""})), listed
-
-
-def _as_split(value: Any) -> str | None:
-    name = str(value).strip() if value is not None else ""
-    return SPLIT_ALIASES.get(name.lower(), name) or None
+            continue
+        if first.setdefault(number, name) != name:
+            raise BadInput(f"labels '{first[number]}' and '{name}' are the same number: write it in one way")
 
 
 def _class_order(name: str) -> tuple[int, str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cmgan_dist.data.folder import is_unicode, read_file, shown, walk_files
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.data.folder import is_unicode, read_file, walk_files
+from cmgan_dist.errors import BadInput, BadSample, shown
 
 NOBODY = 65534
 

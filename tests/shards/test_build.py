@@ -300,14 +300,14 @@ def test_table_of_each_kind_gives_the_same_samples(tmp_path: Path, kind: str) ->
 
 def test_table_columns_by_name_and_json_labels(tmp_path: Path) -> None:
     rows = [
-        {"where": row["filepath"], "what": row["caption"], "kinds": '["x", "y"]' if i % 2 else "[]"}
+        {"where": row["filepath"], "what": row["caption"], "kinds": '["x", "y"]' if i % 2 else '["y"]'}
         for i, row in enumerate(table_rows(tmp_path)[:10])
     ]
     table = write_table(tmp_path / "t.csv", rows)
     names = ["--image-column", "where", "--text-column", "what", "--label-column", "kinds"]
     run_shards("build", "table", table, "--output", tmp_path / "out", *names, "--processes", 1, "--val", 0, "--test", 0)
     found = samples_of(tmp_path / "out")
-    assert (found["img/0"][1], found["img/1"][1]) == ((), (0, 1))
+    assert (found["img/0"][1], found["img/1"][1]) == ((1,), (0, 1))
     assert load_manifest(tmp_path / "out").label_kind == "multi"
 
 

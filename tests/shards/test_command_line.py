@@ -72,7 +72,7 @@ def test_wrong_folders_end_as_one_sentence(raw: Path, tmp_path: Path, capsys: py
     image.write_bytes(b"")
     assert "train05.png: the image does not decode" in error()
     image.write_bytes(picture(1, kind="GIF"))
-    assert "train05.png: the image is GIF: expected JPEG, PNG or WebP" in error()
+    assert "train05.png: the image does not decode (unknown format: expected JPEG, PNG or WebP)" in error()
     image.unlink()
     assert "train05.txt has no image of the same name" in error()
     image.write_bytes(good)
@@ -127,10 +127,10 @@ def test_wrong_tables_end_as_one_sentence(tmp_path: Path, capsys: pytest.Capture
     assert "row 4 of t.csv: " in (message := error(2, filepath="img/lost.png"))
     assert "img/lost.png cannot be read (No such file" in message
     assert "row 4 of" in (message := error(2, caption="  "))
-    assert "has no text in column 'caption'" in message
+    assert "has no text (column 'caption')" in message
     assert "row 4 of" in (message := error(2, label=""))
     assert "has no label" in message
-    assert "has no split in column 'split'" in error(2, split="")
+    assert "has no split (column 'split')" in error(2, split="")
     assert "may hold only letters" in error(2, split="../up")
     assert "has no image path" in error(2, filepath="")
     assert "row 12 of" in (message := error(10, label="a"))

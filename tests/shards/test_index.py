@@ -61,12 +61,12 @@ def test_index_sees_several_labels_and_refuses_some_without(tmp_path: Path) -> N
             found |= {f"{i}.png": picture(i), f"{i}.txt": b"x", f"{i}.json": json.dumps(record).encode()}
         return found
 
-    write_members(tmp_path / "multi/0.tar", members([{"labels": [2, 0]}, {"labels": [1]}, {"labels": []}]))
+    write_members(tmp_path / "multi/0.tar", members([{"labels": [2, 0]}, {"labels": [1]}, {"labels": [0]}]))
     run_shards("index", tmp_path / "multi", "--processes", 1)
     manifest = load_manifest(tmp_path / "multi")
     assert (manifest.label_kind, len(manifest.classes)) == ("multi", 3)
     index = ShardIndex.from_bytes((tmp_path / "multi/0.index.npz").read_bytes(), "0")
-    assert [index.labels(i) for i in range(3)] == [(0, 2), (1,), ()]
+    assert [index.labels(i) for i in range(3)] == [(0, 2), (1,), (0,)]
 
     write_members(tmp_path / "some/0.tar", members([{"label": 0}, {}]))
     with pytest.raises(BadInput, match="1 of 2 samples have no label"):

@@ -95,7 +95,7 @@ def test_a_pipe_in_a_table_is_a_bad_pair(tmp_path: Path) -> None:
 def test_json_without_bound_in_a_table_is_said(tmp_path: Path) -> None:
     path = table(tmp_path)
     path.write_text("[" * 100_000 + "\n")
-    with pytest.raises(BadInput, match=r"row 1 of .*table\.jsonl is not JSON \(it is nested too deeply\)"):
+    with pytest.raises(BadInput, match=r"row 1 of .*table\.jsonl: is not JSON \(it is nested too deeply\)"):
         build_table(path)
 
 

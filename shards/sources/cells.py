@@ -1,0 +1,128 @@
+"""The values of a table's cells, as what they stand for: texts, class names, a split, a picture.
+
+A value of another kind is refused, not written out: a text of ``{'raw': 'a dog'}`` or a class ``nan`` helps nobody."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from cmgan_dist.data.folder import is_plain, is_unicode
+from cmgan_dist.errors import BadSample, shown
+from cmgan_dist.files import parse_json_once
+from shards.scan import SPLIT_ALIASES
+
+PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
+"""First bytes of JPEG, PNG and WebP."""
+
+
+class Picture(NamedTuple):
+    """What a cell says of an image."""
+
+    path: str
+    """Its path; '' for a picture in the table that has none."""
+    data: bytes | None = None
+    """The encoded image, where it is in the table."""
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a cell is empty: null, NaN, or a text of spaces."""
+    if isinstance(value, str | bytes):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _kind(value: Any) -> str:
+    """Return what a value is, for messages."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    kinds = {"dict": "a record", "list": "a list", "bytes": "bytes", "str": "a text"}
+    name = type(value).__name__
+    return kinds.get(name, f"a {name}")
+
+
+def _as_string(value: Any, what: str) -> str:
+    """Return a text, or bytes that hold one, without spaces around it. Raises BadSample."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode().strip()
+        except UnicodeDecodeError:
+            raise BadSample(f"its {what} is bytes that are not UTF-8") from None
+    if not isinstance(value, str):
+        raise BadSample(f"its {what} is {_kind(value)}, expected a text")
+    return value.strip()
+
+
+def as_texts(value: Any) -> tuple[str, ...]:
+    """Return the texts of a cell, which may be a list. Raises BadSample when one is missing or no text."""
+    values = value if isinstance(value, list) else [value]
+    if not values or any(map(is_missing, values)):
+        raise BadSample("has no text" if len(values) < 2 else "has a list of texts of which one is empty")
+    texts = tuple(_as_string(each, "text") for each in values)
+    if not all(map(is_unicode, texts)):
+        raise BadSample("the text has half a character, a lone surrogate")
+    return texts
+
+
+def as_labels(value: Any) -> tuple[tuple[str, ...], bool]:
+    """Return the class names of a cell, sorted, and whether it is a list: ``a|b`` and ``["a", "b"]`` are.
+
+    Raises BadSample when there is none, or one is no name."""
+    if isinstance(value, bytes):
+        value = _as_string(value, "label")
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            value = parse_json_once(value)
+        except ValueError:
+            return (_as_class(value),), False  # a class name that begins with a bracket
+    if isinstance(value, str) and "|" in value:
+        value = [part for part in value.split("|") if part.strip()]
+    listed = isinstance(value, list)
+    values = value if listed else [value]
+    if not values or any(map(is_missing, values)):
+        raise BadSample("has no label" if len(values) < 2 else "has a list of labels of which one is empty")
+    return tuple(sorted({_as_class(each) for each in values})), listed
+
+
+def _as_class(value: Any) -> str:
+    """Return the name of a class: a text, or a whole number, 1.0 as 1. Raises BadSample."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value) or value != int(value):
+            raise BadSample(f"its label is {_kind(value)}, expected a name or a whole number")
+        return str(int(value))
+    if not isinstance(value, str | bytes):
+        raise BadSample(f"its label is {_kind(value)}, expected a name or a whole number")
+    name = _as_string(value, "label")
+    if not is_unicode(name):
+        raise BadSample(f"image path or label {shown(name)} is not UTF-8: rename it")
+    if not is_plain(name):
+        raise BadSample(f"its label {shown(name)} holds control characters: rename it")
+    return name
+
+
+def as_split(value: Any) -> str:
+    """Return the name of a split, val for what means the same. Raises BadSample when there is none."""
+    if is_missing(value):
+        raise BadSample("has no split")
+    name = _as_string(value, "split")
+    return SPLIT_ALIASES.get(name.lower(), name)
+
+
+def as_picture(value: Any) -> Picture:
+    """Return the image of a cell: a path, or the picture itself, alone or as ``{"bytes": ..., "path": ...}``, as
+    Hugging Face writes it. Raises BadSample when it is neither."""
+    path, data = value, None
+    if isinstance(value, dict) and value and value.keys() <= {"bytes", "path"}:
+        path, data = value.get("path"), value.get("bytes")
+    elif isinstance(value, bytes) and value.startswith(PICTURE_STARTS):
+        path, data = None, value
+    if data is not None and not isinstance(data, bytes):
+        raise BadSample(f"its picture is {_kind(data)}, expected bytes")
+    if data is None and is_missing(path):
+        raise BadSample("has no image path")
+    name = "" if is_missing(path) else _as_string(path, "image path")
+    if not is_unicode(name):
+        raise BadSample(f"image path or label {shown(name)} is not UTF-8: rename it")
+    return Picture(name, data)

@@ -1,0 +1,164 @@
+"""Tables hold anything: what a cell stands for is taken right, or refused by the name of its row."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.errors import BadInput, BadSample
+from shards.sources.cells import as_labels, as_picture, as_split, as_texts
+from tests.toy import picture, run_shards, samples_of
+
+NAMES = [f"{i}.png" for i in range(4)]
+
+
+def build(table: Path, *options: str) -> None:
+    whole = ("--val", 0, "--test", 0) if "--val" not in options else ()
+    run_shards("build", "table", table, "--output", table.parent / "out", "--processes", 1, *whole, *options)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i, name in enumerate(NAMES):
+        (tmp_path / name).write_bytes(picture(i))
+    return tmp_path
+
+
+def csv_of(folder: Path, *lines: str, name: str = "t.csv") -> Path:
+    (folder / name).write_text("\n".join(lines))
+    return folder / name
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize(("wrong", "said"), [("2.png,a dog, running,dog", "has 4 fields"), ("2.png,a dog", "has 2")])
+def test_a_row_of_another_length_is_named(folder: Path, kind: str, place: int, wrong: str, said: str, capsys) -> None:
+    lines = ["image,caption,label", "0.png,a cat,cat", "1.png,a dog,dog"]
+    lines.insert(place, wrong)
+    if kind == "tsv":
+        lines = [line.replace(",", "\t") for line in lines]
+    table = csv_of(folder, *lines, name=f"t.{kind}")
+    with pytest.raises(BadInput, match=rf"row {place + 1} of t\.{kind}: {said}.*--skip-bad"):
+        build(table)
+    build(table, "--skip-bad")
+    assert load_manifest(folder / "out").samples("train") == 2
+    assert f"row {place + 1} of t.{kind}: {said}" in capsys.readouterr().err
+
+
+def test_a_column_or_a_field_that_stands_twice_is_named(folder: Path) -> None:
+    with pytest.raises(BadInput, match="two columns 'caption'"):
+        build(csv_of(folder, "image,caption,caption", "0.png,a,b"))
+    (folder / "t.jsonl").write_text('{"image": "0.png", "text": "a", "text": "b"}\n')
+    with pytest.raises(BadInput, match=r"row 1 of t\.jsonl: is not JSON \(it has 'text' twice\)"):
+        build(folder / "t.jsonl")
+
+
+def test_a_field_that_the_first_row_lacks_is_seen(folder: Path) -> None:
+    (folder / "t.jsonl").write_text('{"image": "0.png", "text": "a"}\n{"image": "1.png", "text": "b", "label": "x"}\n')
+    with pytest.raises(BadInput, match=r"row 1 of t\.jsonl: has no label"):
+        build(folder / "t.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ({"text": math.nan}, "has no text"),
+        ({"text": None}, "has no text"),
+        ({"text": 5}, "its text is the number 5"),
+        ({"text": True}, "its text is true"),
+        ({"text": {"raw": "a dog"}}, "its text is a record"),
+        ({"text": [["a", "b"]]}, "its text is a list"),
+        ({"text": ["a", None]}, "a list of texts of which one is empty"),
+        ({"text": []}, "has no text"),
+        ({"label": math.nan}, "has no label"),
+        ({"label": True}, "its label is true"),
+        ({"label": 1.5}, "its label is the number 1.5"),
+        ({"label": math.inf}, "its label is the number inf"),
+        ({"label": [1, [2]]}, "its label is a list"),
+        ({"label": []}, "has no label"),
+        ({"label": ["a", None]}, "a list of labels of which one is empty"),
+        ({"label": "a\nb"}, r"its label a\nb holds control characters"),
+        ({"image": 7}, "its image path is the number 7"),
+        ({"image": {"bytes": "x"}}, "its picture is a text, expected bytes"),
+        ({"image": {"a": 1}}, "its image path is a record"),
+    ],
+)
+def test_a_cell_of_another_kind_is_refused_by_name(folder: Path, cells: dict[str, Any], said: str) -> None:
+    rows = [{"image": "0.png", "text": "x", "label": "a"}, {"image": "1.png", "text": "x", "label": "a"} | cells]
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BadInput) as error:
+        build(folder / "t.jsonl")
+    assert said in str(error.value)
+    assert "row 2 of t.jsonl" in str(error.value)
+
+
+def test_whole_numbers_are_one_class_however_they_are_written(folder: Path) -> None:
+    assert as_labels(1) == as_labels(1.0) == as_labels("1") == (("1",), False)
+    assert as_labels([2.0, "a"]) == (("2", "a"), True)
+    assert (as_texts(b"caf\xc3\xa9"), as_split(b"dev")) == (("café",), "val")
+    with pytest.raises(BadInput, match=r"labels '1' and '1\.0' are the same number"):
+        build(csv_of(folder, "image,text,label", "0.png,x,1", "1.png,x,1.0"))
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    for parse in (as_texts, as_labels, as_split):
+        with pytest.raises(BadSample, match="bytes that are not UTF-8"):
+            parse(b"\xff\xfe")
+
+
+def test_binary_columns_of_parquet_are_texts_and_class_names(folder: Path) -> None:
+    columns = {"image": NAMES, "caption": [b"a dog %d" % i for i in range(4)], "label": [b"cat", b"dog"] * 2}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "t.parquet")
+    build(folder / "t.parquet")
+    assert load_manifest(folder / "out").classes == ["cat", "dog"]
+    assert samples_of(folder / "out")["3"] == (["a dog 3"], (1,))
+
+
+@pytest.mark.parametrize("form", ["record", "bytes"])
+def test_pictures_inside_parquet_are_packed(tmp_path: Path, form: str) -> None:
+    data = [picture(i) for i in (0, 1, 2, 2)]
+    images: list[Any] = data if form == "bytes" else [{"bytes": each, "path": None} for each in data]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "text": list("abcd")}), tmp_path / "t.parquet")
+    build(tmp_path / "t.parquet")
+    found = samples_of(tmp_path / "out")
+    assert sorted(texts for texts, _ in found.values()) == [["a"], ["b"], ["c", "d"]]
+    assert not list((tmp_path / "out").glob(".*")), "the pictures that were kept aside are gone"
+
+
+def test_a_cell_says_where_its_picture_is() -> None:
+    assert as_picture({"bytes": None, "path": "a.png"}) == as_picture("a.png") == ("a.png", None)
+    assert as_picture({"bytes": picture(1), "path": "a.png"}) == ("a.png", picture(1))
+    with pytest.raises(BadSample, match="has no image path"):
+        as_picture({"bytes": None, "path": None})
+
+
+def test_build_says_which_columns_it_took(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["file_name,caption,label,category", *(f"{name},a dog,{i},dog" for i, name in enumerate(NAMES))]
+    build(csv_of(folder, *lines))
+    said = capsys.readouterr().out
+    assert "image is column 'file_name'; text is column 'caption'; label is column 'label'" in said
+    assert "not taken: category" in said
+
+
+def test_a_table_without_val_gets_one_as_build_advises(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"{i}.png,text {i},{'test' if i < 8 else 'train'}" for i in range(40)]
+    for i in range(40):
+        (folder / f"{i}.png").write_bytes(picture(i))
+    table = csv_of(folder, "image,text,split", *lines)
+    build(table, "--test", "0", "--val", "0")
+    assert "there is no split 'val'" in capsys.readouterr().out
+    with pytest.raises(BadInput, match=r"no split 'val'.*pack it again with --val 0\.1"):
+        load_manifest(folder / "out").shards("val")
+    build(table, "--val", "0.3", "--overwrite")
+    manifest = load_manifest(folder / "out")
+    assert manifest.samples("test") == 8
+    assert 0 < manifest.samples("val") < 20
+    with pytest.raises(BadInput, match="there is a split 'test' already"):
+        build(table, "--val", "0.3", "--test", "0.1")
