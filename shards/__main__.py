@@ -18,6 +18,7 @@ COMMANDS: Table = {
     "verify": ("shards.verify", "VerifyCommand", "check counts, checksums, labels, duplicates and every sample"),
     "stats": ("shards.stats", "StatsCommand", "print classes, sizes and caption lengths; draw a picture grid"),
     "index": ("shards.index", "IndexCommand", "write the manifest for tars made elsewhere (img2dataset output)"),
+    "split": ("shards.split", "SplitCommand", "draw a split for validation or test from the training split"),
     "features": ("shards.features", "FeaturesCommand", "turn encoded shards into shards of precomputed features"),
 }
 SOURCES: Table = {

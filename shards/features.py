@@ -33,6 +33,7 @@ from cmgan_dist.models.clip import is_open_clip
 from cmgan_dist.models.weights import weights_sha256
 from shards.assemble import assemble, print_summary, write_manifest
 from shards.extract import Extractor, Options, extractor, feature_samples
+from shards.pairs import drawing, missing_val
 from shards.shard_file import has_index, write_shard
 
 Made = tuple[ShardInfo | None, list[str]]
@@ -372,5 +373,6 @@ def _write_owned(
         },
     )
     write_manifest(output, written)
-    print_summary(f"wrote {output}" if todo else f"already written: {output}", written, left_out=left_out)
+    headline = f"wrote {output}" if todo else f"already written: {output}"
+    print_summary(headline, written, notes=missing_val(written.splits, drawing(output)), left_out=left_out)
     return written

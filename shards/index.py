@@ -15,6 +15,7 @@ from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary, write_manifest
+from shards.pairs import drawing, missing_val
 from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, foreign_files, scan_shard
 
 MOST_CLASSES = 1 << 20
@@ -90,6 +91,7 @@ class IndexCommand:
     def run(self) -> None:
         """Index the folder and print what was found. Raises BadInput as `index` does."""
         manifest, notes = self.index()
+        notes += missing_val(manifest.splits, drawing(self.data))
         print_summary(f"wrote {self.data / MANIFEST_NAME}", manifest, notes=notes)
 
     def index(self) -> tuple[Manifest, list[str]]:

@@ -221,8 +221,23 @@ def _existing_manifest(output: Path) -> Manifest | None:
         return None
 
 
-def _prepare(output: Path, fingerprint: str, overwrite: bool) -> None:
-    """Make room for the plan with this fingerprint. Raises BadInput rather than replace another data set unasked."""
+def prepare_output(output: Path, fingerprint: str, overwrite: bool) -> None:
+    """Make the folder and room in it for the plan with this fingerprint, until `finish_output`.
+
+    Raises BadInput rather than replace another data set unasked, and when the folder cannot be written."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _make_room(output, fingerprint, overwrite)
+    except OSError as error:
+        raise BadInput(f"cannot write into the output folder {output}: {error.strerror}") from None
+
+
+def finish_output(output: Path) -> None:
+    """Say that the folder is complete: its manifest is written."""
+    (output / PACKING_NAME).unlink(missing_ok=True)
+
+
+def _make_room(output: Path, fingerprint: str, overwrite: bool) -> None:
     packing = output / PACKING_NAME
     interrupted = packing.read_text() if packing.exists() else ""
     occupied = (output / MANIFEST_NAME).exists() or (not interrupted and any(output.glob("*.tar")))
@@ -259,15 +274,10 @@ def pack(source: RawPairs, options: BuildCommand) -> tuple[Manifest, list[str], 
     for split in source.expected_splits:
         if split not in {shard.split for shard in shards}:
             raise BadInput(f"split '{split}' of {source.name} has no samples: add pairs or change how they are split")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        old = _existing_manifest(output)
-        if old is not None and old.details.get("fingerprint") == fingerprint and _is_complete(output, old):
-            return old, [], True
-        _prepare(output, fingerprint, options.overwrite)
-    except OSError as error:
-        raise BadInput(f"cannot write into the output folder {output}: {error.strerror}") from None
-
+    old = _existing_manifest(output)
+    if old is not None and old.details.get("fingerprint") == fingerprint and _is_complete(output, old):
+        return old, [], True
+    prepare_output(output, fingerprint, options.overwrite)
     image_dim, text_dim = _feature_dims([pair for shard in shards for pair in shard.pairs])
     splits = _pack_shards(shards, source, options, left_out)
     manifest = assemble(
@@ -281,5 +291,5 @@ def pack(source: RawPairs, options: BuildCommand) -> tuple[Manifest, list[str], 
         details={**settings, "left_out": len(left_out), "fingerprint": fingerprint},
     )
     write_manifest(output, manifest)
-    (output / PACKING_NAME).unlink(missing_ok=True)
+    finish_output(output)
     return manifest, left_out, False

@@ -141,8 +141,15 @@ def split_shares(val: float | None, test: float | None, named: Collection[str]) 
     return shares
 
 
-def missing_val(splits: Collection[str]) -> list[str]:
-    """Return a line that says what to do where there is no split 'val', which training validates on."""
-    if "val" in splits:
-        return []
-    return ["there is no split 'val', which training validates on: --val 0.1 takes a tenth of train for it"]
+FLAG = "--val 0.1 takes a tenth of train for it"
+"""How a command that packs makes a split for validation."""
+
+
+def missing_val(splits: Collection[str], way: str = FLAG) -> list[str]:
+    """Return a line that says, where there is no split 'val', which `way` leads to one; else nothing."""
+    return [] if "val" in splits else [f"there is no split 'val', which training validates on: {way}"]
+
+
+def drawing(data: Path) -> str:
+    """Return how a split for validation is drawn from the data set in the folder `data`."""
+    return f"'python -m shards split {data} --val 0.1 --output NEW' draws one"

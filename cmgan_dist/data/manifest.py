@@ -78,9 +78,10 @@ class Manifest:
     def shards(self, split: str) -> list[ShardInfo]:
         """Return the shards of a split. Raises BadInput when it is missing or has no samples."""
         if split not in self.splits:
-            packing = f"pack it again with --{split} 0.1, or " if split in ("val", "test") else ""
             found = ", ".join(self.splits) or "none"
-            raise BadInput(f"{self.name} has no split '{split}': its manifest has {found}; {packing}name another split")
+            command = f"draw one by 'python -m shards split DIR --{split} 0.1 --output NEW', or "
+            way = command if split in ("val", "test") and "train" in self.splits else ""
+            raise BadInput(f"{self.name} has no split '{split}': its manifest has {found}; {way}name another split")
         shards = self.splits[split]
         if not sum(s.samples for s in shards):
             raise BadInput(f"split '{split}' of {self.name} has no samples: pack some or name another split")

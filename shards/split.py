@@ -1,0 +1,212 @@
+"""A data set without a split for validation or test -> one that has them, drawn from its training split.
+
+Samples with an equal picture, or an equal text, stay on one side: they are groups, and whole groups are drawn, in the
+order of a hash of their keys, so that the same data set gives the same splits."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from cmgan_dist.data.manifest import Manifest, ShardInfo, load_manifest
+from cmgan_dist.data.sample import IMAGE_MEMBERS
+from cmgan_dist.data.tar import iter_groups, members_of
+from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.jobs.local import parallel_map
+from shards.assemble import assemble, print_summary, write_manifest
+from shards.pack import finish_output, prepare_output
+from shards.pairs import split_shares
+from shards.shard_file import Members, write_shard
+
+TRAIN = "train"
+"""The split from which others are drawn."""
+Place = tuple[str, int]
+"""A shard's name, and the position of a sample in it."""
+
+
+@dataclass
+class SplitCommand:
+    """Draw a validation or test split from the training split, into a new data set.
+
+    Samples with an equal picture or an equal text stay together, so that nothing that is trained on is measured on."""
+
+    data: tyro.conf.Positional[Path]
+    """Folder with manifest.json and tars."""
+    output: Path
+    """Folder for the new data set; the old one stays as it is."""
+    val: float = 0.1
+    """Share of the training split for a split "val"; 0 makes none."""
+    test: float = 0.0
+    """Share of the training split for a split "test"; 0 makes none."""
+    together: Literal["images-and-texts", "images"] = "images-and-texts"
+    """What keeps samples on one side when it is equal; images: for captions that many pictures share."""
+    shard_samples: int = 1000
+    """Most samples of a new shard."""
+    overwrite: bool = False
+    """Replace another data set in the output folder."""
+    processes: int | None = None
+    """Processes that read and write shards (None: one a core). The bytes do not depend on it."""
+
+    def run(self) -> None:
+        """Write the new data set and print its sizes. Raises BadInput as `split` does."""
+        print_summary(f"wrote {self.output}", split(self))
+
+
+def _samples(path: Path, name: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield key and members of each sample of a shard. Raises BadInput where it is damaged."""
+    try:
+        with open(path, "rb") as file:
+            for group in iter_groups(file, name):
+                yield group[0].key, members_of(group)
+    except BadSample as error:
+        raise BadInput(f"{path.parent}: {error}: see 'python -m shards verify {path.parent}'") from None
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}): restore it") from None
+
+
+def _digests(members: dict[str, bytes], texts_too: bool) -> list[bytes]:
+    """Return what keeps a sample beside others: digests of its picture and, with `texts_too`, of each of its texts."""
+    found = [b"image" + members[extension] for extension in IMAGE_MEMBERS if extension in members]
+    if texts_too and "text.npy" in members:
+        rows = np.atleast_2d(np.load(io.BytesIO(members["text.npy"]), allow_pickle=False))
+        found += [b"text" + row.tobytes() for row in rows]
+    elif texts_too:
+        texts = json.loads(members.get("json") or b"{}").get("texts") or members.get("txt", b"").decode().splitlines()
+        found += [b"text" + text.strip().encode() for text in texts if text.strip()]
+    return [hashlib.sha256(each).digest()[:16] for each in found]
+
+
+def _facts(path: Path, name: str, texts_too: bool) -> list[tuple[str, list[bytes]]]:
+    """Return key and digests of each sample of a shard. Raises BadInput where one cannot be read."""
+    try:
+        return [(key, _digests(members, texts_too)) for key, members in _samples(path, name)]
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(
+            f"{path} has a sample that cannot be used: see 'python -m shards verify {path.parent}'"
+        ) from None
+
+
+def grouped(digests: Sequence[list[bytes]]) -> list[list[int]]:
+    """Return the groups of samples that are joined by equal digests, directly or through others, by position."""
+    parent = list(range(len(digests)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first: dict[bytes, int] = {}
+    for i, of_sample in enumerate(digests):
+        for digest in of_sample:
+            parent[root(i)] = root(first.setdefault(digest, i))
+    groups: dict[int, list[int]] = {}
+    for i in range(len(digests)):
+        groups.setdefault(root(i), []).append(i)
+    return list(groups.values())
+
+
+def drawn(keys: Sequence[str], groups: list[list[int]], shares: dict[str, float]) -> dict[str, list[int]]:
+    """Draw whole groups for each split of `shares`, no more samples than its share of all, by a hash of their keys.
+
+    Returns split -> positions, ascending. Raises BadInput where no group fits into a share."""
+    order = sorted(
+        groups, key=lambda group: hashlib.sha256("\n".join(sorted(keys[i] for i in group)).encode()).digest()
+    )
+    out: dict[str, list[int]] = {}
+    for name, share in shares.items():
+        room, left, taken = round(share * len(keys)), list[list[int]](), list[int]()
+        for group in order:
+            if len(taken) + len(group) <= room:
+                taken += group
+            else:
+                left.append(group)
+        if not taken:
+            raise BadInput(
+                f"--{name} {share:g}: no group of samples with equal pictures or texts is as small as {room}: "
+                "take a larger share, or pass --together images"
+            )
+        order, out[name] = left, sorted(taken)
+    return out
+
+
+def _write(data: Path, output: Path, name: str, places: list[Place]) -> ShardInfo | None:
+    """Write a shard of samples from one or more shards of `data`, whose order in them is that of `places`."""
+
+    def samples() -> Iterator[tuple[str, Members]]:
+        for source in dict.fromkeys(shard for shard, _ in places):
+            wanted = {position for shard, position in places if shard == source}
+            for position, (key, members) in enumerate(_samples(data / source, source)):
+                if position in wanted:
+                    yield key, list(members.items())
+
+    return write_shard(output, name, samples())
+
+
+def _plan(command: SplitCommand, manifest: Manifest, shares: dict[str, float]) -> dict[str, dict[str, list[Place]]]:
+    """Return split -> new shard -> its samples."""
+    counts = {shard.name: shard.samples for shards in manifest.splits.values() for shard in shards}
+    tasks = [(command.data / s.name, s.name, command.together != "images") for s in manifest.splits[TRAIN]]
+    facts = parallel_map(_facts, tasks, title="comparing", processes=command.processes)
+    places = [(task[1], i) for task, of_shard in zip(tasks, facts, strict=True) for i in range(len(of_shard))]
+    keys = [key for of_shard in facts for key, _ in of_shard]
+    chosen = drawn(keys, grouped([digests for of_shard in facts for _, digests in of_shard]), shares)
+    gone = {places[i] for positions in chosen.values() for i in positions}
+    plan = {
+        split: {s.name: [(s.name, i) for i in range(counts[s.name]) if (s.name, i) not in gone] for s in shards}
+        for split, shards in manifest.splits.items()
+    }
+    for name, positions in chosen.items():
+        parts = [positions[i : i + command.shard_samples] for i in range(0, len(positions), command.shard_samples)]
+        plan[name] = {f"{name}-{n:06d}.tar": [places[i] for i in part] for n, part in enumerate(parts)}
+    return plan
+
+
+def split(command: SplitCommand) -> Manifest:
+    """Write the data set of `command` with its new splits and return its manifest.
+
+    Raises BadInput when there is such a split already, no group fits into a share, a shard is damaged, or the output
+    holds another data set."""
+    manifest, output = load_manifest(command.data), command.output
+    if TRAIN not in manifest.splits:
+        raise BadInput(f"{command.data} has no split '{TRAIN}' to draw from: it has {', '.join(manifest.splits)}")
+    if output.resolve() == command.data.resolve():
+        raise BadInput(f"--output {output} is the data set itself: name another folder")
+    if command.shard_samples < 1:
+        raise BadInput(f"--shard-samples is {command.shard_samples}: it must be at least 1")
+    val, test = split_shares(command.val, command.test, manifest.splits)
+    shares = {name: share for name, share in (("val", val), ("test", test)) if share}
+    if not shares:
+        raise BadInput("--val and --test are 0: give one of them a share")
+    plan = _plan(command, manifest, shares)
+    asked = [manifest.to_json(), shares, command.together, command.shard_samples]
+    fingerprint = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    prepare_output(output, fingerprint, command.overwrite)
+    tasks = [(command.data, output, name, places) for shards in plan.values() for name, places in shards.items()]
+    written = parallel_map(
+        _write, tasks, title="splitting", unit_counts=[len(task[3]) for task in tasks], processes=command.processes
+    )
+    infos = iter(written)
+    made = assemble(
+        name=manifest.name,
+        label_kind=manifest.label_kind,
+        classes=manifest.classes,
+        splits={name: [next(infos) for _ in shards] for name, shards in plan.items()},
+        image_dim=manifest.image_dim,
+        text_dim=manifest.text_dim,
+        attribution=manifest.attribution,
+        details={**manifest.details, "split": {**shares, "together": command.together}, "fingerprint": fingerprint},
+    )
+    write_manifest(output, made)
+    finish_output(output)
+    return made

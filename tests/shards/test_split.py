@@ -1,0 +1,118 @@
+"""Splits that are drawn from the training split: whole groups, the same for the same data, nothing lost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.errors import BadInput
+from shards.__main__ import main
+from shards.split import SplitCommand, drawn, grouped, split
+from shards.verify import verify
+
+
+def test_groups_are_the_connected_components() -> None:
+    """Against a naive closure over all pairs."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        digests = [[bytes([d]) for d in rng.integers(40, size=rng.integers(1, 4))] for _ in range(30)]
+        naive = [{i} for i in range(30)]
+        for i, j in itertools.combinations(range(30), 2):
+            if set(digests[i]) & set(digests[j]) and naive[i] is not naive[j]:
+                joined = naive[i] | naive[j]
+                for k in joined:
+                    naive[k] = joined
+        assert {frozenset(group) for group in grouped(digests)} == {frozenset(group) for group in naive}
+
+
+def test_whole_groups_are_drawn_and_never_more_than_the_share() -> None:
+    groups = [[0, 1, 2, 3, 4, 5], [6], [7, 8], [9], [10, 11], [12], [13], [14], [15], [16], [17], [18], [19]]
+    out = drawn([f"k{i}" for i in range(20)], groups, {"val": 0.25, "test": 0.1})
+    assert (len(out["val"]), len(out["test"])) == (5, 2)
+    assert not set(out["val"]) & set(out["test"])
+    for group in groups:
+        assert len({name for name, taken in out.items() for i in group if i in taken} | set()) <= 1
+        assert all((set(group) <= set(taken)) or not (set(group) & set(taken)) for taken in out.values())
+    with pytest.raises(BadInput, match="--together images"):
+        drawn(["a", "b"], [[0, 1]], {"val": 0.5})
+
+
+def everything(folder: Path) -> dict[str, tuple[str, bytes, list[str] | bytes, tuple[int, ...]]]:
+    """Key -> split, picture or feature, texts and labels of every sample."""
+    out = {}
+    for name in load_manifest(folder).splits:
+        for sample in ShardReader(str(folder), name):
+            image = sample.image if isinstance(sample.image, bytes) else sample.image.tobytes()
+            texts = sample.texts if isinstance(sample.texts, list) else sample.texts.tobytes()
+            out[sample.key] = (name, image, texts, tuple(sample.labels))
+    return out
+
+
+@pytest.mark.parametrize("kind", ["raw", "features"])
+def test_nothing_is_lost_and_nothing_equal_lies_on_both_sides(
+    kind: str, raw_data: Callable[..., Path], feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    counts = {"train": 60, "test": 8}
+    data = raw_data(counts=counts) if kind == "raw" else feature_data(splits={"train": [30, 30], "test": [8]})
+    together = "images" if kind == "raw" else "images-and-texts"  # the toy's captions are few
+    made = [
+        split(SplitCommand(data, tmp_path / f"out{n}", val=0.2, together=together, processes=n))  # type: ignore[arg-type]
+        for n in (1, 2)
+    ]
+    assert made[0].to_json() == made[1].to_json()
+    assert {name: made[0].samples(name) for name in made[0].splits} == {"train": 48, "test": 8, "val": 12}
+    before, after = everything(data), everything(tmp_path / "out1")
+    assert {k: v[1:] for k, v in before.items()} == {k: v[1:] for k, v in after.items()}
+    assert all(after[k][0] in ((v[0], "val") if v[0] == "train" else (v[0],)) for k, v in before.items())
+    assert not verify(tmp_path / "out1", processes=1).problems
+
+
+def test_samples_with_equal_texts_stay_together(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    data = feature_data(splits={"train": [40]}, captions=1)
+    samples = everything(data)
+    split(SplitCommand(data, tmp_path / "out", val=0.3, processes=1))
+    sides: dict[object, set[str]] = {}
+    for name, _, texts, _ in everything(tmp_path / "out").values():
+        sides.setdefault(texts, set()).add(name)
+    assert all(len(names) == 1 for names in sides.values())
+    assert len(samples) == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"val": 0.0}, "give one of them a share"),
+        ({"val": 1.5}, "must be shares"),
+        ({"test": 0.1}, "there is a split 'test' already"),
+        ({"output": "data"}, "is the data set itself"),
+        ({"shard_samples": 0}, "--shard-samples is 0"),
+    ],
+)
+def test_what_cannot_be_is_said(
+    options: dict[str, Any], said: str, feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = feature_data(splits={"train": [30], "test": [6]})
+    chosen = {"output": tmp_path / "out", **options}
+    chosen["output"] = data if chosen["output"] == "data" else chosen["output"]
+    with pytest.raises(BadInput, match=said):
+        split(SplitCommand(data, **chosen))
+
+
+def test_the_way_that_a_missing_split_names_leads_out(
+    feature_data: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = feature_data(splits={"train": [30]})
+    with pytest.raises(BadInput, match=r"shards split DIR --val 0\.1 --output NEW"):
+        load_manifest(data).shards("val")
+    main(["split", str(data), "--val", "0.1", "--output", str(tmp_path / "new"), "--processes", "1"])
+    assert "wrote" in capsys.readouterr().out
+    assert load_manifest(tmp_path / "new").samples("val") == 3
+    main(["index", str(data), "--overwrite"])
+    assert f"python -m shards split {data} --val 0.1 --output NEW" in capsys.readouterr().out
