@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 
 from cmgan_dist.config.fields import Pool
@@ -27,6 +26,8 @@ from cmgan_dist.jobs import ledger
 from cmgan_dist.jobs.cores import usable_cores
 from cmgan_dist.jobs.local import parallel_map
 from cmgan_dist.jobs.lock import owning
+from cmgan_dist.jobs.machine import share_of_machine
+from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.backbone import PixelBackbone
 from cmgan_dist.models.clip import is_open_clip
@@ -77,6 +78,9 @@ class FeaturesCommand:
     """Where the backbones run; auto takes a GPU if there is one."""
     processes: int | None = None
     """Processes, each with a shard at a time (None: one a core, on a GPU one). The bytes do not depend on it."""
+    task: str = ""
+    """I/N: every N-th shard from I on, where several machines share the work and --output; a SLURM array and torchrun
+    say it by themselves. Whoever finds all shards made writes the manifest."""
     skip_bad: bool = False
     """Leave bad samples out, count and list them, instead of stopping at the first."""
     overwrite: bool = False
@@ -105,10 +109,7 @@ def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Option
     """Return what a process needs to know, and the number of processes. Raises BadInput naming the flag."""
     if command.batch_size < 1:
         raise BadInput(f"--batch-size is {command.batch_size}: it must be at least 1")
-    if command.processes is not None and command.processes < 1:
-        raise BadInput(f"--processes is {command.processes}: it must be at least 1")
-    if command.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device is cuda but there is no GPU: pass --device cpu")
+    share = share_of_machine(command.device, command.processes)
     image = text = None
     if command.image_backbone != "features" and manifest.image == "encoded":
         if not command.image_weights:
@@ -125,13 +126,8 @@ def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Option
             f"nothing to do: the images of {command.data} are {manifest.image} and its texts {manifest.text}; "
             "name an --image-backbone or a --text-backbone for what is not features yet"
         )
-    device = "cuda" if command.device != "cpu" and torch.cuda.is_available() else "cpu"
-    processes = command.processes
-    if processes is None:
-        processes = 1 if device == "cuda" else usable_cores()
-    threads = max(1, usable_cores() // processes)
-    options = Options(image, text, command.batch_size, command.dtype, device, threads, command.skip_bad)
-    return options, processes
+    options = Options(image, text, command.batch_size, command.dtype, share.device, share.threads, command.skip_bad)
+    return options, share.processes
 
 
 def settings_of(made: Extractor) -> dict[str, Any]:
@@ -208,7 +204,8 @@ def make_shard(
 
 
 def finished_shard(output: Path, source: ShardInfo, settings: dict[str, Any], skip_bad: bool) -> Made | None:
-    """Return what an earlier run wrote for this source with these settings, None when it is to be made.
+    """Return what an earlier run, or another task, wrote for this source with these settings, None when it is to be
+    made.
 
     A tar or sidecar that was damaged since is named on stdout. Raises BadInput when the tar was made otherwise."""
     path = output / source.name
@@ -278,43 +275,60 @@ def _remove_foreign(output: Path, names: set[str], overwrite: bool) -> None:
         _remove(output, name)
 
 
-def _find_done(command: FeaturesCommand, sources: list[ShardInfo], settings: dict[str, Any]) -> dict[str, Made]:
-    """Return what earlier runs finished, by shard; with `overwrite`, what was made otherwise is removed."""
+@dataclass
+class _Plan:
+    """What a run is to do."""
+
+    command: FeaturesCommand
+    manifest: Manifest
+    """Of the data set that features are made of."""
+    sources: list[ShardInfo]
+    """All its shards."""
+    task: Task
+    options: Options
+    processes: int
+    made: Extractor
+    settings: dict[str, Any]
+
+    @property
+    def output(self) -> Path:
+        """Where features go."""
+        return self.command.output
+
+
+def _find_done(plan: _Plan, sources: list[ShardInfo]) -> dict[str, Made]:
+    """Return what earlier runs finished of some shards, by name; with `overwrite`, what of this task's was made
+    otherwise is removed."""
+    own = {plan.sources[i].name for i in plan.task.share(len(plan.sources))}
 
     def find(shard: ShardInfo) -> Made | None:
         try:
-            return finished_shard(command.output, shard, settings, command.skip_bad)
+            return finished_shard(plan.output, shard, plan.settings, plan.command.skip_bad)
         except BadInput:
-            if not command.overwrite:
+            if not plan.command.overwrite:
                 raise
-            _remove(command.output, shard.name)
+            if shard.name in own:
+                _remove(plan.output, shard.name)
             return None
         except OSError as error:
-            raise BadInput(f"cannot read {command.output / shard.name}: {error.strerror}") from None
+            raise BadInput(f"cannot read {plan.output / shard.name}: {error.strerror}") from None
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         found = zip(sources, pool.map(find, sources), strict=True)
         return {shard.name: made for shard, made in found if made is not None}
 
 
-def _make_shards(
-    command: FeaturesCommand,
-    options: Options,
-    judge: Judge,
-    processes: int,
-    todo: list[ShardInfo],
-    settings: dict[str, Any],
-) -> dict[str, Made]:
+def _make_shards(plan: _Plan, todo: list[ShardInfo]) -> dict[str, Made]:
     """Make the shards of `todo` and print the rate; returns what was made of each, by name."""
     # Until the new manifest is written, the folder is not a data set.
-    (command.output / MANIFEST_NAME).unlink(missing_ok=True)
-    begun = time.monotonic()
+    (plan.output / MANIFEST_NAME).unlink(missing_ok=True)
+    begun, judge = time.monotonic(), Judge.of(plan.manifest)
     made = parallel_map(
         make_shard,
-        [(options, judge, command.data, command.output, shard, settings) for shard in todo],
+        [(plan.options, judge, plan.command.data, plan.output, shard, plan.settings) for shard in todo],
         title="features",
         unit_counts=[shard.samples for shard in todo],
-        processes=processes,
+        processes=plan.processes,
     )
     seconds = time.monotonic() - begun
     count = sum(shard.samples for shard in todo)
@@ -322,41 +336,45 @@ def _make_shards(
     return {shard.name: one for shard, one in zip(todo, made, strict=True)}
 
 
-def write_features(command: FeaturesCommand) -> Manifest:
-    """Write the feature shards of `command` and their manifest, which is returned.
+def write_features(command: FeaturesCommand) -> Manifest | None:
+    """Write the feature shards of `command`, this task's share of them, and when all are there their manifest.
 
-    Raises BadInput, also when another process is writing them."""
-    manifest, output = load_manifest(command.data), command.output
+    Returns the manifest, None while other tasks have shards to make. Raises BadInput, also when another process is
+    writing the same share."""
+    task, manifest = find_task(command.task), load_manifest(command.data)
     sources = _sources(command, manifest)
     options, processes = choose_options(command, manifest)
     made = extractor(options)
-    settings = settings_of(made)
-    with owning(output, "features"):
-        return _write_owned(command, manifest, sources, options, processes, made, settings)
+    plan = _Plan(command, manifest, sources, task, options, processes, made, settings_of(made))
+    with owning(plan.output, task.lock("features")):
+        return _write_share(plan)
 
 
-def _write_owned(
-    command: FeaturesCommand,
-    manifest: Manifest,
-    sources: list[ShardInfo],
-    options: Options,
-    processes: int,
-    made: Extractor,
-    settings: dict[str, Any],
-) -> Manifest:
-    output = command.output
+def _write_share(plan: _Plan) -> Manifest | None:
+    output, sources = plan.output, plan.sources
     try:
         output.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output)
     except OSError as error:
         raise BadInput(f"cannot make the output folder {output}: {error.strerror}") from None
-    _remove_foreign(output, {shard.name for shard in sources}, command.overwrite)
-    done = _find_done(command, sources, settings)
-    todo = [shard for shard in sources if shard.name not in done]
+    _remove_foreign(output, {shard.name for shard in sources}, plan.command.overwrite)
+    own = [sources[i] for i in plan.task.share(len(sources))]
+    done = _find_done(plan, own)
+    todo = [shard for shard in own if shard.name not in done]
     if todo:
-        done |= _make_shards(command, options, Judge.of(manifest), processes, todo, settings)
+        done |= _make_shards(plan, todo)
+    done |= _find_done(plan, [shard for shard in sources if shard.name not in done])
+    if len(done) < len(sources):
+        left = len(sources) - len(done)
+        print(f"task {plan.task} is done; {left} of {len(sources)} shards are left to other tasks")
+        return None
+    return _finish(plan, done, bool(todo))
 
-    left_out = [line for shard in sources for line in done[shard.name][1]]
+
+def _finish(plan: _Plan, done: dict[str, Made], new: bool) -> Manifest:
+    """Write the manifest of all shards and return it; equal for whichever task writes it."""
+    manifest, made, output = plan.manifest, plan.made, plan.output
+    left_out = [line for shard in plan.sources for line in done[shard.name][1]]
     written = assemble(
         name=manifest.name,
         label_kind=manifest.label_kind,
@@ -366,13 +384,13 @@ def _write_owned(
         text_dim=manifest.text_dim if made.text is None else made.text.dim,
         attribution=manifest.attribution,
         details={
-            "source": str(command.data),
-            **details_of(made, settings),
+            "source": str(plan.command.data),
+            **details_of(made, plan.settings),
             "left_out": len(left_out),
             "raw": manifest.details,
         },
     )
     write_manifest(output, written)
-    headline = f"wrote {output}" if todo else f"already written: {output}"
+    headline = f"wrote {output}" if new else f"already written: {output}"
     print_summary(headline, written, notes=missing_val(written.splits, drawing(output)), left_out=left_out)
     return written

@@ -30,6 +30,10 @@ class Task:
         """Return this task, which divides the work of `outer`, among all tasks."""
         return Task(outer.number * self.count + self.number, outer.count * self.count)
 
+    def lock(self, work: str) -> str:
+        """Return the name of this task's lock on the output of `work`: other tasks have other ones."""
+        return work if self.count == 1 else f"{work}-{self.number}-of-{self.count}"
+
     def __str__(self) -> str:
         """Return I/N."""
         return f"{self.number}/{self.count}"

@@ -7,7 +7,6 @@ part gives the same bytes. Whoever finds all records at its end writes embedding
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,8 +16,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.data.manifest import MANIFEST_NAME as DATA_MANIFEST_NAME
 from cmgan_dist.data.store import FileStore
@@ -27,6 +24,7 @@ from cmgan_dist.jobs import ledger
 from cmgan_dist.jobs.cores import usable_cores
 from cmgan_dist.jobs.local import parallel_map
 from cmgan_dist.jobs.lock import owning
+from cmgan_dist.jobs.machine import share_of_machine
 from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_backbone, read_model
@@ -77,11 +75,9 @@ def make_plan(options: EmbedOptions) -> Plan:
     given = [(kind, getattr(options, flag[2:])) for kind, flag in FLAGS.items() if getattr(options, flag[2:])]
     if len(given) != 1:
         raise BadInput("name what is to be embedded by one of --data, --pictures and --texts")
-    for flag, number in (("--batch", options.batch), ("--processes", options.processes)):
-        if number is not None and number < 1:
-            raise BadInput(f"{flag} is {number}: it must be at least 1")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device is cuda but there is no GPU: pass --device cpu")
+    if options.batch is not None and options.batch < 1:
+        raise BadInput(f"--batch is {options.batch}: it must be at least 1")
+    share = share_of_machine(options.device, options.processes)
     task = find_task(options.task)
     splits = [split for split in options.splits.split(",") if split]
     if splits and not options.data:
@@ -93,7 +89,6 @@ def make_plan(options: EmbedOptions) -> Plan:
             raise BadInput(f"{flag} {shown(place)} is not UTF-8, so that no file could name it: rename it")
     check_source(saved, source)
     parts = source.parts(splits)
-    device, processes, threads = _machine(options)
     store = FileStore(options.output, "--output")
     if store.local and (Path(store.path) / DATA_MANIFEST_NAME).exists():
         raise BadInput(f"--output {options.output} is a data set: name another folder")
@@ -105,11 +100,11 @@ def make_plan(options: EmbedOptions) -> Plan:
         output=options.output,
         batch=options.batch or saved.config.eval.batch,
         dtype=options.dtype,
-        device=device,
-        threads=threads,
+        device=share.device,
+        threads=share.threads,
         skip_bad=options.skip_bad,
     )
-    return Plan(job, saved, source, parts, task, processes, options.overwrite, store)
+    return Plan(job, saved, source, parts, task, share.processes, options.overwrite, store)
 
 
 def check_source(saved: Saved, source: Source) -> None:
@@ -118,17 +113,6 @@ def check_source(saved: Saved, source: Source) -> None:
     for modality in raw_modalities(source):
         if getattr(saved.spec, modality).name == "features":
             load_backbone(saved, modality)  # says why it cannot
-
-
-def _machine(options: EmbedOptions) -> tuple[str, int, int]:
-    """Return the device, the number of processes, and of threads that decode in each."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    device = "cpu"
-    if options.device != "cpu" and torch.cuda.is_available():
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % torch.cuda.device_count()}"
-    cores = max(1, usable_cores() // local)
-    processes = options.processes or (1 if device != "cpu" else cores)
-    return device, processes, max(1, cores // processes)
 
 
 # ---------------------------------------------------------------------------------------------- what is done
@@ -226,7 +210,7 @@ def _owned(plan: Plan) -> contextlib.AbstractContextManager[None]:
     """Own the output for this task's part of the work; other tasks have other locks. A remote output has none."""
     if not plan.store.local:
         return contextlib.nullcontext()
-    return owning(Path(plan.store.path), "embed" if plan.task.count == 1 else f"embed-{plan.task}".replace("/", "-of-"))
+    return owning(Path(plan.store.path), plan.task.lock("embed"))
 
 
 def _embed_owned(plan: Plan, options: EmbedOptions) -> EmbeddingSet | None:

@@ -30,7 +30,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ([], "name a command: build, verify, stats, index, features"),
+        ([], "name a command: build, verify, stats, index, split, features"),
         (["pack"], "unknown command 'pack'"),
         (["build"], "name a source: openmoji"),
         (["build", "imagenet"], "unknown source 'imagenet'"),

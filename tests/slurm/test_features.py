@@ -1,0 +1,58 @@
+"""Features as a SLURM array: tasks share the shards, one of them is queued again, and the bytes are those of one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+from safetensors.torch import save_file
+
+from shards.features import FeaturesCommand, write_features
+from tests.services.slurm import Cluster, wait_for
+from tests.toy import make_raw
+
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("nodes_are_back")]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".lock")}
+
+
+def test_an_array_makes_the_features_that_one_process_does(cluster: Cluster, tmp_path: Path) -> None:
+    data = make_raw(tmp_path / "data", counts=dict.fromkeys(("train", "val", "test", "more", "other", "last"), 8))
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), weights)
+    options = ["--image-backbone", "test_efficientnet", "--image-weights", str(weights), "--image-size", "48"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    chosen = {"image_backbone": "test_efficientnet", "image_weights": str(weights), "image_size": 48}
+    write_features(FeaturesCommand(data, alone, processes=1, **chosen))  # type: ignore[arg-type]
+    done = subprocess.run(
+        ["sbatch", "--array=1-3", f"--output={tmp_path}/%a.out", str(ROOT / "launchers" / "slurm" / "features.sbatch")]
+        + [str(data), "--output", str(shared), "--processes", "1", *options],
+        env={
+            **cluster.environment,
+            **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CMGAN_ROOT": str(ROOT)},
+            "CMGAN_PYTHON": sys.executable,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    job = done.stdout.split()[-1]
+    wait_for("a task that runs", lambda: cluster.job(f"{job}_2").get("JobState") == "RUNNING", 100)
+    time.sleep(1.0)
+    cluster.run("scontrol", "requeue", f"{job}_2")
+    wait_for("end of the array", lambda: cluster.run("squeue", "-h") == "", 300)
+    said = {path.stem: path.read_text() for path in tmp_path.glob("*.out")}
+    states = {task: cluster.job(f"{job}_{task}") for task in (1, 2, 3)}
+    assert {state["JobState"] for state in states.values()} == {"COMPLETED"}, said
+    assert states[2]["Restarts"] == "1"
+    assert "left to other tasks" in "".join(said.values()), said
+    assert files(shared) == files(alone)
