@@ -43,9 +43,9 @@ if not torch.cuda.is_available():
 
 warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's, not ours
 
-BUCKET = 2**24
-"""The most elements that are reduced at once unless the configuration says so: 64 MiB. DeepSpeed's own 2 GB would take
-in all gradients of a module before the first are divided."""
+BUCKET = 2**21
+"""The most elements that are reduced at once unless the configuration says so: 8 MiB. DeepSpeed's own 2 GB would hold
+all gradients of a module before the first are divided."""
 
 
 class _Group:
