@@ -5,9 +5,9 @@
 `reference`: preset `reference` on features at full widths, alternate update. `backbone`: convnext_base (88 million
 parameters) trained on pictures of 64 x 64 with the layers of preset `features`, joint update. Both with 16 rows in all.
 
-Parameters, what the optimiser holds (moments, and under ZeRO a copy of its share of the parameters), and the highest
-that all tensors together come to in a batch, activations included; seconds of a batch, at best. Memory does not depend
-on who else uses the machine; seconds do. Writes bench/results/zero.json.
+Parameters, what the optimiser holds (Adam's moments), and the highest that all tensors together come to in a batch,
+activations included; seconds of a batch, at best. Memory does not depend on who else uses the machine; seconds do.
+Writes bench/results/zero.json.
 """
 
 from __future__ import annotations
@@ -79,13 +79,9 @@ def batch_of(spec: DataSpec, rows: int, seed: int) -> Batch:
 
 def optimiser_bytes(engine: Engine) -> int:
     """Return what this process holds of an engine's optimiser beside the module's own parameters."""
-    zero = isinstance(engine, ZeroEngine)
     optimizers = [group.optimizer for group in engine.groups] if isinstance(engine, ZeroEngine) else [engine.optimizer]
-    total = 0
-    for optimizer in optimizers:
-        total += sum(value.nbytes for state in optimizer.state.values() for value in state.values())
-        total += sum(p.nbytes for group in optimizer.param_groups for p in group["params"]) if zero else 0
-    return total
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return sum(value.nbytes for state in states for value in state.values())
 
 
 def traced() -> torch.profiler.profile:
