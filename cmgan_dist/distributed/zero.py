@@ -43,9 +43,9 @@ if not torch.cuda.is_available():
 
 warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's, not ours
 
-BUCKET = 2**24
-"""The most elements that are reduced at once unless the configuration says so: 64 MiB. DeepSpeed's own 2 GB would take
-in all gradients of a module before the first are divided."""
+BUCKET = 2**21
+"""The most elements that are reduced at once unless the configuration says so: 8 MiB. DeepSpeed's own 2 GB would hold
+all gradients of a module before the first are divided."""
 
 
 class _Group:
@@ -75,8 +75,19 @@ class _Group:
                 f"DeepSpeed's configuration has {'.'.join(map(str, first['loc']))} {first['input']!r}: {first['msg']}; "
                 "correct it in deepspeed_config_file, or train with a file of launchers/configs/"
             ) from None
+        self._share_parameters()
         self.norm = self.zero.scaled_global_norm
         """Returns the norm of this group's gradients over all processes, or -1 where one is not finite."""
+
+    def _share_parameters(self) -> None:
+        """Let the optimiser update this process's share of the parameters where they lie: DeepSpeed makes an fp32 copy
+        of it, for parameters of fewer bits."""
+        (updated,) = self.zero.single_partition_of_fp32_groups
+        (shares,) = self.zero.parallel_partitioned_bit16_groups
+        own = shares[dist.get_rank()]
+        if updated.device == own.device:
+            updated.data = own
+            self.zero._link_all_hp_params()  # what it has of the copy
 
     def _reach(self, _: Tensor) -> None:
         self.reached += 1
