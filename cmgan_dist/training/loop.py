@@ -216,8 +216,8 @@ def record_batch(run: Run, micro_batches: list[StepInputs], terms: dict[str, Ten
 def give_up(run: Run, losses: list[str], bad_losses: Tensor, batches: list[Batch]) -> NoReturn:
     """Save the state, and raise BadInput that names the phase, the position and the samples of losses not finite.
 
-    In that state no update by such a loss has been made, and the batch is not in the running statistics. `losses`: their
-    names, on any process. `bad_losses`: bool, which losses of this process they are; the samples named are those of the
+    In that state no update by such a loss has been made, nor is its batch in running statistics. `losses`: their names,
+    on any process. `bad_losses`: bool, which losses of this process they are; the samples named are those of the
     processes that have one. The error is the same on every process."""
     parallel, progress = run.parallel, run.progress
     mine = [key for batch in batches for key in batch.keys[: batch.size]] if bool(bad_losses.any()) else []

@@ -126,7 +126,7 @@ def test_killed_again_and_again_it_ends_like_the_undisturbed_one(
     done = forked.run(words(output), environment())
     assert done.returncode == 0, done.stderr[-3000:]
     assert end(output) == expected
-    assert not [path for path in output.rglob("*.tmp")]
+    assert not list(output.rglob("*.tmp"))
     print(f"{job.__name__}: killed {tried} times, {ends + 1} of {ends + 1} ends equal")
 
 
@@ -142,7 +142,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def damaged(content: bytes, how: str, place: int, draw: random.Random) -> bytes:
     """Cut at, or with one bit flipped at, the `place`-th of PLACES places that lie evenly over all of it."""
-    at = min(len(content) - 1, (place * len(content) + draw.randrange(len(content))) // PLACES)
+    at = min(len(content.rstrip()) - 1, (place * len(content) + draw.randrange(len(content))) // PLACES)
     if how == "cut":
         return content[:at]
     return content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
@@ -210,7 +210,7 @@ def mount(folder: Path, size: int, *options: str) -> None:
 def test_a_disk_that_is_full_at_any_time_is_said_and_loses_nothing(
     job: Callable[[Path], Callable[[Path], list[str]]], disk: Path, tmp_path: Path
 ) -> None:
-    """With room for 1/20, 2/20, ... of the whole; then there is room, and the same command ends like the undisturbed."""
+    """With room for 1/20, 2/20, ... of the whole; with more room the same command then ends like the undisturbed."""
     words = job(tmp_path)
     assert forked.run(words(tmp_path / "whole"), environment()).returncode == 0
     end = state_of_run if job is training else files_below
@@ -223,7 +223,7 @@ def test_a_disk_that_is_full_at_any_time_is_said_and_loses_nothing(
         assert done.returncode == 2 * len(errors), done.stderr[-3000:]
         assert len(errors) <= 1
         assert "Traceback" not in done.stderr
-        assert not [path for path in disk.rglob("*.tmp")]
+        assert not list(disk.rglob("*.tmp"))
         mount(disk, 4 * whole + (1 << 24), "remount")
         done = forked.run(words(disk / "output"), environment())
         assert done.returncode == 0, done.stderr[-3000:]
