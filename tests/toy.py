@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import subprocess
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -32,7 +35,7 @@ from cmgan_dist.data.sample import parse_labels, parse_sample
 from cmgan_dist.data.store import ShardStore
 from cmgan_dist.data.tar import iter_groups, iter_samples
 from cmgan_dist.distributed.processes import Parallel
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, run_main
 from cmgan_dist.files import sha256_of, write_atomic
 from cmgan_dist.models.generator import Generator, build_generator
 from cmgan_dist.models.saved import describe_model, save_model, stored_tensors
@@ -228,6 +231,22 @@ def run_to_end(
     if not expect and "is done" not in done.stderr:
         assert f"{processes} process{'es' * (processes > 1)} on cpu" in done.stderr, "other processes than asked for"
     return done
+
+
+def call(main: Callable[[], int | None], *words: str) -> tuple[int, str]:
+    """The `main` of a command in this process: its exit code, and its lines of stderr that begin with "error: "."""
+    said, before, handlers = io.StringIO(), list(sys.argv), list(logging.getLogger().handlers)
+    sys.argv = ["program", *words]
+    try:
+        quiet = contextlib.redirect_stdout(io.StringIO())
+        with contextlib.redirect_stderr(said), quiet, pytest.raises(SystemExit) as ended:
+            run_main(main)
+    finally:
+        sys.argv = before
+        logging.getLogger().handlers[:] = handlers
+    assert isinstance(ended.value.code, int)
+    lines = said.getvalue().splitlines()
+    return ended.value.code, "\n".join(line for line in lines if line.startswith("error: "))
 
 
 def lines(run: Path, kind: str) -> list[dict[str, Any]]:

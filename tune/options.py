@@ -86,6 +86,11 @@ def base_config(arguments: Arguments) -> Config:
         raise BadInput("--cpus must be above 0, --gpus and --confirm 0 or more, --confirm-top 1 or more")
     if arguments.gpus and arguments.processes > 1 and arguments.gpus < arguments.processes:
         raise BadInput(f"--gpus {arguments.gpus:g} is too few for --processes {arguments.processes}: give one each")
+    if arguments.concurrent and arguments.address and arguments.algorithm in ("hyperband", "pbt"):
+        raise BadInput(
+            f"--concurrent cannot be kept on a cluster by --algorithm {arguments.algorithm}, whose trials wait for "
+            "each other: leave it out and set --cpus so that no more trials fit"
+        )
     config = load_base(arguments)
     config.data = arguments.data or config.data
     if "://" not in config.data and config.data:

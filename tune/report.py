@@ -10,7 +10,18 @@ from matplotlib.colors import LinearSegmentedColormap
 
 from cmgan_dist.report.page import COLOURS, INK, STYLE, Section, grid, render_page, svg
 from cmgan_dist.report.table import html_table
-from tune.results import FAILED, STOPPED, Confirmed, Importance, TrialResult, front, position, ranked, show_value
+from tune.results import (
+    FAILED,
+    STOPPED,
+    Confirmed,
+    Importance,
+    TrialResult,
+    front,
+    position,
+    ranked,
+    show_mean,
+    show_value,
+)
 from tune.space import Space
 
 SHOWN = 15
@@ -81,19 +92,20 @@ def confirmed_section(confirmed: list[Confirmed], test: dict[str, Any]) -> Secti
     if not confirmed and not test:
         return None
     order = sorted(confirmed, key=lambda c: -c.mean)
-    rows = [[c.name, f"{c.mean:.4f} ± {c.std:.4f}", " ".join(f"{s:.4f}" for s in c.scores)] for c in order]
+    rows = [[c.name, show_mean(c.mean, c.std, len(c.scores)), " ".join(f"{s:.4f}" for s in c.scores)] for c in order]
     parts: list[Markup] = [html_table(["trial", "validation", "by seed"], rows, marked=0)] if rows else []
     if test:
-        lines = [[k, f"{mean:.4f} ± {std:.4f}"] for k, (mean, std) in test["scores"].items()]
+        lines = [[k, show_mean(mean, std, test["seeds"])] for k, (mean, std) in test["scores"].items()]
         parts.append(Markup("<h3>Test split, trial {}</h3>").format(test["name"]))
         parts.append(html_table(["", "mean"], lines))
     read = (
-        "The best trials, and the preset, trained again from seeds that the search did not use: mean ± standard "
-        "deviation. The first row became best.yaml. The test split was read once, after that choice, for it alone."
+        "The best trials, and the preset, trained again from seeds that the search did not use: mean (± standard "
+        "deviation of several seeds). The first row became best.yaml. The test split was read once, after that choice, "
+        "for it alone."
         if rows
-        else "The test split was read once, at the end, for the best trial alone."
+        else "The test split was read once, at the end, for the best trial alone: one run, which nothing confirmed."
     )
-    return Section("Confirmation", read, parts)
+    return Section("Confirmation" if rows else "Test", read, parts)
 
 
 def importance_section(importance: Importance | None) -> Section | None:

@@ -173,6 +173,11 @@ def show_value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def show_mean(mean: float, std: float, seeds: int) -> str:
+    """Return the mean over so many seeds as text, with its standard deviation where several seeds give one."""
+    return f"{mean:.4f} ± {std:.4f}" if seeds > 1 else f"{mean:.4f}"
+
+
 def show_table(trials: list[TrialResult], confirmed: list[Confirmed], console: Console, most: int = 10) -> None:
     """Print the `most` best trials and how they were confirmed, the values of the first three, and what failed."""
     best = ranked(trials)[:most]
@@ -181,7 +186,7 @@ def show_table(trials: list[TrialResult], confirmed: list[Confirmed], console: C
         table.add_column(name, justify="right", no_wrap=True)
     if confirmed:
         table.add_column("over seeds", justify="right", no_wrap=True)
-    means = {c.name: f"{c.mean:.4f} ± {c.std:.4f}" for c in confirmed}
+    means = {c.name: show_mean(c.mean, c.std, len(c.scores)) for c in confirmed}
     for r in best:
         cells = [r.name, f"{r.best:.4f}", f"{r.image_to_text:.4f}", f"{r.text_to_image:.4f}", f"{r.epochs:.0f}"]
         table.add_row(*cells, *([means.get(r.name, "")] if confirmed else []))

@@ -33,7 +33,7 @@ from cmgan_dist.jobs.ray import start_ray
 from tune.confirm import best_config, confirm, test_scores
 from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base
 from tune.report import search_report
-from tune.results import Confirmed, TrialResult, importance, ranked, show_table, trials_json
+from tune.results import Confirmed, TrialResult, importance, ranked, show_mean, show_table, trials_json
 from tune.space import Space, check_space, domains, load_space, outside_of
 from tune.tuner import (
     INTERRUPT,
@@ -147,7 +147,8 @@ def try_settings(plan: Plan, trainable: Any) -> Outcome:
         log.info("the first trial is the preset, although its %s is outside the search space", ", ".join(outside))
     algorithm, scheduler = make_algorithm(space, arguments, plan.validations, plan.start)
     settings: dict[str, Any] = {"search_alg": algorithm, "scheduler": scheduler, "num_samples": arguments.trials}
-    settings |= {"max_concurrent_trials": arguments.concurrent} if arguments.concurrent else {}
+    if arguments.concurrent and arguments.algorithm.startswith("optuna"):
+        settings["max_concurrent_trials"] = arguments.concurrent
     settings |= {"time_budget_s": arguments.time_budget_s} if arguments.time_budget_s else {}
     param_space = {} if arguments.algorithm.startswith("optuna") else domains(space)
     keep = KEPT_FOR_CLONES if arguments.algorithm == "pbt" else 1
@@ -213,8 +214,8 @@ def print_outcome(plan: Plan, outcome: Outcome) -> None:
     for key in PRINTED:
         if key in test.get("scores", {}):
             mean, std = test["scores"][key]
-            runs = f"{test['seeds']} run{'s' * (test['seeds'] > 1)}"
-            console.print(f"test {key}: {mean:.4f} ± {std:.4f} over {runs}")
+            value = show_mean(mean, std, test["seeds"])
+            console.print(f"test {key}: {value} over {test['seeds']} run{'s' * (test['seeds'] > 1)}")
     if outcome.interrupted:
         console.print("interrupted: the same command with --resume goes on", soft_wrap=True)
 

@@ -21,6 +21,8 @@ from tune.space import Space, clip, domains, mutable
 
 MOST_FAILURES = 3
 """Times that a trial whose process died is started again from its last checkpoint."""
+WAITING = ("hyperband", "pbt")
+"""Algorithms whose trials are paused until others have come as far."""
 KEPT_FOR_CLONES = 4
 """Checkpoints of a trial under PBT: one may be cloned while the next are written."""
 
@@ -61,7 +63,16 @@ def make_trainable(config: Config, arguments: Arguments, space: Space) -> Any:
         threads=config.train.threads,
         may_change=tuple(filter(mutable, space)) if arguments.algorithm == "pbt" else (),
     )
-    return with_resources(trainable, {"cpu": arguments.cpus, "gpu": arguments.gpus})
+    return with_resources(trainable, {"cpu": cpus_of_trial(arguments, resources()[0]), "gpu": arguments.gpus})
+
+
+def cpus_of_trial(arguments: Arguments, total: float) -> float:
+    """Return the CPUs that Ray sets apart for a trial, of `total`: --cpus, or so many that --concurrent trials fit.
+
+    A limit on the trials themselves would never end where these wait for others that may not begin."""
+    if not arguments.concurrent or arguments.algorithm not in WAITING:
+        return arguments.cpus
+    return max(arguments.cpus, total / arguments.concurrent)
 
 
 def make_algorithm(space: Space, arguments: Arguments, validations: int, start: dict[str, Any]) -> tuple[Any, Any]:
@@ -85,7 +96,8 @@ def make_algorithm(space: Space, arguments: Arguments, validations: int, start: 
             seed=arguments.seed,
         )
     else:
-        search = BasicVariantGenerator(points_to_evaluate=[start], random_state=arguments.seed)
+        most = 0 if name in WAITING else arguments.concurrent
+        search = BasicVariantGenerator(points_to_evaluate=[start], random_state=arguments.seed, max_concurrent=most)
     unit: dict[str, Any] = {"time_attr": "training_iteration"}  # one validation
     scheduler: Any
     if name == "random":

@@ -21,7 +21,7 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import load_config, validate
 from cmgan_dist.config.markers import range_of
 from cmgan_dist.config.presets import preset
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, shown
 
 T = TypeVar("T")
 
@@ -29,8 +29,15 @@ T = TypeVar("T")
 def log_to_stderr() -> None:
     """Write our own log from INFO on, and everybody else's from WARNING on, to stderr; stdout is for results."""
     handler = RichHandler(console=Console(stderr=True), show_path=False)
+    handler.addFilter(_escape)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("cmgan_dist").setLevel(logging.INFO)
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Escape what a terminal would obey in a line of the log, such as in the key of a sample."""
+    record.msg, record.args = shown(record.getMessage()), ()
+    return True
 
 
 def _flag_form(args: Sequence[str]) -> list[str]:

@@ -89,14 +89,14 @@ def loss_section(train: list[dict[str, Any]]) -> Section | None:
     phases = _tree(train, "loss")
     if not phases:
         return None
-    figure, axes = grid(len(phases), 3, 2.8)
+    figure, axes = grid(len(phases), 3, 3.6)
     for axis, (phase, terms) in zip(axes, phases.items(), strict=False):
         for term in terms:
             key = f"loss/{phase}/{term}" if term else f"loss/{phase}"
             axis.plot(*_series(train, key), label=_words(term) or "total")
         axis.set_title(phase)
         _samples_axis(axis)
-        axis.legend()
+        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.22), ncols=2)  # below: it would cover curves
     read = (
         "One panel per phase of the training loop, one line per term of its loss. A discriminator's loss and the "
         "adversarial term of the generator that faces it move against each other: neither should run to zero, or "

@@ -20,10 +20,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from cmgan_dist.errors import shown
+
 # Mid-tones that keep their contrast on a light and on a dark page.
 COLOURS = ["#3b82c4", "#d9792b", "#3f9d63", "#c9496b", "#8b6cc9", "#a8853a", "#2a9fa8", "#b064b8", "#7f8a3c", "#c2604a"]
 # Ink and grid lines stand in for CSS variables, so that figures follow the page's light or dark scheme.
 INK, LINE = "#010203", "#040506"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that a class name or a key may hold and no page can."""
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -88,11 +92,11 @@ def render_page(
 
     `lead` is the sentence below the title and `facts` are the chips below that. Sections that are None are left out;
     the sentence `when_empty` stands where no section is left. `config` is text to unfold at the end."""
-    shown = [section for section in sections if section is not None]
+    kept = [section for section in sections if section is not None]
     page = render(
-        "page.html", title=title, lead=lead, facts=facts.items(), sections=shown, when_empty=when_empty, config=config
+        "page.html", title=title, lead=lead, facts=facts.items(), sections=kept, when_empty=when_empty, config=config
     )
-    return str(page)
+    return CONTROL.sub(lambda found: shown(found[0]), str(page))
 
 
 def svg(figure: Figure, alt: str) -> Markup:

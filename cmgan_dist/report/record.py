@@ -38,7 +38,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_metrics(value: Any, classes: int) -> bool:
-    """Return whether these are metrics by name: numbers, a curve of precision, or a number for each class."""
+    """Return whether these are metrics by name: numbers, a curve of precision, or a number for each class.
+
+    What stands beside them, such as the settings of a baseline, has no "/" in its name."""
 
     def is_right(name: str, one: Any) -> bool:
         if not isinstance(one, list):
@@ -46,7 +48,7 @@ def _is_metrics(value: Any, classes: int) -> bool:
         length = {"precision": RECALL_POINTS, "map_per_class": classes or len(one)}.get(name.split("/")[0], len(one))
         return len(one) == length and all(map(_is_number, one))
 
-    return isinstance(value, dict) and all(is_right(name, one) for name, one in value.items())
+    return isinstance(value, dict) and all(is_right(k, one) for k, one in value.items() if "/" in k)
 
 
 def _is_table(value: Any, classes: int) -> bool:

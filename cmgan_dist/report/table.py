@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cmgan_dist.errors import shown
 from cmgan_dist.report.page import Section, render
 from cmgan_dist.retrieval.headline import END, MODEL, Column, Rows, headline
 
@@ -48,7 +49,7 @@ def _best(column: Column, rows: Rows) -> float:
 def results_table(evaluation: dict[str, Any], console: Console | None = None) -> None:
     """Print the headline table of an evaluation.json; the best value of each measure is bold."""
     columns, rows = headline(evaluation)
-    source = " ".join(str(evaluation[name]) for name in ("data", "split") if evaluation.get(name) is not None)
+    source = " ".join(shown(str(evaluation[name])) for name in ("data", "split") if evaluation.get(name) is not None)
     title = f"Retrieval on {escape(source)}" if source else "Retrieval"
     table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
@@ -79,6 +80,12 @@ READ_RECALL = (
 )
 
 
+READ_TRAINED = (
+    " The features of {} are of a backbone that this run has trained, with its labels where there are any: what a "
+    "baseline reaches on them is no result without the model."
+)
+
+
 def headline_section(evaluation: dict[str, Any]) -> Section | None:
     """Return the same table for a page, or None when nothing was measured."""
     columns, rows = headline(evaluation)
@@ -101,5 +108,7 @@ def headline_section(evaluation: dict[str, Any]) -> Section | None:
         marked=0,
         groups=[(group, len(members)) for group, members in grouped],
     )
+    trained = " and ".join(evaluation.get("trained_features") or [])
+    noted = READ_TRAINED.format(trained) if trained else ""
     map_is_shown = any(not c.percent for c in columns)
-    return Section("Results", (READ_MAP if map_is_shown else "") + READ_RECALL, [table])
+    return Section("Results", (READ_MAP if map_is_shown else "") + READ_RECALL + noted, [table])

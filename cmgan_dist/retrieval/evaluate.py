@@ -50,7 +50,8 @@ class Evaluation:
 
     record: dict[str, Any]
     """The contents of evaluation.json: "metrics" (`metrics.evaluate`), "ends" and "baselines" {name: the same},
-    "frontiers", "classes", "scoring", what was asked, "seed" and "checkpoint"."""
+    "trained_features" (modalities whose features the model itself has trained), "frontiers", "classes", "scoring", what
+    was asked, "seed" and "checkpoint"."""
     vectors: Embeddings
     keys: list[str]
 
@@ -137,6 +138,10 @@ def run_task(task: EvaluationTask, *, baselines: bool = True, parallel: Parallel
         check_features(train, embedded.features, "test")
         best = best_baselines(train, val)
         record["baselines"] = baseline_table(best, embedded.features)
+        parts = {"image": generator.image_backbone, "text": generator.text_backbone}
+        record["trained_features"] = [
+            name for name, backbone in parts.items() if backbone.trainable and any(True for _ in backbone.parameters())
+        ]
         curves = {MODEL: model_frontier(saved.scoring, embedded)}
         curves |= {f"{CLASSIFIER} + {PAIRS}": baseline_frontier(best, embedded.features)}
         record["frontiers"] = {name: points for name, points in curves.items() if points}

@@ -9,6 +9,8 @@ MODEL = "CM-GAN"
 """Name of the row that shows the run itself."""
 END = "{} end"
 """Name of a row that shows the run by the shares of another objective."""
+ON_TRAINED = "{} on its features"
+"""Name of a baseline's row where the model itself has trained the features that the baseline takes."""
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 """Titles of the two directions of retrieval, by the names that metrics bear."""
 
@@ -41,6 +43,8 @@ class Column:
 def headline(evaluation: dict[str, Any]) -> tuple[list[Column], Rows]:
     """Return the columns that any row has, and the rows: the model, its other ends, then the baselines, chance last."""
     baselines = dict(evaluation.get("baselines") or {})
+    if evaluation.get("trained_features"):
+        baselines = {name if name == "chance" else ON_TRAINED.format(name): row for name, row in baselines.items()}
     chance = {"chance": baselines.pop("chance")} if "chance" in baselines else {}
     ends = [(END.format(end), metrics) for end, metrics in (evaluation.get("ends") or {}).items()]
     rows = [(MODEL, evaluation.get("metrics") or {}), *ends, *baselines.items(), *chance.items()]

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 from typing import NoReturn
 
 import torch
@@ -34,6 +35,10 @@ from cmgan_dist.training.state import update_average
 from cmgan_dist.training.step import StepInputs, build_step_inputs
 
 log = logging.getLogger(__name__)
+FP16_ROOM = 2.0**12
+"""A layer's sums over features beyond this may leave the range of fp16, which ends at 65,504."""
+HUGE = 1e18
+"""The square of a larger feature leaves the range of fp32."""
 
 
 def train(config: Config, resume: str = "auto") -> int:
@@ -130,6 +135,7 @@ def one_batch(run: Run, batches: list[Batch], table: list[Phase], clock: Clock) 
     config, progress = run.config, run.progress
     last = progress.position + config.stream.global_batch >= run.total
     log_now = last or run.due(config.train.log_every * config.stream.global_batch, ahead=True)
+    run.networks.keep_buffers()
     micro_batches, terms = run_phases(run, batches, table, clock, measure=log_now)
     for line in (line for batch in batches for line in batch.bad):
         log.warning("bad sample replaced: %s", line)
@@ -210,12 +216,14 @@ def record_batch(run: Run, micro_batches: list[StepInputs], terms: dict[str, Ten
 def give_up(run: Run, losses: list[str], bad_losses: Tensor, batches: list[Batch]) -> NoReturn:
     """Save the state, and raise BadInput that names the phase, the position and the samples of losses not finite.
 
-    In that state no update by such a loss has been made. `losses`: their names, on any process. `bad_losses`: bool,
-    which losses of this process they are; the samples named are those of the processes that have one. The error is the
-    same on every process."""
+    In that state no update by such a loss has been made, nor is its batch in running statistics. `losses`: their names,
+    on any process. `bad_losses`: bool, which losses of this process they are; the samples named are those of the
+    processes that have one. The error is the same on every process."""
     parallel, progress = run.parallel, run.progress
     mine = [key for batch in batches for key in batch.keys[: batch.size]] if bool(bad_losses.any()) else []
     keys = [key for part in parallel.gather_objects(mine) for key in part]
+    run.networks.restore_buffers()
+    largest = max(parallel.gather_objects(max(map(largest_feature, batches))))
     saved = run.checkpointer.path(progress.position)
     run.checkpointer.wait()
     if run.checkpointer.newest != progress.position:
@@ -228,9 +236,24 @@ def give_up(run: Run, losses: list[str], bad_losses: Tensor, batches: list[Batch
     raise BadInput(
         f"{losses[0]} is not finite in phase {losses[0].split('/')[1]} of step {step}, sample {progress.position} "
         f"(keys {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}, all in {run.folder / 'failure.json'}): the state "
-        f"before it is in {saved}; go on with a lower optim.generator_lr or optim.discriminator_lr",
+        f"before it is in {saved}; {advice_for(largest, run.config.train.precision)}",
         everywhere=True,
     )
+
+
+def largest_feature(batch: Batch) -> float:
+    """Return the largest size of a number among a batch's precomputed features, inf for NaN, 0 without features."""
+    features = [x for x in (batch.image, batch.text) if isinstance(x, Tensor) and x.is_floating_point()]
+    return max((float(x.abs().nan_to_num(math.inf).max()) for x in features), default=0.0)
+
+
+def advice_for(largest: float, precision: str) -> str:
+    """Return what to do about a loss that is not finite, in words; `largest`: see `largest_feature`."""
+    if largest > HUGE:
+        return f"features of those samples are as large as {largest:.0e}: mend them and begin anew by --resume never"
+    if precision == "fp16" and largest > FP16_ROOM:
+        return f"features as large as {largest:.0f} leave the range of fp16: go on with train.precision=bf16 or fp32"
+    return "go on with a lower optim.generator_lr or optim.discriminator_lr"
 
 
 def keep_scoring(run: Run) -> None:

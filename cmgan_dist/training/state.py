@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,27 @@ class Networks:
     multi_label: bool
     """Whether a sample of the data may have several classes, which decides on the classification loss."""
 
+    kept: list[Tensor] = field(default_factory=list)
+    """The running statistics before the batch that is under way."""
+
     @property
     def eval_generator(self) -> Generator:
         """The generator that is validated and kept: the average where there is one."""
         return self.average or self.generator
+
+    def keep_buffers(self) -> None:
+        """Remember the running statistics as they are before a batch; `restore_buffers` brings them back."""
+        live = self._buffers()
+        if not self.kept:
+            self.kept = [buffer.clone() for buffer in live]
+        torch._foreach_copy_(self.kept, live)
+
+    def restore_buffers(self) -> None:
+        """Undo what the batch since `keep_buffers` did to the running statistics."""
+        torch._foreach_copy_(self._buffers(), self.kept)
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for module in self.parts().values() for buffer in module.buffers()]
 
     def parts(self) -> dict[str, nn.Module]:
         """Return the modules that a checkpoint holds, by the prefix of their tensors."""

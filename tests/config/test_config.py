@@ -362,5 +362,5 @@ def test_a_number_of_any_length_is_one_sentence(text: str, tmp_path: Path) -> No
 
 
 def test_a_number_that_python_cannot_write_is_shown() -> None:
-    with pytest.raises(BadInput, match=r"stream\.window is a number of thousands of digits, expected 1 to 1e"):
+    with pytest.raises(BadInput, match=r"stream.window is a number of thousands of digits, expected 1 to 1e"):
         validate(with_values(Config(), {"stream.window": 1 << 20_000}))

@@ -4,20 +4,16 @@ what is wrong and the exit code is 2. Never a traceback, and what cannot be read
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cmgan_dist.errors import run_main
 from launchers import embed, evaluate, index, search, train
-from tests.toy import SMALL, make_features
+from tests.toy import SMALL, call, make_features
 
 Damage = Callable[[Path], None]
 MODEL = ["model.hidden_dim=8", "model.common_dim=8", "model.discriminator_dim=8"]
@@ -46,22 +42,6 @@ def EVALUATE(place: Path) -> list[str]:
 
 def EMBED(place: Path) -> list[str]:
     return [str(place / "run"), "--data", str(place / "data"), "--output", str(place / "embeddings"), "--processes=1"]
-
-
-def call(main: Callable[[], int | None], *words: str) -> tuple[int, str]:
-    """A command in this process: its exit code and what it says of errors."""
-    said, before = io.StringIO(), list(sys.argv)
-    sys.argv = ["program", *words]
-    try:
-        quiet = contextlib.redirect_stdout(io.StringIO())
-        with contextlib.redirect_stderr(said), quiet, pytest.raises(SystemExit) as ended:
-            run_main(main)
-    finally:
-        sys.argv = before
-        logging.getLogger().handlers.clear()
-    assert isinstance(ended.value.code, int)
-    lines = said.getvalue().splitlines()
-    return ended.value.code, "\n".join(line for line in lines if line.startswith("error: "))
 
 
 READERS: dict[str, Callable[[Path], tuple[int, str]]] = {

@@ -203,6 +203,7 @@ def test_a_picture_that_cannot_be_read_shows_its_words(tmp_path: Path) -> None:
     assert "words <i>" in parsed.words
 
 
+CONTROLS = "\x1b[31m\x07\x9b"
 HOSTILE = """'"><script onload=1>{{ 7*7 }}{% raw %}$x$"""
 
 
@@ -235,6 +236,43 @@ def test_names_keys_and_captions_are_text_and_nothing_else(tmp_path: Path, with_
     labels = [str(p.get("aria-label")) for p in parsed.pictures]
     assert any(label.startswith("MAP per class, from ") and label.count(HOSTILE) == 2 for label in labels)
     assert f"a{HOSTILE}"[:27] + "…" in parsed.words, "the class is not in the figure of all classes"
+
+
+def test_control_characters_reach_neither_a_page_nor_a_terminal(tmp_path: Path) -> None:
+    evaluation = save_test(tmp_path, embeddings(), [f"{c}{CONTROLS}" for c in "abcd"])
+    evaluation["data"] = f"data {CONTROLS}"
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    text, parsed = page(tmp_path)
+    assert not set(CONTROLS) & set(text) - set("[31m")
+    assert "a\\x1b[31m\\x07\\x9b" in parsed.words
+    console = Console(width=160, file=io.StringIO())
+    results_table(evaluation, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "data \\x1b[31m\\x07\\x9b" in console.file.getvalue()
+
+
+def test_baselines_on_features_that_the_model_trained_are_marked(tmp_path: Path) -> None:
+    evaluation = save_test(tmp_path, embeddings(), list("abcd"))
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation | {"trained_features": ["text"]}))
+    _, parsed = page(tmp_path)
+    assert "CCA on its features" in parsed.words
+    assert "chance on its features" not in parsed.words
+    assert "The features of text are of a backbone that this run has trained" in parsed.words
+
+
+@pytest.mark.parametrize(
+    "part", ["metrics", "classes", "ends", "baselines", "frontiers", "trained_features", "map_per_class", "precision"]
+)
+def test_an_evaluation_with_other_types_is_named(part: str, tmp_path: Path) -> None:
+    evaluation = save_test(tmp_path, embeddings(), list("abcd"))
+    if part in ("map_per_class", "precision"):
+        evaluation["metrics"][f"{part}/image_to_text"] = [0.5]
+        part = "metrics"
+    else:
+        evaluation[part] = {"map/mean": "x"} if part == "metrics" else {"x": {"map/mean": "z"}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    with pytest.raises(BadInput, match=rf"evaluation.json has '{part}' that no evaluation writes"):
+        page(tmp_path)
 
 
 def test_pairs_without_classes(tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ def test_files_of_the_right_size_with_something_else_are_named(features: tuple[P
     for name, read in (("image.npy", lambda: made.vectors("image", 0)), ("items.parquet", lambda: made.items(0))):
         path = tmp_path / "emb" / f"val-000000.{name}"
         path.write_bytes(b"x" * path.stat().st_size)
-        with pytest.raises(BadInput, match=rf"val-000000\.{name} cannot be read"):
+        with pytest.raises(BadInput, match=rf"val-000000\.{name} (cannot be read|is damaged)"):
             read()
 
 

@@ -215,11 +215,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(
     error = next(line for line in done.splitlines() if line.startswith("error: "))
     assert done.count("error: loss/") == 1
     assert "is not finite in phase D_" in error
-    assert "go on with a lower optim.generator_lr" in error
+    assert "features of those samples are as large as 3e+38: mend them and begin anew by --resume never" in error
     record = json.loads((run / "failure.json").read_text())
     assert "train0-0050" in record["keys"]
     state = final_state(run)
-    assert all(bool(torch.isfinite(v).all()) for k, v in state.items() if v.is_floating_point() and "running" not in k)
+    assert all(bool(torch.isfinite(v).all()) for v in state.values() if v.is_floating_point())
     assert f"samples-{record['samples']:012d}" in error
 
 

@@ -51,6 +51,8 @@ def test_kill_9_and_resume_ends_bitwise_like_an_undisturbed_run(
     assert lines(tmp_path / "whole", "val") == lines(killed, "val")
     best = [load_file(r / "best" / "model.safetensors") for r in (tmp_path / "whole", killed)]
     assert all(torch.equal(best[0][k], best[1][k]) for k in best[0])
+    files = [(r / "best" / "model.safetensors").read_bytes() for r in (tmp_path / "whole", killed)]
+    assert files[0] == files[1]
 
 
 def test_a_finished_run_says_so_and_another_config_is_refused(

@@ -60,6 +60,16 @@ def test_every_section_is_there() -> None:
     assert "not finite" in words
 
 
+def test_what_one_run_gave_has_no_deviation_and_is_no_confirmation() -> None:
+    test = {"name": "1", "seeds": 1, "scores": {"map/mean": [0.45, 0.0]}}
+    text = search_report("Search", {}, trials(SPACE, "bce"), SPACE, [], None, test)
+    assert "<h2>Test</h2>" in text
+    assert "<h2>Confirmation</h2>" not in text
+    words = Words(text).words
+    assert "0.4500" in words
+    assert "0.4500 ±" not in words
+
+
 def test_a_search_without_a_validation_says_so() -> None:
     text = search_report("Search", {}, [], SPACE, [], None, {})
     assert "No trial has reached its first validation." in text

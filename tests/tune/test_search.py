@@ -24,6 +24,8 @@ from tests.services import forked
 from tests.toy import make_features
 from tune.options import Arguments
 from tune.search import search
+from tune.space import Space
+from tune.tuner import cpus_of_trial, make_algorithm
 
 pytestmark = pytest.mark.process
 
@@ -379,3 +381,14 @@ def test_bad_input_is_one_sentence(changed: dict[str, Any], sentence: str, tmp_p
     with pytest.raises(BadInput) as caught:
         search(dataclasses.replace(arguments(tmp_path, data, "127.0.0.1:9"), **changed))
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("algorithm", ["asha", "random", "optuna", "optuna-both", "hyperband", "pbt"])
+def test_every_algorithm_keeps_to_the_trials_at_a_time(algorithm: Any) -> None:
+    """By the limit of what makes trials, or by the CPUs of each: of 8 CPUs, 2 trials of 1 CPU leave 4 to each."""
+    arguments = Arguments(preset="smoke", algorithm=algorithm, concurrent=2)
+    space: Space = {"optim.generator_lr": {"log": [1e-4, 1e-2]}}
+    made, _ = make_algorithm(space, arguments, 3, {"optim.generator_lr": 1e-3})
+    by_cpus = 8 / cpus_of_trial(arguments, 8.0)
+    by_maker = getattr(made, "max_concurrent", 0) or (2 if algorithm.startswith("optuna") else 8)
+    assert min(by_cpus, by_maker) == 2

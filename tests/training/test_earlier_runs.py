@@ -1,0 +1,130 @@
+"""A start where a run has been: it goes on with its own data, says what changes, and never takes what it cannot read
+for nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cmgan_dist.files import sha256_of
+from cmgan_dist.training.checkpoint import latest
+from launchers import train
+from tests.toy import (
+    ROOT,
+    SMALL,
+    call,
+    environment,
+    index_tar,
+    lines,
+    make_features,
+    npy,
+    train_words,
+    wait_for,
+    write_manifest,
+    write_tar,
+)
+
+pytestmark = pytest.mark.process
+COSINE = ["optim.schedule=cosine", "train.val_every=1", "train.save_every=1"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return make_features(tmp_path / "data")
+
+
+def start(data: Path, run: Path, *extra: str) -> tuple[int, str]:
+    return call(train.main, *SMALL, "--data", str(data), "--output", str(run), *extra)
+
+
+def test_checkpoints_that_cannot_be_used_end_the_start_and_the_advice_leads_out(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert start(data, run)[0] == 0
+    for state in run.glob("checkpoints/*/state.json"):
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"new_field": 1}))
+    best, metrics = (sha256_of(run / name) for name in ("best/model.safetensors", "metrics.jsonl"))
+    code, error = start(data, run, "train.epochs=3")
+    assert code == 2
+    assert "none of the 2 checkpoints" in error
+    assert (best, metrics) == tuple(sha256_of(run / name) for name in ("best/model.safetensors", "metrics.jsonl"))
+    assert start(data, run, "--resume", "never") == (0, "")
+    assert (run / "earlier-1" / "checkpoints").is_dir()
+    assert sha256_of(run / "earlier-1" / "best" / "model.safetensors") == best
+
+
+def test_other_data_of_the_same_size_is_refused_and_data_that_moved_is_not(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert start(data, run)[0] == 0
+    code, error = start(make_features(tmp_path / "other", seed=1), run, "train.epochs=3")
+    assert code == 2
+    assert "was trained on other data (shards with other checksums): use the same data" in error
+    assert start(data.rename(tmp_path / "moved"), run, "train.epochs=3") == (0, "")
+
+
+def test_checkpoints_without_their_config_are_not_gone_on_from(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert start(data, run)[0] == 0
+    (run / "config.yaml").unlink()
+    code, error = start(data, run, "train.epochs=3")
+    assert code == 2
+    assert "has checkpoints and no config.yaml: restore it (best/config.yaml is a copy)" in error
+    shutil.copy(run / "best" / "config.yaml", run)
+    assert start(data, run, "train.epochs=3") == (0, "")
+
+
+def test_a_finished_cosine_run_that_is_lengthened_says_that_its_rate_jumps(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    with caplog.at_level(logging.WARNING, "cmgan_dist"):
+        assert start(data, run, *COSINE)[0] == 0
+        assert start(data, run, *COSINE)[0] == 0
+        assert "jumps" not in caplog.text
+        assert start(data, run, *COSINE, "train.epochs=8")[0] == 0
+    assert "by the cosine schedule the learning rate jumps from 0 to" in caplog.text
+
+
+def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_goes_on(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, *train_words(data, run, "train.epochs=200", "train.val_every=0", "train.save_every=50")]
+    first = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for((run / "metrics.jsonl").exists, 60)
+    for resume in ("auto", "never"):
+        code, error = start(data, run, "train.epochs=200", "--resume", resume)
+        assert code == 2
+        assert f"run is in use by process {first.pid} on {os.uname().nodename}" in error
+    said = first.communicate(timeout=200)[1]
+    assert first.returncode == 0, said[-3000:]
+    assert len(lines(run, "train")) == 200 * 96 // 16
+    assert not list(run.glob(".*.lock"))
+
+
+def test_features_too_large_for_fp16_are_named_and_the_advice_leads_out(tmp_path: Path) -> None:
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    data.mkdir()
+    infos = {}
+    for split in ("train", "val"):
+        members = []
+        for i in range(32):
+            for kind, dim in (("image", 12), ("text", 7)):
+                members.append((f"{split}{i}.{kind}.npy", npy((1e5 * rng.normal(size=dim)).astype(np.float32))))
+            members.append((f"{split}{i}.json", json.dumps({"label": i % 3}).encode()))
+        write_tar(data / f"{split}-000000.tar", members)
+        infos[split] = [index_tar(data / f"{split}-000000.tar")]
+    kinds = {"image": "features", "image_dim": 12, "text": "features", "text_dim": 7}
+    write_manifest(data, infos, label_kind="single", classes=["a", "b", "c"], **kinds)
+    code, error = start(data, tmp_path / "run", "train.precision=fp16")
+    assert code == 2
+    assert "leave the range of fp16: go on with train.precision=bf16 or fp32" in error
+    assert start(data, tmp_path / "run", "train.precision=fp32") == (0, "")
+    found = latest(tmp_path / "run")
+    assert found is not None
+    assert found.name == "samples-000000000064"
