@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -18,6 +19,10 @@ EXIT_SIGNALLED = 85
 
 CALLED: dict[str, str] = {}
 """Programs that sentences name, such as "launchers/index.py" -> what they are called where that is another name."""
+
+
+_USER_INFO = re.compile(r"(?<=://)[^/?\s'\"]*@")
+"""User and password in a URL."""
 
 
 def _as_called(sentence: str) -> str:
@@ -59,7 +64,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = main()
     except BadInput as error:
         if not error.everywhere or os.environ.get("RANK", "0") == "0":
-            print(f"error: {shown(_as_called(str(error)))}", file=sys.stderr)
+            sentence = _USER_INFO.sub("", _as_called(str(error)))
+            print(f"error: {shown(sentence)}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -104,9 +104,7 @@ class IndexCommand:
             raise BadInput(f"{self.data} holds no .tar files")
         odd = next((name for name in names if not is_plain(name)), None)
         if odd is not None:
-            raise BadInput(
-                f"{shown(odd)} in {self.data} is no name for a shard, not UTF-8 or with line ends: rename it"
-            )
+            raise BadInput(f"{shown(odd)} in {self.data} is not UTF-8 or holds control characters: rename it")
         tasks = [(self.data / name, name, self.decode) for name in names]
         scans, notes = self._usable(parallel_map(scan_shard, tasks, title="indexing", processes=self.processes))
         notes += [line for scan in scans for line in foreign_files(scan)]
