@@ -140,7 +140,7 @@ class Picture:
     """As Pillow opened it; None for a JPEG that is upright for sure."""
 
 
-def _open(data: bytes) -> Picture:
+def read_header(data: bytes) -> Picture:
     """Return an image of which the header was read. Raises BadSample when to decode it would take too much."""
     shape, image = _upright_jpeg(data), None
     if shape is None:
