@@ -149,7 +149,8 @@ class Manifest:
 def manifest_path(folder: Path) -> Path:
     """Return DIR/manifest.json. Raises BadInput when the folder or the file is missing."""
     if not folder.is_dir():
-        raise BadInput(f"data folder {folder} does not exist: pack one with 'python -m shards build'")
+        several = " (for several data sets give --data several times)" if "," in str(folder) else ""
+        raise BadInput(f"data folder {folder} does not exist{several}: pack one with 'python -m shards build'")
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise BadInput(f"{folder} has no {MANIFEST_NAME}: write it with 'python -m shards index {folder}'")

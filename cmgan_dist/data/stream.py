@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from cmgan_dist.config.fields import StreamConfig, resolved_streams
+from cmgan_dist.config.fields import DATA_SEPARATOR, StreamConfig, resolved_streams
 from cmgan_dist.data.batch import Batch, SampleDecoder, join, stack_texts
 from cmgan_dist.data.order import BalancedPlan, MixturePlan, Plan, SampleRef, streams_of_rank
 from cmgan_dist.data.reader import ShardReader
@@ -54,10 +54,10 @@ class Stream:
     def __init__(
         self, data: str, config: StreamConfig, *, seed: int, image_size: int = 224, rank: int = 0, world: int = 1
     ) -> None:
-        """`data`: a folder or URL, or several with commas between, mixed by config.weights.
+        """`data`: a folder or URL, or several with DATA_SEPARATOR between, mixed by config.weights.
 
         Raises BadInput when data and config do not fit together."""
-        self.readers = [ShardReader(part, config.train_split, config) for part in data.split(",")]
+        self.readers = [ShardReader(part, config.train_split, config) for part in data.split(DATA_SEPARATOR)]
         self.config = config
         self.manifest = self.readers[0].manifest
         self.held = streams_of_rank(resolved_streams(config), rank, world)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from cmgan_dist.config.cli import parse_arguments
-from cmgan_dist.config.fields import Config
+from cmgan_dist.config.cli import join_data, parse_arguments
+from cmgan_dist.config.fields import DATA_SEPARATOR, Config
 from cmgan_dist.config.load import LOSS_TERMS, load_config, to_yaml, validate
 from cmgan_dist.config.markers import Range
 from cmgan_dist.config.paths import find_setting, get_value, settings, with_values
@@ -337,3 +337,11 @@ def test_bad_command_lines_get_one_sentence(args: list[str], sentence: str) -> N
 def test_a_config_made_in_python_is_checked_like_one_from_a_file(field: str, value: object, said: str) -> None:
     with pytest.raises(BadInput, match=re.escape(said)):
         validate(with_values(preset("smoke"), {field: value}))
+
+
+def test_data_given_several_times_are_several_data_sets() -> None:
+    for words in (["--data", "a,b", "--data=https://x/y?k=1,2"], ["--data=a,b", "--data", "https://x/y?k=1,2"]):
+        config, _ = parse_arguments([*words, "--preset", "features", "--output", "r"])
+        assert config.data.split(DATA_SEPARATOR) == ["a,b", "https://x/y?k=1,2"]
+    assert join_data(["--preset", "features", "--data", "a"]) == ["--preset", "features", "--data", "a"]
+    assert join_data(["--data"]) == ["--data"]
