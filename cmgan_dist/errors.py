@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,10 @@ EXIT_SIGNALLED = 85
 
 CALLED: dict[str, str] = {}
 """Programs that sentences name, such as "launchers/index.py" -> what they are called where that is another name."""
+
+
+_USER_INFO = re.compile(r"(?<=://)[^/?\s'\"]*@")
+"""User and password in a URL."""
 
 
 def _as_called(sentence: str) -> str:
@@ -63,7 +68,7 @@ class BadSample(ValueError):
 def _tell(sentence: str, aloud: bool = True) -> None:
     """Print an error to stderr, and leave it where torchrun, and DeepSpeed's launcher, look for what to end their own
     report with: the file TORCHELASTIC_ERROR_FILE. Not `aloud`: another process of the run prints the same."""
-    line = f"error: {shown(_as_called(sentence))}"
+    line = f"error: {shown(_USER_INFO.sub('', _as_called(sentence)))}"
     if aloud:
         print(line, file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -55,12 +56,17 @@ def check_labels(samples: list[SampleFacts], kind: LabelKind) -> None:
         )
 
 
-def _one_kind(what: str, dims: set[int | None]) -> int | None:
+def _one_kind(what: str, samples: list[SampleFacts], dims: list[int | None]) -> int | None:
     """Return the feature size that all samples share, None for encoded data. Raises BadInput when they differ."""
-    if len(dims) > 1:
-        found = ", ".join(sorted("encoded" if dim is None else f"features of {dim}" for dim in dims))
-        raise BadInput(f"the samples' {what} are of different kinds: {found}")
-    return next(iter(dims))
+    counts = Counter(dims).most_common()
+    if len(counts) > 1:
+        kinds = [f"{'encoded' if dim is None else f'features of {dim}'} ({count})" for dim, count in counts]
+        odd = shown(samples[dims.index(counts[-1][0])].key)
+        raise BadInput(
+            f"the samples' {what} are of different kinds: {', '.join(kinds[:4])}; the first of the fewest is {odd}: "
+            "mend or remove them"
+        )
+    return counts[0][0]
 
 
 @dataclass
@@ -106,15 +112,13 @@ class IndexCommand:
             raise BadInput(f"{self.data} holds no .tar files")
         odd = next((name for name in names if not is_plain(name)), None)
         if odd is not None:
-            raise BadInput(
-                f"{shown(odd)} in {self.data} is no name for a shard, not UTF-8 or with line ends: rename it"
-            )
+            raise BadInput(f"{shown(odd)} in {self.data} is not UTF-8 or holds control characters: rename it")
         tasks = [(self.data / name, name, self.decode) for name in names]
         scans, notes = self._usable(parallel_map(scan_shard, tasks, title="indexing", processes=self.processes))
         notes += [line for scan in scans for line in foreign_files(scan)]
         good = self._good([facts for scan in scans for facts in scan.samples], notes)
-        image_dim = _one_kind("images", {facts.image_dim for facts in good})
-        text_dim = _one_kind("texts", {facts.text_dim for facts in good})
+        image_dim = _one_kind("images", good, [facts.image_dim for facts in good])
+        text_dim = _one_kind("texts", good, [facts.text_dim for facts in good])
         kind = self.label_kind or label_kind_of(good)
         if kind != "none":
             check_labels(good, kind)

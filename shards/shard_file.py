@@ -17,7 +17,7 @@ from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.data.image import check_image
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
-from cmgan_dist.data.manifest import LabelKind, ShardInfo
+from cmgan_dist.data.manifest import LabelKind, ShardInfo, check_shard_name
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.staging import staging
@@ -123,7 +123,11 @@ def write_shard(output: Path, name: str, samples: Iterable[tuple[str, Members]])
     The tar is written aside, flushed to disk and read back for its checksum and index. The sidecar gets its name first
     and the tar last, so a tar that is there is whole and has its sidecar. Several processes may write one shard at
     once: the last one wins. Returns None when there are no samples; then no file is written.
-    Raises BadInput when a file cannot be written, and whatever `samples` raises."""
+    Raises BadInput when a file cannot be written, or `name` is none for a shard, and whatever `samples` raises."""
+    try:
+        check_shard_name(name)
+    except ValueError as error:
+        raise BadInput(f"{error}: write the manifest anew") from None
     final, index = output / name, output / index_name(name)
     try:
         with staging(output) as folder:

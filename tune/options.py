@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cmgan_dist.config.fields import Config
+from cmgan_dist.config.fields import DATA_SEPARATOR, Config
 from cmgan_dist.config.load import load_config, validate
 from cmgan_dist.config.presets import preset
 from cmgan_dist.data.store import FileStore
@@ -94,7 +94,8 @@ def base_config(arguments: Arguments) -> Config:
     config = load_base(arguments)
     config.data = arguments.data or config.data
     if "://" not in config.data and config.data:
-        config.data = ",".join(str(Path(part).resolve()) for part in config.data.split(","))
+        parts = config.data.split(DATA_SEPARATOR)
+        config.data = DATA_SEPARATOR.join(str(Path(part).resolve()) for part in parts)
     for flag, value in (("--data", config.data), ("--output", arguments.output)):
         if not value:
             raise BadInput(f"{flag} is missing: name a folder, see tune/search.py --help")

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
-from cmgan_dist.config.cli import parse
+from cmgan_dist.config.cli import join_data, parse
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import to_yaml
 from cmgan_dist.config.paths import get_value
@@ -225,7 +225,7 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)]
     )
-    arguments = parse(Arguments, sys.argv[1:], prog="tune/search.py")
+    arguments = parse(Arguments, join_data(sys.argv[1:]), prog="tune/search.py")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return search(arguments)

@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from cmgan_dist.config.commands import program_name
-from cmgan_dist.config.fields import Config
+from cmgan_dist.config.fields import DATA_SEPARATOR, Config
 from cmgan_dist.config.load import load_config, validate
 from cmgan_dist.config.markers import range_of
 from cmgan_dist.config.presets import preset
@@ -138,10 +138,25 @@ def flag_value(args: Sequence[str], flag: str) -> str | None:
     return None
 
 
+def join_data(args: Sequence[str]) -> list[str]:
+    """Return `args` with the values of all ``--data`` in one, as Config.data has them."""
+    rest, values, words = list[str](), list[str](), iter(args)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag != "--data":
+            rest.append(word)
+        elif (given := value if equals else next(words, None)) is not None:
+            values.append(given)
+        else:
+            rest.append(word)
+    return [*rest, "--data", DATA_SEPARATOR.join(values)] if values else rest
+
+
 def parse_arguments(args: Sequence[str]) -> tuple[Config, TrainArguments]:
     """Return the validated config of a training run and all its arguments.
 
     Raises BadInput naming the flag, field or file."""
+    args = join_data(args)
     file, name = flag_value(args, "--config"), flag_value(args, "--preset")
     if file and name:
         raise BadInput("--preset and --config are both given: name the preset inside the config file")

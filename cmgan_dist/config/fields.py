@@ -50,7 +50,7 @@ class StreamConfig:
     max_bad_share: Annotated[float, Range(0, 1), Resumable] = 0.01
     """Stop when more than this share of the samples read is unusable."""
     weights: tuple[MixtureWeight, ...] = ()
-    """Mixture: share of each data set in --data A,B,C; empty goes by their numbers of samples."""
+    """Mixture: share of each data set that --data names; empty goes by their numbers of samples."""
     cache: Annotated[str, Resumable] = ""
     """Folder on local disk for shards of http(s), s3 and gs URLs; "" is cmgan_dist/shards in the user's cache."""
     cache_gib: Annotated[float, Range(1e-6, 1e9), Resumable] = 32.0
@@ -272,6 +272,10 @@ class EvalConfig:
     """Samples embedded at a time."""
 
 
+DATA_SEPARATOR = "\n"
+"""Between several data sets in Config.data: a comma may stand in paths and URLs."""
+
+
 @dataclass
 class Config:
     """A whole run."""
@@ -279,7 +283,8 @@ class Config:
     preset: Annotated[str, Resumable] = "reference"
     """Preset to start from: reference, paper, features, openmoji, wikipedia, pairs, raw or smoke."""
     data: Annotated[str, Resumable] = ""
-    """Folder or URL of shards with manifest.json; several with commas between are mixed (stream.weights)."""
+    """Folder or URL of shards with manifest.json; several, each behind a --data of its own, are mixed
+    (stream.weights). Here they stand in one text, a line each."""
     output: Annotated[str, Resumable] = ""
     """Folder of the run: config, metrics, checkpoints, report."""
     stream: StreamConfig = field(default_factory=StreamConfig)

@@ -8,7 +8,8 @@
     tar.py        the members of a sample, where only a walk through the tar's headers finds them
     reader.py     the members read by their offset: a Sample
     sample.py     what a Sample is: members parsed, nothing decoded yet
-    image.py      its picture decoded, cropped and resized to pixels
+    judge.py      whether it is one that its data set can use
+    image.py      its picture decoded, cropped and resized to pixels, unless its headers (jpeg.py) ask for too much
     batch.py      its arrays in a row of a Batch
     stream.py     all of this for a rank, from any position on, in worker processes: what training iterates over
 

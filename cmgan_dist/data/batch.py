@@ -202,8 +202,8 @@ def eval_batches(
             if left_out is not None:
                 return str(error)
             raise BadInput(
-                f"split '{reader.split}' of {reader.data} cannot be evaluated: {error}: "
-                f"run 'python -m shards verify {reader.data}'"
+                f"split '{reader.split}' of {reader.place} cannot be evaluated: {error}: "
+                f"run 'python -m shards verify {reader.place}'"
             ) from None
 
     with ThreadPoolExecutor(threads) as pool:

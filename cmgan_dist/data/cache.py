@@ -11,8 +11,8 @@ A failed download leaves its sentence in the unlinked ``.part``: those who waite
 instead of trying the dead source one after the other.
 
 A cached shard is checked by size at each open and by sha256 at a process's first open of it (a sequential read, which
-the kernel then has in memory); a damaged one is fetched again. An evicted shard stays readable through descriptors
-that are open, and its disk space is free when the last of them is closed.
+the kernel then has in memory); a damaged one is fetched again. A shard is evicted by cutting it to nothing, so that its
+disk space is free at once, whoever has it open: they find it shorter and without a name, and open it again (reader.py).
 
 How a source is read, and how it fails, is in ``source.py``.
 """
@@ -36,8 +36,9 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
 
-from cmgan_dist.data.manifest import ShardInfo
-from cmgan_dist.data.source import PACKAGES, BadBody, RemoteSource
+from cmgan_dist.data.folder import MOST_FILE_BYTES
+from cmgan_dist.data.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, ShardInfo
+from cmgan_dist.data.source import PACKAGES, BadBody, RemoteSource, public_url
 from cmgan_dist.data.store import LocalStore, ShardStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import sha256_of
@@ -76,7 +77,9 @@ def open_store(
     if protocol == "file":
         return LocalStore(Path(unquote(rest)))
     if protocol not in PACKAGES:
-        raise BadInput(f"{data}: protocol '{protocol}' is unknown, use a folder, file, http, https, s3 or gs")
+        raise BadInput(
+            f"{public_url(data)}: protocol '{protocol}' is unknown, use a folder, file, http, https, s3 or gs"
+        )
     source = RemoteSource(data, retries=retries, timeout_s=timeout_s)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(cache) if cache else Path(home) / "cmgan_dist" / "shards"
@@ -158,7 +161,7 @@ class CachedStore(ShardStore):
         self._verified: set[tuple[str, int]] = set()
         self._backgrounds: dict[int, Background] = {}
         gib = cache_bytes / 2**30
-        log.info("%s is read by %s, at most %.1f GiB kept in %s", source.base, source.package, gib, folder)
+        log.info("%s is read by %s, at most %.1f GiB kept in %s", source.place, source.package, gib, folder)
 
     @property
     def background(self) -> Background:
@@ -172,7 +175,7 @@ class CachedStore(ShardStore):
         """Do nothing: the source is not asked before a shard is needed."""
 
     def read(self, name: str) -> bytes:
-        return self.source.read(name)
+        return self.source.read(name, MOST_MANIFEST_BYTES if name == MANIFEST_NAME else MOST_FILE_BYTES)
 
     def open(self, shard: ShardInfo) -> int:
         """Return a descriptor for reading the whole shard, which is fetched when it is not in the folder.
@@ -275,13 +278,16 @@ class CachedStore(ShardStore):
             file = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
+        if not os.fstat(file).st_nlink:  # evicted just now
+            os.close(file)
+            return None
         known = (shard.sha256, os.fstat(file).st_ino)
         if os.fstat(file).st_size == shard.bytes and (known in self._verified or sha256_of(file) == shard.sha256):
             self._verified.add(known)
             os.utime(file)  # the least recently used goes first
             return file
-        log.warning("%s is damaged, fetching %s again", path, self.location(shard.name))
         if is_at(file, path):
+            log.warning("%s is damaged, fetching %s again", path, self.location(shard.name))
             path.unlink(missing_ok=True)
         os.close(file)
         return None
@@ -336,10 +342,19 @@ class CachedStore(ShardStore):
         return used
 
     def _evict(self) -> bool:
-        """Remove the least recently used shard; return False when there is none."""
+        """Remove the least recently used shard; return False when there is none.
+
+        It is cut to nothing, lest whoever has it open keep its bytes on disk: they open it again."""
         shards = [(stat.st_mtime_ns, entry.path) for entry, stat in self._entries() if entry.name.endswith(".tar")]
         if shards:
-            Path(min(shards)[1]).unlink(missing_ok=True)
+            path = min(shards)[1]
+            with contextlib.suppress(FileNotFoundError):
+                file = os.open(path, os.O_WRONLY)
+                try:
+                    os.unlink(path)
+                    os.ftruncate(file, 0)
+                finally:
+                    os.close(file)
         return bool(shards)
 
     def _with_space(self, shard: ShardInfo, action: Callable[[], T]) -> T:

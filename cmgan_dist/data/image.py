@@ -80,7 +80,7 @@ def decode_image(
     time, a horizontal flip. Equal draws give equal pixels. `out`: where to write them, such as a row of a batch.
     Raises BadSample with the reason, for an image that is refused at any size and for any draws."""
     with _refusing():
-        picture = _open(data)
+        picture = read_header(data)
         orientation = 1 if picture.image is None else orientation_of(picture.image)
         # In stored coordinates: turned upright, a box in the centre or drawn evenly is one again.
         box = centre_box(*picture.shape) if augment is None else random_box(*picture.shape, augment)
@@ -106,7 +106,7 @@ def check_image(data: bytes) -> tuple[str, int, int]:
 
     Raises BadSample, as `decode_image` would at any size, unless it can be decoded to its end."""
     with _refusing():
-        picture = _open(data)
+        picture = read_header(data)
         kind = "JPEG" if picture.image is None else str(picture.image.format)
         if picture.image is not None:
             orientation_of(picture.image)
@@ -130,7 +130,7 @@ def _refusing() -> Iterator[None]:
 
 
 @dataclass
-class _Picture:
+class Picture:
     """An image of which the header was read."""
 
     data: bytes
@@ -140,7 +140,7 @@ class _Picture:
     """As Pillow opened it; None for a JPEG that is upright for sure."""
 
 
-def _open(data: bytes) -> _Picture:
+def read_header(data: bytes) -> Picture:
     """Return an image of which the header was read. Raises BadSample when to decode it would take too much."""
     shape, image = _upright_jpeg(data), None
     if shape is None:
@@ -153,7 +153,7 @@ def _open(data: bytes) -> _Picture:
         _check_pixels(shape, DEEP_PNG_PIXELS if deep else PILLOW_PIXELS[image.format], image.format)
     else:
         check_jpeg(data, shape)
-    return _Picture(data, shape, image)
+    return Picture(data, shape, image)
 
 
 def _check_pixels(shape: tuple[int, int], most: int, what: str) -> None:
@@ -228,7 +228,7 @@ def eighths_for(box: Box, size: int, exact: bool) -> int:
     return 8
 
 
-def _decode(picture: _Picture, eighths: int) -> tuple[np.ndarray, float]:
+def _decode(picture: Picture, eighths: int) -> tuple[np.ndarray, float]:
     """Return (all pixels, uint8 [h, w, 4]; scale): pixel x of the picture is found at x * scale.
 
     A JPEG comes in `eighths` of its size. The image that Pillow opened is of no use afterwards."""

@@ -28,6 +28,13 @@ LabelKind = Literal["single", "multi", "none"]
 """Whether a sample has one class, any number of them, or the data set has none."""
 
 
+def check_shard_name(name: str) -> None:
+    """Raise ValueError unless a name is one for a shard: a path in the data set's folder or below, without control
+    characters."""
+    if not is_plain(name) or {"", ".", ".."} & set(name.split("/")):
+        raise ValueError(f"{shown(name) or 'an empty name'} is no name for a shard in the folder or below")
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """One shard as the manifest lists it."""
@@ -45,8 +52,7 @@ class ShardInfo:
         """Check the fields. Raises ValueError."""
         if not isinstance(self.name, str) or not isinstance(self.sha256, str) or not isinstance(self.index_sha256, str):
             raise ValueError("the name or a checksum of a shard is no text")
-        if not is_plain(self.name) or {"", ".", ".."} & set(self.name.split("/")):
-            raise ValueError(f"{shown(self.name)} is no name for a shard in the folder or below")
+        check_shard_name(self.name)
         for number in (self.samples, self.bytes):
             if type(number) is not int or number < 0:
                 raise ValueError(f"shard {self.name} has {number!r} samples or bytes")
@@ -144,7 +150,8 @@ class Manifest:
 def manifest_path(folder: Path) -> Path:
     """Return DIR/manifest.json. Raises BadInput when the folder or the file is missing."""
     if not folder.is_dir():
-        raise BadInput(f"data folder {folder} does not exist: pack one with 'python -m shards build'")
+        several = " (for several data sets give --data several times)" if "," in str(folder) else ""
+        raise BadInput(f"data folder {folder} does not exist{several}: pack one with 'python -m shards build'")
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise BadInput(f"{folder} has no {MANIFEST_NAME}: write it with 'python -m shards index {folder}'")

@@ -21,6 +21,7 @@ from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest
 from cmgan_dist.data.sample import Sample
+from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import ShardStore
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample, shown
@@ -70,6 +71,8 @@ class ShardReader:
         set cannot be read or the split is missing, empty or incomplete."""
         self.store, self.manifest = open_data_set(data, config)
         self.data, self.split = data, split
+        self.place = public_url(data)
+        """The folder or URL for messages."""
         self.judge = Judge.of(self.manifest)
         self.shards = self.manifest.shards(split)
         for shard in self.shards:
@@ -94,16 +97,16 @@ class ShardReader:
         if listed and hashlib.sha256(data).hexdigest() != listed:
             raise BadInput(
                 f"{self.store.location(name)} has another checksum than the manifest says: "
-                f"run 'python -m shards index --overwrite {self.data}'"
+                f"run 'python -m shards index --overwrite {self.place}'"
             )
         index = ShardIndex.from_bytes(data, self.store.location(name))
         if len(index) != self.shards[shard].samples:
             raise BadInput(
                 f"{self.store.location(name)} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "
-                f"run 'python -m shards index {self.data}'"
+                f"run 'python -m shards index {self.place}'"
             )
         if index.offsets[-1] > self.shards[shard].bytes:
-            raise BadInput(f"{self.store.location(name)} is damaged: run 'python -m shards index {self.data}'")
+            raise BadInput(f"{self.store.location(name)} is damaged: run 'python -m shards index {self.place}'")
         return index
 
     def _descriptor(self, shard: int) -> int:
@@ -119,7 +122,12 @@ class ShardReader:
     def _bytes(self, shard: int, start: int, stop: int) -> bytes:
         """Return the bytes start..stop of a shard, fewer where it ends."""
         with self._lock:  # another thread could close the descriptor before it is read
-            return os.pread(self._descriptor(shard), stop - start, start)
+            while True:
+                file = self._descriptor(shard)
+                data = os.pread(file, stop - start, start)
+                if len(data) == stop - start or os.fstat(file).st_nlink:
+                    return data
+                os.close(self._files.pop(shard))  # it was evicted from the cache: have it fetched again
 
     def raw(self, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
         """Return (key, members by extension) of a sample, nothing parsed. Raises BadSample, naming shard and reason."""

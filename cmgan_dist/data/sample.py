@@ -136,7 +136,8 @@ def parse_array(data: bytes, what: str) -> np.ndarray:
     except BadSample:
         raise
     except UNREADABLE_ARRAY as error:
-        raise BadSample(f"{what} is not a readable .npy array ({error})") from None
+        said = shown(str(error)).partition(" at 0x")[0]  # a place in memory is another each time
+        raise BadSample(f"{what} is not a readable .npy array ({said})") from None
     # A finite sum of squares has finite terms and is found ten times faster; one that is not may have overflowed.
     if not (flat.size < FEW and math.isfinite(flat.dot(flat))) and not np.isfinite(flat).all():
         raise BadSample(f"{what} holds NaN or Inf")

@@ -1,8 +1,9 @@
 """Remote files as fsspec reads them: which package, which errors, how often and how long to try.
 
 fsspec knows many protocols but leaves to each backend how it fails, how often it tries again and how long it waits.
-`RemoteSource` makes them alike: a try has one time limit, tries are counted here, and every failure ends in one
-sentence that names the URL without its signature. Nothing here knows of shards or of a cache (see ``cache.py``).
+`RemoteSource` makes them alike: a try has one time limit and a least rate, tries are counted here, and every failure
+ends in one sentence that names the URL without its signature, user and password. Proxies (``http_proxy``) and
+``.netrc`` are heeded. Nothing here knows of shards or of a cache (see ``cache.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.asyn import sync
 
 from cmgan_dist.errors import BadInput
 
@@ -30,6 +32,8 @@ BACKOFF_S = 0.5
 BACKOFF_MAX_S = 30.0
 BLOCK = 8 << 20
 """Bytes asked for in one read."""
+LEAST_BYTES_S = 16 << 10
+"""Bytes a second that must come, over each time of timeout_s: who sends one now and then is as good as dead."""
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
 """Protocol -> the package that fsspec reads it by."""
 FAILURES = {
@@ -52,6 +56,15 @@ def _keep_those_of_the_parent() -> None:
 
 
 os.register_at_fork(after_in_child=_keep_those_of_the_parent)
+
+
+def public_url(url: str) -> str:
+    """Return a URL, or a path, without what is secret in it: user, password and signature."""
+    protocol, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{protocol}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 class BadBody(Exception):
@@ -79,6 +92,35 @@ def describe(error: Exception, state: int | None) -> str:
     return " ".join(f"{type(error).__name__} {error}".split())
 
 
+class _Pace:
+    """How fast a body comes."""
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds`: the time over which the rate is looked at."""
+        self.seconds, self._waited, self._bytes = seconds, 0.0, 0
+
+    def came(self, count: int, waited: float) -> None:
+        """Note bytes and the seconds that were waited for them. Raises BadBody when they come too slowly."""
+        self._bytes, self._waited = self._bytes + count, self._waited + waited
+        if self._waited < self.seconds:
+            return
+        if self._bytes < LEAST_BYTES_S * self._waited:
+            raise BadBody(f"{self._bytes} bytes in {self._waited:.1f} s, less than {LEAST_BYTES_S >> 10} KiB a second")
+        self._bytes, self._waited = 0, 0.0
+
+
+async def _answer(files: Any, url: str) -> Any:
+    """Return the response to a GET request, of which the header is there. Raises what aiohttp and fsspec raise."""
+    session = await files.set_session()
+    response = await session.get(files.encode_url(url), **files.kwargs)
+    try:
+        files._raise_not_found_for_status(response, url)
+    except BaseException:
+        response.close()
+        raise
+    return response
+
+
 class _Connection:
     """The fsspec file system of one process, and the lock under which it is made."""
 
@@ -103,11 +145,13 @@ class RemoteSource:
             names = [name.rpartition(".") for name in FAILURES[self.package]]
             failures = [getattr(importlib.import_module(module), name) for module, _, name in names]
         except ImportError as error:
-            raise BadInput(f"{url} needs a package ({error}): run 'pip install {self.package}'") from None
+            raise BadInput(f"{public_url(url)} needs a package ({error}): run 'pip install {self.package}'") from None
         self.failures: tuple[type[Exception], ...] = (OSError, BadBody, *failures)
         self.base, mark, query = url.partition("?") if self.package == "aiohttp" else (url, "", "")
         self.base = self.base.rstrip("/")
-        self.query = mark + query  # of a signed URL: a secret, left out of messages
+        self.query = mark + query  # of a signed URL
+        self.place = public_url(self.base)
+        """The URL for messages, without secrets."""
         self.tries, self.timeout_s = retries + 1, timeout_s
         self._connections: dict[int, _Connection] = {}
 
@@ -118,24 +162,53 @@ class RemoteSource:
         return self.tries * 2 * self.timeout_s + sum(self._longest_wait(n) for n in range(1, self.tries))
 
     def location(self, name: str) -> str:
-        """Return the file's URL without the signature, for messages."""
-        return f"{self.base}/{name}"
+        """Return the file's URL without secrets, for messages."""
+        return f"{self.place}/{name}"
 
-    def read(self, name: str) -> bytes:
-        """Return a whole small file. Raises BadInput as `retrying` does."""
-        return self.retrying(name, lambda: self._filesystem().cat_file(self.location(name) + self.query))
+    def read(self, name: str, most: int) -> bytes:
+        """Return a whole small file. Raises BadInput as `retrying` does, and when it has more than `most` bytes."""
 
-    def blocks(self, name: str, size: int) -> Generator[bytes]:
-        """Yield the bytes of a file of `size` bytes as they come: one request by HTTP, one for each BLOCK from an
-        object store. This is one try and raises what the backend raises: call it under `retrying`."""
-        files, url = self._filesystem(), self.location(name) + self.query
+        def once() -> bytes:
+            read = bytearray()
+            for block in self.blocks(name):
+                read += block
+                if len(read) > most:
+                    raise BadInput(f"{self.location(name)} has more than {most >> 20} MiB: check the data set")
+            return bytes(read)
+
+        return self.retrying(name, once)
+
+    def blocks(self, name: str, size: int | None = None) -> Generator[bytes]:
+        """Yield the bytes of a file, of `size` bytes if that is known, as they come: one request by HTTP, one for each
+        BLOCK from an object store. This is one try and raises what the backend raises: call it under `retrying`."""
+        url = f"{self.base}/{name}{self.query}"
         if self.package == "aiohttp":  # many HTTP servers do not know ranges
-            with files.open(url, "rb", block_size=0, size=size) as body:
-                while block := body.read(BLOCK):
-                    yield block
+            yield from self._body(url)
             return
-        for start in range(0, size, BLOCK):
-            yield files.cat_file(url, start=start, end=min(start + BLOCK, size))
+        files, limit = self._filesystem(), 2 * self.timeout_s + BLOCK / LEAST_BYTES_S
+        at = 0
+        while size is None or at < size:
+            stop = at + BLOCK if size is None else min(at + BLOCK, size)
+            block = sync(files.loop, files._cat_file, url, start=at, end=stop, timeout=limit)
+            yield block
+            at = stop
+            if size is None and len(block) < BLOCK:
+                return
+
+    def _body(self, url: str) -> Generator[bytes]:
+        """Yield the body of a URL by HTTP as it comes. Raises what aiohttp and fsspec raise, BadBody if it drips."""
+        files, pace = self._filesystem(), _Pace(self.timeout_s)
+        response = sync(files.loop, _answer, files, url, timeout=2 * self.timeout_s)
+        try:
+            while True:
+                began = time.monotonic()
+                block = sync(files.loop, response.content.read, BLOCK)
+                if not block:
+                    return
+                pace.came(len(block), time.monotonic() - began)
+                yield block
+        finally:
+            files.loop.call_soon_threadsafe(response.close)
 
     def retrying(self, name: str, once: Callable[[], T]) -> T:
         """Call `once`, which reads the file `name`, until it works, and return what it returns.
@@ -206,7 +279,8 @@ class RemoteSource:
         client = importlib.import_module("aiohttp")
         limit = client.ClientTimeout(total=None, connect=self.timeout_s, sock_read=self.timeout_s)
         if self.package == "aiohttp":
-            options["client_kwargs"] = {"timeout": limit, "read_bufsize": 1 << 20}
+            options["client_kwargs"] = {"timeout": limit, "read_bufsize": 1 << 20, "trust_env": True}
         else:
             options["requests_timeout"] = limit
+            options["session_kwargs"] = {"trust_env": True}
         return options

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from cmgan_dist.config.fields import StreamConfig, resolved_streams
+from cmgan_dist.config.fields import DATA_SEPARATOR, StreamConfig, resolved_streams
 from cmgan_dist.data.batch import Batch, SampleDecoder, join, stack_texts
 from cmgan_dist.data.handover import LOOK_S, Packed, next_item, pack
 from cmgan_dist.data.order import BalancedPlan, MixturePlan, Plan, SampleRef, streams_of_rank
@@ -58,10 +58,10 @@ class Stream:
     def __init__(
         self, data: str, config: StreamConfig, *, seed: int, image_size: int = 224, rank: int = 0, world: int = 1
     ) -> None:
-        """`data`: a folder or URL, or several with commas between, mixed by config.weights.
+        """`data`: a folder or URL, or several with DATA_SEPARATOR between, mixed by config.weights.
 
         Raises BadInput when data and config do not fit together."""
-        self.readers = [ShardReader(part, config.train_split, config) for part in data.split(",")]
+        self.readers = [ShardReader(part, config.train_split, config) for part in data.split(DATA_SEPARATOR)]
         self.config = config
         self.manifest = self.readers[0].manifest
         self.held = streams_of_rank(resolved_streams(config), rank, world)
@@ -117,11 +117,11 @@ class Stream:
                 mine, theirs = getattr(first.manifest, name), getattr(reader.manifest, name)
                 if mine != theirs:
                     raise BadInput(
-                        f"{reader.data} and {first.data} cannot be mixed: their {name} are {theirs!r} and {mine!r}"
+                        f"{reader.place} and {first.place} cannot be mixed: their {name} are {theirs!r} and {mine!r}"
                     )
             if reader.counts.sum() < streams:
                 raise BadInput(
-                    f"split '{reader.split}' of {reader.data} has {int(reader.counts.sum())} samples, fewer than the "
+                    f"split '{reader.split}' of {reader.place} has {int(reader.counts.sum())} samples, fewer than the "
                     f"{streams} logical streams: lower stream.logical_streams"
                 )
 
@@ -151,17 +151,17 @@ class Stream:
             if k < ref.replacements:
                 shard, index = ref.replacement(k)
         raise BadInput(
-            f"no usable sample left in a window of {ref.replacements + 1} of split '{reader.split}' in {reader.data}; "
-            f"the last one: {bad[-1]}: run 'python -m shards verify {reader.data}'"
+            f"no usable sample left in a window of {ref.replacements + 1} of split '{reader.split}' in {reader.place}; "
+            f"the last one: {bad[-1]}: run 'python -m shards verify {reader.place}'"
         )
 
     def _check_share(self, reader: ShardReader, last: str) -> None:
         """Raise BadInput when more samples were bad than stream.max_bad_share; `last`: the last one's reason."""
         if self._reads >= MIN_READS_FOR_BAD_SHARE and self._bad > self.config.max_bad_share * self._reads:
             raise BadInput(
-                f"{self._bad} of {self._reads} samples read from {reader.data} are unusable, more than "
+                f"{self._bad} of {self._reads} samples read from {reader.place} are unusable, more than "
                 f"stream.max_bad_share {self.config.max_bad_share:g}; the last one: {last}: "
-                f"run 'python -m shards verify {reader.data}'"
+                f"run 'python -m shards verify {reader.place}'"
             )
 
     def read_step(self, step: int, streams: range) -> Batch:

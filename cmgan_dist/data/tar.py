@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -194,19 +194,10 @@ def iter_groups(file: BinaryIO, name: str, foreign: list[str] | None = None) -> 
     What belongs to no sample is passed over, where it stands between the members of one too, and its name is added to
     `foreign`. Raises BadSample as `iter_members` does."""
     passed: list[str] = [] if foreign is None else foreign
-    for group in _consecutive(iter_members(file, name), passed):
-        if _is_note(group):
-            passed += [member.name for member in group]
-        else:
-            yield group
-
-
-def _consecutive(members: Iterable[Member], passed: list[str]) -> Iterator[list[Member]]:
-    """Yield members with the same key together where one of them is in MEMBERS; the names of others go to `passed`."""
     group: list[Member] = []
     waiting: list[Member] = []
     """Those of no known kind, behind the group: the first ones of the next, or of none."""
-    for member in members:
+    for member in iter_members(file, name):
         same = bool(group) and member.key == group[0].key
         if member.is_foreign():
             passed.append(member.name)
@@ -215,7 +206,7 @@ def _consecutive(members: Iterable[Member], passed: list[str]) -> Iterator[list[
             passed += [one.name for one in waiting]
             waiting = []
         (group if same else waiting).append(member)
-        if not same and member.extension in MEMBERS:
+        if not same and _begins_sample(member):
             if group:
                 yield group
             group, waiting = waiting, []
@@ -224,10 +215,11 @@ def _consecutive(members: Iterable[Member], passed: list[str]) -> Iterator[list[
         yield group
 
 
-def _is_note(group: list[Member]) -> bool:
-    """Return whether a group is a README or a licence, as a text or JSON without a picture."""
-    stem = group[0].key.rpartition("/")[2].lower()
-    return stem in NOTES and not any(member.extension in IMAGE_MEMBERS for member in group)
+def _begins_sample(member: Member) -> bool:
+    """Return whether a sample is made of a member, rather than a README or a licence, unless it has a picture."""
+    if member.extension not in MEMBERS:
+        return False
+    return member.extension in IMAGE_MEMBERS or member.key.rpartition("/")[2].lower() not in NOTES
 
 
 def members_of(group: list[Member]) -> dict[str, bytes]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cmgan_dist.config.fields import DATA_SEPARATOR
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.distributed.processes import Parallel
@@ -101,7 +102,7 @@ def open_task(run: str | Path, data: str = "", *, split: str = "test") -> Evalua
     or data cannot be read, or do not fit together."""
     saved = read_model(run)
     if not data:
-        data = saved.config.data.split(",")[0]
+        data = saved.config.data.split(DATA_SEPARATOR)[0]
         if not data:
             raise BadInput("--data is missing and the run names no data: name a folder of shards")
         if "://" not in data and not Path(data).is_dir():

@@ -19,7 +19,7 @@ from PIL import Image
 
 from cmgan_dist.data.cache import open_store
 from cmgan_dist.data.folder import read_file
-from cmgan_dist.data.image import MAX_PIXELS, UNREADABLE, open_image, orientation_of, to_rgb
+from cmgan_dist.data.image import MAX_PIXELS, UNREADABLE, open_image, orientation_of, read_header, to_rgb
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample, parse_sample
@@ -200,6 +200,7 @@ def thumbnail(data: bytes, side: int = SIDE, most_pixels: int = MAX_PIXELS) -> b
 
     Raises BadSample with the reason when it is no picture, has more than `most_pixels` or does not fit in memory."""
     try:
+        read_header(data)
         image = open_image(data)
         if image.width * image.height > most_pixels:
             raise BadSample(f"the picture has {image.width} x {image.height} pixels, more than {most_pixels}")

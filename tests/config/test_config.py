@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from cmgan_dist.config.cli import parse_arguments
-from cmgan_dist.config.fields import Config
+from cmgan_dist.config.cli import join_data, parse_arguments
+from cmgan_dist.config.fields import DATA_SEPARATOR, Config
 from cmgan_dist.config.load import LOSS_TERMS, load_config, to_yaml, validate
 from cmgan_dist.config.markers import Range
 from cmgan_dist.config.paths import find_setting, get_value, settings, with_values
@@ -364,3 +364,11 @@ def test_a_number_of_any_length_is_one_sentence(text: str, tmp_path: Path) -> No
 def test_a_number_that_python_cannot_write_is_shown() -> None:
     with pytest.raises(BadInput, match=r"stream.window is a number of thousands of digits, expected 1 to 1e"):
         validate(with_values(Config(), {"stream.window": 1 << 20_000}))
+
+
+def test_data_given_several_times_are_several_data_sets() -> None:
+    for words in (["--data", "a,b", "--data=https://x/y?k=1,2"], ["--data=a,b", "--data", "https://x/y?k=1,2"]):
+        config, _ = parse_arguments([*words, "--preset", "features", "--output", "r"])
+        assert config.data.split(DATA_SEPARATOR) == ["a,b", "https://x/y?k=1,2"]
+    assert join_data(["--preset", "features", "--data", "a"]) == ["--preset", "features", "--data", "a"]
+    assert join_data(["--data"]) == ["--data"]

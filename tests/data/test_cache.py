@@ -13,12 +13,25 @@ from typing import Any
 
 import pytest
 
+from cmgan_dist.config.fields import StreamConfig
 from cmgan_dist.data import cache as cache_module
 from cmgan_dist.data.cache import PREFETCH_THREADS, CachedStore, open_store
 from cmgan_dist.data.manifest import ShardInfo
+from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput
 from tests.services.faulty_server import FaultyServer
-from tests.toy import FORK, SHARD_BYTES, body_of, content_of, run_together, shard_of, wait_for
+from tests.toy import (
+    FORK,
+    SHARD_BYTES,
+    body_of,
+    content_of,
+    index_tar,
+    run_together,
+    shard_of,
+    wait_for,
+    write_manifest,
+    write_tar,
+)
 
 # ---------------------------------------------------------------------------------------------- the folder
 
@@ -233,7 +246,7 @@ def test_a_download_waits_while_those_of_others_fill_the_cache(
     assert max(seen) == SHARD_BYTES
 
 
-def test_the_least_recently_used_goes_first_and_stays_readable_where_open(
+def test_the_least_recently_used_goes_first_and_keeps_no_space_where_it_is_open(
     server: FaultyServer, make: Callable[..., CachedStore], cache: Path
 ) -> None:
     store = make(cache_bytes=3 * SHARD_BYTES)
@@ -245,8 +258,30 @@ def test_the_least_recently_used_goes_first_and_stays_readable_where_open(
     os.close(store.open(shard_of(4)))
     left = {p.name for p in cache.glob("*.tar")}
     assert left == {f"{shard_of(i).sha256}.tar" for i in (1, 3, 4)}
-    assert os.pread(two, SHARD_BYTES, 0) == body_of(2)
+    assert (os.fstat(two).st_size, os.fstat(two).st_nlink) == (0, 0)
     os.close(two)
+
+
+def test_readers_of_more_shards_than_fit_stay_within_the_bound(server: FaultyServer, cache: Path) -> None:
+    names = [f"s-{i}.tar" for i in range(4)]
+    folder = cache.parent / "made"
+    folder.mkdir()
+    for name in names:
+        write_tar(folder / name, [(f"{name[:3]}x{k}.{e}", os.urandom(9000)) for k in range(3) for e in ("png", "jpg")])
+    write_manifest(folder, {"train": [index_tar(folder / name) for name in names]})
+    server.files = {f"/d/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    size = len(server.files["/d/s-0.tar"])
+    config = StreamConfig(cache=str(cache), cache_gib=2.5 * size / 2**30)
+    reader = ShardReader(f"{server.url}/d", "train", config)
+    for _ in range(2):
+        for shard in range(4):
+            for i in range(3):
+                key, members = reader.raw(shard, i)
+                assert (key, len(members)) == (f"s-{shard}x{i}", 2)
+    held = {os.fstat(file).st_ino: os.fstat(file).st_blocks * 512 for file in reader._files.values()}
+    held |= {path.stat().st_ino: path.stat().st_blocks * 512 for path in cache.iterdir()}
+    assert sum(held.values()) <= 2.5 * size + 4096 * len(held)
+    reader.close()
 
 
 def test_a_shard_larger_than_the_cache_names_the_flag(server: FaultyServer, make: Callable[..., CachedStore]) -> None:

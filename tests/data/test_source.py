@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import os
 import sys
@@ -14,7 +15,8 @@ import pytest
 
 from cmgan_dist.data import source as source_module
 from cmgan_dist.data.cache import CachedStore, open_store
-from cmgan_dist.errors import BadInput
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.errors import BadInput, run_main
 from tests.services.faulty_server import FaultyServer
 from tests.toy import body_of, content_of, run_together, shard_of
 
@@ -154,6 +156,58 @@ def test_garbage_of_the_parent_does_not_delay_a_child(make: Callable[..., Cached
         assert run_together(1, child)[0] >= 20  # and those of other tests
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("fault", ["drip", "drip header"])
+def test_a_server_that_drips_is_not_waited_for(
+    server: FaultyServer, make: Callable[..., CachedStore], fault: str
+) -> None:
+    server.faults = {path: [fault, "always"] for path in ("/data/s-1.tar", "/data/manifest.json")}
+    server.files["/data/manifest.json"] = bytes(9000)
+    store = make(timeout_s=0.4, retries=0)
+    for read in (lambda: store.open(shard_of(1)), lambda: store.read("manifest.json")):
+        with pytest.raises(BadInput, match=r"less than 16 KiB a second|nothing came within"):
+            read()
+
+
+def test_a_small_file_without_bound_is_refused(server: FaultyServer, make: Callable[..., CachedStore]) -> None:
+    server.files["/data/manifest.json"] = bytes(3 << 20)
+    with pytest.raises(BadInput, match=r"/data/manifest\.json has more than 1 MiB"):
+        make().source.read("manifest.json", 1 << 20)
+
+
+def test_user_and_password_go_to_the_server_and_into_no_message(
+    server: FaultyServer, make: Callable[..., CachedStore], capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    url = server.url.replace("://", "://anna:secret%40@") + "/data"
+    store = open_store(url, cache=str(cache))
+    assert store.read("manifest.json") == b'{"a": 1}'
+    assert server.authorizations == {"Basic " + base64.b64encode(b"anna:secret@").decode()}
+    assert store.location("x") == f"{server.url}/data/x"
+    with pytest.raises(BadInput, match="does not exist") as caught:
+        store.read("none.json")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(SystemExit):
+        run_main(lambda: open_store(url, cache=str(cache)).read("none.json") and 0)
+    with pytest.raises(SystemExit):
+        run_main(lambda: ShardReader(url.replace("http", "ftp"), "train") and 0)
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 2
+    assert "secret" not in said
+
+
+def test_netrc_and_proxies_are_heeded(
+    server: FaultyServer, make: Callable[..., CachedStore], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login anna password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    make().read("manifest.json")
+    assert server.authorizations == {"Basic " + base64.b64encode(b"anna:secret").decode()}
+    monkeypatch.setenv("http_proxy", server.url)
+    server.files["http://elsewhere.invalid/data/manifest.json"] = b"by proxy"
+    store = open_store("http://elsewhere.invalid/data", cache=str(tmp_path / "cache"), retries=0)
+    assert store.read("manifest.json") == b"by proxy"
 
 
 # ---------------------------------------------------------------------------------------------- S3

@@ -150,7 +150,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         "features": (features, config),
         "features balanced": (single, replace(config, sampling="balanced")),
         "no labels": (plain, config),
-        "mixture": (f"{features},{other}", replace(config, weights=(3.0, 1.0))),
+        "mixture": (f"{features}\n{other}", replace(config, weights=(3.0, 1.0))),
     }
     return {kind: Case(data, c, draw(data, c, steps=BATCHES)) for kind, (data, c) in found.items()}
 

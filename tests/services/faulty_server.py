@@ -24,6 +24,8 @@ class FaultyServer:
     stall       half of the body, then nothing
     silent      not even a header
     slow        the whole body in twenty pieces, 0.02 s apart
+    drip        the body, a byte every 0.1 s
+    drip header a header without end, a byte every 0.1 s
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,8 @@ class FaultyServer:
         """Path -> how often it was asked for."""
         self.queries: set[str] = set()
         """All query strings that came, without their "?"."""
+        self.authorizations: set[str] = set()
+        """All Authorization headers that came."""
         self.half_sent = threading.Event()
         """Set when a stalling body has got half way."""
         self.stopped = threading.Event()
@@ -71,11 +75,16 @@ class FaultyServer:
         """Answer a GET request with the file of its path, or as its next fault says."""
         path, _, query = handler.path.partition("?")
         self.queries.add(query)
+        if given := handler.headers.get("Authorization"):
+            self.authorizations.add(given)
         fault = self.next_fault(path)
         body = self.files.get(path)
         handler.close_connection = True
         if fault == "silent":
             self.stopped.wait(20)
+            return
+        if fault == "drip header":
+            self.drip(handler, b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000)
             return
         if fault.isdigit() or body is None:
             handler.send_response(int(fault or 404))
@@ -98,6 +107,8 @@ class FaultyServer:
                 for start in range(0, len(body), step):
                     handler.wfile.write(body[start : start + step])
                     time.sleep(0.02)
+            elif fault == "drip":
+                self.drip(handler, body)
             elif fault in ("reset", "truncated", "stall"):
                 handler.wfile.write(half)
                 if fault == "stall":
@@ -109,4 +120,14 @@ class FaultyServer:
             else:
                 handler.wfile.write(body)
         except OSError:  # the client has gone
+            pass
+
+    def drip(self, handler: BaseHTTPRequestHandler, data: bytes) -> None:
+        """Send data, a byte every 0.1 s, until the client has gone."""
+        try:
+            for byte in data:
+                handler.wfile.write(bytes([byte]))
+                if self.stopped.wait(0.1):
+                    return
+        except OSError:
             pass

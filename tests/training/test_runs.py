@@ -173,15 +173,15 @@ def test_pictures_and_texts_end_to_end(
 
 
 def test_a_mixture_trains_alike_on_one_and_two_processes(feature_data: Callable[..., Path], tmp_path: Path) -> None:
-    data = f"{feature_data(name='a')},{feature_data(name='b', seed=1)}"
-    extra = ["stream.weights=0.8,0.2", "train.epochs=1"]
+    data = feature_data(name="a,with a comma")
+    extra = ["--data", str(feature_data(name="b", seed=1)), "stream.weights=0.8,0.2", "train.epochs=1"]
     for processes in (1, 2):
         run_to_end(data, tmp_path / str(processes), *extra, processes=processes)
     one, two = lines(tmp_path / "1", "train"), lines(tmp_path / "2", "train")
     for a, b in zip(one[:4], two[:4], strict=True):
         assert all(abs(a[k] - b[k]) < 1e-3 for k in a if k.startswith("loss/"))
     other = feature_data(name="c", classes=4)
-    refused = run_to_end(f"{tmp_path / 'a'},{other}", tmp_path / "3", expect=2)
+    refused = run_to_end(data, tmp_path / "3", "--data", str(other), expect=2)
     assert "cannot be mixed: their classes are" in refused.stderr
 
 
