@@ -26,6 +26,7 @@ SOURCES: Table = {
     "flickr8k": ("shards.sources.flickr8k", "Flickr8kCommand", "photographs with five captions each, no classes"),
     "wikipedia": ("shards.sources.wikipedia", "WikipediaCommand", "precomputed features, 10 classes"),
     "folder": ("shards.sources.folder", "FolderCommand", "[split/]CLASS/NAME.jpg + NAME.txt"),
+    "coco": ("shards.sources.coco", "CocoCommand", "captions_*.json and their pictures, no classes"),
     "table": ("shards.sources.table", "TableCommand", "CSV, TSV, JSONL or Parquet: image path, text, label, split"),
 }
 

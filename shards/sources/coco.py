@@ -1,0 +1,139 @@
+"""Captions in COCO's format (Lin et al., ECCV 2014; Chen et al., arXiv 1504.00325): ``captions_train2017.json``.
+
+A file is ``{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}``, as pycocotools reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from cmgan_dist.errors import BadInput, shown
+from cmgan_dist.files import parse_json
+from shards.pack import BuildCommand
+from shards.pairs import RawPair, RawPairs, hash_split, make_key, missing_val, split_shares
+from shards.sources.files import PlainFile, check_names
+
+ATTRIBUTION = (
+    "MS COCO captions: X. Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv "
+    "1504.00325 (2015), annotations CC BY 4.0; the photographs are copyright of their Flickr owners."
+)
+
+
+@dataclass(kw_only=True)
+class CocoCommand(BuildCommand):
+    """Pack pictures with the captions of COCO's annotation files, without classes.
+
+    A file whose name holds train, val or test is that split; the pictures of other files are split by a hash."""
+
+    input: tyro.conf.Positional[tuple[Path, ...]]
+    """Annotation files, such as captions_train2017.json captions_val2017.json."""
+    images: Path
+    """Folder of the pictures, or of folders that are named like the files: train2017 for captions_train2017.json."""
+    name: str = "coco"
+    """Name of the data set."""
+    attribution: str = ATTRIBUTION
+    """Source and licence, for the manifest."""
+    val: float | None = None
+    """Share of train for val (None: 0.1 where no file is a split)."""
+    test: float | None = None
+    """Share of train for test, as of val."""
+
+    def pairs(self) -> RawPairs:
+        """List the captioned pictures. Raises BadInput naming the file and what is wrong in it."""
+        if not self.input:
+            raise BadInput("name one annotation file or more, such as captions_train2017.json")
+        split_shares(self.val, self.test, ())
+        check_names("--name", self.name)
+        files = [_File(path, self.images) for path in self.input]
+        named = [file.split for file in files if file.split]
+        val, test = split_shares(self.val, self.test, named)
+        without = sum(len(file.without) for file in files)
+
+        def raw_pairs() -> Iterator[RawPair]:
+            for file in files:
+                for name, captions in file.captions.items():
+                    key = make_key(f"{file.folder.name}/{Path(name).with_suffix('').as_posix()}")
+                    split = hash_split(key, val, test) if file.split in ("", "train") else file.split
+                    yield RawPair(
+                        key, split, PlainFile(file.folder / name), tuple(captions), (), f"{name} of {file.path}"
+                    )
+
+        hashed = [split for split, share in (("val", val), ("test", test)) if share]
+        return RawPairs(
+            name=self.name,
+            label_kind="none",
+            classes=[],
+            pairs=raw_pairs(),
+            attribution=self.attribution,
+            details={"source": "coco", "val": val, "test": test, "without_caption": without},
+            expected_splits=tuple(dict.fromkeys([*(named or ["train"]), *hashed])),
+            notes=[*[f"{without} pictures have no caption and were left out"] * bool(without)]
+            + missing_val([*named, *hashed]),
+        )
+
+
+class _File:
+    """An annotation file that was read: pictures with their captions, and where they lie."""
+
+    def __init__(self, path: Path, images: Path) -> None:
+        """Raises BadInput when it cannot be read, is of another format, or its pictures are not there."""
+        self.path = path
+        found = re.search(r"train|val|test", path.stem.lower())
+        self.split = found[0] if found else ""
+        record = _read(path)
+        self.captions: dict[str, list[str]] = {}
+        by_id: dict[Any, str] = {}
+        for number, image in enumerate(_list_in(record, "images", path)):
+            name = image.get("file_name")
+            if not isinstance(name, str) or not name or not isinstance(image.get("id"), int | str):
+                raise BadInput(f"{path}: image {number} has no id or no file_name: mend or remove it")
+            if by_id.setdefault(image["id"], name) != name or name in self.captions:
+                raise BadInput(f"{path}: image {number}, {shown(name)}, stands twice: remove one")
+            self.captions[name] = []
+        for number, annotation in enumerate(_list_in(record, "annotations", path)):
+            number_of, caption = annotation.get("image_id"), annotation.get("caption")
+            owner = by_id.get(number_of) if isinstance(number_of, int | str) else None
+            if owner is None:
+                raise BadInput(f"{path}: annotation {number} is of image {number_of!r}, which is not in it")
+            if not isinstance(caption, str) or not caption.strip():
+                raise BadInput(f"{path}: annotation {number} of {shown(owner)} has no caption: give captions_*.json")
+            self.captions[owner].append(caption.strip())
+        self.without = [name for name, captions in self.captions.items() if not captions]
+        for name in self.without:
+            del self.captions[name]
+        if not self.captions:
+            raise BadInput(f"{path} has no captioned picture: give another file")
+        self.folder = self._folder(images)
+
+    def _folder(self, images: Path) -> Path:
+        first = next(iter(self.captions))
+        choices = [images, images / self.path.stem.partition("_")[2], images / self.split]
+        for folder in choices:
+            if (folder / first).is_file():
+                return folder
+        places = " or ".join(str(folder) for folder in dict.fromkeys(choices))
+        raise BadInput(f"--images {images}: picture {shown(first)} of {self.path} is not in {places}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = parse_json(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}): name an annotation file") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is not whole JSON ({shown(str(error))}): get it again") from None
+    if not isinstance(record, dict):
+        raise BadInput(f"{path} is not in COCO's format: expected an object with images and annotations")
+    return record
+
+
+def _list_in(record: dict[str, Any], name: str, path: Path) -> list[dict[str, Any]]:
+    value = record.get(name)
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise BadInput(f"{path} has no list '{name}' of objects: give a file in COCO's format, captions_*.json")
+    return value
