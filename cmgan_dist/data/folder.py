@@ -75,16 +75,19 @@ def read_file(path: str | os.PathLike[str], most: int = MOST_FILE_BYTES, *, foll
     return data
 
 
-def walk_files(folder: Path, endings: Collection[str]) -> list[str]:
+def walk_files(folder: Path, endings: Collection[str], others: list[str] | None = None) -> list[str]:
     """Return the paths from `folder`, with "/" between names, of what has one of `endings` in it and below, sorted.
 
-    `endings`: in lower case, without dots. What is hidden stays apart. Linked folders are walked too, but each folder
-    once: under its own path where it lies below `folder`, else under the link that sorts first; a line of the log names
-    each further way, and each link without such an ending that leads nowhere. Whether a path is a file that can be read
-    is found out by reading it. Raises BadInput naming a folder that cannot be read."""
+    `endings`: in lower case, without dots. `others` gets the paths of other files. What is hidden stays apart. Linked
+    folders are walked too, but each folder once: under its own path where it lies below `folder`, else under the link
+    that sorts first; a line of the log names each further way, and each link without such an ending that leads nowhere.
+    Whether a path is a file that can be read is found out by reading it. Raises BadInput naming a folder that cannot be
+    read."""
     walk = _Walk(folder, endings)
     while walk.links:
         walk.go(heapq.heappop(walk.links))
+    if others is not None:
+        others += sorted(walk.others)
     return sorted(walk.found)
 
 
@@ -94,6 +97,7 @@ class _Walk:
     def __init__(self, folder: Path, endings: Collection[str]) -> None:
         self.folder, self.endings = folder, endings
         self.found: list[str] = []
+        self.others: list[str] = []
         self.links = [""]
         """Ways to folders, as a heap; the folder itself is the first."""
         self.met: dict[tuple[int, int], Path] = {}
@@ -130,8 +134,8 @@ class _Walk:
                 folders.append(inside)
             elif entry.is_symlink() and self._leads_to_folder(inside):
                 heapq.heappush(self.links, inside)
-            elif self._is_wanted(inside):
-                self.found.append(inside)
+            else:
+                (self.found if self._is_wanted(inside) else self.others).append(inside)
         return folders
 
     def _leads_to_folder(self, inside: str) -> bool:

@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cmgan_dist.data.folder import checked_path, read_file
 from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo, manifest_path, read_manifest
+from cmgan_dist.data.source import public_url
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
 
@@ -93,7 +94,8 @@ class FileStore:
         try:
             self.filesystem, path = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
-            raise BadInput(f"{flag} {url} cannot be opened ({error}): use a folder or install what it needs") from None
+            named = f"{flag} {public_url(url)}"
+            raise BadInput(f"{named} cannot be opened ({error}): use a folder or install what it needs") from None
         self.url, self.flag = url.rstrip("/"), flag
         self.path = str(path).rstrip("/")
         """Where the folder is in `filesystem`, without the protocol."""
@@ -101,7 +103,7 @@ class FileStore:
 
     def location(self, name: str) -> str:
         """Return the file's path or URL, for messages."""
-        return f"{self.url}/{name}"
+        return f"{public_url(self.url)}/{name}"
 
     def read(self, name: str) -> bytes:
         """Return a whole file. Raises FileNotFoundError when there is none, BadInput when it cannot be read."""
@@ -170,7 +172,7 @@ class FileStore:
             raise self._unwritable(error) from None
 
     def _unreadable(self, error: OSError) -> BadInput:
-        return BadInput(f"{self.flag} {self.url} cannot be read ({error}): use another place")
+        return BadInput(f"{self.flag} {public_url(self.url)} cannot be read ({error}): use another place")
 
     def _unwritable(self, error: OSError) -> BadInput:
-        return BadInput(f"{self.flag} {self.url} cannot be written ({error}): use another place")
+        return BadInput(f"{self.flag} {public_url(self.url)} cannot be written ({error}): use another place")

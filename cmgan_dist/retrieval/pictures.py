@@ -103,7 +103,7 @@ class ShardPictures(Pictures):
             raise BadSample("the raw data cannot be read any more") from None
         if found != key:
             raise BadSample(f"sample {row} of {shard} is {found}, not {key}: the data set has changed")
-        return parse_sample(key, members)
+        return parse_sample(key, members, labelled=False)
 
     def read(self, shard: str, row: int, key: str) -> bytes:
         """Return the encoded picture of an item. Raises BadSample, saying why, when there is none."""

@@ -5,6 +5,7 @@ A value of another kind is refused, not written out: a text of ``{'raw': 'a dog'
 from __future__ import annotations
 
 import math
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from cmgan_dist.data.folder import is_plain, is_unicode
@@ -88,7 +89,9 @@ def as_labels(value: Any) -> tuple[tuple[str, ...], bool]:
 
 def _as_class(value: Any) -> str:
     """Return the name of a class: a text, or a whole number, 1.0 as 1. Raises BadSample."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
         if not math.isfinite(value) or value != int(value):
             raise BadSample(f"its label is {_kind(value)}, expected a name or a whole number")
         return str(int(value))
@@ -123,6 +126,8 @@ def as_picture(value: Any) -> Picture:
     if data is None and is_missing(path):
         raise BadSample("has no image path")
     name = "" if is_missing(path) else _as_string(path, "image path")
+    if name and PurePosixPath(name).name in ("", ".."):
+        raise BadSample(f"'{shown(name)}' is not the name of an image")
     if not is_unicode(name):
         raise BadSample(f"image path or label {shown(name)} is not UTF-8: rename it")
     return Picture(name, data)

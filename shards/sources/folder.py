@@ -46,7 +46,8 @@ class FolderCommand(BuildCommand):
             raise BadInput(f"input folder {self.input} does not exist")
         split_shares(self.val, self.test, ())
         splits = _split_folders(self.input)
-        images = list(_images(self.input, splits))
+        others: list[str] = []
+        images = list(_images(self.input, splits, others))
         if not images:
             kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
             raise BadInput(f"{self.input} holds no images ({kinds})")
@@ -86,7 +87,7 @@ class FolderCommand(BuildCommand):
             attribution=self.attribution,
             details={"source": "folder", "val": val, "test": test},
             expected_splits=(*(named or ("train",)), *hashed),
-            notes=missing_val([*named, *hashed]),
+            notes=[*_left_out(others), *missing_val([*named, *hashed])],
         )
 
 
@@ -97,16 +98,26 @@ def _split_folders(top: Path) -> dict[str, str]:
     return named if len(named) == len(folders) else {}
 
 
-def _images(top: Path, splits: dict[str, str]) -> Iterator[tuple[Path, str | None, str | None]]:
+def _left_out(others: list[str]) -> list[str]:
+    """Return a line that says which files were left out, none where there are none."""
+    if not others:
+        return []
+    return [
+        f"{len(others)} files are no pictures and texts of a known kind and were left out, the first is {others[0]}"
+    ]
+
+
+def _images(top: Path, splits: dict[str, str], others: list[str]) -> Iterator[tuple[Path, str | None, str | None]]:
     """Give (image, its split or None, its class or None) in and below `top`, hidden files apart.
 
-    `splits`: split folders. Raises BadInput at a text without an image, or an image beside the split folders."""
-    files = [PurePosixPath(name) for name in walk_files(top, (*IMAGE_EXTENSIONS, "txt"))]
+    `splits`: split folders. `others` gets the paths of files of other kinds. Raises BadInput at a text without an
+    image, or an image beside the split folders."""
+    files = [PurePosixPath(name) for name in walk_files(top, (*IMAGE_EXTENSIONS, "txt"), others)]
     images = [path for path in files if path.suffix.lower() != ".txt"]
     owners = {path.with_suffix("") for path in images}
     for path in files:
         beside = bool(splits) and len(path.parts) == 1
-        if path.suffix == ".txt" and path.with_suffix("") not in owners and not beside:
+        if path.suffix.lower() == ".txt" and path.with_suffix("") not in owners and not beside:
             raise BadInput(f"{top / path} has no image of the same name: add it or move the text away")
     for path in images:
         split, folders = None, path.parts[:-1]

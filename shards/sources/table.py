@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -228,16 +229,16 @@ def _describe(columns: dict[str, str], names: list[str], val: float, test: float
 
 def _check_spelling(classes: list[str]) -> None:
     """Raise BadInput when two class names are the same number."""
-    first: dict[float, str] = {}
+    first: dict[Decimal, str] = {}
     for name in classes:
         try:
-            number = float(name)
-        except ValueError:
+            number = Decimal(name)
+        except InvalidOperation:
             continue
-        if first.setdefault(number, name) != name:
+        if number.is_finite() and first.setdefault(number, name) != name:
             raise BadInput(f"labels '{first[number]}' and '{name}' are the same number: write it in one way")
 
 
 def _class_order(name: str) -> tuple[int, str]:
     """Return a sort key that puts numbers by value, before names."""
-    return (int(name), "") if name.isdecimal() else (1 << 62, name)
+    return (int(name), "") if name.isdecimal() and len(name) < 100 else (1 << 62, name)

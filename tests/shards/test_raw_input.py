@@ -62,6 +62,19 @@ def test_a_picture_beside_split_folders_is_not_left_out_in_silence(tmp_path: Pat
         build_folder(raw, tmp_path / "out")
 
 
+def test_files_of_other_kinds_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = fill_folder(tmp_path / "raw", ["cat/1", "cat/2"])
+    (raw / "dog").mkdir()
+    (raw / "dog" / "1.gif").write_bytes(picture(1, kind="GIF"))
+    build_folder(raw, tmp_path / "out", *WHOLE)
+    assert "1 files are no pictures and texts of a known kind and were left out, the first is dog/1.gif" in (
+        capsys.readouterr().out
+    )
+    (raw / "cat" / "3.TXT").write_text("a text")
+    with pytest.raises(BadInput, match=r"3\.TXT has no image of the same name"):
+        build_folder(raw, tmp_path / "other", *WHOLE)
+
+
 def table(folder: Path, *rows: dict[str, str]) -> Path:
     for number in (1, 2):
         (folder / f"{number}.png").write_bytes(picture(number))

@@ -80,6 +80,7 @@ def test_a_field_that_the_first_row_lacks_is_seen(folder: Path) -> None:
         ({"label": math.nan}, "has no label"),
         ({"label": True}, "its label is true"),
         ({"label": 1.5}, "its label is the number 1.5"),
+        ({"image": ".."}, "'..' is not the name of an image"),
         ({"label": math.inf}, "its label is the number inf"),
         ({"label": [1, [2]]}, "its label is a list"),
         ({"label": []}, "has no label"),
@@ -103,6 +104,7 @@ def test_whole_numbers_are_one_class_however_they_are_written(folder: Path) -> N
     assert as_labels(1) == as_labels(1.0) == as_labels("1") == (("1",), False)
     assert as_labels([2.0, "a"]) == (("2", "a"), True)
     assert (as_texts(b"caf\xc3\xa9"), as_split(b"dev")) == (("café",), "val")
+    assert as_labels(10**400)[0] == (str(10**400),)
     with pytest.raises(BadInput, match=r"labels '1' and '1\.0' are the same number"):
         build(csv_of(folder, "image,text,label", "0.png,x,1", "1.png,x,1.0"))
 
