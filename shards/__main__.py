@@ -27,7 +27,11 @@ SOURCES: Table = {
     "wikipedia": ("shards.sources.wikipedia", "WikipediaCommand", "precomputed features, 10 classes"),
     "folder": ("shards.sources.folder", "FolderCommand", "[split/]CLASS/NAME.jpg + NAME.txt"),
     "coco": ("shards.sources.coco", "CocoCommand", "captions_*.json and their pictures, no classes"),
-    "table": ("shards.sources.table", "TableCommand", "CSV, TSV, JSONL or Parquet: image path, text, label, split"),
+    "table": (
+        "shards.sources.table",
+        "TableCommand",
+        "CSV, TSV, JSONL, Parquet, Arrow, or a folder (Hugging Face)",
+    ),
 }
 
 

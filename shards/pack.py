@@ -249,7 +249,7 @@ def _make_room(output: Path, fingerprint: str, overwrite: bool) -> None:
     (output / MANIFEST_NAME).unlink(missing_ok=True)
     for path in output.iterdir():
         if OUTPUT_PATTERN.fullmatch(path.name) and not same:
-            path.unlink()
+            path.unlink(missing_ok=True)
     remove_leftovers(output)
     write_atomic(packing, fingerprint)
 

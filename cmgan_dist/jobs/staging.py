@@ -34,7 +34,13 @@ def remove_leftovers(output: Path) -> None:
     for path in sorted(output.rglob(".*.tmp")):
         match = pattern.fullmatch(path.name)
         if match and not is_running(int(match[1])):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path, onerror=_unless_gone) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _unless_gone(_: object, __: str, error: tuple[type[BaseException], BaseException, object]) -> None:
+    """Pass over what somebody else has removed meanwhile, such as the last processes of a killed run; raise the rest."""
+    if not issubclass(error[0], FileNotFoundError):
+        raise error[1]
 
 
 def is_running(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""The rows of a table: CSV, TSV, JSONL or Parquet, read one after the other.
+"""The rows of a table: CSV, TSV, JSONL, Parquet or Arrow, read one after the other.
 
 Rows count as an editor shows them: a CSV's header is row 1. What is no row comes as the BadSample that says why, so
 that the caller can leave it out."""
@@ -7,45 +7,63 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cmgan_dist.errors import BadInput, BadSample, shown
-from cmgan_dist.files import parse_json_once
+from cmgan_dist.files import parse_json, parse_json_once
+from shards.scan import SPLIT_ALIASES
 
 Row = dict[str, Any] | BadSample
 """Column -> value; or why it is no row."""
 Numbered = Iterator[tuple[int, Row]]
 PARQUET_ROWS = 64
 """Rows of a Parquet file in memory at a time: they may hold pictures."""
-ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
+ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
+COLUMNAR = (".parquet", ".arrow")
+"""Those that know their columns, and where they are Hugging Face's the names of classes."""
 
 
-def column_names(path: Path) -> list[str]:
+@dataclass(frozen=True)
+class TextFormat:
+    """How the text of a CSV, TSV or JSONL file is written."""
+
+    delimiter: str = ""
+    """Between the fields of a row; "" is a comma, and a tab in .tsv files."""
+    encoding: str = "utf-8-sig"
+    """A codec of Python; this one is UTF-8 with or without a mark at its beginning."""
+
+
+def column_names(path: Path, text: TextFormat) -> list[str]:
     """Return the columns of a table, in their order; of JSONL, the fields that any row has.
 
-    Raises BadInput when the file is missing, of another kind, not UTF-8 or damaged, or has a column twice."""
+    Raises BadInput when the file is missing, of another kind or encoding or damaged, or has a column twice."""
     if path.suffix.lower() not in ENDINGS:
         raise BadInput(f"{path} is not a table that can be read: expected {', '.join(ENDINGS)}")
     if not path.is_file():
         raise BadInput(f"table {path} does not exist")
     with _naming_damage(path):
-        names = _names(path)
+        names = _names(path, text)
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise BadInput(f"{path} has two columns '{shown(twice[0])}': rename one")
     return names
 
 
-def read_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, Row]]:
+def read_rows(path: Path, columns: list[str], text: TextFormat) -> Iterator[tuple[str, Row]]:
     """Give (how a message names the row, row) of each row that is not empty, with `columns` at least.
 
-    Raises BadInput when the file is not UTF-8 or damaged."""
+    Raises BadInput when the file is of another encoding or damaged."""
     kind = path.suffix.lower()
     with _naming_damage(path):
-        rows = _csv(path) if kind in (".csv", ".tsv") else _jsonl(path) if kind == ".jsonl" else _parquet(path, columns)
+        if kind in COLUMNAR:
+            rows = _columnar(path, columns)
+        else:
+            rows = _jsonl(path, text) if kind == ".jsonl" else _csv(path, text)
         for number, row in rows:
             yield f"row {number}", row
 
@@ -58,37 +76,39 @@ def _naming_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise BadInput(
+            f"{path} is not {error.encoding} ({error.reason} at byte {error.start}): name its own by --encoding"
+        ) from None
     except csv.Error as error:
         raise BadInput(f"{path} is not a whole table ({error})") from None
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise BadInput(f"{path} cannot be read ({error.strerror})") from None
-        raise BadInput(f"{path} is not a whole Parquet file ({shown(str(error))})") from None
+        kind = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
+        raise BadInput(f"{path} is not a whole {kind} file ({shown(str(error))})") from None
 
 
-def _names(path: Path) -> list[str]:
+def _names(path: Path, text: TextFormat) -> list[str]:
     kind = path.suffix.lower()
-    if kind == ".parquet":
-        import pyarrow.parquet
-
-        return list(pyarrow.parquet.ParquetFile(path).schema_arrow.names)
+    if kind in COLUMNAR:
+        with _batches(path) as (schema, _):
+            return list(schema.names)
     if kind == ".jsonl":
-        return list(dict.fromkeys(name for _, row in _jsonl(path) if isinstance(row, dict) for name in row))
-    return next((fields for _, fields in _fields(path)), [])
+        return list(dict.fromkeys(name for _, row in _jsonl(path, text) if isinstance(row, dict) for name in row))
+    return next((fields for _, fields in _fields(path, text)), [])
 
 
-def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _fields(path: Path, text: TextFormat) -> Iterator[tuple[int, list[str]]]:
     """Give (number, fields) of the rows of a CSV or TSV, the header too."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    delimiter = text.delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    with open(path, encoding=text.encoding, newline="") as file:
         for number, fields in enumerate(csv.reader(file, delimiter=delimiter, strict=True), start=1):
             if fields:
                 yield number, fields
 
 
-def _csv(path: Path) -> Numbered:
-    rows = _fields(path)
+def _csv(path: Path, text: TextFormat) -> Numbered:
+    rows = _fields(path, text)
     names = next(rows, (0, list[str]()))[1]
     for number, fields in rows:
         if len(fields) == len(names):
@@ -98,8 +118,8 @@ def _csv(path: Path) -> Numbered:
             yield number, BadSample(f"has {len(fields)} fields, the header has {len(names)}: {advice}")
 
 
-def _jsonl(path: Path) -> Numbered:
-    with open(path, encoding="utf-8-sig") as file:
+def _jsonl(path: Path, text: TextFormat) -> Numbered:
+    with open(path, encoding=text.encoding) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, _json_row(line)
@@ -113,11 +133,79 @@ def _json_row(line: str) -> Row:
     return row if isinstance(row, dict) else BadSample("is not a JSON object")
 
 
-def _parquet(path: Path, columns: list[str]) -> Numbered:
+@contextlib.contextmanager
+def _batches(path: Path) -> Iterator[tuple[Any, Callable[[list[str]], Iterator[Any]]]]:
+    """Give the schema of a Parquet or Arrow file, and what reads its batches of some columns."""
+    import pyarrow
     import pyarrow.parquet
 
+    if path.suffix.lower() == ".parquet":
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file.schema_arrow, lambda columns: file.iter_batches(batch_size=PARQUET_ROWS, columns=columns)
+        return
+    with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+
+        def batches(columns: list[str]) -> Iterator[Any]:
+            for batch in stream:
+                chosen = batch.select(columns)
+                yield from (chosen.slice(at, PARQUET_ROWS) for at in range(0, len(chosen), PARQUET_ROWS))
+
+        yield stream.schema, batches
+
+
+def _columnar(path: Path, columns: list[str]) -> Numbered:
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    with _batches(path) as (schema, batches):
+        named = _class_names(schema)
+        for batch in batches([column for column in columns if column in schema.names]):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, {column: _named(value, named.get(column)) for column, value in row.items()}
+
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+    """Return column -> names of its classes, where Hugging Face's datasets wrote numbers for them (ClassLabel)."""
+    try:
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        inner = {name: made.get("feature", made) if isinstance(made, dict) else {} for name, made in features.items()}
+        return {name: made["names"] for name, made in inner.items() if made.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _named(value: Any, names: list[str] | None) -> Any:
+    """Return the names of the classes that a cell numbers; None for one that has no name, such as -1, no label."""
+    if names is None:
+        return value
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+
+# ---------------------------------------------------------------------------------------------- folders of tables
+
+
+def tables_of(path: Path) -> list[tuple[Path, str]]:
+    """Return the tables of a folder with the split that each is, "" where its name says none; a file is its own.
+
+    A folder is what Hugging Face's ``save_to_disk`` or a data set's repository is (Arrow or Parquet files, named or put
+    into folders by split), or a picture folder with ``metadata.jsonl`` or ``.csv`` files. Raises BadInput where there
+    is no table in it."""
+    if not path.is_dir():
+        return [(path, "")]
+    found = [each for each in sorted(path.rglob("*")) if each.is_file() and not each.name.startswith((".", "cache-"))]
+    tables = [each for each in found if each.suffix.lower() in COLUMNAR and each.stem != "metadata"]
+    tables = tables or [each for each in found if each.stem == "metadata" and each.suffix.lower() in ENDINGS]
+    if not tables:
+        expected = ".parquet or .arrow files, or metadata.jsonl or .csv beside pictures"
+        raise BadInput(f"{path} has no table: expected {expected}")
+    return [(table, _split_of(table.relative_to(path))) for table in tables]
+
+
+def _split_of(table: Path) -> str:
+    """Return the split that a table's name begins with, or else the nearest folder that is named like one."""
+    for name in (table.name, *reversed(table.parent.parts)):
+        word = re.match(r"[A-Za-z]+", name)
+        if word and word[0].lower() in SPLIT_ALIASES:
+            return SPLIT_ALIASES[word[0].lower()]
+    return ""

@@ -1,4 +1,4 @@
-"""A table with a row for each image and text: CSV, TSV, JSONL or Parquet.
+"""A table with a row for each image and text: CSV, TSV, JSONL, Parquet or Arrow, or a folder of them.
 
 Columns: the image's path (relative to the table) or the picture itself, its text, and, if there are any, its label and
 split. Rows with the same image become several captions of one sample. A label is a class name; several are separated by
@@ -6,6 +6,7 @@ split. Rows with the same image become several captions of one sample. A label i
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from shards.pairs import RawPair, RawPairs, Readable, hash_split, make_key, miss
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
 from shards.sources.files import PlainFile, Spool, check_names, check_unicode
-from shards.sources.rows import Row, column_names, read_rows
+from shards.sources.rows import Row, TextFormat, column_names, read_rows, tables_of
 
 Value = TypeVar("Value")
 COMMON_NAMES = {
@@ -85,13 +86,14 @@ class _Table:
 
 @dataclass(kw_only=True)
 class TableCommand(BuildCommand):
-    """Pack a table (.csv, .tsv, .jsonl or .parquet) with columns for image (path or bytes), text, label and split.
+    """Pack a table (.csv, .tsv, .jsonl, .parquet, .arrow) with columns for image (path or bytes), text, label, split.
 
-    Rows with the same image become several captions of one sample. Several labels: separated by | or a JSON list.
-    Without a split column a hash of the image path splits the pairs."""
+    A folder is what Hugging Face's datasets write: Parquet or Arrow files, each a split by its name or folder, or
+    metadata.jsonl beside pictures. Rows with the same image become several captions of one sample. Several labels:
+    separated by | or a JSON list. Where nothing says a split, a hash of the image path does."""
 
     input: tyro.conf.Positional[Path]
-    """The table; image paths are relative to its folder."""
+    """The table, or a folder of tables; image paths are relative to a table's folder."""
     image_column: str | None = None
     """Column of image paths (None: the first of image, image_path, filepath, filename, ...)."""
     text_column: str | None = None
@@ -100,6 +102,10 @@ class TableCommand(BuildCommand):
     """Column of class names (None: the first of label, class, category, ..., or pairs without labels)."""
     split_column: str | None = None
     """Column of splits (None: the first of split, set, ..., or a hash split)."""
+    delimiter: str = ""
+    """Between the fields of a CSV or TSV, a single character ("": a comma, and a tab in .tsv)."""
+    encoding: str = "utf-8-sig"
+    """Of a CSV, TSV or JSONL: a codec of Python, such as latin-1 or utf-16."""
     name: str | None = None
     """Name of the data set (None: the table's)."""
     attribution: str = ""
@@ -112,9 +118,15 @@ class TableCommand(BuildCommand):
     def pairs(self) -> RawPairs:
         """List the images of the table. Raises BadInput naming the row or column that is wrong."""
         split_shares(self.val, self.test, ())
-        names = column_names(self.input)
+        text = self._text_format()
+        tables = tables_of(self.input)
+        names = list(dict.fromkeys(name for path, _ in tables for name in column_names(path, text)))
         spool = Spool(self.output)
-        table = self._merge(_Table(self._columns(names)), spool)
+        table = _Table(self._columns(names))
+        for path, split in tables:
+            self._merge(path, split, text, table, spool)
+        if not table.images:
+            raise BadInput(f"{self.input} has no rows" + (" that can be used" if table.left_out else ""))
         images = table.images.values()
         classes = sorted({label for image in images for label in image.labels}, key=_class_order)
         _check_spelling(classes)
@@ -135,7 +147,7 @@ class TableCommand(BuildCommand):
                     image=image.image,
                     texts=tuple(image.texts),
                     labels=tuple(sorted(index[label] for label in image.labels)),
-                    where=f"{image.where} of {self.input.name}",
+                    where=image.where,
                 )
 
         hashed = [split for split, share in (("val", val), ("test", test)) if share]
@@ -147,37 +159,47 @@ class TableCommand(BuildCommand):
             attribution=self.attribution,
             details={"source": "table", "val": val, "test": test},
             expected_splits=(*(named or ["train"]), *hashed),
-            notes=[_describe(table.columns, names, val, test), *missing_val([*named, *hashed])],
+            notes=[_describe(table.columns, names, named, val, test), *missing_val([*named, *hashed])],
             left_out=table.left_out,
             close=spool.close,
         )
 
-    def _merge(self, table: _Table, spool: Spool) -> _Table:
-        """Read the rows into `table`, pictures in it into `spool`. Raises BadInput naming the row.
+    def _text_format(self) -> TextFormat:
+        if len(self.delimiter) > 1 or self.delimiter in ('"', "\n", "\r"):
+            raise BadInput(f"--delimiter is {self.delimiter!r}: give a single character")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise BadInput(
+                f"--encoding is '{self.encoding}', which Python does not know: give one as latin-1"
+            ) from None
+        return TextFormat(self.delimiter, self.encoding)
 
-        With `skip_bad` a row that cannot be used is left out and noted."""
-        for where, row in read_rows(self.input, list(dict.fromkeys(table.columns.values()))):
-            place = f"{where} of {self.input.name}"
+    def _merge(self, path: Path, split: str, text: TextFormat, table: _Table, spool: Spool) -> None:
+        """Read the rows at `path` into `table`, pictures in it into `spool`. Raises BadInput naming the row.
+
+        `split`: of rows that name none. With `skip_bad` a row that cannot be used is left out and noted."""
+        for where, row in read_rows(path, list(dict.fromkeys(table.columns.values())), text):
+            place = f"{where} of {path.relative_to(self.input) if path != self.input else path.name}"
             found = try_sample(lambda r=row: _parse_row(r, table.columns), place, self.skip_bad, table.left_out)  # type: ignore[misc]
             if found is None:
                 continue
-            identity, key, image = self._place(found.picture, spool, place)
-            first = table.images.setdefault(identity, _Image(where, key, image, found.labels, found.split))
+            found.split = found.split or split or None
+            identity, key, image = self._place(path, found.picture, spool, place)
+            first = table.images.setdefault(identity, _Image(place, key, image, found.labels, found.split))
             if (first.labels, first.split) != (found.labels, found.split):
                 raise BadInput(
                     f"{place} has another label or split than {first.where} for image {shown(found.picture.path)}"
                 )
             first.texts += found.texts
             table.multi = table.multi or found.listed
-        if not table.images:
-            raise BadInput(f"{self.input} has no rows" + (" that can be used" if table.left_out else ""))
-        return table
 
-    def _place(self, picture: Picture, spool: Spool, place: str) -> tuple[str, str, Readable]:
+    def _place(self, table: Path, picture: Picture, spool: Spool, place: str) -> tuple[str, str, Readable]:
         """Return what tells an image from others, its key, and its bytes. Raises BadInput when it has no name."""
         if picture.data is None:
-            path = picture.path
-            return path, make_key(Path(path).with_suffix("").as_posix()), PlainFile(self.input.parent / path)
+            folder = table.parent.relative_to(self.input) if table != self.input else Path()
+            path = (folder / picture.path).as_posix()
+            return path, make_key(Path(path).with_suffix("").as_posix()), PlainFile(table.parent / picture.path)
         digest = hashlib.sha256(picture.data).hexdigest()
         stem = Path(picture.path).with_suffix("").as_posix() + "-" if Path(picture.path).name else ""
         return digest, make_key(f"{stem}{digest[:16]}"), spool.keep(digest, picture.data)
@@ -214,12 +236,14 @@ def _parse_row(row: Row, columns: dict[str, str]) -> _Row:
     return _Row(cell("image", as_picture), cell("text", as_texts), labels, listed, split)
 
 
-def _describe(columns: dict[str, str], names: list[str], val: float, test: float) -> str:
+def _describe(columns: dict[str, str], names: list[str], splits: list[str], val: float, test: float) -> str:
     """Return a line that says which columns were taken for what, and which might have been."""
     taken = [f"{role} is column '{column}'" for role, column in columns.items()]
     if "label" not in columns:
         taken.append("no labels")
-    if "split" not in columns:
+    if "split" not in columns and splits:
+        taken.append(f"tables are splits by their names: {', '.join(splits)}")
+    elif "split" not in columns:
         taken.append(f"a hash of the image puts {val:g} into val and {test:g} into test")
     known = {name for common in COMMON_NAMES.values() for name in common}
     passed = [name for name in names if name.lower() in known and name not in columns.values()]

@@ -156,7 +156,7 @@ def test_a_table_without_val_gets_one_as_build_advises(folder: Path, capsys: pyt
     table = csv_of(folder, "image,text,split", *lines)
     build(table, "--test", "0", "--val", "0")
     assert "there is no split 'val'" in capsys.readouterr().out
-    with pytest.raises(BadInput, match=r"no split 'val'.*pack it again with --val 0\.1"):
+    with pytest.raises(BadInput, match=r"no split 'val'.*draw one by 'python -m shards split DIR --val 0\.1"):
         load_manifest(folder / "out").shards("val")
     build(table, "--val", "0.3", "--overwrite")
     manifest = load_manifest(folder / "out")

@@ -1,0 +1,103 @@
+"""Folders that Hugging Face's datasets write, picture folders with metadata, and text tables of other forms."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.errors import BadInput
+from shards.__main__ import main
+from tests.toy import picture
+
+WRITE = """
+import io, sys
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as Pillow
+
+def part(first, count):
+    pictures = [Pillow.new("RGB", (24, 24), (i * 9 % 255, i * 5 % 255, i)) for i in range(first, first + count)]
+    columns = {"image": pictures, "caption": [f"text {i}" for i in range(first, first + count)]}
+    columns["label"] = [i % 2 for i in range(first, first + count)]
+    names = ClassLabel(names=["cat", "dog"])
+    return Dataset.from_dict(columns, features=Features({"image": Image(), "caption": Value("string"), "label": names}))
+
+made = DatasetDict({"train": part(0, 20), "validation": part(20, 5)})
+made.save_to_disk(sys.argv[1] + "/disk")
+for split, rows in made.items():
+    rows.to_parquet(f"{sys.argv[1]}/hub/data/{split}-00000-of-00001.parquet")
+"""
+
+
+def build(data: Path, output: Path, *words: str) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """Split -> key -> first text and labels."""
+    main(["build", "table", str(data), "--output", str(output), "--processes", "1", *words])
+    found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for split in load_manifest(output).splits:
+        found[split] = {s.key: (s.texts[0], tuple(s.labels)) for s in ShardReader(str(output), split)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the library itself writes; in a process of its own, which it takes seconds to import into."""
+    folder = tmp_path_factory.mktemp("hugging face")
+    (folder / "hub" / "data").mkdir(parents=True)
+    subprocess.run([sys.executable, "-c", WRITE, str(folder)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["disk", "hub"])
+def test_data_sets_of_hugging_face_with_their_splits_and_class_names(form: str, written: Path, tmp_path: Path) -> None:
+    found = build(written / form, tmp_path / "out")
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 20, "val": 5}
+    assert load_manifest(tmp_path / "out").classes == ["cat", "dog"]
+    rows = sorted(found["train"].values(), key=lambda row: int(row[0].split()[1]))
+    assert rows == [(f"text {i}", (i % 2,)) for i in range(20)]
+
+
+def test_a_damaged_arrow_file_is_named(written: Path, tmp_path: Path) -> None:
+    whole = next((written / "disk" / "train").glob("*.arrow")).read_bytes()
+    for name, data in (("cut", whole[:2000]), ("none", b""), ("text", b"not arrow" * 20)):
+        (tmp_path / f"{name}.arrow").write_bytes(data)
+        with pytest.raises(BadInput, match=rf"{name}\.arrow is not a whole Arrow file"):
+            build(tmp_path / f"{name}.arrow", tmp_path / "out")
+
+
+def test_a_picture_folder_with_metadata(tmp_path: Path) -> None:
+    """The same file names in two splits, as the library's imagefolder allows."""
+    for split, count in (("train", 12), ("test", 3)):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        rows = [{"file_name": f"{i}.png", "text": f"{split} {i}"} for i in range(count)]
+        for i in range(count):
+            (tmp_path / "in" / split / f"{i}.png").write_bytes(picture(100 * count + i))
+        (tmp_path / "in" / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = build(tmp_path / "in", tmp_path / "out", "--val", "0.5")
+    assert {split: len(rows) for split, rows in found.items()}.keys() == {"train", "val", "test"}
+    assert {text for rows in found.values() for text, _ in rows.values()} == (
+        {f"train {i}" for i in range(12)} | {f"test {i}" for i in range(3)}
+    )
+
+
+def test_delimiter_and_encoding_by_flag(tmp_path: Path) -> None:
+    for i in range(30):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    lines = ["image;text", *(f"{i}.png;größe, {i}" for i in range(30))]
+    (tmp_path / "t.csv").write_text("\n".join(lines), encoding="latin-1")
+    with pytest.raises(BadInput, match="--encoding"):
+        build(tmp_path / "t.csv", tmp_path / "out", "--delimiter", ";")
+    found = build(tmp_path / "t.csv", tmp_path / "out", "--delimiter", ";", "--encoding", "latin-1")
+    assert {text for rows in found.values() for text, _ in rows.values()} == {f"größe, {i}" for i in range(30)}
+    for flag, value in (("--delimiter", "::"), ("--encoding", "klingon")):
+        with pytest.raises(BadInput, match=flag):
+            build(tmp_path / "t.csv", tmp_path / "other", flag, value)
+
+
+def test_a_folder_without_tables_is_said(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="has no table"):
+        build(tmp_path, tmp_path / "out")
