@@ -38,7 +38,7 @@ def remove_leftovers(output: Path) -> None:
 
 
 def _unless_gone(_: object, __: str, error: tuple[type[BaseException], BaseException, object]) -> None:
-    """Pass over what somebody else has removed meanwhile, such as the last processes of a killed run; raise the rest."""
+    """Pass over what somebody else has removed meanwhile, as the last processes of a killed run do; raise the rest."""
     if not issubclass(error[0], FileNotFoundError):
         raise error[1]
 
