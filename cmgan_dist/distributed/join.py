@@ -129,7 +129,10 @@ def take_zero_config() -> dict[str, Any] | None:
                 "zero_optimization.stage, as in launchers/configs/"
             ) from None
     else:
-        where, stage = "deepspeed_config.zero_stage", int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+        where, named = "deepspeed_config.zero_stage", os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        if not named.isdecimal():
+            raise BadInput(f"{where} is '{named}': set it to 1 or 2")
+        stage = int(named)
         config = {"zero_optimization": {"stage": stage}}
         device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
         if device != "none":

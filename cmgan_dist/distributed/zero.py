@@ -73,7 +73,7 @@ class _Group:
             first = error.errors()[0]
             raise BadInput(
                 f"DeepSpeed's configuration has {'.'.join(map(str, first['loc']))} {first['input']!r}: {first['msg']}; "
-                "correct it in deepspeed_config_file, or train with a file of launchers/configs/"
+                "correct it in the file of --config_file, or in its deepspeed_config_file (see launchers/configs/)"
             ) from None
         self._share_parameters()
         self.norm = self.zero.scaled_global_norm

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from cmgan_dist.config.presets import PRESETS
+from cmgan_dist.distributed.join import take_zero_config
+from cmgan_dist.errors import BadInput
 from launchers.slurm.node import zero_environment
 from tests.distributed.zero_worker import CASES, STAGES
 from tests.services import forked
@@ -98,6 +100,14 @@ def test_the_shipped_configurations_and_a_checkpoint_from_one_to_another(
     assert expected.keys() == found.keys()
     for a, b in zip(lines(run, "train"), lines(plain, "train"), strict=True):
         assert all(abs(a[k] - b[k]) < 1e-2 * max(1, abs(a[k])) for k in a if k.startswith("loss/"))
+
+
+def test_a_stage_that_is_no_number_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "two")
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", raising=False)
+    with pytest.raises(BadInput, match="zero_stage is 'two': set it to 1 or 2"):
+        take_zero_config()
 
 
 @pytest.mark.parametrize(

@@ -104,11 +104,16 @@ def parameters_that_join_later_begin_anew(parallel: Parallel) -> None:
 
 
 def each_process_keeps_its_share(parallel: Parallel) -> None:
-    """Of the optimiser's state, over all engines, but for a few elements by which partitions are made even."""
+    """Of the optimiser's state, over all engines, but for a few elements by which partitions are made even; what it
+    updates is the parameters' own memory."""
     networks = build_networks(small_config(ROWS), SPEC, None, parallel)
     train(small_config(ROWS), parallel, networks, 0, 1)
     for engine in networks.engines.values():
         assert isinstance(engine, ZeroEngine)
+        for group in engine.groups:
+            (updated,) = group.optimizer.param_groups[0]["params"]
+            parameter = next(iter(group.named.values()))
+            assert updated.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
         kept = [v for g in engine.groups for state in g.optimizer.state.values() for v in state.values() if v.ndim]
         elements, whole = sum(v.numel() for v in kept), 2 * sum(p.numel() for p in engine.parameters)
         assert 0 <= elements * parallel.world - whole <= 4 * parallel.world * len(engine.groups), (elements, whole)
