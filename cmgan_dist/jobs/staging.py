@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,7 +34,8 @@ def remove_leftovers(output: Path) -> None:
     for path in sorted(output.rglob(".*.tmp")):
         match = pattern.fullmatch(path.name)
         if match and not is_running(int(match[1])):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with suppress(FileNotFoundError):  # it lay in a folder that is removed already, by us or by another task
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_running(pid: int) -> bool:
