@@ -385,6 +385,14 @@ class Guarded:
             await failed(scope, receive, send_with)
 
 
+def only_known(request: Request) -> None:
+    """Raises BadInput at a parameter that the address does not take, which would be ignored."""
+    taken = request.app.openapi()["paths"].get(request.scope["route"].path, {}).get(request.method.lower())
+    known = sorted(one["name"] for one in taken.get("parameters", ()) if one["in"] == "query") if taken else None
+    if known is not None and (unknown := sorted(set(request.query_params) - set(known))):
+        raise BadInput(f"there is no parameter {unknown[0][:80]!r} here: known are {', '.join(known) or 'none'}")
+
+
 async def say(request: Request, error: Exception) -> JSONResponse:
     """Return an error as JSON of one sentence."""
     if isinstance(error, RequestValidationError):
@@ -416,7 +424,8 @@ def build_app(
 
     `decoder`: of uploads, as large as the model takes them; it is closed when the application ends."""
     service = Service(Searcher(index, model, pictures_of), decoder, title, attribution, limits or Limits())
-    app = FastAPI(title=title, docs_url=None, redoc_url=None, lifespan=service.lifespan, telemetry=NO_TELEMETRY)
+    options: dict[str, Any] = {"docs_url": None, "redoc_url": None, "telemetry": NO_TELEMETRY}
+    app = FastAPI(title=title, lifespan=service.lifespan, dependencies=[Depends(only_known)], **options)
     app.add_middleware(Guarded)
     for kind in (RequestValidationError, BadInput, AnyHTTPException):
         app.add_exception_handler(kind, say)

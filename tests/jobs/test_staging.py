@@ -43,6 +43,7 @@ def test_only_what_dead_processes_of_this_host_left_is_removed(tmp_path: Path) -
     for name in names:
         (tmp_path / "part" / name).mkdir(parents=True)
         (tmp_path / "part" / name / "tar").write_bytes(b"half")
+        (tmp_path / "part" / name / f".{host}-{dead}-1f.tmp").write_bytes(b"half, in what is half")
     (tmp_path / "part" / f".{host}-{dead}-0f.tmp").write_bytes(b"half of a small file")
     with staging(tmp_path) as own:
         remove_leftovers(tmp_path)

@@ -179,6 +179,9 @@ def test_hostile_names_are_escaped_in_the_page(tmp_path: Path) -> None:
     [
         ("/api/search", {"text": "  "}, 400, "text is empty"),
         ("/api/search", {}, 400, "text is missing"),
+        ("/api/search", {"text": "red", "limit": 3}, 400, "there is no parameter 'limit' here: known are classes, k"),
+        ("/api/browse", {"k": 3}, 400, "there is no parameter 'k' here: known are classes, limit, modality, offset"),
+        ("/api/info", {"text": "red"}, 400, "there is no parameter 'text' here: known are none"),
         ("/api/search", {"text": "x" * 2001}, 400, "text has 2001 characters"),
         ("/api/search", {"text": "red", "k": 0}, 400, "k is '0'"),
         ("/api/search", {"text": "red", "k": 201}, 400, "k is '201'"),
