@@ -192,8 +192,7 @@ def make_shard(
             groups = iter_groups(raw, source.name)
             samples = feature_samples(extractor(options), judge, groups, source.name, left_out)
             info = write_shard(output, source.name, samples)
-        written = None if info is None else asdict(info)
-        ledger.write(path, ledger.Record(source.sha256, settings, True, written, left_out))
+        ledger.write(path, _finished_record(source, settings, output, info, left_out))
     except BadSample as error:
         raise BadInput(f"{error}: see 'python -m shards verify {data}'") from None
     except OSError as error:
@@ -201,6 +200,19 @@ def make_shard(
     finally:
         ledger.abandon(path)
     return info, left_out
+
+
+def _finished_record(
+    source: ShardInfo, settings: dict[str, Any], output: Path, info: ShardInfo | None, left_out: list[str]
+) -> ledger.Record:
+    """Return the record of a shard that was written, or of which no sample was good, and of the sidecar beside it."""
+    if info is None:
+        return ledger.Record(source.sha256, settings, True, None, left_out)
+    written = {name: value for name, value in asdict(info).items() if name in ledger.WRITTEN}
+    sidecar = output / index_name(info.name)
+    beside = {"name": sidecar.relative_to(output).as_posix(), "samples": info.samples, "sha256": info.index_sha256}
+    beside["bytes"] = sidecar.stat().st_size
+    return ledger.Record(source.sha256, settings, True, written, left_out, [beside])
 
 
 def finished_shard(output: Path, source: ShardInfo, settings: dict[str, Any], skip_bad: bool) -> Made | None:
@@ -218,13 +230,13 @@ def finished_shard(output: Path, source: ShardInfo, settings: dict[str, Any], sk
         return None
     if record.written is None:
         return None, record.left_out
-    info = ShardInfo(**record.written)
+    info = ShardInfo(**record.written, index_sha256=record.beside[0]["sha256"] if record.beside else "")
+    if path.exists() and not has_index(output, info):
+        print(f"{output / index_name(source.name)} is missing or damaged: {source.name} is made anew")
+        return None
     if not ledger.is_done(record, output):
         if path.exists():
             print(f"{path} is not what its record says: it is made anew")
-        return None
-    if not has_index(output, info):
-        print(f"{output / index_name(source.name)} is missing or damaged: {source.name} is made anew")
         return None
     return info, record.left_out
 

@@ -81,7 +81,8 @@ def index_tar(path: Path) -> ShardInfo:
     labels = [parse_labels(json.loads(record)) for record in records]
     index = ShardIndex.build([group[0].start for group in found], end, labels, [Layout.of(group) for group in found])
     (path.parent / index_name(path.name)).write_bytes(index.to_bytes())
-    return ShardInfo(path.name, len(found), path.stat().st_size, sha256_of(path))
+    sidecar = hashlib.sha256(index.to_bytes()).hexdigest()
+    return ShardInfo(path.name, len(found), path.stat().st_size, sha256_of(path), sidecar)
 
 
 def write_manifest(folder: Path, splits: dict[str, list[ShardInfo]], **fields: object) -> None:

@@ -184,7 +184,8 @@ class CachedStore(ShardStore):
         url = self.location(shard.name)
         if shard.bytes < 1 or not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # it becomes a file name
             raise BadInput(
-                f"{url} has no bytes or sha256 in its manifest: run 'python -m shards index' on the data set"
+                f"{url} has no bytes or sha256 in its manifest: "
+                "run 'python -m shards index --overwrite' on the data set"
             )
         if shard.bytes > self.cache_bytes:
             raise BadInput(

@@ -156,7 +156,9 @@ class ShardIndex:
         except BadInput:
             raise
         except (*UNREADABLE_ARRAY, OSError, KeyError, IndexError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-            raise BadInput(f"{name} is not a shard index ({error}); run 'python -m shards index' again") from None
+            raise BadInput(
+                f"{name} is not a shard index ({error}); run 'python -m shards index --overwrite' again"
+            ) from None
 
 
 def index_name(shard: str) -> str:

@@ -78,7 +78,7 @@ class ShardReader:
         for shard in self.shards:
             if shard.samples == 0:
                 location = self.store.location(shard.name)
-                raise BadInput(f"shard {location} is empty: remove it and run 'python -m shards index'")
+                raise BadInput(f"shard {location} is empty: remove it and run 'python -m shards index --overwrite'")
         self.store.check(self.shards)
         self._files: OrderedDict[int, int] = OrderedDict()
         self._open_files = open_files
@@ -94,19 +94,21 @@ class ShardReader:
     def _read_index(self, shard: int) -> ShardIndex:
         name = index_name(self.shards[shard].name)
         data, listed = self.store.read(name), self.shards[shard].index_sha256
+        index = ShardIndex.from_bytes(data, self.store.location(name))
+        if len(index) != self.shards[shard].samples:
+            raise BadInput(
+                f"{self.store.location(name)} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "
+                f"run 'python -m shards index --overwrite {self.place}'"
+            )
+        if index.offsets[-1] > self.shards[shard].bytes:
+            raise BadInput(
+                f"{self.store.location(name)} is damaged: run 'python -m shards index --overwrite {self.place}'"
+            )
         if listed and hashlib.sha256(data).hexdigest() != listed:
             raise BadInput(
                 f"{self.store.location(name)} has another checksum than the manifest says: "
                 f"run 'python -m shards index --overwrite {self.place}'"
             )
-        index = ShardIndex.from_bytes(data, self.store.location(name))
-        if len(index) != self.shards[shard].samples:
-            raise BadInput(
-                f"{self.store.location(name)} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "
-                f"run 'python -m shards index {self.place}'"
-            )
-        if index.offsets[-1] > self.shards[shard].bytes:
-            raise BadInput(f"{self.store.location(name)} is damaged: run 'python -m shards index {self.place}'")
         return index
 
     def _descriptor(self, shard: int) -> int:

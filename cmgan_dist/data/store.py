@@ -64,11 +64,13 @@ class LocalStore(ShardStore):
             return read_manifest(manifest_path(self.folder))
         path = self.folder / name
         if not path.is_file():
-            raise BadInput(f"shard index {path} does not exist: run 'python -m shards index {self.folder}'")
+            raise BadInput(f"shard index {path} does not exist: run 'python -m shards index --overwrite {self.folder}'")
         try:
             return read_file(path)
         except BadSample as error:
-            raise BadInput(f"shard index {path} {error}: run 'python -m shards index {self.folder}'") from None
+            raise BadInput(
+                f"shard index {path} {error}: run 'python -m shards index --overwrite {self.folder}'"
+            ) from None
 
     def check(self, shards: Sequence[ShardInfo]) -> None:
         for shard in shards:
