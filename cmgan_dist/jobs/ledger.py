@@ -13,7 +13,7 @@ from cmgan_dist.files import parse_sealed, sealed_json, sha256_of, write_atomic
 
 VERSION = 1
 WRITTEN = {"name", "samples", "bytes", "sha256"}
-"""What a record says of a file that was written, at the least."""
+"""What a record says of a file that was written."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def parse(text: str | bytes) -> Record | None:
     """Return the record in the text of a file, None when it is no record, or a byte of it has changed."""
     try:
         record = Record(**parse_sealed(text, VERSION))
-        known = all(isinstance(one, dict) and set(one) >= WRITTEN for one in record.files)
+        known = all(isinstance(one, dict) and set(one) == WRITTEN for one in record.files)
     except (ValueError, TypeError):
         return None
     return record if known and isinstance(record.left_out, list) else None
