@@ -68,7 +68,8 @@ def test_what_a_user_says_in_the_environment(text: str, expected: int | None) ->
 def test_a_launchers_own_value_is_no_users(asked: str, tmp_path: Path) -> None:
     """torchrun sets OMP_NUM_THREADS=1 where it is not set."""
     script = tmp_path / "say.py"
-    script.write_text("from cmgan_dist.jobs.cores import openmp_threads\nprint('threads', openmp_threads())\n")
+    said = "os.write(1, f'threads {openmp_threads()}\\n'.encode())"  # in one piece: two processes write
+    script.write_text(f"import os\nfrom cmgan_dist.jobs.cores import openmp_threads\n{said}\n")
     env = environment()
     del env["OMP_NUM_THREADS"]
     env |= {"OMP_NUM_THREADS": asked} if asked else {}

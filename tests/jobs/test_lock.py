@@ -82,18 +82,23 @@ def test_a_child_does_not_keep_the_lock_of_a_parent_that_was_killed(tmp_path: Pa
     os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
-def test_an_owner_on_another_machine_that_counts_on_is_left_alone(tmp_path: Path) -> None:
+def test_an_owner_on_another_machine_that_counts_on_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Storage whose locks do not reach over machines: only the count tells."""
+    monkeypatch.setattr(lock, "STILL_S", 30.0)
     path = tmp_path / lock_name("train")
 
     def count() -> None:
-        for number in range(1000):
-            path.write_text(json.dumps(ELSEWHERE | {"count": number}))
+        descriptor = os.open(path, os.O_WRONLY)
+        for number in range(10_000):
+            os.pwrite(descriptor, json.dumps(ELSEWHERE | {"count": number}).encode().ljust(256), 0)
             time.sleep(0.05)
+
+    path.write_text(json.dumps(ELSEWHERE))
 
     process = FORK.Process(target=count, daemon=True)
     process.start()
-    wait_for(path.exists)
     try:
         with pytest.raises(BadInput, match="is in use by process 123 on node7"):
             owning(tmp_path, "train").__enter__()
