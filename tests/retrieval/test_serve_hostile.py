@@ -84,8 +84,8 @@ def damaged_png() -> bytes:
     ("data", "words"),
     [
         (many_scans(64, 500), "scans"),
-        (encoded(Image.new("1", (8000, 7000))), "8000 x 7000 pixels, more than 51000000"),
-        (empty_png(45_000_000, 1, 16, 6), "memory"),
+        (encoded(Image.new("1", (8000, 7000))), "8000 x 7000 pixels, more than"),
+        (empty_png(45_000_000, 1, 16, 6), "more than the 25000000 of PNG"),
         (damaged_png(), "does not decode"),
     ],
     ids=["scans", "pixels", "wide", "damaged"],
@@ -98,7 +98,7 @@ def test_pictures_that_cost_too_much_are_refused(client: httpx2.Client, data: by
 def test_a_damaged_png_has_no_thumbnail() -> None:
     with pytest.raises(BadSample, match="does not decode"):
         thumbnail(damaged_png())
-    with pytest.raises(BadSample, match="memory"):
+    with pytest.raises(BadSample, match="89000000 x 1 pixels, more than"):
         thumbnail(empty_png(89_000_000, 1, 8, 6))
 
 
