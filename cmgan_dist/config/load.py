@@ -34,6 +34,12 @@ def validate(config: Config) -> Config:
     if not any(getattr(config.loss, name) for name in LOSS_TERMS):
         names = ", ".join(f"loss.{name}" for name in LOSS_TERMS)
         raise BadInput(f"no loss term trains the generator: set one of {names} above 0")
+    if config.train.compile and (config.loss.r1 or config.loss.adversarial == "wgan-gp"):
+        name = "loss.r1" if config.loss.r1 else "loss.adversarial=wgan-gp"
+        raise BadInput(
+            f"train.compile is on with {name}, which takes gradients of gradients, and torch.compile has none: set "
+            "train.compile to false"
+        )
     if not config.model.text.kernel_sizes:
         raise BadInput("model.text.kernel_sizes is empty: name the width of one convolution or more")
     return config

@@ -132,6 +132,13 @@ def test_a_run_without_a_loss_term_is_refused() -> None:
         validate(with_values(Config(), nothing | {name: 0.1}))
 
 
+@pytest.mark.parametrize("term", [{"loss.r1": 1.0}, {"loss.adversarial": "wgan-gp"}])
+def test_penalties_are_not_compiled(term: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"set train\.compile to false"):
+        validate(with_values(Config(), {**term, "train.compile": True}))
+    validate(with_values(Config(), term))
+
+
 def test_every_number_has_a_range_and_its_default_lies_in_it() -> None:
     numbers = {path: setting for path, setting in settings().items() if setting.number}
     assert {"stream.weights", "model.text.kernel_sizes", "train.seed"} < numbers.keys()
