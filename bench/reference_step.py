@@ -271,8 +271,9 @@ class ReferenceStep(nn.Module):
     ) -> None:
         """Take the weights of cmgan_dist's modules ("generator" and the discriminators), and their optimisers' state.
 
-        Raises ValueError when the parameters are not the same ones in name and shape."""
-        mine = self.named()
+        The modality discriminator, which the reference has not, is left out. Raises ValueError when the parameters are
+        not the same ones in name and shape."""
+        mine, modules = self.named(), {name: module for name, module in modules.items() if name != "d_modality"}
         given = {f"{m}/{name}": p for m, module in modules.items() for name, p in module.named_parameters()}
         if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in given.items()}:
             wrong = sorted(

@@ -77,7 +77,7 @@ def _naming_damage(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise BadInput(
-            f"{path} is not {error.encoding} ({error.reason} at byte {error.start}): name its own by --encoding"
+            f"{path} is not {error.encoding.upper()} ({error.reason} at byte {error.start}): name its own by --encoding"
         ) from None
     except csv.Error as error:
         raise BadInput(f"{path} is not a whole table ({error})") from None

@@ -106,8 +106,9 @@ def parameters_that_join_later_begin_anew(parallel: Parallel) -> None:
 def each_process_keeps_its_share(parallel: Parallel) -> None:
     """Of the optimiser's state, over all engines, but for a few elements by which partitions are made even; what it
     updates is the parameters' own memory."""
-    networks = build_networks(small_config(ROWS), SPEC, None, parallel)
-    train(small_config(ROWS), parallel, networks, 0, 1)
+    config = small_config(ROWS, loss__modality=1.0)
+    networks = build_networks(config, SPEC, None, parallel)
+    train(config, parallel, networks, 0, 1)
     for engine in networks.engines.values():
         assert isinstance(engine, ZeroEngine)
         for group in engine.groups:

@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, object]] = {
         "optim__weight_decay": 0.01,
         "optim__generator_steps": 2,
         "loss__contrastive": 1.0,
+        "loss__modality": 0.5,
         "loss__r1": 1.0,
         "loss__r1_every": 3,
         "train__ema": 0.9,
