@@ -16,6 +16,7 @@ from typing import Any, Literal
 import tyro
 
 from cmgan_dist.config.fields import Pool
+from cmgan_dist.config.paths import find_setting
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
@@ -109,6 +110,12 @@ def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Option
     """Return what a process needs to know, and the number of processes. Raises BadInput naming the flag."""
     if command.batch_size < 1:
         raise BadInput(f"--batch-size is {command.batch_size}: it must be at least 1")
+    for flag, number, allowed in (
+        ("--image-size", command.image_size, find_setting("model.image.image_size").range),
+        ("--max-tokens", command.max_tokens, find_setting("model.text.max_tokens").range),
+    ):
+        if allowed is not None and number not in allowed:
+            raise BadInput(f"{flag} is {number}, expected {allowed}")
     share = share_of_machine(command.device, command.processes)
     image = text = None
     if command.image_backbone != "features" and manifest.image == "encoded":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import parse_json
 from cmgan_dist.models.backbone import PixelBackbone, TextBackbone, TextInput, raw_texts
 from cmgan_dist.models.weights import UNREADABLE, first_line
 
@@ -46,8 +47,7 @@ def _identifier(config: ImageBackboneConfig | TextBackboneConfig, field: str) ->
     """Return what open_clip calls the model, and its weights. Raises BadInput, naming the field, when neither is."""
     package, name, weights = _open_clip(f"{field}.name"), config.name.removeprefix(PREFIX), config.weights
     if weights and Path(weights).is_dir():
-        if not (Path(weights) / CONFIG_NAME).is_file():
-            raise BadInput(f"{field}.weights: folder {weights} has no {CONFIG_NAME}: give the file of the weights")
+        _text_config(Path(weights), field)
         return f"local-dir:{weights}", None
     if name not in package.list_models():
         close = difflib.get_close_matches(name, package.list_models(), 3)
@@ -65,6 +65,22 @@ def _identifier(config: ImageBackboneConfig | TextBackboneConfig, field: str) ->
             f"{field}.weights: {weights} does not exist: give a file, a folder with {CONFIG_NAME} or hub:TAG"
         )
     return name, weights or None
+
+
+def _text_config(folder: Path, field: str) -> dict[str, Any]:
+    """Return what a folder says of its text tower. Raises BadInput when it is no folder of open_clip, or names a model
+    of a hub for it: what lies in a folder from elsewhere runs no code of its own."""
+    path = folder / CONFIG_NAME
+    try:
+        found: dict[str, Any] = parse_json(path.read_bytes())["model_cfg"]["text_cfg"]
+        foreign = found.get("hf_model_name")
+    except FileNotFoundError:
+        raise BadInput(f"{field}.weights: folder {folder} has no {CONFIG_NAME}: give the file of the weights") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{field}.weights: {path} cannot be used ({first_line(error)}): restore it") from None
+    if foreign is not None:
+        raise BadInput(f"{field}.weights: the text tower of {path} is of a hub ({foreign}): give another model")
+    return found
 
 
 def _model(config: ImageBackboneConfig | TextBackboneConfig, field: str, **options: Any) -> Any:
@@ -155,8 +171,10 @@ class ClipTextBackbone(TextBackbone):
 def _tokeniser(config: TextBackboneConfig, length: int) -> Any:
     """Return the model's own tokeniser. Raises BadInput where it lies on a hub that cannot be reached."""
     name, _ = _identifier(config, "model.text")
+    of_hub = name.startswith("local-dir:") and "hf_tokenizer_name" in _text_config(Path(config.weights), "model.text")
+    safe = {"trust_remote_code": False} if of_hub else {}  # whatever the folder itself says
     try:
-        return _open_clip("model.text.name").get_tokenizer(name, context_length=length)
+        return _open_clip("model.text.name").get_tokenizer(name, context_length=length, **safe)
     except (ImportError, TypeError, *UNREADABLE) as error:
         raise BadInput(
             f"model.text.name is '{config.name}', whose tokeniser cannot be loaded ({first_line(error)}): give a "

@@ -19,7 +19,7 @@ from torch import Tensor
 from cmgan_dist.config.fields import CONFIG_NAME, Config, micro_batch
 from cmgan_dist.config.load import check_places, load_config, to_yaml, validate
 from cmgan_dist.config.paths import get_value, settings
-from cmgan_dist.data.manifest import DataSpec
+from cmgan_dist.data.manifest import MANIFEST_NAME, DataSpec
 from cmgan_dist.data.order import steps_for
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.stream import Stream
@@ -81,16 +81,33 @@ def say_jump(before: Config, config: Config, progress: Progress) -> None:
 
 
 def set_aside(run: Path) -> None:
-    """Move what an earlier run left in the folder `run` to RUN/earlier-N, so that nothing is lost."""
+    """Move what an earlier run left in the folder `run` to RUN/earlier-N, so that nothing is lost.
+
+    Raises BadInput where the folder holds other things than a run."""
     found = sorted(run.iterdir()) if run.is_dir() else []
     inside = [path for path in found if not path.name.startswith("earlier-") and path.name != lock_name(LOCK)]
     if not inside:
         return
+    if not {CONFIG_NAME, BEST, "checkpoints"} & {path.name for path in inside}:
+        raise BadInput(f"--output {run} holds what is no run ({inside[0].name}): name a new folder")
     target = next(path for n in itertools.count(1) if not os.path.lexists(path := run / f"earlier-{n}"))
     target.mkdir()
     for path in inside:
         shutil.move(path, target / path.name)
     log.warning("an earlier run was moved to %s", target)
+
+
+def check_output(run: Path) -> None:
+    """Raises BadInput when the folder `run` is a data set: a run that begins anew would move its shards."""
+    if (run / MANIFEST_NAME).exists():
+        raise BadInput(f"--output {run} is a data set: name another folder for the run")
+
+
+def check_scoring(config: Config, data: DataSpec) -> None:
+    """Raises BadInput when `config.eval` asks for what needs classes and the data has none."""
+    for name, value in (("eval.score", "posterior"), ("eval.objective", "class"), ("eval.objective", "both")):
+        if data.label_kind == "none" and get_value(config, name) == value:
+            raise BadInput(f"{name} is {value}, but the data has no labels: set it to auto")
 
 
 def make_vocabulary(readers: list[ShardReader], config: Config) -> Vocabulary:
@@ -212,6 +229,8 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     micro = dataclasses.replace(config.stream, global_batch=micro_batch(config))
     stream = Stream(config.data, micro, seed=config.train.seed, image_size=size, rank=rank, world=world)
     val_reader = ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
+    check_output(run)
+    check_scoring(config, DataSpec.of(stream.manifest))
     before = check_same_run(run, config, may_change) if resume == "auto" else None
     tracker = config.train.tracker if rank == 0 else "none"
     parallel = Parallel(

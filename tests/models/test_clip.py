@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,23 @@ def test_what_cannot_be_is_one_sentence(
         build_image_backbone(config) if isinstance(config, ImageBackboneConfig) else build_text_backbone(config)
     assert said in str(found.value)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("change", [{}, {"hf_model_name": "a/b"}])
+def test_code_in_a_folder_from_elsewhere_is_not_run(change: dict[str, str], tmp_path: Path) -> None:
+    folder, _ = stored_clip(tmp_path / "clip")
+    record = json.loads((folder / "open_clip_config.json").read_text())
+    asked = {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"trust_remote_code": True}}
+    record["model_cfg"]["text_cfg"] |= asked | change
+    (folder / "open_clip_config.json").write_text(json.dumps(record))
+    planted = tmp_path / "planted"
+    (folder / "tok.py").write_text(f"open({str(planted)!r}, 'w').close()\nclass Tok: pass\n")
+    mapped = {"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": ["tok.Tok", "tok.Tok"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(mapped))
+    (folder / "config.json").write_text(json.dumps({"model_type": "tok", **mapped}))
+    with pytest.raises(BadInput, match=r"model\.text"):
+        build_text_backbone(text_config(folder))
+    assert not planted.exists()
 
 
 @pytest.mark.parametrize("trainable", [False, True])

@@ -613,6 +613,8 @@ def test_a_changed_or_missing_shard(raw_data: Callable[..., Path], command: Call
         ({"image_weights": ""}, "--image-weights is empty"),
         ({"text_backbone": "cnn"}, "without training only sentence and open_clip:MODEL work"),
         ({"batch_size": 0}, "--batch-size is 0"),
+        ({"image_size": 1}, "--image-size is 1, expected 8 to 4096"),
+        ({"max_tokens": -1}, "--max-tokens is -1, expected 1 to"),
         ({"processes": 0}, "--processes is 0"),
         (
             {"text_pool": "max,mean"},

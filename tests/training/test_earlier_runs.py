@@ -92,6 +92,28 @@ def test_a_finished_cosine_run_that_is_lengthened_says_that_its_rate_jumps(
     assert "by the cosine schedule the learning rate jumps from 0 to" in caplog.text
 
 
+def test_an_output_that_holds_other_things_is_left_alone(data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("dear")
+    before = {path.name for path in data.iterdir()}
+    for resume in ("auto", "never"):
+        code, error = start(data, data, "--resume", resume)
+        assert (code, "is a data set: name another folder" in error) == (2, True)
+    code, error = start(data, other, "--resume", "never")
+    assert (code, "holds what is no run (thesis.txt)" in error) == (2, True)
+    assert {path.name for path in data.iterdir()} == before
+    assert (other / "thesis.txt").read_text() == "dear"
+
+
+@pytest.mark.parametrize("asked", ["eval.score=posterior", "eval.objective=class"])
+def test_a_scoring_that_needs_labels_is_refused_before_the_work(asked: str, tmp_path: Path) -> None:
+    pairs = make_features(tmp_path / "pairs", label_kind="none")
+    code, error = start(pairs, tmp_path / "run", asked)
+    assert (code, "but the data has no labels: set it to auto" in error) == (2, True)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_goes_on(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, *train_words(data, run, "train.epochs=200", "train.val_every=0", "train.save_every=50")]
