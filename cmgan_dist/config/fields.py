@@ -159,7 +159,7 @@ class LossConfig:
     """Generator: fool the inter-modality discriminators with the other modality's common representation."""
     modality: Weight = 0.0
     """Generator: hide from a discriminator, which knows the class, whether a common representation is of an image or of
-    a text (Miyato & Koyama's projection, ICLR 2018). It needs loss.r1, 1 for a start."""
+    a text (Miyato & Koyama's projection, ICLR 2018). loss.r1=1 steadies it at weights of .5 and more."""
     classification: Weight = 1.0
     """Generator: classify common representations (softmax, or sigmoid per class for multi-label data)."""
     contrastive: Weight = 0.0
