@@ -17,7 +17,6 @@ import tyro
 
 from cmgan_dist.config.cli import log_to_stderr, parse
 from cmgan_dist.errors import BadInput, run_main
-from cmgan_dist.files import parse_json
 
 
 @dataclass
@@ -49,7 +48,7 @@ def main() -> None:
     from cmgan_dist.files import write_atomic
     from cmgan_dist.jobs.lock import owning
     from cmgan_dist.report.run import write_report
-    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, open_task, run_task
+    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, open_task, record_json, run_task
     from cmgan_dist.retrieval.gallery import gallery_items
 
     run = arguments.run
@@ -73,7 +72,7 @@ def main() -> None:
             record = found.record | asked
             try:
                 write_atomic(run / EMBEDDINGS_NAME, found.embeddings_npz())
-                write_atomic(run / RECORD_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+                write_atomic(run / RECORD_NAME, record_json(record))
                 report = write_report(run, pictures)
             except OSError as error:
                 raise BadInput(f"{run} cannot be written ({error.strerror}): make it writable or free space") from None
@@ -82,14 +81,18 @@ def main() -> None:
 
 
 def known_record(path: Path) -> dict[str, Any]:
-    """Return an earlier evaluation; {} where there is none or it is damaged, so that it is made anew.
+    """Return an earlier evaluation; {} where there is none or it has changed since, so that it is made anew.
 
     Raises OSError when it is there and cannot be read."""
+    from cmgan_dist.retrieval.evaluate import parse_record
+
     try:
-        record = parse_json(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return parse_record(path.read_bytes())
+    except FileNotFoundError:
         return {}
-    return record if isinstance(record, dict) else {}
+    except ValueError as error:
+        print(f"{path} is not as it was written ({error}): evaluating anew", file=sys.stderr)
+        return {}
 
 
 def show(record: dict[str, Any], report: Path, as_json: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import parse_sealed, sealed_json
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_generator, read_model
 from cmgan_dist.retrieval.embed import embed_split
 from cmgan_dist.retrieval.embeddings import EmbeddingSet
@@ -24,7 +26,19 @@ from cmgan_dist.retrieval.headline import MODEL
 from cmgan_dist.retrieval.metrics import Embeddings
 from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
 
-RECORD_NAME, EMBEDDINGS_NAME = "evaluation.json", "embeddings.npz"
+RECORD_NAME, EMBEDDINGS_NAME, VERSION = "evaluation.json", "embeddings.npz", 1
+
+
+def record_json(record: Mapping[str, Any]) -> str:
+    """Return the text of evaluation.json, with a checksum of itself; `parse_record` reads it."""
+    return sealed_json({"version": VERSION, **record})
+
+
+def parse_record(text: str | bytes) -> dict[str, Any]:
+    """Return the record in the text of evaluation.json.
+
+    Raises ValueError when it is none, has changed since it was written, or is of another version."""
+    return parse_sealed(text, VERSION)
 
 
 @dataclass(frozen=True)
