@@ -43,6 +43,7 @@ class Arguments:
 def main() -> None:
     log_to_stderr()
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/evaluate.py")
+    from cmgan_dist.data.source import public_url
     from cmgan_dist.distributed.join import start_all_processes
     from cmgan_dist.distributed.processes import Parallel
     from cmgan_dist.files import write_atomic
@@ -54,7 +55,7 @@ def main() -> None:
     run = arguments.run
     start_all_processes()
     task = open_task(run, arguments.data, split=arguments.split)
-    asked = task.identity() | {"pictures": arguments.pictures}
+    asked = task.identity() | {"pictures": public_url(arguments.pictures)}
     known = known_record(run / RECORD_NAME)
     complete = bool(known.get("baselines")) or not arguments.baselines
     if asked == {k: known.get(k) for k in asked} and complete and "metrics" in known and not arguments.again:

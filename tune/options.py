@@ -157,6 +157,11 @@ def load_base(arguments: Arguments) -> Config:
     return load_config(arguments.config) if arguments.config else preset(arguments.preset)
 
 
+def public_data(data: str) -> str:
+    """Return a config's data, URLs without what is secret in them."""
+    return DATA_SEPARATOR.join(map(public_url, data.split(DATA_SEPARATOR)))
+
+
 def check_resume(output: FileStore, identity: dict[str, Any], arguments: Arguments) -> bool:
     """Return whether --output holds a search; `identity` says of this one what --resume must find as it was.
 
@@ -175,6 +180,8 @@ def check_resume(output: FileStore, identity: dict[str, Any], arguments: Argumen
             f"{output.location('search.json')} is damaged or of another version, so that the search there cannot go "
             "on: name another --output"
         )
+    if isinstance(before.get("data"), str):
+        before["data"] = public_data(before["data"])
     if not arguments.resume:
         raise BadInput(f"--output {place} holds a search: add --resume to go on with it, or name another place")
     for name, value in before.items():

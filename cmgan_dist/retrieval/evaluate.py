@@ -16,6 +16,7 @@ import torch
 from cmgan_dist.config.fields import DATA_SEPARATOR
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.source import public_url
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_sealed, sealed_json
@@ -52,7 +53,7 @@ class EvaluationTask:
         """Return what decides the result: data, split, and checksums of the manifest and the model."""
         manifest = self.reader.manifest.to_json()
         return {
-            "data": self.reader.data,
+            "data": self.reader.place,
             "split": self.reader.split,
             "manifest": hashlib.sha256(manifest.encode()).hexdigest(),
             "model": self.saved.spec.files[MODEL_NAME],
@@ -90,8 +91,8 @@ def check_kinds(saved: Saved, data: str, theirs: DataSpec, *, raw_fits: bool = F
         if a != b and not (raw_fits and b is None):
             said = [f"features of {dim} numbers" if dim is not None else "raw" for dim in (a, b)]
             raise BadInput(
-                f"the {what} of {data} are {said[1]}, those that {saved.folder} was trained on are {said[0]}: "
-                "name data of the same kind"
+                f"the {what} of {public_url(data)} are {said[1]}, those that {saved.folder} was trained on are "
+                f"{said[0]}: name data of the same kind"
             )
 
 
@@ -104,7 +105,7 @@ def check_data(saved: Saved, reader: ShardReader) -> None:
         at = next((i for i, (a, b) in pairs if a != b), min(len(mine.classes), len(theirs.classes)))
         first = [names[at] if at < len(names) else "none" for names in (mine.classes, theirs.classes)]
         raise BadInput(
-            f"{reader.data} has other classes than {saved.folder} was trained on (class {at} is '{first[1]}', not "
+            f"{reader.place} has other classes than {saved.folder} was trained on (class {at} is '{first[1]}', not "
             f"'{first[0]}'): name data with the same classes"
         )
 
