@@ -16,8 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cmgan_dist.data.folder import is_unicode
-from cmgan_dist.data.manifest import MANIFEST_NAME as DATA_MANIFEST_NAME
+from cmgan_dist.data.folder import check_output, is_unicode
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
@@ -91,8 +90,8 @@ def make_plan(options: EmbedOptions) -> Plan:
     check_source(saved, source)
     parts = source.parts(splits)
     store = FileStore(options.output, "--output")
-    if store.local and (Path(store.path) / DATA_MANIFEST_NAME).exists():
-        raise BadInput(f"--output {options.output} is a data set: name another folder")
+    if store.local:
+        check_output(Path(store.path), MANIFEST_NAME)
     job = Job(
         run=options.run,
         model=saved.spec.files[MODEL_NAME],
