@@ -17,7 +17,6 @@ import tyro
 
 from cmgan_dist.config.cli import log_to_stderr, parse
 from cmgan_dist.errors import BadInput, run_main
-from cmgan_dist.files import parse_json
 
 
 @dataclass
@@ -44,18 +43,19 @@ class Arguments:
 def main() -> None:
     log_to_stderr()
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/evaluate.py")
+    from cmgan_dist.data.source import public_url
     from cmgan_dist.distributed.join import start_all_processes
     from cmgan_dist.distributed.processes import Parallel
     from cmgan_dist.files import write_atomic
     from cmgan_dist.jobs.lock import owning
     from cmgan_dist.report.run import write_report
-    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, open_task, run_task
+    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, open_task, record_json, run_task
     from cmgan_dist.retrieval.gallery import gallery_items
 
     run = arguments.run
     start_all_processes()
     task = open_task(run, arguments.data, split=arguments.split)
-    asked = task.identity() | {"pictures": arguments.pictures}
+    asked = task.identity() | {"pictures": public_url(arguments.pictures)}
     known = known_record(run / RECORD_NAME)
     complete = bool(known.get("baselines")) or not arguments.baselines
     if asked == {k: known.get(k) for k in asked} and complete and "metrics" in known and not arguments.again:
@@ -73,7 +73,7 @@ def main() -> None:
             record = found.record | asked
             try:
                 write_atomic(run / EMBEDDINGS_NAME, found.embeddings_npz())
-                write_atomic(run / RECORD_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+                write_atomic(run / RECORD_NAME, record_json(record))
                 report = write_report(run, pictures)
             except OSError as error:
                 raise BadInput(f"{run} cannot be written ({error.strerror}): make it writable or free space") from None
@@ -82,14 +82,18 @@ def main() -> None:
 
 
 def known_record(path: Path) -> dict[str, Any]:
-    """Return an earlier evaluation; {} where there is none or it is damaged, so that it is made anew.
+    """Return an earlier evaluation; {} where there is none or it has changed since, so that it is made anew.
 
     Raises OSError when it is there and cannot be read."""
+    from cmgan_dist.retrieval.evaluate import parse_record
+
     try:
-        record = parse_json(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return parse_record(path.read_bytes())
+    except FileNotFoundError:
         return {}
-    return record if isinstance(record, dict) else {}
+    except ValueError as error:
+        print(f"{path} is not as it was written ({error}): evaluating anew", file=sys.stderr)
+        return {}
 
 
 def show(record: dict[str, Any], report: Path, as_json: bool) -> None:

@@ -17,6 +17,7 @@ import tyro
 
 from cmgan_dist.config.fields import Pool
 from cmgan_dist.config.paths import find_setting
+from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
@@ -254,6 +255,7 @@ def finished_shard(output: Path, source: ShardInfo, settings: dict[str, Any], sk
 def _sources(command: FeaturesCommand, manifest: Manifest) -> list[ShardInfo]:
     """Return the shards of a data set. Raises BadInput when one is missing, or the output is the data set itself."""
     data, output = command.data, command.output
+    check_output(output, MANIFEST_NAME)
     if output.resolve() == data.resolve():
         raise BadInput(f"--output {output} is the data set itself: name another folder")
     sources = [shard for shards in manifest.splits.values() for shard in shards]

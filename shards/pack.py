@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo, load_manifest, natural_splits
 from cmgan_dist.errors import BadInput, BadSample
@@ -265,6 +266,7 @@ def pack(source: RawPairs, options: BuildCommand) -> tuple[Manifest, list[str], 
     Returns the manifest, a line for each pair left out, and whether all was there already.
     Raises BadInput on a bad pair (unless `skip_bad`), an empty split, or an output that holds another data set."""
     output, left_out = options.output, list(source.left_out)
+    check_output(output, MANIFEST_NAME)
     shards, fingerprint = plan_shards(
         source.pairs, options.shard_samples, options.shard_mib * 2**20, options.skip_bad, left_out
     )

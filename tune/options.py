@@ -10,11 +10,33 @@ from typing import Any, Literal
 from cmgan_dist.config.fields import DATA_SEPARATOR, Config
 from cmgan_dist.config.load import load_config, validate
 from cmgan_dist.config.presets import preset
+from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import parse_json
 
 SAME = ("preset", "config", "data", "trials", "algorithm", "epochs", "val_every", "grace", "reduction", "seed")
 """Fields that --resume must find as they were."""
+LEAST = 0.0001
+"""Ray counts in so fine steps."""
+RANGES: dict[str, tuple[float, float]] = {
+    "trials": (1, 10**6),
+    "epochs": (0, 10**9),
+    "val_every": (0, 10**9),
+    "grace": (1, 10**6),
+    "reduction": (2, 10**6),
+    "processes": (1, 10**4),
+    "cpus": (LEAST, 10**4),
+    "gpus": (0, 10**4),
+    "concurrent": (0, 10**6),
+    "checkpoint_every": (1, 10**6),
+    "confirm": (0, 10**6),
+    "confirm_top": (1, 10**6),
+    "time_budget_s": (0, 10**9),
+    "nodes": (1, 10**6),
+    "seed": (0, 2**32 - 1),
+}
+"""The least and the most that a flag may be."""
 
 
 @dataclass
@@ -75,15 +97,21 @@ class Arguments:
     """Seed of the settings that are drawn."""
 
 
+def check_numbers(arguments: Arguments) -> None:
+    """Raises BadInput naming the first flag whose number is out of its range."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(arguments, name)
+        if not low <= value <= high:  # nan is in no range
+            raise BadInput(f"--{name.replace('_', '-')} is {value}, expected {low} to {high}")
+
+
 def base_config(arguments: Arguments) -> Config:
     """Return the config that all trials share. Raises BadInput naming the flag that is wrong."""
     if bool(arguments.preset) == bool(arguments.config):
         raise BadInput("name either --preset or --config: see tune/search.py --help")
-    for flag, low in (("trials", 1), ("grace", 1), ("reduction", 2), ("processes", 1), ("checkpoint_every", 1)):
-        if getattr(arguments, flag) < low:
-            raise BadInput(f"--{flag.replace('_', '-')} is {getattr(arguments, flag)}, expected {low} or more")
-    if arguments.cpus <= 0 or arguments.gpus < 0 or arguments.confirm < 0 or arguments.confirm_top < 1:
-        raise BadInput("--cpus must be above 0, --gpus and --confirm 0 or more, --confirm-top 1 or more")
+    check_numbers(arguments)
+    if 0 < arguments.gpus < LEAST or (arguments.gpus > 1 and arguments.gpus % 1):
+        raise BadInput(f"--gpus is {arguments.gpus}, expected 0 to 1 in steps of {LEAST}, or a whole number")
     if arguments.gpus and arguments.processes > 1 and arguments.gpus < arguments.processes:
         raise BadInput(f"--gpus {arguments.gpus:g} is too few for --processes {arguments.processes}: give one each")
     if arguments.concurrent and arguments.address and arguments.algorithm in ("hyperband", "pbt"):
@@ -129,21 +157,37 @@ def load_base(arguments: Arguments) -> Config:
     return load_config(arguments.config) if arguments.config else preset(arguments.preset)
 
 
+def public_data(data: str) -> str:
+    """Return a config's data, URLs without what is secret in them."""
+    return DATA_SEPARATOR.join(map(public_url, data.split(DATA_SEPARATOR)))
+
+
 def check_resume(output: FileStore, identity: dict[str, Any], arguments: Arguments) -> bool:
     """Return whether --output holds a search; `identity` says of this one what --resume must find as it was.
 
-    Raises BadInput when it holds one and --resume is not given, or that one is another search."""
+    Raises BadInput when it holds one and --resume is not given, or that one is another search or damaged."""
     try:
         text = output.read("search.json")
     except FileNotFoundError:
         return False
-    before, now = json.loads(text), json.loads(json.dumps(identity))
+    place, now = public_url(output.url), json.loads(json.dumps(identity))
+    try:
+        before = parse_json(text)
+    except ValueError:
+        before = None
+    if not isinstance(before, dict) or set(before) != set(now):
+        raise BadInput(
+            f"{output.location('search.json')} is damaged or of another version, so that the search there cannot go "
+            "on: name another --output"
+        )
+    if isinstance(before.get("data"), str):
+        before["data"] = public_data(before["data"])
     if not arguments.resume:
-        raise BadInput(f"--output {output.url} holds a search: add --resume to go on with it, or name another place")
+        raise BadInput(f"--output {place} holds a search: add --resume to go on with it, or name another place")
     for name, value in before.items():
         if now[name] != value:
             raise BadInput(
-                f"--resume: the search in {output.url} has {name} {value!r}, not {now[name]!r}: use that value, or "
+                f"--resume: the search in {place} has {name} {value!r}, not {now[name]!r}: use that value, or "
                 "another --output"
             )
     return True

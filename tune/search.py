@@ -26,12 +26,13 @@ from cmgan_dist.config.cli import join_data, parse
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import to_yaml
 from cmgan_dist.config.paths import get_value
+from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main
 from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.ray import start_ray
 from tune.confirm import best_config, confirm, test_scores
-from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base
+from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base, public_data
 from tune.report import search_report
 from tune.results import Confirmed, TrialResult, importance, ranked, show_mean, show_table, trials_json
 from tune.space import Space, check_space, domains, load_space, outside_of
@@ -114,7 +115,7 @@ def make_plan(arguments: Arguments) -> Plan:
     config = base_config(arguments)
     space = check_space(load_space(arguments.space), config)
     output = FileStore(arguments.output, "--output")
-    identity = {name: getattr(arguments, name) for name in SAME} | {"data": config.data, "space": space}
+    identity = {name: getattr(arguments, name) for name in SAME} | {"data": public_data(config.data), "space": space}
     resumed = check_resume(output, identity, arguments)
     validations = check_data(config, arguments.test_split if arguments.test else "")
     start = {path: get_value(config, path) for path in space}
@@ -197,7 +198,11 @@ def write_outcome(plan: Plan, outcome: Outcome, slots: int) -> None:
     output.write("trials.json", trials_json(trials, outcome.confirmed, found, extra))
     title = f"Search from {arguments.preset or Path(arguments.config).name}"
     facts: dict[str, Any] = {"trials": len(trials), "algorithm": arguments.algorithm, "trials at a time": slots}
-    facts |= {"data": plan.config.data, "search": f"{outcome.seconds:.0f} s", "sum of trials": f"{trial_seconds:.0f} s"}
+    facts |= {
+        "data": public_data(plan.config.data),
+        "search": f"{outcome.seconds:.0f} s",
+        "sum of trials": f"{trial_seconds:.0f} s",
+    }
     page = search_report(title, facts, trials, plan.space, outcome.confirmed, found, outcome.test)
     output.write("report.html", page)
     if outcome.best:
@@ -207,7 +212,7 @@ def write_outcome(plan: Plan, outcome: Outcome, slots: int) -> None:
 
 def print_outcome(plan: Plan, outcome: Outcome) -> None:
     """Print the best trials, where the best setting lies, its scores on the test split, and how to go on."""
-    console, url, test = Console(), plan.output.url, outcome.test
+    console, url, test = Console(), public_url(plan.output.url), outcome.test
     if outcome.best:
         show_table(outcome.trials, outcome.confirmed, console)
         console.print(f"best: trial {outcome.best}, {url}/best.yaml; report: {url}/report.html", soft_wrap=True)

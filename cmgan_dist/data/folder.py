@@ -47,6 +47,24 @@ def checked_path(path: object, what: str) -> Path:
     return Path(path)
 
 
+KINDS = {
+    "manifest.json": "a data set",
+    "model.json": "a model",
+    "config.yaml": "a run",
+    "embeddings.json": "embeddings",
+    "index.json": "an index",
+    "search.json": "a search",
+}
+"""What a folder is that holds a file of this name."""
+
+
+def check_output(folder: Path, own: str, flag: str = "--output") -> None:
+    """Raises BadInput when what is written to a folder, with its file `own` of KINDS, would mix with another kind."""
+    for name, kind in KINDS.items():
+        if name != own and (folder / name).is_file():
+            raise BadInput(f"{flag} {shown(str(folder))} is {kind} ({name} lies in it): name another folder")
+
+
 def read_file(path: str | os.PathLike[str], most: int = MOST_FILE_BYTES, *, follow: bool = True) -> bytes:
     """Return the bytes of a regular file; a pipe or a device is not waited for.
 

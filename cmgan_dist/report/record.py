@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_json
+from cmgan_dist.retrieval.evaluate import parse_record
 
 RECALL_POINTS = 101
 """Values of each curve of precision over recall, at 0, 0.01, ..., 1."""
@@ -20,11 +20,9 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        evaluation = parse_json(path.read_bytes())
+        evaluation = parse_record(path.read_bytes())
     except ValueError as error:
-        raise BadInput(f"{path} is not JSON ({error}): evaluate the run again") from None
-    if not isinstance(evaluation, dict):
-        raise BadInput(f"{path} is not a JSON object: evaluate the run again")
+        raise BadInput(f"{path} is not as it was written ({error}): evaluate the run again") from None
     names = evaluation.get("classes")
     classes = len(names) if isinstance(names, list) else 0
     for name, is_right in _PARTS.items():

@@ -11,6 +11,7 @@ Made from what lies in the run's folder; a part that is not there yet is left ou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import matplotlib as mpl
 
 from cmgan_dist.config.fields import CONFIG_NAME
 from cmgan_dist.config.safe_yaml import read_text
+from cmgan_dist.data.source import public_url
 from cmgan_dist.files import write_atomic
 from cmgan_dist.report.curves import discriminator_section, loss_section, validation_section
 from cmgan_dist.report.found import (
@@ -68,11 +70,16 @@ def write_report(run: Path, items: Sequence[GalleryItem] | None = None) -> Path:
         facts=_facts(evaluation, lines),
         sections=sections,
         when_empty="Nothing has been recorded yet.",
-        config=read_text(config, f"config file {config}") if config.is_file() else None,
+        config=_without_secrets(read_text(config, f"config file {config}")) if config.is_file() else None,
     )
     path = run / "report.html"
     write_atomic(path, page)
     return path
+
+
+def _without_secrets(config: str) -> str:
+    """Return the text of a config, in which URLs end at white space, a quote or an escaped end of line."""
+    return re.sub(r"\w+://(?:[^\s'\"\\]|\\(?!n))+", lambda found: public_url(found[0]), config)
 
 
 def _facts(evaluation: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cmgan_dist.data.folder import is_unicode
-from cmgan_dist.data.manifest import MANIFEST_NAME as DATA_MANIFEST_NAME
+from cmgan_dist.data.folder import check_output, is_unicode
+from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs import ledger
@@ -84,19 +84,19 @@ def make_plan(options: EmbedOptions) -> Plan:
         raise BadInput("--splits is given without --data: pictures and texts have no splits")
     saved = read_model(options.run)
     source = open_source(*given[0], saved.config.stream)
-    for flag, place in (("RUN", options.run), ("--output", options.output), (FLAGS[given[0][0]], source.location)):
+    for flag, place in (("RUN", options.run), ("--output", options.output), (FLAGS[given[0][0]], source.address)):
         if not is_unicode(place):
             raise BadInput(f"{flag} {shown(place)} is not UTF-8, so that no file could name it: rename it")
     check_source(saved, source)
     parts = source.parts(splits)
     store = FileStore(options.output, "--output")
-    if store.local and (Path(store.path) / DATA_MANIFEST_NAME).exists():
-        raise BadInput(f"--output {options.output} is a data set: name another folder")
+    if store.local:
+        check_output(Path(store.path), MANIFEST_NAME)
     job = Job(
         run=options.run,
         model=saved.spec.files[MODEL_NAME],
         kind=source.identity.kind,
-        location=source.location,
+        location=source.address,
         output=options.output,
         batch=options.batch or saved.config.eval.batch,
         dtype=options.dtype,
@@ -164,8 +164,8 @@ def remove_foreign(plan: Plan) -> None:
     foreign = [name for name in found if name not in names]
     if foreign and not plan.overwrite:
         raise BadInput(
-            f"--output {plan.job.output} holds embeddings of other data ({foreign[0]} is none of {plan.job.location}'s "
-            "chosen parts): name a new --output, or pass --overwrite to remove them"
+            f"--output {public_url(plan.job.output)} holds embeddings of other data ({foreign[0]} is none of "
+            f"{plan.source.location}'s chosen parts): name a new --output, or pass --overwrite to remove them"
         )
     for name in foreign:
         endings = (record_name(name), items_name(name), vectors_name(name, "image"), vectors_name(name, "text"))
@@ -274,7 +274,7 @@ def finish(plan: Plan, made: Sequence[Part]) -> EmbeddingSet:
             raise BadInput(f"{plan.store.location(record_name(part.name))} was removed meanwhile: start again")
         shards.append(counted(part.name, part.split, record))
     if not any(shard.images or shard.texts for shard in shards):
-        raise BadInput(f"{plan.job.location} has no sample that can be embedded: name another")
+        raise BadInput(f"{plan.source.location} has no sample that can be embedded: name another")
     spec = plan.saved.spec
     manifest = EmbeddingManifest(
         model=ModelIdentity(plan.job.model, str(Path(plan.job.run).resolve()), spec.data_name),
@@ -287,6 +287,6 @@ def finish(plan: Plan, made: Sequence[Part]) -> EmbeddingSet:
     )
     plan.store.write(MANIFEST_NAME, manifest.to_json())
     images, texts = (sum(shard.count(modality) for shard in shards) for modality in ("image", "text"))
-    said = f"{'wrote' if made else 'already written:'} {plan.job.output}"
+    said = f"{'wrote' if made else 'already written:'} {public_url(plan.job.output)}"
     print(f"{said}: {images} images and {texts} texts in {len(shards)} shards, {manifest.dim} numbers each")
     return EmbeddingSet.open(plan.job.output)

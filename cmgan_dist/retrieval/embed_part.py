@@ -91,7 +91,7 @@ class Worker:
 
     def _check(self, left_out: Sequence[str]) -> None:
         if left_out and not self.job.skip_bad:
-            where = f"{self.job.location}: {shown(left_out[0])}"
+            where = f"{self.source.location}: {shown(left_out[0])}"
             raise BadInput(f"{where}: mend it, or pass --skip-bad to leave such samples out")
 
 
@@ -167,7 +167,7 @@ def embed_part(job: Job, part: Part) -> list[str]:
         source = worker.source.checksum(part)
         entries, made = worker.project(part, left_out)
         if worker.source.checksum(part) != source:
-            raise BadInput(f"{job.location}: {part.origin} was changed while it was embedded: start again")
+            raise BadInput(f"{worker.source.location}: {part.origin} was changed while it was embedded: start again")
         vectors = {modality: rows.numpy().astype(job.dtype) for modality, rows in made.items()}
         items = items_of(entries, part, worker.source.modalities)
         left_out = [shown(line) for line in left_out]

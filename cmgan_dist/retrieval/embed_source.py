@@ -28,6 +28,7 @@ from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.manifest import DataSpec, natural_splits
 from cmgan_dist.data.reader import ShardReader, open_data_set
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS, Sample
+from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import LocalStore
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import parse_json, sha256_of
@@ -77,11 +78,13 @@ class Source(ABC):
 
     def __init__(self, kind: str, location: str) -> None:
         """`kind`: a key of FLAGS. `location`: URL, or absolute path."""
-        self.identity = SourceIdentity(kind, location)
+        self.address = location
+        """What it is opened by; a URL may hold a password or a signature."""
+        self.identity = SourceIdentity(kind, public_url(location))
 
     @property
     def location(self) -> str:
-        """URL, or absolute path."""
+        """URL without what is secret in it, or absolute path."""
         return self.identity.location
 
     @property

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import OtherVersion, parse_sealed, sealed_json, sha256_of
@@ -82,7 +83,7 @@ class SourceIdentity:
     kind: str
     """"shards" of a data set, "pictures" of a folder, or "texts" of a file."""
     location: str
-    """URL as given, or absolute path."""
+    """URL without what is secret in it, or absolute path."""
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,8 @@ class EmbeddingSet:
 
     @property
     def location(self) -> str:
-        """Path or URL."""
-        return self.store.url
+        """Path, or URL without what is secret in it."""
+        return public_url(self.store.url)
 
     @property
     def dim(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from cmgan_dist.config.fields import DATA_SEPARATOR
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.source import public_url
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import parse_sealed, sealed_json
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_generator, read_model
 from cmgan_dist.retrieval.embed import embed_split
 from cmgan_dist.retrieval.embeddings import EmbeddingSet
@@ -24,7 +27,19 @@ from cmgan_dist.retrieval.headline import MODEL
 from cmgan_dist.retrieval.metrics import Embeddings
 from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
 
-RECORD_NAME, EMBEDDINGS_NAME = "evaluation.json", "embeddings.npz"
+RECORD_NAME, EMBEDDINGS_NAME, VERSION = "evaluation.json", "embeddings.npz", 1
+
+
+def record_json(record: Mapping[str, Any]) -> str:
+    """Return the text of evaluation.json, with a checksum of itself; `parse_record` reads it."""
+    return sealed_json({"version": VERSION, **record})
+
+
+def parse_record(text: str | bytes) -> dict[str, Any]:
+    """Return the record in the text of evaluation.json.
+
+    Raises ValueError when it is none, has changed since it was written, or is of another version."""
+    return parse_sealed(text, VERSION)
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,7 @@ class EvaluationTask:
         """Return what decides the result: data, split, and checksums of the manifest and the model."""
         manifest = self.reader.manifest.to_json()
         return {
-            "data": self.reader.data,
+            "data": self.reader.place,
             "split": self.reader.split,
             "manifest": hashlib.sha256(manifest.encode()).hexdigest(),
             "model": self.saved.spec.files[MODEL_NAME],
@@ -76,8 +91,8 @@ def check_kinds(saved: Saved, data: str, theirs: DataSpec, *, raw_fits: bool = F
         if a != b and not (raw_fits and b is None):
             said = [f"features of {dim} numbers" if dim is not None else "raw" for dim in (a, b)]
             raise BadInput(
-                f"the {what} of {data} are {said[1]}, those that {saved.folder} was trained on are {said[0]}: "
-                "name data of the same kind"
+                f"the {what} of {public_url(data)} are {said[1]}, those that {saved.folder} was trained on are "
+                f"{said[0]}: name data of the same kind"
             )
 
 
@@ -90,7 +105,7 @@ def check_data(saved: Saved, reader: ShardReader) -> None:
         at = next((i for i, (a, b) in pairs if a != b), min(len(mine.classes), len(theirs.classes)))
         first = [names[at] if at < len(names) else "none" for names in (mine.classes, theirs.classes)]
         raise BadInput(
-            f"{reader.data} has other classes than {saved.folder} was trained on (class {at} is '{first[1]}', not "
+            f"{reader.place} has other classes than {saved.folder} was trained on (class {at} is '{first[1]}', not "
             f"'{first[0]}'): name data with the same classes"
         )
 

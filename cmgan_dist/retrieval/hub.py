@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -26,12 +26,14 @@ from cmgan_dist.config.load import to_yaml
 from cmgan_dist.config.paths import get_value, with_values
 from cmgan_dist.data.folder import checked_path
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_json, sha256_of, write_atomic
+from cmgan_dist.files import sha256_of, write_atomic
 from cmgan_dist.jobs.staging import staging
 from cmgan_dist.models.saved import BEST, MODEL_NAME, SPEC_NAME, Saved, spec_json, whole_file
 from cmgan_dist.models.weights import first_line
-from cmgan_dist.retrieval.evaluate import RECORD_NAME
+from cmgan_dist.retrieval.evaluate import RECORD_NAME, parse_record, record_json
 from cmgan_dist.retrieval.headline import headline
+
+log = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 TAGS = ["cross-modal-retrieval", "image-text-retrieval", "gan"]
@@ -48,10 +50,14 @@ def find_evaluation(saved: Saved) -> dict[str, Any]:
     """Return what RUN/evaluation.json, or one beside the model, says of this very model; {} where there is none."""
     for folder in (saved.folder, saved.folder.parent):
         try:
-            record = parse_json((folder / RECORD_NAME).read_bytes())
-        except (OSError, ValueError):
+            record = parse_record((folder / RECORD_NAME).read_bytes())
+        except OSError:
             continue
-        if isinstance(record, dict) and record.get("model") == saved.spec.files[MODEL_NAME]:
+        except ValueError as error:
+            path = folder / RECORD_NAME
+            log.warning("%s is not as it was written (%s), and left out: evaluate the run again", path, error)
+            continue
+        if record.get("model") == saved.spec.files[MODEL_NAME]:
             return {name: record[name] for name in EVALUATION_FIELDS if name in record}
     return {}
 
@@ -130,7 +136,7 @@ def save_pretrained(saved: Saved, folder: str | Path, *, name: str = "", license
         write_atomic(folder / CONFIG_NAME, config)
         files = saved.spec.files | {CONFIG_NAME: sha256_of(folder / CONFIG_NAME)}
         if evaluation:
-            write_atomic(folder / RECORD_NAME, json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n")
+            write_atomic(folder / RECORD_NAME, record_json(evaluation))
         write_atomic(folder / CARD_NAME, model_card(saved, evaluation, name or folder.resolve().name, license))
         write_atomic(folder / SPEC_NAME, spec_json(dataclasses.replace(saved.spec, files=files)))
     except OSError as error:

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cmgan_dist.data.folder import checked_path
+from cmgan_dist.data.folder import check_output, checked_path
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs.staging import staging
 from cmgan_dist.retrieval.index_files import (
     ENCODER_NAMES,
     ITEMS_NAME,
+    MANIFEST_NAME,
     VECTORS_NAMES,
     IndexManifest,
     aside,
@@ -227,6 +228,7 @@ class Index:
         from cmgan_dist.retrieval.index_build import Added, build_ivf, described
 
         folder, added = checked_path(output, "output"), Added.open(embeddings, progress=progress)
+        check_output(folder, MANIFEST_NAME, "output")
         if kind not in ("auto", *VECTORS_NAMES):
             raise BadInput(f"kind is {kind!r}: it must be auto, exact or ivf_sq8")
         if kind == "auto":

@@ -157,7 +157,12 @@ def open_pictures(kind: str, location: str, data: str = "") -> Pictures | None:
         return FolderPictures(location) if Path(location).is_dir() else None
     if kind != "shards" or not ("://" in location or (Path(location) / MANIFEST_NAME).is_file()):
         return None
-    manifest = _manifest(location)
+    try:
+        manifest = _manifest(location)
+    except BadInput as error:
+        if "://" not in location:
+            raise
+        raise BadInput(f"{error}; an index keeps no password or signature of a URL: name the data by --data") from None
     if manifest.image == "encoded":
         return ShardPictures(location)
     source = str(manifest.details.get("source", ""))

@@ -44,6 +44,8 @@ class FolderCommand(BuildCommand):
         folder cannot be read or named."""
         if not self.input.is_dir():
             raise BadInput(f"input folder {self.input} does not exist")
+        if self.output.resolve() == self.input.resolve():
+            raise BadInput(f"--output {self.output} is the input folder itself: name another folder")
         split_shares(self.val, self.test, ())
         splits = _split_folders(self.input)
         others: list[str] = []

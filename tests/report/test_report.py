@@ -23,6 +23,7 @@ from cmgan_dist.report.page import INK
 from cmgan_dist.report.run import write_report
 from cmgan_dist.report.table import results_table
 from cmgan_dist.retrieval.baselines import chance
+from cmgan_dist.retrieval.evaluate import record_json
 from cmgan_dist.retrieval.gallery import GalleryItem
 from cmgan_dist.retrieval.headline import Column
 from cmgan_dist.retrieval.metrics import Embeddings, common_space, evaluate
@@ -101,7 +102,7 @@ def save_test(run: Path, data: Embeddings, classes: list[str]) -> dict[str, Any]
         "seed": 7,
         "checkpoint": "best",
     }
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    (run / "evaluation.json").write_text(record_json(evaluation))
     return evaluation
 
 
@@ -215,7 +216,7 @@ def test_names_keys_and_captions_are_text_and_nothing_else(tmp_path: Path, with_
     evaluation = save_test(run, data, [f"{c}{HOSTILE}" for c in "abcd"])
     evaluation["baselines"][f"rival {HOSTILE}"] = evaluation["metrics"]
     evaluation["data"] = f"data {HOSTILE}"
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    (run / "evaluation.json").write_text(record_json(evaluation))
     arrays = dict(np.load(run / "embeddings.npz"))
     arrays["keys"] = np.array([f"key{i} {HOSTILE}" for i in range(40)])
     np.savez(run / "embeddings.npz", allow_pickle=False, **arrays)
@@ -241,7 +242,7 @@ def test_names_keys_and_captions_are_text_and_nothing_else(tmp_path: Path, with_
 def test_control_characters_reach_neither_a_page_nor_a_terminal(tmp_path: Path) -> None:
     evaluation = save_test(tmp_path, embeddings(), [f"{c}{CONTROLS}" for c in "abcd"])
     evaluation["data"] = f"data {CONTROLS}"
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    (tmp_path / "evaluation.json").write_text(record_json(evaluation))
     text, parsed = page(tmp_path)
     assert not set(CONTROLS) & set(text) - set("[31m")
     assert "a\\x1b[31m\\x07\\x9b" in parsed.words
@@ -253,7 +254,7 @@ def test_control_characters_reach_neither_a_page_nor_a_terminal(tmp_path: Path) 
 
 def test_baselines_on_features_that_the_model_trained_are_marked(tmp_path: Path) -> None:
     evaluation = save_test(tmp_path, embeddings(), list("abcd"))
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation | {"trained_features": ["text"]}))
+    (tmp_path / "evaluation.json").write_text(record_json(evaluation | {"trained_features": ["text"]}))
     _, parsed = page(tmp_path)
     assert "CCA on its features" in parsed.words
     assert "chance on its features" not in parsed.words
@@ -270,7 +271,7 @@ def test_an_evaluation_with_other_types_is_named(part: str, tmp_path: Path) -> N
         part = "metrics"
     else:
         evaluation[part] = {"map/mean": "x"} if part == "metrics" else {"x": {"map/mean": "z"}}
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    (tmp_path / "evaluation.json").write_text(record_json(evaluation))
     with pytest.raises(BadInput, match=rf"evaluation.json has '{part}' that no evaluation writes"):
         page(tmp_path)
 
@@ -315,7 +316,7 @@ def test_files_that_are_wrong_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"embeddings\.npz is not a file of embeddings"):
         write_report(tmp_path)
     (tmp_path / "evaluation.json").write_text("{")
-    with pytest.raises(BadInput, match=r"evaluation\.json is not JSON"):
+    with pytest.raises(BadInput, match=r"evaluation\.json is not as it was written"):
         write_report(tmp_path)
 
 

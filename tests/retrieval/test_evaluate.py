@@ -14,12 +14,15 @@ from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.saved import load_generator, read_model
+from cmgan_dist.report.record import read_evaluation
 from cmgan_dist.retrieval.embed import embed_split
-from cmgan_dist.retrieval.evaluate import open_task
+from cmgan_dist.retrieval.evaluate import open_task, parse_record
+from cmgan_dist.retrieval.hub import find_evaluation
 from cmgan_dist.retrieval.metrics import Embeddings
 from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
+from launchers import evaluate as launcher
 from tests.services import forked
-from tests.toy import ROOT, environment, save_untrained, small_config
+from tests.toy import ROOT, call, environment, save_untrained, small_config
 
 
 def test_the_metrics_are_those_of_the_embedded_split(feature_data: Callable[..., Path], tmp_path: Path) -> None:
@@ -74,7 +77,6 @@ def evaluate_run(run: Path, *words: str, processes: int = 1) -> dict[str, object
 
 
 @pytest.mark.process
-@pytest.mark.process
 def test_two_processes_give_the_record_of_one_and_a_cut_record_is_made_anew(
     feature_data: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -88,4 +90,23 @@ def test_two_processes_give_the_record_of_one_and_a_cut_record_is_made_anew(
     with np.load(run / "embeddings.npz") as file:
         for name, value in first.items():
             np.testing.assert_array_equal(file[name], value)
-    assert json.loads((run / "evaluation.json").read_text()) == one
+    assert parse_record((run / "evaluation.json").read_bytes()) == one
+
+
+@pytest.mark.parametrize("change", [('"map/mean": 0.', '"map/mean": 0.9'), ('"map/mean"', '"map/meen"')])
+def test_a_record_that_was_changed_is_made_anew_and_shown_nowhere(
+    change: tuple[str, str], feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    save_untrained(run, feature_data(), small_config(8))
+    path = run / "evaluation.json"
+    assert call(launcher.main, str(run), "--no-baselines") == (0, "")
+    whole = path.read_text()
+    path.write_text(whole.replace(*change, 1))
+    assert path.read_text() != whole
+    with pytest.raises(BadInput, match=r"evaluation\.json is not as it was written .*: evaluate the run again"):
+        read_evaluation(path)
+    assert find_evaluation(read_model(run)) == {}
+    assert call(launcher.main, str(run), "--no-baselines") == (0, "")
+    assert path.read_text() == whole
+    assert find_evaluation(read_model(run))["metrics"] == read_evaluation(path)["metrics"]

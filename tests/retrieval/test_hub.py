@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import sha256_of
 from cmgan_dist.models.saved import read_model, spec_json
+from cmgan_dist.retrieval.evaluate import record_json
 from tests.services.hub_server import HubServer, hub_server
 from tests.toy import environment, save_untrained, small_config
 
@@ -37,7 +37,7 @@ def record_of(run: Path, **fields: object) -> None:
     metrics = {"map/mean": 0.61, "map/image_to_text": 0.6, "recall/image_to_text@1": 0.125}
     record = {"metrics": metrics, "baselines": {"CCA": {"map/mean": 0.4}}, "split": "test"}
     record |= {"data": "/somewhere/data", "model": sha256_of(run / "best" / "model.safetensors"), **fields}
-    (run / "evaluation.json").write_text(json.dumps(record))
+    (run / "evaluation.json").write_text(record_json(record))
 
 
 def front_of(card: str) -> dict[str, object]:

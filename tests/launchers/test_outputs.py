@@ -1,0 +1,55 @@
+"""What is written to a folder mixes with nothing else that lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cmgan_dist.errors import BadInput
+from launchers import embed, index
+from shards.pack import pack
+from shards.sources.folder import FolderCommand
+from tests.toy import call, jpeg, save_untrained, small_config
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+def test_embeddings_and_indexes_keep_out_of_other_folders(feature_data: Callable[..., Path], tmp_path: Path) -> None:
+    data, run, emb = feature_data(), tmp_path / "run", tmp_path / "emb"
+    save_untrained(run, data, small_config(8))
+    words = [str(run), "--data", str(data), "--processes=1", "--output"]
+    assert call(embed.main, *words, str(emb)) == (0, "")
+    assert call(index.main, str(emb), "--output", str(tmp_path / "index")) == (0, "")
+    for main, given, other, kind in (
+        (embed.main, words, run / "best", "a model"),
+        (embed.main, words, data, "a data set"),
+        (embed.main, words, tmp_path / "index", "an index"),
+        (index.main, [str(emb), "--output"], emb, "embeddings"),
+        (index.main, [str(emb), "--output"], run / "best", "a model"),
+    ):
+        before = names(other)
+        code, said = call(main, *given, str(other))
+        assert code == 2
+        assert f"output {other} is {kind} (" in said
+        assert names(other) == before
+    assert call(embed.main, *words, str(emb)) == (0, "")
+    assert call(index.main, str(emb), "--output", str(tmp_path / "index")) == (0, "")
+
+
+def test_a_folder_is_packed_neither_into_itself_nor_into_another_kind(tmp_path: Path) -> None:
+    raw, emb = tmp_path / "raw", tmp_path / "emb"
+    raw.mkdir()
+    (raw / "a.jpg").write_bytes(jpeg(np.random.default_rng(0)))
+    (raw / "a.txt").write_text("a dog")
+    with pytest.raises(BadInput, match="raw is the input folder itself: name another folder"):
+        FolderCommand(input=raw, output=raw / ".." / "raw").pairs()
+    emb.mkdir()
+    (emb / "embeddings.json").write_text("{}")
+    command = FolderCommand(input=raw, output=emb, processes=1)
+    with pytest.raises(BadInput, match=r"emb is embeddings .*: name another folder"):
+        pack(command.pairs(), command)
