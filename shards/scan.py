@@ -12,6 +12,7 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
+from cmgan_dist.data.folder import open_regular
 from cmgan_dist.data.image import check_image
 from cmgan_dist.data.index import Layout, ShardIndex
 from cmgan_dist.data.judge import Judge
@@ -91,6 +92,14 @@ class _HashingReader:
         return data
 
 
+def _opened(path: Path) -> BinaryIO:
+    """Open a shard. Raises BadInput where it is no regular file, and OSError."""
+    try:
+        return open_regular(path)
+    except BadSample as fault:
+        raise BadInput(f"shard {path} {fault}: remove it, or put the shard itself there") from None
+
+
 def sample_facts(group: list[Member], *, decode: bool, judge: Judge | None = None) -> SampleFacts:
     """Return the facts of a sample; with `decode`, its image is decoded. What cannot be used has a fault.
 
@@ -147,7 +156,7 @@ def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None 
     foreign: list[str] = []
     damage = ""
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             reader = _HashingReader(file)
             try:
                 for group in iter_groups(cast(BinaryIO, reader), name, foreign):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,12 @@ def test_index_leaves_damaged_shards_out_when_told(tmp_path: Path, capsys: pytes
     run_shards("index", folder, "--skip-bad", "--processes", 1)
     assert [s.name for s in load_manifest(folder).splits["train"]] == ["00000.tar", "00002.tar"]
     assert "left out 00001.tar" in capsys.readouterr().out
+
+
+def test_what_is_no_regular_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    folder = img2dataset(tmp_path / "d")
+    os.mkfifo(folder / "train-x.tar")
+    with pytest.raises(BadInput, match=r"train-x\.tar is no regular file: remove it"):
+        run_shards("index", folder, "--processes", 1)
+    (folder / "train-x.tar").unlink()
+    run_shards("index", folder, "--processes", 1)
