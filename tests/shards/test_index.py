@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,25 @@ def test_what_is_no_regular_file_is_named_and_not_waited_for(tmp_path: Path) -> 
         run_shards("index", folder, "--processes", 1)
     (folder / "train-x.tar").unlink()
     run_shards("index", folder, "--processes", 1)
+
+
+def test_tars_joined_by_cat_and_links_in_tars_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = img2dataset(tmp_path / "d")
+    first, second = (folder / f"0000{i}.tar" for i in range(2))
+    whole = first.read_bytes()
+    first.write_bytes(whole + second.read_bytes())
+    with pytest.raises(
+        BadInput, match=r"00000\.tar goes on behind its end at byte \d+, as tars do .*mend or remove it"
+    ):
+        run_shards("index", folder, "--processes", 1)
+    first.write_bytes(whole)
+    with tarfile.open(second, "a") as tar:
+        for kind, key in ((tarfile.LNKTYPE, "copy"), (tarfile.SYMTYPE, "link")):
+            for extension in ("jpg", "txt"):
+                link = tarfile.TarInfo(f"{key}.{extension}")
+                link.type, link.linkname = kind, f"000010000.{extension}"
+                tar.addfile(link)
+    capsys.readouterr()
+    run_shards("index", folder, "--processes", 1)
+    assert "4 files in 00001.tar belong to no sample, the first is copy.jpg (a link," in capsys.readouterr().out
+    assert load_manifest(folder).samples("train") == 8
