@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -22,8 +22,9 @@ from cmgan_dist.data.sample import Sample
 from cmgan_dist.data.tar import iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.jobs.local import parallel_map
+from cmgan_dist.jobs.lock import owning
 from shards.assemble import assemble, print_summary, write_manifest
-from shards.pack import finish_output, prepare_output
+from shards.pack import LOCK, finish_output, prepare_output
 from shards.pairs import split_shares
 from shards.shard_file import Members, write_shard
 
@@ -187,7 +188,7 @@ def split(command: SplitCommand) -> Manifest:
     """Write the data set of `command` with its new splits and return its manifest.
 
     Raises BadInput when there is such a split already, no group fits into a share, a shard is damaged, or the output
-    holds another data set."""
+    holds another data set, or is written by another process."""
     manifest, output = load_manifest(command.data), command.output
     if TRAIN not in manifest.splits:
         raise BadInput(f"{command.data} has no split '{TRAIN}' to draw from: it has {', '.join(manifest.splits)}")
@@ -202,7 +203,17 @@ def split(command: SplitCommand) -> Manifest:
     plan = _plan(command, manifest, shares)
     asked = [manifest.to_json(), shares, command.together, command.shard_samples]
     fingerprint = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    prepare_output(output, fingerprint, command.overwrite)
+    details = {**manifest.details, "split": {**shares, "together": command.together}, "fingerprint": fingerprint}
+    with owning(output, LOCK):
+        return _written(command, manifest, plan, details)
+
+
+def _written(
+    command: SplitCommand, manifest: Manifest, plan: dict[str, dict[str, list[Place]]], details: dict[str, Any]
+) -> Manifest:
+    """Write the shards of a plan and their manifest, which is returned. Raises BadInput as `split` does."""
+    output = command.output
+    prepare_output(output, details["fingerprint"], command.overwrite)
     tasks = [(command.data, output, name, places) for shards in plan.values() for name, places in shards.items()]
     written = parallel_map(
         _write, tasks, title="splitting", unit_counts=[len(task[3]) for task in tasks], processes=command.processes
@@ -216,7 +227,7 @@ def split(command: SplitCommand) -> Manifest:
         image_dim=manifest.image_dim,
         text_dim=manifest.text_dim,
         attribution=manifest.attribution,
-        details={**manifest.details, "split": {**shares, "together": command.together}, "fingerprint": fingerprint},
+        details=details,
     )
     write_manifest(output, made)
     finish_output(output)

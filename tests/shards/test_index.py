@@ -116,3 +116,25 @@ def test_tars_joined_by_cat_and_links_in_tars_are_named(tmp_path: Path, capsys: 
     run_shards("index", folder, "--processes", 1)
     assert "4 files in 00001.tar belong to no sample, the first is copy.jpg (a link," in capsys.readouterr().out
     assert load_manifest(folder).samples("train") == 8
+
+
+def test_what_an_old_manifest_alone_knew_is_not_lost_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "names").write_text("cat\ndog\n")
+    for number in range(3):
+        record = json.dumps({"label": number % 2}).encode()
+        write_members(tmp_path / f"d/{number}.tar", {"a.png": picture(number), "a.txt": b"x", "a.json": record})
+    again = ("index", tmp_path / "d", "--overwrite", "--processes", 1)
+    run_shards(*again, "--classes", tmp_path / "names")
+    (tmp_path / "d/2.tar").unlink()
+    run_shards(*again)
+    assert "1 shards of split 'train' with 1 samples are gone" in " ".join(capsys.readouterr().out.split())
+    path = tmp_path / "d/manifest.json"
+    for damaged in ("{", path.read_text().replace('"version": 1', '"version": 99')):
+        path.write_text(damaged)
+        with pytest.raises(BadInput, match=r"manifest\.json .* its class names are lost: .* --classes"):
+            run_shards(*again)
+    run_shards(*again, "--classes", tmp_path / "names")
+    assert "its name, attribution and details are lost" in " ".join(capsys.readouterr().out.split())
+    assert load_manifest(tmp_path / "d").classes == ["cat", "dog"]
