@@ -15,7 +15,9 @@ from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardIn
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
+from cmgan_dist.jobs.lock import owning
 from shards.assemble import assemble, print_summary, write_manifest
+from shards.pack import LOCK
 from shards.pairs import drawing, missing_val
 from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, foreign_files, scan_shard
 
@@ -103,10 +105,17 @@ class IndexCommand:
     def index(self) -> tuple[Manifest, list[str]]:
         """Scan, write the sidecars and then the manifest; returns it and lines that the user should know.
 
-        Raises BadInput on a folder without tars, a damaged or empty shard, or labels that do not fit."""
+        Raises BadInput on a folder without tars or that another process writes, a damaged or empty shard, or labels
+        that do not fit."""
         if not self.data.is_dir():
             raise BadInput(f"folder {self.data} does not exist")
-        old = self._old_manifest()
+        with owning(self.data, LOCK):
+            return self._index()
+
+    def _index(self) -> tuple[Manifest, list[str]]:
+        """Do what `index` says."""
+        lost: list[str] = []
+        old = self._old_manifest(lost)
         names = walk_files(self.data, ["tar"])
         if not names:
             raise BadInput(f"{self.data} holds no .tar files")
@@ -115,7 +124,7 @@ class IndexCommand:
             raise BadInput(f"{shown(odd)} in {self.data} is not UTF-8 or holds control characters: rename it")
         tasks = [(self.data / name, name, self.decode) for name in names]
         scans, notes = self._usable(parallel_map(scan_shard, tasks, title="indexing", processes=self.processes))
-        notes += [line for scan in scans for line in foreign_files(scan)]
+        notes += lost + _gone(old, names) + [line for scan in scans for line in foreign_files(scan)]
         good = self._good([facts for scan in scans for facts in scan.samples], notes)
         image_dim = _one_kind("images", good, [facts.image_dim for facts in good])
         text_dim = _one_kind("texts", good, [facts.text_dim for facts in good])
@@ -162,8 +171,11 @@ class IndexCommand:
         bad = {id(facts) for facts, _ in faults}
         return [facts for facts in samples if id(facts) not in bad]
 
-    def _old_manifest(self) -> Manifest | None:
-        """Return the manifest that is there, if it can be read. Raises BadInput at any when `overwrite` is off."""
+    def _old_manifest(self, lost: list[str]) -> Manifest | None:
+        """Return the manifest that is there, None where there is none, or `lost` gets a line that it is lost.
+
+        Raises BadInput at any when `overwrite` is off, and at one that cannot be read unless the class names are given
+        anew: they stand there alone."""
         path = self.data / MANIFEST_NAME
         if not path.exists():
             return None
@@ -171,7 +183,13 @@ class IndexCommand:
             raise BadInput(f"{path} exists already: pass --overwrite to write it anew")
         try:
             return load_manifest(self.data)
-        except BadInput:
+        except BadInput as error:
+            said = str(error).rpartition(": ")[0]
+            if self.classes is None and self.label_kind != "none":
+                raise BadInput(
+                    f"{said}, so its class names are lost: give them anew by --classes, or remove {path} to number them"
+                ) from None
+            lost.append(f"{said}: its name, attribution and details are lost")
             return None
 
     def _usable(self, scans: list[ShardScan]) -> tuple[list[ShardScan], list[str]]:
@@ -204,6 +222,20 @@ class IndexCommand:
             wrong = min(found) if min(found) < 0 else max(found)
             raise BadInput(f"label {wrong} is out of range: there are {len(names)} classes")
         return names
+
+
+def _gone(old: Manifest | None, names: list[str]) -> list[str]:
+    """Return a line for each split of the old manifest with shards that the folder no longer has."""
+    gone = {
+        split: [shard for shard in shards if shard.name not in names]
+        for split, shards in (old.splits if old else {}).items()
+    }
+    return [
+        f"{len(shards)} shards of split '{split}' with {sum(s.samples for s in shards)} samples are gone that the old "
+        f"manifest listed, the first is {shards[0].name}: restore them and run this again, if they are part of it"
+        for split, shards in gone.items()
+        if shards
+    ]
 
 
 def _splits(scans: list[ShardScan]) -> list[str]:

@@ -26,6 +26,7 @@ from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardIn
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
+from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.staging import remove_leftovers
 from shards.assemble import assemble, print_summary, write_manifest
 from shards.pairs import RawPair, RawPairs
@@ -34,6 +35,8 @@ from shards.shard_file import Members, has_index, read_members, try_sample, writ
 
 PACKING_NAME = ".packing"
 """Marks an output that is not complete; holds the fingerprint of what is being packed."""
+LOCK = "build"
+"""What is owned of an output while a data set is written there."""
 OUTPUT_PATTERN = re.compile(r".+-\d{6,}\.(tar|index\.npz)|\.packing")
 """Every file that packing leaves in its folder, the manifest apart."""
 
@@ -264,7 +267,8 @@ def pack(source: RawPairs, options: BuildCommand) -> tuple[Manifest, list[str], 
     """Write the pairs of a source to `options.output`.
 
     Returns the manifest, a line for each pair left out, and whether all was there already.
-    Raises BadInput on a bad pair (unless `skip_bad`), an empty split, or an output that holds another data set."""
+    Raises BadInput on a bad pair (unless `skip_bad`), an empty split, or an output that holds another data set or that
+    another process writes."""
     output, left_out = options.output, list(source.left_out)
     check_output(output, MANIFEST_NAME)
     shards, fingerprint = plan_shards(
@@ -279,7 +283,19 @@ def pack(source: RawPairs, options: BuildCommand) -> tuple[Manifest, list[str], 
     old = _existing_manifest(output)
     if old is not None and old.details.get("fingerprint") == fingerprint and _is_complete(output, old):
         return old, [], True
-    prepare_output(output, fingerprint, options.overwrite)
+    with owning(output, LOCK):
+        manifest = _written(source, options, shards, {**settings, "fingerprint": fingerprint}, left_out)
+    return manifest, left_out, False
+
+
+def _written(
+    source: RawPairs, options: BuildCommand, shards: list[PlannedShard], details: dict[str, Any], left_out: list[str]
+) -> Manifest:
+    """Write the shards and the manifest with these details; `left_out` gets a line for each pair left out.
+
+    Raises BadInput as `pack` does."""
+    output = options.output
+    prepare_output(output, details["fingerprint"], options.overwrite)
     image_dim, text_dim = _feature_dims([pair for shard in shards for pair in shard.pairs])
     splits = _pack_shards(shards, source, options, left_out)
     manifest = assemble(
@@ -290,8 +306,8 @@ def pack(source: RawPairs, options: BuildCommand) -> tuple[Manifest, list[str], 
         image_dim=image_dim,
         text_dim=text_dim,
         attribution=source.attribution,
-        details={**settings, "left_out": len(left_out), "fingerprint": fingerprint},
+        details={**details, "left_out": len(left_out)},
     )
     write_manifest(output, manifest)
     finish_output(output)
-    return manifest, left_out, False
+    return manifest

@@ -12,12 +12,13 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
+from cmgan_dist.data.folder import open_regular
 from cmgan_dist.data.image import check_image
 from cmgan_dist.data.index import Layout, ShardIndex
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
 from cmgan_dist.data.sample import BadLabel, Sample, parse_sample
-from cmgan_dist.data.tar import Member, iter_groups, members_of
+from cmgan_dist.data.tar import NOT_REGULAR, Member, iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.models.vocabulary import split_words
 
@@ -60,11 +61,11 @@ class ShardScan:
     index: ShardIndex
     samples: list[SampleFacts]
     damage: str
-    """Where the tar breaks off; '' for a whole tar."""
+    """Where the tar breaks off, or goes on behind its end; '' for a whole tar."""
     foreign: int = 0
     """Files in the tar that belong to no sample."""
     first_foreign: str = ""
-    """Name of the first of them."""
+    """Name of the first of them, a link before others: it may have been meant to be of a sample."""
 
 
 def foreign_files(scan: ShardScan) -> list[str]:
@@ -89,6 +90,14 @@ class _HashingReader:
         self.last = len(data)
         self.position += self.last
         return data
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a shard. Raises BadInput where it is no regular file, and OSError."""
+    try:
+        return open_regular(path)
+    except BadSample as fault:
+        raise BadInput(f"shard {path} {fault}: remove it, or put the shard itself there") from None
 
 
 def sample_facts(group: list[Member], *, decode: bool, judge: Judge | None = None) -> SampleFacts:
@@ -135,6 +144,16 @@ def _measure(sample: Sample, facts: SampleFacts) -> None:
         facts.caption_lengths = [(len(text), len(split_words(text))) for text in sample.texts]
 
 
+def _rest(reader: _HashingReader, name: str, end: int) -> str:
+    """Read what follows a tar's end at byte `end`; returns why it should not be there, '' where it is all zero."""
+    empty = True
+    while data := reader.read(1 << 20):
+        empty = empty and not data.strip(b"\0")
+    if empty:
+        return ""
+    return f"{name} goes on behind its end at byte {end}, as tars do that were joined by cat ('tar -xif' unpacks them)"
+
+
 def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None = None) -> ShardScan:
     """Read the tar at `path` to its end; `name` is the shard's in the manifest. With `decode`, every image is decoded.
 
@@ -147,7 +166,7 @@ def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None 
     foreign: list[str] = []
     damage = ""
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             reader = _HashingReader(file)
             try:
                 for group in iter_groups(cast(BinaryIO, reader), name, foreign):
@@ -156,13 +175,14 @@ def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None 
                     samples.append(sample_facts(group, decode=decode, judge=judge))
                 # The walk ends at a zero block, which belongs to no sample, or at the end of the file.
                 end = reader.position - reader.last
+                damage = _rest(reader, name, end)
             except BadSample as error:
                 damage, end = str(error), reader.position
-            while reader.read(1 << 20):
-                pass
+                _rest(reader, name, end)
     except OSError as error:
         raise BadInput(f"cannot read shard {path}: {error.strerror}") from None
     index = ShardIndex.build(offsets, end, [facts.labels for facts in samples], layouts)
     sidecar = hashlib.sha256(index.to_bytes()).hexdigest()
     info = ShardInfo(name, len(samples), os.path.getsize(path), reader.digest.hexdigest(), sidecar)
-    return ShardScan(info, index, samples, damage, len(foreign), next(iter(foreign), ""))
+    first = min(foreign, key=lambda name: not name.endswith(NOT_REGULAR), default="")
+    return ShardScan(info, index, samples, damage, len(foreign), first)

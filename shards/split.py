@@ -6,23 +6,25 @@ order of a hash of their keys, so that the same data set gives the same splits."
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
 
+from cmgan_dist.data.folder import open_regular
+from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import Manifest, ShardInfo, load_manifest
-from cmgan_dist.data.sample import IMAGE_MEMBERS
+from cmgan_dist.data.sample import Sample
 from cmgan_dist.data.tar import iter_groups, members_of
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.jobs.local import parallel_map
+from cmgan_dist.jobs.lock import owning
 from shards.assemble import assemble, print_summary, write_manifest
-from shards.pack import finish_output, prepare_output
+from shards.pack import LOCK, finish_output, prepare_output
 from shards.pairs import split_shares
 from shards.shard_file import Members, write_shard
 
@@ -62,38 +64,47 @@ class SplitCommand:
 
 def _samples(path: Path, name: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield key and members of each sample of a shard. Raises BadInput where it is damaged."""
+    key = ""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for group in iter_groups(file, name):
+                key = f" sample {shown(group[0].key)}"
                 yield group[0].key, members_of(group)
+                key = ""
     except BadSample as error:
-        raise BadInput(f"{path.parent}: {error}: see 'python -m shards verify {path.parent}'") from None
+        raise BadInput(f"{path}{key}: {error}: {_see_verify(path, name)}") from None
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}): restore it") from None
 
 
-def _digests(members: dict[str, bytes], texts_too: bool) -> list[bytes]:
+def _see_verify(path: Path, name: str) -> str:
+    """Return what to do about the shard `name` of a data set, which lies at `path`."""
+    data = str(path).removesuffix(f"/{name}")
+    return (
+        f"mend or remove what 'python -m shards verify {data}' lists, then 'python -m shards index --overwrite {data}'"
+    )
+
+
+def _digests(sample: Sample, texts_too: bool) -> list[bytes]:
     """Return what keeps a sample beside others: digests of its picture and, with `texts_too`, of each of its texts."""
-    found = [b"image" + members[extension] for extension in IMAGE_MEMBERS if extension in members]
-    if texts_too and "text.npy" in members:
-        rows = np.atleast_2d(np.load(io.BytesIO(members["text.npy"]), allow_pickle=False))
-        found += [b"text" + row.tobytes() for row in rows]
+    found = [b"image" + (sample.image if isinstance(sample.image, bytes) else sample.image.tobytes())]
+    if texts_too and isinstance(sample.texts, np.ndarray):
+        found += [b"text" + row.tobytes() for row in sample.texts]
     elif texts_too:
-        texts = json.loads(members.get("json") or b"{}").get("texts") or members.get("txt", b"").decode().splitlines()
-        found += [b"text" + text.strip().encode() for text in texts if text.strip()]
+        lines = [line.strip() for text in sample.texts for line in text.splitlines()]
+        found += [b"text" + line.encode() for line in lines if line]
     return [hashlib.sha256(each).digest()[:16] for each in found]
 
 
-def _facts(path: Path, name: str, texts_too: bool) -> list[tuple[str, list[bytes]]]:
-    """Return key and digests of each sample of a shard. Raises BadInput where one cannot be read."""
-    try:
-        return [(key, _digests(members, texts_too)) for key, members in _samples(path, name)]
-    except (ValueError, AttributeError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(
-            f"{path} has a sample that cannot be used: see 'python -m shards verify {path.parent}'"
-        ) from None
+def _facts(path: Path, name: str, texts_too: bool, judge: Judge) -> list[tuple[str, list[bytes]]]:
+    """Return key and digests of each sample of a shard. Raises BadInput where one cannot be used."""
+    facts = []
+    for key, members in _samples(path, name):
+        try:
+            facts.append((key, _digests(judge.read(key, members), texts_too)))
+        except BadSample as error:
+            raise BadInput(f"{path} sample {shown(key)}: {error}: {_see_verify(path, name)}") from None
+    return facts
 
 
 def grouped(digests: Sequence[list[bytes]]) -> list[list[int]]:
@@ -156,7 +167,8 @@ def _write(data: Path, output: Path, name: str, places: list[Place]) -> ShardInf
 def _plan(command: SplitCommand, manifest: Manifest, shares: dict[str, float]) -> dict[str, dict[str, list[Place]]]:
     """Return split -> new shard -> its samples."""
     counts = {shard.name: shard.samples for shards in manifest.splits.values() for shard in shards}
-    tasks = [(command.data / s.name, s.name, command.together != "images") for s in manifest.splits[TRAIN]]
+    texts_too, judge = command.together != "images", Judge.of(manifest)
+    tasks = [(command.data / s.name, s.name, texts_too, judge) for s in manifest.splits[TRAIN]]
     facts = parallel_map(_facts, tasks, title="comparing", processes=command.processes)
     places = [(task[1], i) for task, of_shard in zip(tasks, facts, strict=True) for i in range(len(of_shard))]
     keys = [key for of_shard in facts for key, _ in of_shard]
@@ -176,7 +188,7 @@ def split(command: SplitCommand) -> Manifest:
     """Write the data set of `command` with its new splits and return its manifest.
 
     Raises BadInput when there is such a split already, no group fits into a share, a shard is damaged, or the output
-    holds another data set."""
+    holds another data set, or is written by another process."""
     manifest, output = load_manifest(command.data), command.output
     if TRAIN not in manifest.splits:
         raise BadInput(f"{command.data} has no split '{TRAIN}' to draw from: it has {', '.join(manifest.splits)}")
@@ -191,7 +203,17 @@ def split(command: SplitCommand) -> Manifest:
     plan = _plan(command, manifest, shares)
     asked = [manifest.to_json(), shares, command.together, command.shard_samples]
     fingerprint = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    prepare_output(output, fingerprint, command.overwrite)
+    details = {**manifest.details, "split": {**shares, "together": command.together}, "fingerprint": fingerprint}
+    with owning(output, LOCK):
+        return _written(command, manifest, plan, details)
+
+
+def _written(
+    command: SplitCommand, manifest: Manifest, plan: dict[str, dict[str, list[Place]]], details: dict[str, Any]
+) -> Manifest:
+    """Write the shards of a plan and their manifest, which is returned. Raises BadInput as `split` does."""
+    output = command.output
+    prepare_output(output, details["fingerprint"], command.overwrite)
     tasks = [(command.data, output, name, places) for shards in plan.values() for name, places in shards.items()]
     written = parallel_map(
         _write, tasks, title="splitting", unit_counts=[len(task[3]) for task in tasks], processes=command.processes
@@ -205,7 +227,7 @@ def split(command: SplitCommand) -> Manifest:
         image_dim=manifest.image_dim,
         text_dim=manifest.text_dim,
         attribution=manifest.attribution,
-        details={**manifest.details, "split": {**shares, "together": command.together}, "fingerprint": fingerprint},
+        details=details,
     )
     write_manifest(output, made)
     finish_output(output)

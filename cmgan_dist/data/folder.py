@@ -11,6 +11,7 @@ import stat
 import unicodedata
 from collections.abc import Collection
 from pathlib import Path
+from typing import BinaryIO
 
 from cmgan_dist.errors import BadInput, BadSample, shown
 
@@ -91,6 +92,17 @@ def read_file(path: str | os.PathLike[str], most: int = MOST_FILE_BYTES, *, foll
     if len(data) > found.st_size:
         raise BadSample("grows while it is read")
     return data
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to be read forward; a pipe or a device is not waited for.
+
+    Raises BadSample where it is another kind of file, and OSError where it cannot be opened."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadSample("is no regular file")
+    return open(descriptor, "rb")
 
 
 def walk_files(folder: Path, endings: Collection[str], others: list[str] | None = None) -> list[str]:

@@ -19,6 +19,11 @@ PIECE = 1 << 24
 NOTES = ("readme", "license", "licence", "copying", "notice", "changelog")
 """Names of texts that say something of a tar, not of a picture."""
 
+NO_FILES = (b"5", b"g", b"K", b"V", b"D", b"M")
+"""Kinds of headers that are no file: folders, records for all that follows, names of links, labels, further volumes."""
+NOT_REGULAR = " (a link, a device or a sparse file: write the tar by 'tar --dereference --hard-dereference')"
+"""What is said of other files whose data a tar does not hold as they are."""
+
 
 def split_member_name(name: str) -> tuple[str, str]:
     """Return key and extension of a member: ``dir/a.image.npy`` -> (``dir/a``, ``image.npy``).
@@ -101,7 +106,7 @@ def _plain(header: bytes) -> tuple[str, int] | None:
 
 @dataclass
 class Member:
-    """A regular file in a tar."""
+    """A file in a tar."""
 
     key: str
     """Its name up to the first dot of the base name: the sample that it belongs to."""
@@ -114,21 +119,28 @@ class Member:
     data: bytes
     too_large: bool = False
     """Whether it has more than MOST_FILE_BYTES, of which `data` holds none."""
+    regular: bool = True
+    """False for a link, a sparse file or a device, whose data the tar does not hold as they are."""
 
     @property
     def name(self) -> str:
-        """Its name in the tar, the extension in lower case."""
-        return f"{self.key}.{self.extension}" if self.extension else self.key
+        """Its name in the tar, the extension in lower case; of what is not regular, with what to do about it."""
+        name = f"{self.key}.{self.extension}" if self.extension else self.key
+        return name if self.regular else name + NOT_REGULAR
 
     def is_foreign(self) -> bool:
-        """Return whether no sample is made of such files: hidden ones (``._a.jpg``, ``.DS_Store``) and macOS's own."""
+        """Return whether no sample is made of such files: hidden ones (``._a.jpg``, ``.DS_Store``), macOS's own, and
+        what is not regular."""
+        if not self.regular:
+            return True
         folder, _, stem = self.key.rpartition("/")
         parts = folder.split("/") if folder else []
         return not stem or any(part == "__MACOSX" or (part[:1] == "." and part.strip(".")) for part in parts)
 
 
 def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
-    """Yield the regular files of an uncompressed tar (ustar, GNU and pax names), in order, reading forward only.
+    """Yield the files of an uncompressed tar (ustar, GNU and pax names), in order, reading forward only, up to its end:
+    a zero block, or the end of the file.
 
     Raises BadSample at the first damaged or cut place; `name` is the shard's, for the message."""
     offset = start = 0
@@ -157,9 +169,11 @@ def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
             if kind == b"x":
                 pax = _pax_records(data)
                 continue
-            if kind in (b"0", b"\0"):
+            if kind not in NO_FILES:
                 key, extension = split_member_name(pax.get("path", longname or (plain[0] if plain else _name(header))))
-                yield Member(key, extension, start, header if plain and longname is None else b"", data, too_large)
+                regular = kind in (b"0", b"\0", b"7") and not any(field.startswith("GNU.sparse") for field in pax)
+                whole = header if plain and longname is None else b""
+                yield Member(key, extension, start, whole, data, too_large, regular)
         except (ValueError, struct.error):
             raise BadSample(f"{name} has a damaged extended header before byte {offset}") from None
         longname, pax, start = None, {}, offset

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,56 @@ def test_index_leaves_damaged_shards_out_when_told(tmp_path: Path, capsys: pytes
     run_shards("index", folder, "--skip-bad", "--processes", 1)
     assert [s.name for s in load_manifest(folder).splits["train"]] == ["00000.tar", "00002.tar"]
     assert "left out 00001.tar" in capsys.readouterr().out
+
+
+def test_what_is_no_regular_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    folder = img2dataset(tmp_path / "d")
+    os.mkfifo(folder / "train-x.tar")
+    with pytest.raises(BadInput, match=r"train-x\.tar is no regular file: remove it"):
+        run_shards("index", folder, "--processes", 1)
+    (folder / "train-x.tar").unlink()
+    run_shards("index", folder, "--processes", 1)
+
+
+def test_tars_joined_by_cat_and_links_in_tars_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = img2dataset(tmp_path / "d")
+    first, second = (folder / f"0000{i}.tar" for i in range(2))
+    whole = first.read_bytes()
+    first.write_bytes(whole + second.read_bytes())
+    with pytest.raises(
+        BadInput, match=r"00000\.tar goes on behind its end at byte \d+, as tars do .*mend or remove it"
+    ):
+        run_shards("index", folder, "--processes", 1)
+    first.write_bytes(whole)
+    with tarfile.open(second, "a") as tar:
+        for kind, key in ((tarfile.LNKTYPE, "copy"), (tarfile.SYMTYPE, "link")):
+            for extension in ("jpg", "txt"):
+                link = tarfile.TarInfo(f"{key}.{extension}")
+                link.type, link.linkname = kind, f"000010000.{extension}"
+                tar.addfile(link)
+    capsys.readouterr()
+    run_shards("index", folder, "--processes", 1)
+    assert "4 files in 00001.tar belong to no sample, the first is copy.jpg (a link," in capsys.readouterr().out
+    assert load_manifest(folder).samples("train") == 8
+
+
+def test_what_an_old_manifest_alone_knew_is_not_lost_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "names").write_text("cat\ndog\n")
+    for number in range(3):
+        record = json.dumps({"label": number % 2}).encode()
+        write_members(tmp_path / f"d/{number}.tar", {"a.png": picture(number), "a.txt": b"x", "a.json": record})
+    again = ("index", tmp_path / "d", "--overwrite", "--processes", 1)
+    run_shards(*again, "--classes", tmp_path / "names")
+    (tmp_path / "d/2.tar").unlink()
+    run_shards(*again)
+    assert "1 shards of split 'train' with 1 samples are gone" in " ".join(capsys.readouterr().out.split())
+    path = tmp_path / "d/manifest.json"
+    for damaged in ("{", path.read_text().replace('"version": 1', '"version": 99')):
+        path.write_text(damaged)
+        with pytest.raises(BadInput, match=r"manifest\.json .* its class names are lost: .* --classes"):
+            run_shards(*again)
+    run_shards(*again, "--classes", tmp_path / "names")
+    assert "its name, attribution and details are lost" in " ".join(capsys.readouterr().out.split())
+    assert load_manifest(tmp_path / "d").classes == ["cat", "dog"]

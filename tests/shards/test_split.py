@@ -16,6 +16,7 @@ from cmgan_dist.errors import BadInput
 from shards.__main__ import main
 from shards.split import SplitCommand, drawn, grouped, split
 from shards.verify import verify
+from tests.toy import picture, run_shards, write_members
 
 
 def test_groups_are_the_connected_components() -> None:
@@ -116,3 +117,19 @@ def test_the_way_that_a_missing_split_names_leads_out(
     assert load_manifest(tmp_path / "new").samples("val") == 3
     main(["index", str(data), "--overwrite"])
     assert f"python -m shards split {data} --val 0.1 --output NEW" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"0.json": b'{"texts": 5}'}, '"texts" must be'),
+        ({"0.text.npy": b""}, "not a readable"),
+        ({"0.json": b"["}, "not JSON"),
+    ],
+)
+def test_a_sample_that_cannot_be_used_is_named(bad: dict[str, bytes], reason: str, tmp_path: Path) -> None:
+    members = {name: data for i in range(4) for name, data in ((f"{i}.png", picture(i)), (f"{i}.txt", b"text %d" % i))}
+    write_members(tmp_path / "data/train-0.tar", dict(sorted((members | bad).items())))
+    run_shards("index", tmp_path / "data", "--processes", 1)
+    with pytest.raises(BadInput, match=rf"train-0\.tar sample 0: .*{reason}.*shards verify {tmp_path}/data'"):
+        split(SplitCommand(tmp_path / "data", tmp_path / "out", val=0.5, processes=1))
