@@ -54,8 +54,10 @@ class StatsCommand:
         if self.rows < 1 or self.columns < 1:
             raise BadInput("--rows and --columns must be at least 1")
         manifest = load_manifest(self.data)
-        facts = read_facts(self.data, manifest, self.processes)
+        facts, bad = read_facts(self.data, manifest, self.processes)
         print_sizes(manifest)
+        if bad:
+            print(f"{bad}: 'python -m shards verify {self.data}' lists them")
         console = Console()
         if manifest.classes:
             console.print(class_table(manifest, facts))
@@ -72,8 +74,10 @@ class StatsCommand:
             print(describe_missing(missing))
 
 
-def read_facts(data: Path, manifest: Manifest, processes: int | None) -> dict[str, list[SampleFacts]]:
-    """Return split -> facts of its usable samples. Raises BadInput when a shard is missing or damaged."""
+def read_facts(data: Path, manifest: Manifest, processes: int | None) -> tuple[dict[str, list[SampleFacts]], str]:
+    """Return split -> facts of its usable samples, and a line on the others, '' where there are none.
+
+    Raises BadInput when a shard is missing or damaged."""
     listed = [(split, shard) for split, shards in manifest.splits.items() for shard in shards]
     tasks = [(data / shard.name, shard.name, manifest.image == "encoded", Judge.of(manifest)) for _, shard in listed]
     facts: dict[str, list[SampleFacts]] = {split: [] for split in manifest.splits}
@@ -82,7 +86,12 @@ def read_facts(data: Path, manifest: Manifest, processes: int | None) -> dict[st
         if scan.damage:
             raise BadInput(f"{scan.damage}: 'python -m shards verify {data}' says what else is wrong")
         facts[split] += [one for one in scan.samples if not one.fault]
-    return facts
+    bad = [one for scan in scans for one in scan.samples if one.fault]
+    if not bad:
+        return facts, ""
+    count = sum(len(scan.samples) for scan in scans)
+    found = f"the first: {shown(bad[0].key)}, {shown(bad[0].fault)}"
+    return facts, f"{len(bad)} of {count} samples cannot be used and are left out ({found})"
 
 
 def class_table(manifest: Manifest, facts: dict[str, list[SampleFacts]]) -> Table:
