@@ -131,7 +131,9 @@ def choose_samples(data: Path, manifest: Manifest, count: int) -> list[tuple[str
     places, judge = [], Judge.of(manifest)
     for split, shards in manifest.splits.items():
         for shard in shards:
-            index = ShardIndex.from_bytes((data / index_name(shard.name)).read_bytes(), index_name(shard.name))
+            index = ShardIndex.from_bytes(
+                (data / index_name(shard.name)).read_bytes(), index_name(shard.name), str(data)
+            )
             for i in range(len(index)):
                 order = hashlib.sha256(f"{shard.name} {i}".encode()).digest()
                 places.append((order, index.labels(i)[:1], split, shard.name, index.offsets[i : i + 2]))
@@ -197,7 +199,9 @@ def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: 
     try:
         samples = choose_samples(data, manifest, rows * columns)
     except FileNotFoundError as error:
-        raise BadInput(f"{error.filename} is missing: write it with 'python -m shards index --overwrite'") from None
+        raise BadInput(
+            f"{error.filename} is missing: write it with 'python -m shards index --overwrite {data}'"
+        ) from None
     captions = [_caption(manifest, split, sample) for split, sample in samples]
     families, missing = fonts_for("".join(captions))
     with rc_context({"font.family": families, "font.size": 7}):
