@@ -33,6 +33,9 @@ from shards.scan import SampleFacts, scan_shard
 GRID_SIDE = 224
 """Side of a picture in the grid, in pixels: the square in its centre."""
 
+MOST_CELLS = 400
+"""Pictures in the largest grid."""
+
 
 @dataclass
 class StatsCommand:
@@ -53,6 +56,10 @@ class StatsCommand:
         """Print the tables and draw the grid. Raises BadInput when the data set or a flag is wrong."""
         if self.rows < 1 or self.columns < 1:
             raise BadInput("--rows and --columns must be at least 1")
+        if self.rows * self.columns > MOST_CELLS:
+            raise BadInput(
+                f"--rows {self.rows} and --columns {self.columns} are more than {MOST_CELLS} pictures: give fewer"
+            )
         manifest = load_manifest(self.data)
         facts, bad = read_facts(self.data, manifest, self.processes)
         print_sizes(manifest)
@@ -202,6 +209,8 @@ def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: 
         raise BadInput(
             f"{error.filename} is missing: write it with 'python -m shards index --overwrite {data}'"
         ) from None
+    columns = max(1, min(columns, len(samples)))
+    rows = max(1, min(rows, -(-len(samples) // columns)))  # no more cells than pictures fill
     captions = [_caption(manifest, split, sample) for split, sample in samples]
     families, missing = fonts_for("".join(captions))
     with rc_context({"font.family": families, "font.size": 7}):
