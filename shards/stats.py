@@ -33,6 +33,9 @@ from shards.scan import SampleFacts, scan_shard
 GRID_SIDE = 224
 """Side of a picture in the grid, in pixels: the square in its centre."""
 
+MOST_CELLS = 400
+"""Pictures in the largest grid."""
+
 
 @dataclass
 class StatsCommand:
@@ -53,9 +56,15 @@ class StatsCommand:
         """Print the tables and draw the grid. Raises BadInput when the data set or a flag is wrong."""
         if self.rows < 1 or self.columns < 1:
             raise BadInput("--rows and --columns must be at least 1")
+        if self.rows * self.columns > MOST_CELLS:
+            raise BadInput(
+                f"--rows {self.rows} and --columns {self.columns} are more than {MOST_CELLS} pictures: give fewer"
+            )
         manifest = load_manifest(self.data)
-        facts = read_facts(self.data, manifest, self.processes)
+        facts, bad = read_facts(self.data, manifest, self.processes)
         print_sizes(manifest)
+        if bad:
+            print(f"{bad}: 'python -m shards verify {self.data}' lists them")
         console = Console()
         if manifest.classes:
             console.print(class_table(manifest, facts))
@@ -72,8 +81,10 @@ class StatsCommand:
             print(describe_missing(missing))
 
 
-def read_facts(data: Path, manifest: Manifest, processes: int | None) -> dict[str, list[SampleFacts]]:
-    """Return split -> facts of its usable samples. Raises BadInput when a shard is missing or damaged."""
+def read_facts(data: Path, manifest: Manifest, processes: int | None) -> tuple[dict[str, list[SampleFacts]], str]:
+    """Return split -> facts of its usable samples, and a line on the others, '' where there are none.
+
+    Raises BadInput when a shard is missing or damaged."""
     listed = [(split, shard) for split, shards in manifest.splits.items() for shard in shards]
     tasks = [(data / shard.name, shard.name, manifest.image == "encoded", Judge.of(manifest)) for _, shard in listed]
     facts: dict[str, list[SampleFacts]] = {split: [] for split in manifest.splits}
@@ -82,7 +93,12 @@ def read_facts(data: Path, manifest: Manifest, processes: int | None) -> dict[st
         if scan.damage:
             raise BadInput(f"{scan.damage}: 'python -m shards verify {data}' says what else is wrong")
         facts[split] += [one for one in scan.samples if not one.fault]
-    return facts
+    bad = [one for scan in scans for one in scan.samples if one.fault]
+    if not bad:
+        return facts, ""
+    count = sum(len(scan.samples) for scan in scans)
+    found = f"the first: {shown(bad[0].key)}, {shown(bad[0].fault)}"
+    return facts, f"{len(bad)} of {count} samples cannot be used and are left out ({found})"
 
 
 def class_table(manifest: Manifest, facts: dict[str, list[SampleFacts]]) -> Table:
@@ -122,7 +138,9 @@ def choose_samples(data: Path, manifest: Manifest, count: int) -> list[tuple[str
     places, judge = [], Judge.of(manifest)
     for split, shards in manifest.splits.items():
         for shard in shards:
-            index = ShardIndex.from_bytes((data / index_name(shard.name)).read_bytes(), index_name(shard.name))
+            index = ShardIndex.from_bytes(
+                (data / index_name(shard.name)).read_bytes(), index_name(shard.name), str(data)
+            )
             for i in range(len(index)):
                 order = hashlib.sha256(f"{shard.name} {i}".encode()).digest()
                 places.append((order, index.labels(i)[:1], split, shard.name, index.offsets[i : i + 2]))
@@ -188,7 +206,11 @@ def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: 
     try:
         samples = choose_samples(data, manifest, rows * columns)
     except FileNotFoundError as error:
-        raise BadInput(f"{error.filename} is missing: write it with 'python -m shards index --overwrite'") from None
+        raise BadInput(
+            f"{error.filename} is missing: write it with 'python -m shards index --overwrite {data}'"
+        ) from None
+    columns = max(1, min(columns, len(samples)))
+    rows = max(1, min(rows, -(-len(samples) // columns)))  # no more cells than pictures fill
     captions = [_caption(manifest, split, sample) for split, sample in samples]
     families, missing = fonts_for("".join(captions))
     with rc_context({"font.family": families, "font.size": 7}):

@@ -120,11 +120,11 @@ def _shard_problems(data: Path, listed: ShardInfo, scan: ShardScan) -> Iterator[
         yield f"{name} has {scan.info.samples} samples, the manifest says {listed.samples}"
     sidecar = data / index_name(name)
     if not sidecar.is_file():
-        yield f"{index_name(name)} is missing: write it with 'python -m shards index --overwrite'"
+        yield f"{index_name(name)} is missing: write it with 'python -m shards index --overwrite {data}'"
         return
     try:
         data_of_index = read_file(sidecar)
-        index = ShardIndex.from_bytes(data_of_index, index_name(name))
+        index = ShardIndex.from_bytes(data_of_index, index_name(name), str(data))
     except (BadInput, BadSample) as error:
         yield str(error) if isinstance(error, BadInput) else f"{index_name(name)} {error}"
         return

@@ -141,8 +141,8 @@ class ShardIndex:
         return out.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
-        """Return the index in the bytes of a sidecar; `name` is its path or URL, for messages.
+    def from_bytes(cls, data: bytes, name: str, place: str = "DIR") -> ShardIndex:
+        """Return the index in the bytes of a sidecar; `name` says where that lies, `place` where its data set does.
 
         Raises BadInput when they are not an index of this version."""
         try:
@@ -151,14 +151,19 @@ class ShardIndex:
                     raise ValueError("it is compressed")
                 arrays = {entry.filename.removesuffix(".npy"): npy_view(file.read(entry)) for entry in file.infolist()}
             if arrays.pop("version", np.zeros(0)).tolist() != INDEX_VERSION:
-                raise BadInput(f"{name} is of another version: run 'python -m shards index --overwrite'")
+                raise BadInput(f"{name} is of another version: {write_anew(place)}")
             return cls(**arrays)
         except BadInput:
             raise
         except (*UNREADABLE_ARRAY, OSError, KeyError, IndexError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-            raise BadInput(
-                f"{name} is not a shard index ({error}); run 'python -m shards index --overwrite' again"
-            ) from None
+            raise BadInput(f"{name} is not a shard index ({error}): {write_anew(place)}") from None
+
+
+def write_anew(place: str) -> str:
+    """Return what to do when the sidecars of the data set at `place`, a folder or URL, are wrong."""
+    if "://" in place:
+        return f"run 'python -m shards index --overwrite DIR' where the files of {place} are kept, and upload them anew"
+    return f"run 'python -m shards index --overwrite {place}'"
 
 
 def index_name(shard: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from cmgan_dist.config.fields import StreamConfig
 from cmgan_dist.data.cache import open_store
 from cmgan_dist.data.folder import MOST_FILE_BYTES
-from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.index import ShardIndex, index_name, write_anew
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest
 from cmgan_dist.data.sample import Sample
@@ -78,7 +78,7 @@ class ShardReader:
         for shard in self.shards:
             if shard.samples == 0:
                 location = self.store.location(shard.name)
-                raise BadInput(f"shard {location} is empty: remove it and run 'python -m shards index --overwrite'")
+                raise BadInput(f"shard {location} is empty: remove it and {write_anew(self.place)}")
         self.store.check(self.shards)
         self._files: OrderedDict[int, int] = OrderedDict()
         self._open_files = open_files
@@ -94,20 +94,17 @@ class ShardReader:
     def _read_index(self, shard: int) -> ShardIndex:
         name = index_name(self.shards[shard].name)
         data, listed = self.store.read(name), self.shards[shard].index_sha256
-        index = ShardIndex.from_bytes(data, self.store.location(name))
+        index = ShardIndex.from_bytes(data, self.store.location(name), self.place)
         if len(index) != self.shards[shard].samples:
             raise BadInput(
                 f"{self.store.location(name)} lists {len(index)} samples, the manifest {self.shards[shard].samples}: "
-                f"run 'python -m shards index --overwrite {self.place}'"
+                f"{write_anew(self.place)}"
             )
         if index.offsets[-1] > self.shards[shard].bytes:
-            raise BadInput(
-                f"{self.store.location(name)} is damaged: run 'python -m shards index --overwrite {self.place}'"
-            )
+            raise BadInput(f"{self.store.location(name)} is damaged: {write_anew(self.place)}")
         if listed and hashlib.sha256(data).hexdigest() != listed:
             raise BadInput(
-                f"{self.store.location(name)} has another checksum than the manifest says: "
-                f"run 'python -m shards index --overwrite {self.place}'"
+                f"{self.store.location(name)} has another checksum than the manifest says: {write_anew(self.place)}"
             )
         return index
 

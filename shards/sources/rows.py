@@ -79,6 +79,8 @@ def _naming_damage(path: Path) -> Iterator[None]:
         raise BadInput(
             f"{path} is not {error.encoding.upper()} ({error.reason} at byte {error.start}): name its own by --encoding"
         ) from None
+    except UnicodeError as error:  # as of UTF-16 without a mark of its byte order
+        raise BadInput(f"{path} is not of its --encoding ({error}): name its own, as utf-16-le or utf-8") from None
     except csv.Error as error:
         raise BadInput(f"{path} is not a whole table ({error})") from None
     except (pyarrow.ArrowException, OSError) as error:
@@ -156,21 +158,46 @@ def _batches(path: Path) -> Iterator[tuple[Any, Callable[[list[str]], Iterator[A
 def _columnar(path: Path, columns: list[str]) -> Numbered:
     number = 0
     with _batches(path) as (schema, batches):
-        named = _class_names(schema)
+        named = _class_names(path, schema)
         for batch in batches([column for column in columns if column in schema.names]):
-            for row in batch.to_pylist():
+            for row in _python_rows(batch):
                 number += 1
-                yield number, {column: _named(value, named.get(column)) for column, value in row.items()}
+                if isinstance(row, dict):
+                    row = {column: _named(value, named.get(column)) for column, value in row.items()}
+                yield number, row
 
 
-def _class_names(schema: Any) -> dict[str, list[str]]:
+def _python_rows(batch: Any) -> Iterator[Row]:
+    """Yield the rows of a batch; one with a value that Python does not have comes as a BadSample."""
+    rows: list[Row] | None = None
+    with contextlib.suppress(ValueError, OverflowError):  # then its rows are read singly
+        rows = batch.to_pylist()
+    if rows is not None:
+        yield from rows
+        return
+    for i in range(len(batch)):
+        try:
+            row = batch.slice(i, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield BadSample(f"has a text that is not UTF-8 ({error.reason}): write the table anew from texts in UTF-8")
+        except (OverflowError, ValueError) as error:
+            yield BadSample(f"has a value that cannot be read ({shown(str(error))}): write it as a text")
+        else:
+            yield row
+
+
+def _class_names(path: Path, schema: Any) -> dict[str, list[str]]:
     """Return column -> names of its classes, where Hugging Face's datasets wrote numbers for them (ClassLabel)."""
     try:
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         inner = {name: made.get("feature", made) if isinstance(made, dict) else {} for name, made in features.items()}
-        return {name: made["names"] for name, made in inner.items() if made.get("_type") == "ClassLabel"}
+        found = {name: made["names"] for name, made in inner.items() if made.get("_type") == "ClassLabel"}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}
+    for name, names in found.items():
+        if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+            raise BadInput(f"{path} has no list of class names for column '{shown(name)}': write it anew by datasets")
+    return found
 
 
 def _named(value: Any, names: list[str] | None) -> Any:

@@ -6,7 +6,6 @@ split. Rows with the same image become several captions of one sample. A label i
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -168,10 +167,10 @@ class TableCommand(BuildCommand):
         if len(self.delimiter) > 1 or self.delimiter in ('"', "\n", "\r"):
             raise BadInput(f"--delimiter is {self.delimiter!r}: give a single character")
         try:
-            codecs.lookup(self.encoding)
-        except LookupError:
+            "a".encode(self.encoding)
+        except (LookupError, ValueError):
             raise BadInput(
-                f"--encoding is '{self.encoding}', which Python does not know: give one as latin-1"
+                f"--encoding is '{shown(self.encoding)}', which is no encoding of texts in Python: give one as latin-1"
             ) from None
         return TextFormat(self.delimiter, self.encoding)
 

@@ -171,5 +171,11 @@ def test_a_sidecar_of_another_version_says_what_to_do() -> None:
     for version in ({}, {"version": INDEX_VERSION + 1}):
         out = io.BytesIO()
         np.savez(out, **{**{k: v for k, v in SOUND.items() if k != "version"}, **version})  # type: ignore[arg-type]
-        with pytest.raises(BadInput, match="x is of another version: run 'python -m shards index --overwrite'"):
+        with pytest.raises(BadInput, match="x is of another version: run 'python -m shards index --overwrite DIR'"):
             ShardIndex.from_bytes(out.getvalue(), "x")
+
+
+def test_the_advice_names_the_place() -> None:
+    for place, advice in (("/a", "--overwrite /a'"), ("s3://b/c", "where the files of s3://b/c are kept")):
+        with pytest.raises(BadInput, match=f"x is not a shard index .*{advice}"):
+            ShardIndex.from_bytes(b"", "x", place)

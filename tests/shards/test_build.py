@@ -130,7 +130,7 @@ def test_sidecars_of_another_version_are_written_anew(raw: Path, tmp_path: Path)
     with np.load(path) as arrays:  # version 1 had no number and no layouts
         first = {name: arrays[name] for name in ("offsets", "label_starts", "label_values")}
     np.savez(path, **first)
-    with pytest.raises(BadInput, match=r"index\.npz is of another version: run 'python -m shards index --overwrite'"):
+    with pytest.raises(BadInput, match=r"index\.npz is of another version: run 'python -m shards index --overwrite "):
         ShardReader(str(out), "train").read(0, 0)
     build_folder(raw, out)
     assert files_of(out) == good

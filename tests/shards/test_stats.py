@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmgan_dist.errors import BadInput
 from shards.stats import fonts_for
-from tests.toy import TEXTS, build_folder, run_shards
+from tests.toy import TEXTS, build_folder, picture, run_shards, write_members
 
 
 def test_stats_prints_the_counts_and_draws_a_grid(
@@ -34,3 +35,21 @@ def test_grid_fonts_cover_what_they_can_and_name_the_rest() -> None:
     assert families[0] == "DejaVu Sans"
     assert missing == ["𒀀"] or len(families) > 1
     assert not {"ä", "д"} & set(missing)
+
+
+def test_stats_says_how_many_samples_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_members(tmp_path / "train-0.tar", {"a.png": picture(0), "a.txt": b"x", "b.png": picture(1), "b.txt": b" "})
+    run_shards("index", tmp_path, "--processes", 1)
+    capsys.readouterr()
+    run_shards("stats", tmp_path, "--processes", 1, "--rows", 1, "--columns", 1)
+    assert "1 of 2 samples cannot be used and are left out (the first: b, b.txt is empty)" in capsys.readouterr().out
+
+
+def test_the_grid_is_bounded_and_no_larger_than_its_pictures(tmp_path: Path) -> None:
+    write_members(tmp_path / "train-0.tar", {"a.png": picture(0), "a.txt": b"x", "b.png": picture(1), "b.txt": b"y"})
+    run_shards("index", tmp_path, "--processes", 1)
+    with pytest.raises(BadInput, match="are more than 400 pictures"):
+        run_shards("stats", tmp_path, "--columns", 1000)
+    run_shards("stats", tmp_path, "--processes", 1, "--columns", 40, "--rows", 10)
+    with Image.open(tmp_path / "stats.png") as image:
+        assert image.width < 600
