@@ -6,6 +6,7 @@ order of a hash of their keys, so that the same data set gives the same splits."
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.jobs.local import parallel_map
 from cmgan_dist.jobs.lock import owning
 from shards.assemble import assemble, print_summary, write_manifest
+from shards.groups import linked_groups, links_of_equal
 from shards.pack import LOCK, finish_output, prepare_output
 from shards.pairs import split_shares
 from shards.shard_file import Members, write_shard
@@ -109,22 +111,7 @@ def _facts(path: Path, name: str, texts_too: bool, judge: Judge) -> list[tuple[s
 
 def grouped(digests: Sequence[list[bytes]]) -> list[list[int]]:
     """Return the groups of samples that are joined by equal digests, directly or through others, by position."""
-    parent = list(range(len(digests)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first: dict[bytes, int] = {}
-    for i, of_sample in enumerate(digests):
-        for digest in of_sample:
-            parent[root(i)] = root(first.setdefault(digest, i))
-    groups: dict[int, list[int]] = {}
-    for i in range(len(digests)):
-        groups.setdefault(root(i), []).append(i)
-    return list(groups.values())
+    return linked_groups(len(digests), links_of_equal(digests))
 
 
 def drawn(keys: Sequence[str], groups: list[list[int]], shares: dict[str, float]) -> dict[str, list[int]]:
@@ -155,8 +142,8 @@ def _write(data: Path, output: Path, name: str, places: list[Place]) -> ShardInf
     """Write a shard of samples from one or more shards of `data`, whose order in them is that of `places`."""
 
     def samples() -> Iterator[tuple[str, Members]]:
-        for source in dict.fromkeys(shard for shard, _ in places):
-            wanted = {position for shard, position in places if shard == source}
+        for source, of_source in itertools.groupby(places, key=lambda place: place[0]):
+            wanted = {position for _, position in of_source}
             for position, (key, members) in enumerate(_samples(data / source, source)):
                 if position in wanted:
                     yield key, list(members.items())

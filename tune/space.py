@@ -18,7 +18,7 @@ from typing import Any
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import validate
 from cmgan_dist.config.paths import find_setting, get_value, with_values
-from cmgan_dist.config.safe_yaml import parse_yaml, read_text, shown
+from cmgan_dist.config.safe_yaml import parse_yaml, read_text, shown_value
 from cmgan_dist.errors import BadInput
 
 Space = dict[str, Any]
@@ -83,13 +83,13 @@ def check_space(space: Space, base: Config) -> Space:
         else:
             if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in KINDS:
                 raise BadInput(
-                    f"{where} is {shown(spec)}, expected a list or one of {', '.join(KINDS)} with [low, high]"
+                    f"{where} is {shown_value(spec)}, expected a list or one of {', '.join(KINDS)} with [low, high]"
                 )
             (name, ends), *_ = spec.items()
             try:
                 low, high = (float(x) for x in ends)
             except (TypeError, ValueError, OverflowError):
-                raise BadInput(f"{where} is {shown(spec)}, expected two numbers [low, high]") from None
+                raise BadInput(f"{where} is {shown_value(spec)}, expected two numbers [low, high]") from None
             if low >= high or (name == "log" and low <= 0):
                 raise BadInput(f"{where} goes from {low:g} to {high:g}: expected low < high, and low > 0 for log")
             if kind is int and name != "int":
@@ -99,10 +99,10 @@ def check_space(space: Space, base: Config) -> Space:
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
         for value in ends:
             if choices and value not in choices:
-                raise BadInput(f"{where} has {shown(value)}, expected one of {', '.join(map(str, choices))}")
+                raise BadInput(f"{where} has {shown_value(value)}, expected one of {', '.join(map(str, choices))}")
             numeric = isinstance(current, int | float) and not isinstance(current, bool)
             if numeric != (isinstance(value, int | float) and not isinstance(value, bool)):
-                raise BadInput(f"{where} has {shown(value)}, expected a value like {current!r}")
+                raise BadInput(f"{where} has {shown_value(value)}, expected a value like {current!r}")
             try:
                 validate(with_values(base, {path: value}))
             except BadInput as error:

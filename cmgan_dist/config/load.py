@@ -14,7 +14,7 @@ from cmgan_dist.config.commands import program_name
 from cmgan_dist.config.fields import Config, micro_batch
 from cmgan_dist.config.paths import Setting, get_value, settings
 from cmgan_dist.config.presets import preset
-from cmgan_dist.config.safe_yaml import parse_yaml, read_text, shown
+from cmgan_dist.config.safe_yaml import parse_yaml, read_text, shown_value
 from cmgan_dist.errors import BadInput
 
 LOSS_TERMS = ("intra", "inter", "modality", "classification", "contrastive", "class_contrastive")
@@ -58,7 +58,7 @@ def _check_numbers(path: str, value: Any, setting: Setting) -> None:
         return
     several = isinstance(value, list | tuple)
     for number in value if several else [value]:
-        says = f"{path} {'has' if several else 'is'} {shown(number)}, expected"
+        says = f"{path} {'has' if several else 'is'} {shown_value(number)}, expected"
         if isinstance(number, bool) or not isinstance(number, int if setting.number is int else int | float):
             raise BadInput(f"{says} {'a whole' if setting.number is int else 'a'} number from {setting.range}")
         if number not in setting.range:
@@ -98,11 +98,11 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
     if origin is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
-            raise BadInput(f"{path} is {shown(value)}, expected one of {', '.join(map(str, choices))}")
+            raise BadInput(f"{path} is {shown_value(value)}, expected one of {', '.join(map(str, choices))}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise BadInput(f"{path} is {shown(value)}, expected a list")
+            raise BadInput(f"{path} is {shown_value(value)}, expected a list")
         return tuple(_convert(v, typing.get_args(kind)[0], path) for v in value)
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
@@ -111,17 +111,17 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
             pass
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise BadInput(f"{path} is {shown(value)}, expected {kind.__name__}")
+    raise BadInput(f"{path} is {shown_value(value)}, expected {kind.__name__}")
 
 
 def _from_dict(cls: type, record: Any, prefix: str) -> Any:
     """Return the dataclass `cls` with the fields in `record`. Raises BadInput naming the field below `prefix`."""
     if not isinstance(record, dict):
-        raise BadInput(f"{prefix.rstrip('.')} is {shown(record)}, expected a mapping")
+        raise BadInput(f"{prefix.rstrip('.')} is {shown_value(record)}, expected a mapping")
     hints = typing.get_type_hints(cls)
     for key in record:
         if key not in hints:
-            key = " ".join(key.split())[:80] if isinstance(key, str) else shown(key)
+            key = " ".join(key.split())[:80] if isinstance(key, str) else shown_value(key)
             close = difflib.get_close_matches(key, hints, 1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(hints)}"
             raise BadInput(f"unknown config field {prefix}{key}: {hint}")
@@ -148,7 +148,7 @@ def from_yaml(text: str, where: str) -> Config:
         if not isinstance(record, dict):
             raise BadInput("it is not a mapping of fields")
         name = record.get("preset", "reference")
-        start = dataclasses.asdict(preset(name if isinstance(name, str) else shown(name)))
+        start = dataclasses.asdict(preset(name if isinstance(name, str) else shown_value(name)))
         return typing.cast(Config, _from_dict(Config, _merge(start, record), ""))
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None

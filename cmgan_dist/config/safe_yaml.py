@@ -38,7 +38,7 @@ def read_text(path: Path, where: str) -> str:
         raise BadInput(f"{where} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
 
 
-def shown(value: object) -> str:
+def shown_value(value: object) -> str:
     """Return a value as errors show it: in one line, cut where it is long."""
     try:
         text = repr(value)

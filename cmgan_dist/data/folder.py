@@ -63,7 +63,7 @@ def check_output(folder: Path, own: str, flag: str = "--output") -> None:
     """Raises BadInput when what is written to a folder, with its file `own` of KINDS, would mix with another kind."""
     for name, kind in KINDS.items():
         if name != own and (folder / name).is_file():
-            raise BadInput(f"{flag} {shown(str(folder))} is {kind} ({name} lies in it): name another folder")
+            raise BadInput(f"{flag} {shown(str(folder))} is {kind}: name another folder ({name} lies in it)")
 
 
 def read_file(path: str | os.PathLike[str], most: int = MOST_FILE_BYTES, *, follow: bool = True) -> bytes:

@@ -19,7 +19,8 @@ from torch import Tensor
 from cmgan_dist.config.fields import CONFIG_NAME, Config, micro_batch
 from cmgan_dist.config.load import check_places, load_config, to_yaml, validate
 from cmgan_dist.config.paths import get_value, settings
-from cmgan_dist.data.manifest import MANIFEST_NAME, DataSpec
+from cmgan_dist.data.folder import check_output
+from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.order import steps_for
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.stream import Stream
@@ -95,12 +96,6 @@ def set_aside(run: Path) -> None:
     for path in inside:
         shutil.move(path, target / path.name)
     log.warning("an earlier run was moved to %s", target)
-
-
-def check_output(run: Path) -> None:
-    """Raises BadInput when the folder `run` is a data set: a run that begins anew would move its shards."""
-    if (run / MANIFEST_NAME).exists():
-        raise BadInput(f"--output {run} is a data set: name another folder for the run")
 
 
 def check_scoring(config: Config, data: DataSpec) -> None:
@@ -229,8 +224,9 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     micro = dataclasses.replace(config.stream, global_batch=micro_batch(config))
     stream = Stream(config.data, micro, seed=config.train.seed, image_size=size, rank=rank, world=world)
     val_reader = ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
-    check_output(run)
-    check_scoring(config, DataSpec.of(stream.manifest))
+    data = DataSpec.of(stream.manifest)
+    check_output(run, CONFIG_NAME)
+    check_scoring(config, data)
     before = check_same_run(run, config, may_change) if resume == "auto" else None
     tracker = config.train.tracker if rank == 0 else "none"
     parallel = Parallel(
@@ -241,7 +237,6 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
         if resume == "never":
             parallel.on_main(lambda: set_aside(run))
         take_threads(config, parallel)
-        data = DataSpec.of(stream.manifest)
         vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
         networks = build_networks(config, data, vocabulary, parallel)
         progress = Progress(epoch_samples=stream.epoch_samples, data=fingerprint_of(stream))

@@ -20,6 +20,7 @@ import numpy as np
 
 from cmgan_dist.data.image import open_image
 from cmgan_dist.errors import BadInput, BadSample
+from shards.groups import linked_groups, links_of_equal
 from shards.pack import BuildCommand
 from shards.pairs import RawPair, RawPairs, hash_number
 
@@ -106,28 +107,18 @@ def group_roots(code_points: Sequence[str], names: Sequence[str], thumbnails: np
     """Return the smallest code point string of each emoji's group. `thumbnails` is [n, pixels] of 0-255."""
     from scipy.spatial.distance import pdist
 
-    parent = list(range(len(code_points)))
-
-    def find(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for keys in ([base_form(c) for c in code_points], [base_name(n) for n in names]):
-        first: dict[str, int] = {}
-        for i, key in enumerate(keys):
-            if key:
-                parent[find(i)] = find(first.setdefault(key, i))
-    rows, columns = np.triu_indices(len(code_points), 1)
+    count = len(code_points)
+    links = list(links_of_equal([form] if form else [] for form in map(base_form, code_points)))
+    links += links_of_equal([name] if name else [] for name in map(base_name, names))
+    rows, columns = np.triu_indices(count, 1)
     close = pdist(thumbnails, "cityblock") < SAME_PICTURE * thumbnails.shape[1]
-    for i, j in zip(rows[close], columns[close], strict=True):
-        parent[find(int(i))] = find(int(j))
-
-    roots: dict[int, str] = {}
-    for i, code in enumerate(code_points):
-        roots[find(i)] = min(code, roots.get(find(i), code))
-    return [roots[find(i)] for i in range(len(code_points))]
+    links += zip(rows[close].tolist(), columns[close].tolist(), strict=True)
+    roots = [""] * count
+    for group in linked_groups(count, links):
+        root = min(code_points[i] for i in group)
+        for i in group:
+            roots[i] = root
+    return roots
 
 
 def split_of(root: str) -> str:
