@@ -136,7 +136,7 @@ class Model:
         rows, chosen = self._check(images, batch, on_error), _Chosen("images", on_error)
         if rows is not None:
             chosen.kept.extend(range(len(rows)))
-            return chosen.returned(self._encode("image", _slices(rows, FEATURE_ROWS), torch.from_numpy))
+            return chosen.returned(self._encode("image", _slices(rows, FEATURE_ROWS), torch.tensor))
         if isinstance(images, Tensor):
             images = images.numpy(force=True)
         if is_one(images):
@@ -189,7 +189,7 @@ class Model:
         rows, chosen = self._check(texts, batch, on_error), _Chosen("texts", on_error)
         if rows is not None:
             chosen.kept.extend(range(len(rows)))
-            return chosen.returned(self._encode("text", _slices(rows, FEATURE_ROWS), torch.from_numpy))
+            return chosen.returned(self._encode("text", _slices(rows, FEATURE_ROWS), torch.tensor))
         if isinstance(texts, bytes | bytearray):
             raise BadInput("the text is bytes: decode it first")
         listed = [texts] if isinstance(texts, str) else list(texts)
