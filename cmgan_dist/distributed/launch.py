@@ -1,7 +1,9 @@
 """Starts the processes of a run as torchrun does, with torchrun's options, and ends quietly: with the exit code of the
 process that failed first, which has said why, in place of a traceback of its own.
 
-python -m cmgan_dist.distributed.launch --standalone --nproc_per_node 2 launchers/train.py ...
+python -m cmgan_dist.distributed.launch --standalone --nproc_per_node 2 [--config_file FILE] launchers/train.py ...
+
+--config_file: accelerate's, such as launchers/configs/zero2.yaml, of which the part about DeepSpeed is taken.
 """
 
 from __future__ import annotations
@@ -11,19 +13,68 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from cmgan_dist.config.safe_yaml import parse_yaml, read_text
+from cmgan_dist.errors import EXIT_LOST, BadInput, run_main
 
-from cmgan_dist.errors import EXIT_LOST
+if TYPE_CHECKING:  # torch takes seconds to import, and SLURM's launcher has no use for it
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+CONFIG_FLAG = "--config_file"
+
+
+def take(arguments: list[str], flag: str) -> str | None:
+    """Take ``--flag VALUE`` or ``--flag=VALUE`` out of the arguments; the value, or None where it is not there.
+
+    Raises BadInput when the value is missing."""
+    for at, word in enumerate(arguments):
+        if word.startswith(f"{flag}="):
+            return arguments.pop(at).partition("=")[2]
+        if word == flag:
+            if at + 1 == len(arguments):
+                raise BadInput(f"{flag} has no value")
+            arguments.pop(at)
+            return arguments.pop(at)
+    return None
+
+
+def zero_environment(path: str | None, flag: str = CONFIG_FLAG) -> dict[str, str]:
+    """Return the variables by which `accelerate launch --config_file PATH` asks for DeepSpeed: {} for DDP or no file.
+
+    `flag` is what named the file. Raises BadInput naming the file and the key."""
+    if path is None:
+        return {}
+    where = f"{flag} {path}"
+    config = parse_yaml(read_text(Path(path), where), where)
+    if not isinstance(config, dict) or "distributed_type" not in config:
+        raise BadInput(f"{where} has no distributed_type: see launchers/configs/")
+    if config["distributed_type"] != "DEEPSPEED":
+        return {}
+    names = {
+        "zero_stage": "ZERO_STAGE",
+        "offload_optimizer_device": "OFFLOAD_OPTIMIZER_DEVICE",
+        "deepspeed_config_file": "CONFIG_FILE",
+    }
+    fields = config.get("deepspeed_config") or {}
+    if not isinstance(fields, dict):
+        raise BadInput(f"{where} has a deepspeed_config that is no mapping: see launchers/configs/")
+    chosen = {f"ACCELERATE_DEEPSPEED_{names[k]}": str(fields[k]) for k in names if k in fields}
+    return {"ACCELERATE_USE_DEEPSPEED": "true", **chosen}
 
 
 def main(words: Sequence[str]) -> int:
     """Start the processes that torchrun's command line `words` asks for and return the exit code of the first that
-    failed (EXIT_LOST where a signal ended it), or 0."""
+    failed (EXIT_LOST where a signal ended it), or 0. Raises BadInput as `zero_environment` does."""
+    arguments = list(words)
+    os.environ.update(zero_environment(take(arguments, CONFIG_FLAG)))
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would repeat which one failed
     try:
-        run.run(run.parse_args(list(words)))
+        run.run(run.parse_args(arguments))
     except ChildFailedError as error:
         failures = error.failures
         rank = min(failures, key=lambda rank: (_ended_by_launcher(failures[rank]), failures[rank].timestamp))
@@ -43,4 +94,4 @@ def _ended_by_launcher(failure: ProcessFailure) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(lambda: main(sys.argv[1:]))

@@ -27,11 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import yaml
-
 from cmgan_dist.config.cli import parse_arguments
 from cmgan_dist.config.fields import Config, micro_batch
 from cmgan_dist.config.load import check_places
+from cmgan_dist.distributed.launch import take, zero_environment
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
 from launchers.train import train_and_report
 
@@ -75,47 +74,6 @@ class Job:
         return self.output / "logs" / f"rank-{rank:05d}.log"
 
 
-def take(arguments: list[str], flag: str) -> str | None:
-    """Take ``--flag VALUE`` or ``--flag=VALUE`` out of the arguments; the value, or None where it is not there.
-
-    Raises BadInput when the value is missing."""
-    for at, word in enumerate(arguments):
-        if word.startswith(f"{flag}="):
-            return arguments.pop(at).partition("=")[2]
-        if word == flag:
-            if at + 1 == len(arguments):
-                raise BadInput(f"{flag} has no value")
-            arguments.pop(at)
-            return arguments.pop(at)
-    return None
-
-
-def zero_environment(path: str | None) -> dict[str, str]:
-    """Return the variables by which `accelerate launch --config_file PATH` asks for DeepSpeed: {} for DDP or no file.
-
-    Raises BadInput naming the file and the key."""
-    if path is None:
-        return {}
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(
-            f"--accelerate-config {path} cannot be read ({error}): name a file as in launchers/configs/"
-        ) from None
-    if not isinstance(config, dict) or "distributed_type" not in config:
-        raise BadInput(f"--accelerate-config {path} has no distributed_type: see launchers/configs/")
-    if config["distributed_type"] != "DEEPSPEED":
-        return {}
-    names = {
-        "zero_stage": "ZERO_STAGE",
-        "offload_optimizer_device": "OFFLOAD_OPTIMIZER_DEVICE",
-        "deepspeed_config_file": "CONFIG_FILE",
-    }
-    fields = config.get("deepspeed_config") or {}
-    chosen = {f"ACCELERATE_DEEPSPEED_{names[k]}": str(fields[k]) for k in names if k in fields}
-    return {"ACCELERATE_USE_DEEPSPEED": "true", **chosen}
-
-
 def read_job(words: Sequence[str]) -> Job:
     """Return the job that the command line and SLURM's variables describe. Raises BadInput naming the flag."""
     arguments = list(words)
@@ -125,7 +83,7 @@ def read_job(words: Sequence[str]) -> Job:
         if not given.isdecimal() or int(given) < 1:
             raise BadInput(f"{FLAG} is {given}, expected a whole number from 1 on")
         processes = int(given)
-    environment = zero_environment(take(arguments, "--accelerate-config"))
+    environment = zero_environment(take(arguments, "--accelerate-config"), "--accelerate-config")
     config, chosen = parse_arguments(arguments)
     check_places(config)
     task = os.environ.get("SLURM_ARRAY_TASK_ID")

@@ -54,6 +54,25 @@ def test_ours_ends_with_the_sentence_and_the_exit_code(case: str, code: int, las
     assert done.stderr.strip().splitlines() == ([last] if last else [])
 
 
+@pytest.mark.parametrize("config", ["zero2.yaml", "ddp.yaml"])
+def test_ours_ends_with_the_sentence_under_deepspeed_too(config: str, tmp_path: Path) -> None:
+    file = str(ROOT / "launchers" / "configs" / config)
+    words = [*OURS, "--config_file", file, "launchers/train.py", "--preset", "reference", "--output", str(tmp_path)]
+    words += ["--data", str(tmp_path / "x")]
+    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: data folder {tmp_path / 'x'} does not exist")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_configuration_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    done = launch([*OURS, "--config_file", "none.yaml"], "well", tmp_path)
+    assert (done.returncode, done.stderr) == (
+        EXIT_BAD_INPUT,
+        "error: --config_file none.yaml does not exist: check the path\n",
+    )
+
+
 def test_torchrun_ends_its_report_with_the_sentence(tmp_path: Path) -> None:
     """DeepSpeed's launcher and that of accelerate for several GPUs are the same code."""
     done = launch(torchrun(2), "second", tmp_path)

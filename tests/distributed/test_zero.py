@@ -13,8 +13,8 @@ import pytest
 
 from cmgan_dist.config.presets import PRESETS
 from cmgan_dist.distributed.join import take_zero_config
+from cmgan_dist.distributed.launch import zero_environment
 from cmgan_dist.errors import BadInput
-from launchers.slurm.node import zero_environment
 from tests.distributed.zero_worker import CASES, STAGES
 from tests.services import forked
 from tests.toy import ROOT, environment, final_state, lines, run_workers, train_words

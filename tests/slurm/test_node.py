@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from cmgan_dist.distributed.launch import zero_environment
 from cmgan_dist.errors import BadInput
-from launchers.slurm.node import combined, read_job, zero_environment
+from launchers.slurm.node import combined, read_job
 from tests.services.slurm import free_port, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +96,7 @@ def test_deepspeed_is_asked_for_as_accelerate_launch_asks(name: str, tmp_path: P
 def test_a_file_that_is_no_accelerate_config(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("a: [")
     (tmp_path / "b.yaml").write_text("a: 1")
-    for name, sentence in (("a", "cannot be read"), ("b", "has no distributed_type"), ("c", "cannot be read")):
+    for name, sentence in (("a", "is not YAML"), ("b", "has no distributed_type"), ("c", "does not exist")):
         with pytest.raises(BadInput, match=f"{name}.yaml {sentence}"):
             zero_environment(str(tmp_path / f"{name}.yaml"))
 
