@@ -17,20 +17,17 @@ from ray.cluster_utils import Cluster
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs import ray as jobs
 from cmgan_dist.jobs.ray import ray_map
+from tests.services.ray_nodes import add_node, lose_node, running_nodes
 from tests.toy import wait_for
 
 pytestmark = pytest.mark.process
-OBJECT_STORE = 80 * 2**20
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Cluster]:
     """A cluster of one node with a CPU."""
-    cluster = Cluster()
-    cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with running_nodes(1) as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -128,18 +125,18 @@ def test_tasks_of_a_lost_node_go_to_another_and_a_node_that_joins_gets_some(
     def runs_on(node: Any) -> bool:
         return any(path.name.endswith(node.node_id) for path in tmp_path.iterdir())
 
-    second = nodes.add_node(num_cpus=1, object_store_memory=OBJECT_STORE)
+    second = add_node(nodes)
     tasks = [(n, tmp_path) for n in range(4)]
     with ThreadPoolExecutor(1) as pool:
         made = pool.submit(ray_map, wait_for_file, tasks, title="waiting", address=joined)
         wait_for(lambda: len(list(tmp_path.iterdir())) == 2, 60)
         assert runs_on(second)
-        nodes.remove_node(second, allow_graceful=False)
-        third = nodes.add_node(num_cpus=1, object_store_memory=OBJECT_STORE)
+        lose_node(nodes, second)
+        third = add_node(nodes)
         wait_for(lambda: runs_on(third), 60)
         (tmp_path / "go").touch()
         results = made.result()
-    nodes.remove_node(third)
+    lose_node(nodes, third)
     assert len(results) == 4
     assert len(set(results) - {second.node_id}) == 2
     assert second.node_id not in results
