@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import tyro
@@ -12,14 +13,16 @@ import tyro
 from cmgan_dist.data.folder import is_plain, walk_files
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo, load_manifest, natural_splits
+from cmgan_dist.data.output import owning_output
+from cmgan_dist.data.source import public_url
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
-from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
-from cmgan_dist.jobs.lock import owning
-from shards.assemble import assemble, print_summary, write_manifest
+from shards.assemble import assemble, print_summary
 from shards.pack import LOCK
 from shards.pairs import drawing, missing_val
 from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, foreign_files, scan_shard
+from shards.shard_file import tar_names
 
 MOST_CLASSES = 1 << 20
 """Classes that labels can name."""
@@ -77,8 +80,8 @@ class IndexCommand:
 
     Splits: by sub-folder (val/00000.tar) or name (val-00000.tar), else train. Labels are read from KEY.json."""
 
-    data: tyro.conf.Positional[Path]
-    """Folder of tars, searched to its depth."""
+    data: tyro.conf.Positional[str]
+    """Folder or URL (s3, gs) of tars, searched to its depth; a URL's tars are read where this runs, and stay."""
     classes: Path | None = None
     """File with a class name a line (None: as many numbered classes as the labels need)."""
     label_kind: Literal["single", "multi", "none"] | None = None
@@ -99,31 +102,37 @@ class IndexCommand:
     def run(self) -> None:
         """Index the folder and print what was found. Raises BadInput as `index` does."""
         manifest, notes = self.index()
-        notes += missing_val(manifest.splits, drawing(self.data))
-        print_summary(f"wrote {self.data / MANIFEST_NAME}", manifest, notes=notes)
+        notes += missing_val(manifest.splits, drawing(self.place))
+        print_summary(f"wrote {self.place}/{MANIFEST_NAME}", manifest, notes=notes)
 
     def index(self) -> tuple[Manifest, list[str]]:
         """Scan, write the sidecars and then the manifest; returns it and lines that the user should know.
 
         Raises BadInput on a folder without tars or that another process writes, a damaged or empty shard, or labels
         that do not fit."""
-        if not self.data.is_dir():
-            raise BadInput(f"folder {self.data} does not exist")
-        with owning(self.data, LOCK):
-            return self._index()
+        store = FileStore(self.data, "DIR")
+        if store.local and not Path(store.path).is_dir():
+            raise BadInput(f"folder {self.place} does not exist")
+        with owning_output(store, LOCK):
+            return self._index(store)
 
-    def _index(self) -> tuple[Manifest, list[str]]:
+    @property
+    def place(self) -> str:
+        """Path, or URL without what is secret in it."""
+        return public_url(self.data)
+
+    def _index(self, store: FileStore) -> tuple[Manifest, list[str]]:
         """Do what `index` says."""
         lost: list[str] = []
-        old = self._old_manifest(lost)
-        names = walk_files(self.data, ["tar"])
+        old = self._old_manifest(store, lost)
+        names = walk_files(Path(store.path), ["tar"]) if store.local else tar_names(store)
         if not names:
-            raise BadInput(f"{self.data} holds no .tar files")
+            raise BadInput(f"{self.place} holds no .tar files")
         odd = next((name for name in names if not is_plain(name)), None)
         if odd is not None:
-            raise BadInput(f"{shown(odd)} in {self.data} is not UTF-8 or holds control characters: rename it")
-        tasks = [(self.data / name, name, self.decode) for name in names]
-        scans, notes = self._usable(parallel_map(scan_shard, tasks, title="indexing", processes=self.processes))
+            raise BadInput(f"{shown(odd)} in {self.place} is not UTF-8 or holds control characters: rename it")
+        tasks = [(self.data, name, self.decode) for name in names]
+        scans, notes = self._usable(parallel_map(_scan, tasks, title="indexing", processes=self.processes))
         notes += lost + _gone(old, names) + [line for scan in scans for line in foreign_files(scan)]
         good = self._good([facts for scan in scans for facts in scan.samples], notes)
         image_dim = _one_kind("images", good, [facts.image_dim for facts in good])
@@ -133,7 +142,7 @@ class IndexCommand:
             check_labels(good, kind)
         splits = {split: [s.info for s in scans if split_of_shard(s.info.name) == split] for split in _splits(scans)}
         manifest = assemble(
-            name=self.name or (old.name if old else self.data.resolve().name),
+            name=self.name or (old.name if old else _name_of(store)),
             label_kind=kind,
             classes=[] if kind == "none" else self._class_names(good, old),
             splits=splits,
@@ -142,12 +151,9 @@ class IndexCommand:
             attribution=self.attribution or (old.attribution if old else ""),
             details=old.details if old and _contents(old.splits) == _contents(splits) else {"source": "index"},
         )
-        try:
-            for scan in scans:
-                write_atomic(self.data / index_name(scan.info.name), scan.index.to_bytes())
-        except OSError as error:
-            raise BadInput(f"cannot write into {self.data}: {error.strerror}") from None
-        write_manifest(self.data, manifest)
+        for scan in scans:
+            store.write(index_name(scan.info.name), scan.index.to_bytes())
+        store.write(MANIFEST_NAME, manifest.to_json())
         return manifest, notes
 
     def _good(self, samples: list[SampleFacts], notes: list[str]) -> list[SampleFacts]:
@@ -163,7 +169,7 @@ class IndexCommand:
         found = f"the first: {shown(first.key)}, {reason}"
         if len(faults) == len(samples):
             advice = "pass --label-kind none to train without labels" if first.label_fault else "mend them"
-            raise BadInput(f"no sample in {self.data} can be used ({found}): {advice}")
+            raise BadInput(f"no sample in {self.place} can be used ({found}): {advice}")
         notes.append(
             f"{len(faults)} of {len(samples)} samples cannot be used ({found}); "
             "training replaces them, 'python -m shards verify' lists them"
@@ -171,18 +177,18 @@ class IndexCommand:
         bad = {id(facts) for facts, _ in faults}
         return [facts for facts in samples if id(facts) not in bad]
 
-    def _old_manifest(self, lost: list[str]) -> Manifest | None:
+    def _old_manifest(self, store: FileStore, lost: list[str]) -> Manifest | None:
         """Return the manifest that is there, None where there is none, or `lost` gets a line that it is lost.
 
         Raises BadInput at any when `overwrite` is off, and at one that cannot be read unless the class names are given
         anew: they stand there alone."""
-        path = self.data / MANIFEST_NAME
-        if not path.exists():
+        path = f"{self.place}/{MANIFEST_NAME}"
+        if store.size(MANIFEST_NAME) is None:
             return None
         if not self.overwrite:
             raise BadInput(f"{path} exists already: pass --overwrite to write it anew")
         try:
-            return load_manifest(self.data)
+            return load_manifest(store.path) if store.local else Manifest.from_json(store.read(MANIFEST_NAME), path)
         except BadInput as error:
             said = str(error).rpartition(": ")[0]
             if self.classes is None and self.label_kind != "none":
@@ -204,7 +210,7 @@ class IndexCommand:
             else:
                 usable.append(scan)
         if not usable:
-            raise BadInput(f"no shard in {self.data} can be used: {notes[0]}")
+            raise BadInput(f"no shard in {self.place} can be used: {notes[0]}")
         return usable, notes
 
     def _class_names(self, samples: list[SampleFacts], old: Manifest | None) -> list[str]:
@@ -222,6 +228,21 @@ class IndexCommand:
             wrong = min(found) if min(found) < 0 else max(found)
             raise BadInput(f"label {wrong} is out of range: there are {len(names)} classes")
         return names
+
+
+def _scan(data: str, name: str, decode: bool) -> ShardScan:
+    """Scan a shard of a folder, or of a URL, from where it is copied for so long. Raises BadInput as `scan_shard`."""
+    store = FileStore(data, "DIR")
+    if store.local:
+        return scan_shard(Path(store.path) / name, name, decode)
+    with TemporaryDirectory() as folder:
+        store.fetch(name, Path(folder) / "tar")
+        return scan_shard(Path(folder) / "tar", name, decode)
+
+
+def _name_of(store: FileStore) -> str:
+    """Return the name of a folder, or the last one of a URL."""
+    return Path(store.path).resolve().name if store.local else store.path.rpartition("/")[2]
 
 
 def _gone(old: Manifest | None, names: list[str]) -> list[str]:

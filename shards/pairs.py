@@ -150,6 +150,6 @@ def missing_val(splits: Collection[str], way: str = FLAG) -> list[str]:
     return [] if "val" in splits else [f"there is no split 'val', which training validates on: {way}"]
 
 
-def drawing(data: Path) -> str:
+def drawing(data: Path | str) -> str:
     """Return how a split for validation is drawn from the data set in the folder `data`."""
     return f"'python -m shards split {data} --val 0.1 --output NEW' draws one"

@@ -9,6 +9,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from cmgan_dist.data.image import check_image
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import LabelKind, ShardInfo, check_shard_name
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.staging import staging
@@ -141,6 +143,28 @@ def write_shard(output: Path, name: str, samples: Iterable[tuple[str, Members]])
     except OSError as error:
         raise BadInput(f"cannot write {final}: {error.strerror}") from None
     return scan.info
+
+
+def put_shard(output: FileStore, name: str, samples: Iterable[tuple[str, Members]]) -> ShardInfo | None:
+    """Write a shard as `write_shard` does, into a folder or to a URL.
+
+    For a URL it is made in a temporary folder of this machine and copied, sidecar first. Raises as that does."""
+    if output.local:
+        return write_shard(Path(output.path), name, samples)
+    with TemporaryDirectory() as folder:
+        info = write_shard(Path(folder), name, samples)
+        if info is not None:
+            for file in (index_name(name), name):
+                output.put_file(Path(folder) / file, file)
+    return info
+
+
+def tar_names(output: FileStore) -> list[str]:
+    """Return the names of the tars in a folder, or at a URL, and below it, hidden folders apart; sorted.
+
+    Raises BadInput when they cannot be listed."""
+    names = [name for name in output.names() if name.endswith(".tar")]
+    return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
 
 
 def has_index(output: Path, shard: ShardInfo) -> bool:

@@ -67,6 +67,12 @@ def public_url(url: str) -> str:
     return f"{protocol}://{host.rpartition('@')[2]}{slash}{path}"
 
 
+def failures_of(protocol: str) -> tuple[type[Exception], ...]:
+    """Return what reading and writing by a protocol can raise. Raises ImportError when its package is missing."""
+    names = [name.rpartition(".") for name in FAILURES.get(PACKAGES.get(protocol, ""), [])]
+    return (OSError, *(getattr(importlib.import_module(module), name) for module, _, name in names))
+
+
 class BadBody(Exception):
     """What arrived is not what was asked for: too short, too long, or other bytes."""
 
@@ -142,11 +148,9 @@ class RemoteSource:
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         try:
             fsspec.get_filesystem_class(self.protocol)
-            names = [name.rpartition(".") for name in FAILURES[self.package]]
-            failures = [getattr(importlib.import_module(module), name) for module, _, name in names]
+            self.failures: tuple[type[Exception], ...] = (*failures_of(self.protocol), BadBody)
         except ImportError as error:
             raise BadInput(f"{public_url(url)} needs a package ({error}): run 'pip install {self.package}'") from None
-        self.failures: tuple[type[Exception], ...] = (OSError, BadBody, *failures)
         self.base, mark, query = url.partition("?") if self.package == "aiohttp" else (url, "", "")
         self.base = self.base.rstrip("/")
         self.query = mark + query  # of a signed URL

@@ -7,6 +7,7 @@ fails, and its sentences speak of data sets. A `FileStore` reads and writes a fe
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,9 +18,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cmgan_dist.data.folder import checked_path, read_file
 from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo, manifest_path, read_manifest
-from cmgan_dist.data.source import public_url
+from cmgan_dist.data.source import BLOCK, describe, failures_of, http_status, public_url
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
+
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs")
+"""Protocols of stores that know no folders."""
 
 
 class ShardStore(ABC):
@@ -86,7 +90,10 @@ class LocalStore(ShardStore):
 
 
 class FileStore:
-    """A folder for reading and writing: a local path, or a URL of any protocol that fsspec knows (s3://, gs://)."""
+    """A folder for reading and writing: a local path, or a URL of any protocol that fsspec knows (s3://, gs://).
+
+    A file is seen whole or not at all: in a folder because it gets its name by a rename, in an object store because
+    that shows an object when all of it has arrived."""
 
     def __init__(self, url: str, flag: str) -> None:
         """`flag`: the flag or field that named the folder, for messages. The folder need not exist yet.
@@ -95,6 +102,7 @@ class FileStore:
         checked_path(url, flag)
         try:
             self.filesystem, path = fsspec.core.url_to_fs(url)
+            self.failures = failures_of(url.partition("://")[0])
         except (ValueError, ImportError) as error:
             named = f"{flag} {public_url(url)}"
             raise BadInput(f"{named} cannot be opened ({error}): use a folder or install what it needs") from None
@@ -102,6 +110,13 @@ class FileStore:
         self.path = str(path).rstrip("/")
         """Where the folder is in `filesystem`, without the protocol."""
         self.local = isinstance(self.filesystem, LocalFileSystem)
+
+    def check_writable(self) -> None:
+        """Raise BadInput when nothing can be written by the URL's protocol."""
+        protocol = self.url.partition("://")[0]
+        if protocol in ("http", "https"):
+            place = f"{self.flag} {public_url(self.url)}"
+            raise BadInput(f"{place} cannot be written by {protocol}: name a folder, or a URL of s3 or gs")
 
     def location(self, name: str) -> str:
         """Return the file's path or URL, for messages."""
@@ -113,9 +128,29 @@ class FileStore:
             found: bytes = self.filesystem.cat_file(f"{self.path}/{name}")
         except FileNotFoundError:
             raise
-        except OSError as error:
-            raise self._unreadable(error) from None
+        except self.failures as error:
+            raise self._unreadable(error, name) from None
         return found
+
+    def sha256(self, name: str) -> str | None:
+        """Return the SHA-256 of a file's bytes, None when there is none. Raises BadInput when it cannot be read."""
+        try:
+            with self.filesystem.open(f"{self.path}/{name}", "rb") as file:
+                digest = hashlib.sha256()
+                while block := file.read(BLOCK):
+                    digest.update(block)
+                return digest.hexdigest()
+        except FileNotFoundError:
+            return None
+        except self.failures as error:
+            raise self._unreadable(error, name) from None
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file to the local `path`. Raises BadInput when it cannot be read, or `path` not be written."""
+        try:
+            self.filesystem.get_file(f"{self.path}/{name}", str(path))
+        except self.failures as error:
+            raise self._unreadable(error, name) from None
 
     def write(self, name: str, data: bytes | str) -> None:
         """Write a file in one step, text as UTF-8: a reader sees the old file or the new one, whole.
@@ -125,11 +160,16 @@ class FileStore:
             if self.local:
                 write_atomic(f"{self.path}/{name}", data)
             else:
-                target = f"{self.path}/{name}"
-                self.filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-                self.filesystem.pipe_file(target, data.encode() if isinstance(data, str) else data)
-        except OSError as error:
-            raise self._unwritable(error) from None
+                self.filesystem.pipe_file(self._target(name), data.encode() if isinstance(data, str) else data)
+        except self.failures as error:
+            raise self._unwritable(error, name) from None
+
+    def _target(self, name: str) -> str:
+        """Return where a file goes, with the folders above it made; object stores have none, and their buckets stay."""
+        target = f"{self.path}/{name}"
+        if self.url.partition("://")[0] not in OBJECT_STORES:
+            self.filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+        return target
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, None when there is none. Raises BadInput when that cannot be found out."""
@@ -138,8 +178,8 @@ class FileStore:
             return int(self.filesystem.size(f"{self.path}/{name}"))
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise self._unreadable(error) from None
+        except self.failures as error:
+            raise self._unreadable(error, name) from None
 
     def names(self) -> list[str]:
         """Return the names of all files in the folder and those below it, sorted; [] when there is no folder.
@@ -150,7 +190,7 @@ class FileStore:
             found = self.filesystem.find(self.path)
         except FileNotFoundError:
             return []
-        except OSError as error:
+        except self.failures as error:
             raise self._unreadable(error) from None
         return sorted(path[len(self.path) + 1 :] for path in found)
 
@@ -160,21 +200,36 @@ class FileStore:
             self.filesystem.rm_file(f"{self.path}/{name}")
         except FileNotFoundError:
             return
-        except OSError as error:
-            raise self._unwritable(error) from None
+        except self.failures as error:
+            raise self._unwritable(error, name) from None
+
+    def put_file(self, path: Path, name: str) -> None:
+        """Copy a local file to `name`. Raises BadInput when that cannot be written."""
+        try:
+            self.filesystem.put_file(str(path), self._target(name))
+        except self.failures as error:
+            raise self._unwritable(error, name) from None
 
     def put(self, folder: Path, name: str) -> None:
         """Copy the files of a local folder to `name`, file by file. Raises BadInput when that cannot be written."""
-        try:
-            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-                target = f"{self.path}/{name}/{file.relative_to(folder).as_posix()}"
-                self.filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-                self.filesystem.put_file(str(file), target)
-        except OSError as error:
-            raise self._unwritable(error) from None
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            self.put_file(file, f"{name}/{file.relative_to(folder).as_posix()}")
 
-    def _unreadable(self, error: OSError) -> BadInput:
-        return BadInput(f"{self.flag} {public_url(self.url)} cannot be read ({error}): use another place")
+    def _unreadable(self, error: Exception, name: str = "") -> BadInput:
+        return self._failed("read", error, name)
 
-    def _unwritable(self, error: OSError) -> BadInput:
-        return BadInput(f"{self.flag} {public_url(self.url)} cannot be written ({error}): use another place")
+    def _unwritable(self, error: Exception, name: str) -> BadInput:
+        return self._failed("written", error, name)
+
+    def _failed(self, what: str, error: Exception, name: str) -> BadInput:
+        reason = f"{name}: {_reason(error)}" if name else _reason(error)
+        return BadInput(f"{self.flag} {public_url(self.url)} cannot be {what} ({reason}): use another place")
+
+
+def _reason(error: Exception) -> str:
+    """Return in words what failed, without a URL that may be signed."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return describe(error, http_status(error))

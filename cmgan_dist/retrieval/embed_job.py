@@ -6,27 +6,23 @@ part gives the same bytes. Whoever finds all records at its end writes embedding
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from cmgan_dist.data.folder import check_output, is_unicode
+from cmgan_dist.data.output import clear_leftovers, is_whole, owning_output
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs import ledger
 from cmgan_dist.jobs.cores import usable_cores
-from cmgan_dist.jobs.local import parallel_map
-from cmgan_dist.jobs.lock import owning
-from cmgan_dist.jobs.machine import share_of_machine
+from cmgan_dist.jobs.machine import Share, absolute, find_share
 from cmgan_dist.jobs.ranks import Task, find_task
-from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_backbone, read_model
 from cmgan_dist.retrieval.embed_options import EmbedOptions
 from cmgan_dist.retrieval.embed_part import Job, embed_part, raw_modalities, worker_of
@@ -60,7 +56,7 @@ class Plan:
     source: Source
     parts: list[Part]
     task: Task
-    processes: int
+    machines: Share
     overwrite: bool
     store: FileStore
 
@@ -77,7 +73,6 @@ def make_plan(options: EmbedOptions) -> Plan:
         raise BadInput("name what is to be embedded by one of --data, --pictures and --texts")
     if options.batch is not None and options.batch < 1:
         raise BadInput(f"--batch is {options.batch}: it must be at least 1")
-    share = share_of_machine(options.device, options.processes)
     task = find_task(options.task)
     splits = [split for split in options.splits.split(",") if split]
     if splits and not options.data:
@@ -92,6 +87,7 @@ def make_plan(options: EmbedOptions) -> Plan:
     store = FileStore(options.output, "--output")
     if store.local:
         check_output(Path(store.path), MANIFEST_NAME)
+    share = find_share(options.device, options.processes, options.ray)
     job = Job(
         run=options.run,
         model=saved.spec.files[MODEL_NAME],
@@ -104,7 +100,7 @@ def make_plan(options: EmbedOptions) -> Plan:
         threads=share.threads,
         skip_bad=options.skip_bad,
     )
-    return Plan(job, saved, source, parts, task, share.processes, options.overwrite, store)
+    return Plan(job, saved, source, parts, task, share, options.overwrite, store)
 
 
 def check_source(saved: Saved, source: Source) -> None:
@@ -135,16 +131,7 @@ def is_done(plan: Plan, part: Part) -> bool:
         )
     if record.left_out and not plan.job.skip_bad:
         return False
-    return all(_is_whole(plan.store, written) for written in record.files)
-
-
-def _is_whole(store: FileStore, written: dict[str, Any]) -> bool:
-    if store.size(written["name"]) != written["bytes"]:
-        return False
-    try:
-        return sha256(store.read(written["name"])).hexdigest() == written["sha256"]
-    except FileNotFoundError:
-        return False
+    return all(is_whole(plan.store, written) for written in record.files)
 
 
 def _otherwise(plan: Plan, record: ledger.Record) -> str:
@@ -202,15 +189,8 @@ def embed(options: EmbedOptions) -> EmbeddingSet | None:
     except BadInput as error:
         error.everywhere = True  # every process of torchrun finds it
         raise
-    with _owned(plan):
+    with owning_output(plan.store, plan.task.lock("embed")):
         return _embed_owned(plan, options)
-
-
-def _owned(plan: Plan) -> contextlib.AbstractContextManager[None]:
-    """Own the output for this task's part of the work; other tasks have other locks. A remote output has none."""
-    if not plan.store.local:
-        return contextlib.nullcontext()
-    return owning(Path(plan.store.path), plan.task.lock("embed"))
 
 
 def _embed_owned(plan: Plan, options: EmbedOptions) -> EmbeddingSet | None:
@@ -243,12 +223,9 @@ def _embed_parts(plan: Plan, todo: Sequence[Part]) -> None:
     """Embed parts in the processes of this machine and print the rate."""
     plan.store.remove(MANIFEST_NAME)  # until it is written anew, the folder is no whole set
     begun = time.monotonic()
-    left_out = parallel_map(
-        embed_part,
-        [(plan.job, part) for part in todo],
-        title="embedding",
-        unit_counts=[part.items for part in todo],
-        processes=plan.processes,
+    job = dataclasses.replace(plan.job, run=absolute(plan.job.run), output=absolute(plan.job.output))
+    left_out = plan.machines.map(
+        embed_part, [(job, part) for part in todo], title="embedding", unit_counts=[part.items for part in todo]
     )
     worker_of.cache_clear()  # of this process, where it was the only one
     seconds, count = time.monotonic() - begun, sum(part.items for part in todo)
@@ -262,11 +239,7 @@ def _embed_parts(plan: Plan, todo: Sequence[Part]) -> None:
 
 def finish(plan: Plan, made: Sequence[Part]) -> EmbeddingSet:
     """Remove what killed processes left and write embeddings.json; all parts are whole. Return the embeddings."""
-    if plan.store.local:
-        try:
-            remove_leftovers(Path(plan.store.path))
-        except OSError as error:
-            raise BadInput(f"--output {plan.job.output}: leftovers cannot be removed ({error}): remove them") from None
+    clear_leftovers(plan.store)
     shards: list[EmbeddedShard] = []
     for part in plan.parts:
         record = read_record(plan.store, part.name)

@@ -25,10 +25,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cmgan_dist.data import output
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import OtherVersion, parse_sealed, sealed_json, sha256_of
+from cmgan_dist.files import OtherVersion, parse_sealed, sealed_json
 from cmgan_dist.jobs import ledger
 from cmgan_dist.models.generator import Modality
 
@@ -183,10 +184,7 @@ def read_record(store: FileStore, shard: str) -> ledger.Record | None:
     """Return the record of a shard whose embedding has ended, None where there is none.
 
     Raises BadInput when it cannot be read."""
-    try:
-        record = ledger.parse(store.read(record_name(shard)))
-    except FileNotFoundError:
-        return None
+    record = output.read_record(store, record_name(shard))
     return record if record is not None and record.finished and record.written is not None else None
 
 
@@ -305,9 +303,7 @@ class EmbeddingSet:
         expected = self._unread.pop(name, None)
         if expected is None:
             return
-        path = f"{self.store.path}/{name}"
-        found = sha256_of(path) if self.store.local else hashlib.sha256(self.store.read(name)).hexdigest()
-        if found != expected:
+        if self.store.sha256(name) != expected:
             self._unread[name] = expected
             raise BadInput(f"{self.store.location(name)} is damaged: embed again, which makes it anew")
 

@@ -65,8 +65,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(tmp_path: Path, weights: Path) -> Callable[..., FeaturesCommand]:
     def make(data: Path, output: str = "out", **options: Any) -> FeaturesCommand:
         start = FeaturesCommand(
-            data,
-            tmp_path / output,
+            str(data),
+            str(tmp_path / output),
             image_backbone="test_efficientnet",
             image_weights=str(weights),
             image_size=48,
@@ -333,7 +333,10 @@ def test_processes_do_not_change_a_byte(raw_data: Callable[..., Path], command: 
 
 
 def test_tasks_share_the_shards_and_the_last_one_writes_the_manifest(
-    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], capsys: pytest.CaptureFixture[str]
+    raw_data: Callable[..., Path],
+    command: Callable[..., FeaturesCommand],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = raw_data(counts={"train": 21, "val": 4, "test": 5})
     alone = write_features(command(data, "alone"))
@@ -342,9 +345,9 @@ def test_tasks_share_the_shards_and_the_last_one_writes_the_manifest(
     for task in ("2/3", "0/3"):
         assert write_features(command(data, "shared", task=task)) is None
         assert "are left to other tasks" in capsys.readouterr().out
-        assert not (command(data, "shared").output / "manifest.json").exists()
+        assert not (tmp_path / "shared" / "manifest.json").exists()
     assert write_features(command(data, "shared", task="1/3")) == alone
-    assert files(command(data, "shared").output) == files(command(data, "alone").output)
+    assert files(tmp_path / "shared") == files(tmp_path / "alone")
     assert write_features(command(data, "shared", task="0/3")) == alone
     with pytest.raises(BadInput, match="write I/N"):
         write_features(command(data, "shared", task="3/3"))
@@ -370,7 +373,7 @@ def test_tasks_at_once_and_one_that_is_killed_give_the_same_bytes(
     said.append(again.communicate(timeout=200)[0])
     assert (tasks[0].returncode, again.returncode) == (0, 0), said
     assert "wrote" in said[0] + said[2], said
-    assert files(shared) == files(command(data, "alone").output)
+    assert files(shared) == files(tmp_path / "alone")
 
 
 def test_a_finished_run_is_left_alone(
@@ -461,10 +464,10 @@ def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_not_distu
                 write_features(command(data, **options))
             yield from rows
 
-        monkeypatch.setattr("shards.features.write_shard", write_shard)
+        monkeypatch.setattr("shards.shard_file.write_shard", write_shard)
         return write_shard(output, name, with_a_second_run())
 
-    monkeypatch.setattr("shards.features.write_shard", interrupted)
+    monkeypatch.setattr("shards.shard_file.write_shard", interrupted)
     write_features(command(data, **options))
     assert files(data.parent / "out") == files(data.parent / "whole")
 

@@ -31,7 +31,7 @@ def test_an_array_makes_the_features_that_one_process_does(cluster: Cluster, tmp
     options = ["--image-backbone", "test_efficientnet", "--image-weights", str(weights), "--image-size", "48"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     chosen = {"image_backbone": "test_efficientnet", "image_weights": str(weights), "image_size": 48}
-    write_features(FeaturesCommand(data, alone, processes=1, **chosen))  # type: ignore[arg-type]
+    write_features(FeaturesCommand(str(data), str(alone), processes=1, **chosen))  # type: ignore[arg-type]
     done = subprocess.run(
         ["sbatch", "--array=1-3", f"--output={tmp_path}/%a.out", str(ROOT / "launchers" / "slurm" / "features.sbatch")]
         + [str(data), "--output", str(shared), "--processes", "1", *options],

@@ -1,0 +1,117 @@
+"""One shard of features: its tar and sidecar, then its record, and whether an earlier run has finished them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+from cmgan_dist.data.cache import open_store
+from cmgan_dist.data.index import index_name
+from cmgan_dist.data.judge import Judge
+from cmgan_dist.data.manifest import ShardInfo
+from cmgan_dist.data.output import abandon_record, is_done, is_whole, read_record, write_record
+from cmgan_dist.data.source import public_url
+from cmgan_dist.data.store import FileStore, LocalStore
+from cmgan_dist.data.tar import iter_groups
+from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.files import sha256_of
+from cmgan_dist.jobs import ledger
+from shards.extract import Options, extractor, feature_samples
+from shards.shard_file import put_shard
+
+Made = tuple[ShardInfo | None, list[str]]
+"""What was written for a source (None when no sample was good), and a line for each sample left out."""
+_source = lru_cache(maxsize=1)(open_store)
+
+
+class MadeOtherwise(BadInput):
+    """A shard is there that was made from other data or with other options."""
+
+
+def record_name(shard: str) -> str:
+    """Return the name of a shard's record: ``train-000000.features.json`` for ``train-000000.tar``."""
+    return shard.removesuffix(".tar") + ".features.json"
+
+
+def make_shard(
+    options: Options, judge: Judge, data: str, output: str, source: ShardInfo, settings: dict[str, Any]
+) -> Made:
+    """Write the features of a shard: its tar and sidecar, then its record. `data`, `output`: folders or URLs.
+
+    Raises BadInput when the source is not what its manifest says, at a bad sample unless the options skip them, and
+    when a file cannot be written."""
+    store, record = FileStore(output, "--output"), record_name(source.name)
+    with open(_open_source(data, source), "rb") as raw:
+        left_out: list[str] = []
+        try:
+            write_record(store, record, ledger.Record(source.sha256, settings))
+            groups = iter_groups(raw, source.name)
+            samples = feature_samples(extractor(options), judge, groups, source.name, left_out)
+            info = put_shard(store, source.name, samples)
+            write_record(store, record, _finished_record(source, settings, store, info, left_out))
+        except BadSample as error:
+            raise BadInput(f"{error}: see 'python -m shards verify {public_url(data)}'") from None
+        finally:
+            abandon_record(store, record)
+    return info, left_out
+
+
+def _open_source(data: str, source: ShardInfo) -> int:
+    """Return a descriptor of a shard that features are made of. Raises BadInput when it is not what its manifest says;
+    a remote one is compared when it is fetched."""
+    store = _source(data)
+    if isinstance(store, LocalStore) and sha256_of(store.location(source.name)) != source.sha256:
+        raise BadInput(
+            f"{store.location(source.name)} is not what its manifest says: see 'python -m shards verify {data}'"
+        )
+    return store.open(source)
+
+
+def _finished_record(
+    source: ShardInfo, settings: dict[str, Any], output: FileStore, info: ShardInfo | None, left_out: list[str]
+) -> ledger.Record:
+    """Return the record of a shard that was written, or of which no sample was good, and of the sidecar beside it."""
+    if info is None:
+        return ledger.Record(source.sha256, settings, True, None, left_out)
+    written = {name: value for name, value in asdict(info).items() if name in ledger.WRITTEN}
+    sidecar = index_name(info.name)
+    beside = {"name": sidecar, "samples": info.samples, "sha256": info.index_sha256, "bytes": output.size(sidecar)}
+    return ledger.Record(source.sha256, settings, True, written, left_out, [beside])
+
+
+def is_recorded(output: FileStore, source: ShardInfo, settings: dict[str, Any]) -> bool:
+    """Return whether a shard's record says that it is finished, with these settings; what it tells of is not read.
+
+    Raises BadInput when the record cannot be read."""
+    record = read_record(output, record_name(source.name))
+    return record is not None and record.finished and record.is_of(source.sha256, settings)
+
+
+def finished_shard(output: FileStore, source: ShardInfo, settings: dict[str, Any], skip_bad: bool) -> Made | None:
+    """Return what an earlier run, or another task, wrote for this source with these settings, None when it is to be
+    made.
+
+    A tar or sidecar that was damaged since is named on stdout. Raises MadeOtherwise when the tar was made otherwise,
+    BadInput when a file cannot be read."""
+    record = read_record(output, record_name(source.name))
+    ours = record is not None and record.is_of(source.sha256, settings)
+    is_there = output.size(source.name) is not None
+    if is_there and (not ours or (record is not None and record.left_out and not skip_bad)):
+        how = "was made from other data or with other options" if record else "has no record that is whole"
+        raise MadeOtherwise(
+            f"{output.location(source.name)} {how}: name a new --output, or pass --overwrite to make it anew"
+        )
+    if record is None or not ours or not record.finished or (record.left_out and not skip_bad):
+        return None
+    if record.written is None:
+        return None, record.left_out
+    if is_there and not all(is_whole(output, sidecar) for sidecar in record.beside):
+        sidecar = output.location(index_name(source.name))
+        print(f"{sidecar} is missing or damaged: {source.name} is made anew")
+        return None
+    if not is_done(output, record):
+        if is_there:
+            print(f"{output.location(source.name)} is not what its record says: it is made anew")
+        return None
+    return ShardInfo(**record.written, index_sha256=record.beside[0]["sha256"]), record.left_out
