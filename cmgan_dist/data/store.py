@@ -141,18 +141,19 @@ class FileStore:
         except OSError as error:
             raise self._unreadable(error) from None
 
-    def names(self) -> list[str]:
+    def names(self, below: str = "") -> list[str]:
         """Return the names of all files in the folder and those below it, sorted; [] when there is no folder.
 
-        Raises BadInput when they cannot be listed."""
+        `below`: a folder in it, whose files are listed from there. Raises BadInput when they cannot be listed."""
+        folder = f"{self.path}/{below}" if below else self.path
         try:
             self.filesystem.invalidate_cache()
-            found = self.filesystem.find(self.path)
+            found = self.filesystem.find(folder)
         except FileNotFoundError:
             return []
         except OSError as error:
             raise self._unreadable(error) from None
-        return sorted(path[len(self.path) + 1 :] for path in found)
+        return sorted(path[len(folder) + 1 :] for path in found)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there. Raises BadInput when it cannot be removed."""
