@@ -39,7 +39,9 @@ def main() -> int:
     try:
         config, arguments = parse_arguments(sys.argv[1:])
         if arguments.dry_run:
-            print(to_yaml(config), end="")
+            from cmgan_dist.data.source import public_config
+
+            print(to_yaml(public_config(config)), end="")
             return 0
         check_places(config)
         # after the cheap checks: torch and its friends take seconds to import

@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from cmgan_dist.data.folder import is_plain, walk_files
+from cmgan_dist.data.folder import check_output, is_plain, walk_files
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo, load_manifest, natural_splits
 from cmgan_dist.errors import BadInput, shown
@@ -109,6 +109,7 @@ class IndexCommand:
         that do not fit."""
         if not self.data.is_dir():
             raise BadInput(f"folder {self.data} does not exist")
+        check_output(self.data, MANIFEST_NAME, "folder")
         with owning(self.data, LOCK):
             return self._index()
 

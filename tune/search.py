@@ -27,13 +27,13 @@ from cmgan_dist.config.cli import join_data, parse
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import to_yaml
 from cmgan_dist.config.paths import get_value
-from cmgan_dist.data.source import public_url
+from cmgan_dist.data.source import public_config, public_data, public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main
 from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.ray import start_ray
 from tune.confirm import best_config, confirm, test_scores
-from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base, public_data
+from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base
 from tune.record import VERSION as RECORDS
 from tune.record import Record, read_records
 from tune.report import search_report
@@ -227,7 +227,7 @@ def write_outcome(plan: Plan, outcome: Outcome, slots: int) -> None:
     output.write("report.html", page)
     if outcome.best:
         values = next(t.values for t in trials if t.name == outcome.best)
-        output.write("best.yaml", to_yaml(best_config(plan.config, values, load_base(arguments))))
+        output.write("best.yaml", to_yaml(public_config(best_config(plan.config, values, load_base(arguments)))))
 
 
 def print_outcome(plan: Plan, outcome: Outcome) -> None:

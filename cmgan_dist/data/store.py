@@ -15,7 +15,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cmgan_dist.data.folder import checked_path, read_file
+from cmgan_dist.data.folder import KINDS, check_output, checked_path, read_file
 from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo, manifest_path, read_manifest
 from cmgan_dist.data.source import public_url
 from cmgan_dist.errors import BadInput, BadSample
@@ -106,6 +106,15 @@ class FileStore:
     def location(self, name: str) -> str:
         """Return the file's path or URL, for messages."""
         return f"{public_url(self.url)}/{name}"
+
+    def check_output(self, own: str) -> None:
+        """Raises BadInput as `folder.check_output` does, of a URL too."""
+        if self.local:
+            return check_output(Path(self.path), own, self.flag)
+        for name, kind in KINDS.items():
+            if name != own and self.size(name) is not None:
+                raise BadInput(f"{self.flag} {public_url(self.url)} is {kind}: name another place ({name} lies in it)")
+        return None
 
     def read(self, name: str) -> bytes:
         """Return a whole file. Raises FileNotFoundError when there is none, BadInput when it cannot be read."""

@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cmgan_dist.data.folder import check_output, is_unicode
+from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
@@ -90,8 +90,7 @@ def make_plan(options: EmbedOptions) -> Plan:
     check_source(saved, source)
     parts = source.parts(splits)
     store = FileStore(options.output, "--output")
-    if store.local:
-        check_output(Path(store.path), MANIFEST_NAME)
+    store.check_output(MANIFEST_NAME)
     job = Job(
         run=options.run,
         model=saved.spec.files[MODEL_NAME],
