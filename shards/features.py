@@ -38,6 +38,7 @@ from shards.assemble import assemble, print_summary, write_manifest
 from shards.extract import Extractor, Options, extractor, feature_samples
 from shards.pairs import drawing, missing_val
 from shards.shard_file import has_index, write_shard
+from shards.unfit import warnings_of
 
 Made = tuple[ShardInfo | None, list[str]]
 """What was written for a source (None when no sample was good), and a line for each sample left out."""
@@ -367,6 +368,8 @@ def write_features(command: FeaturesCommand) -> Manifest | None:
     options, processes = choose_options(command, manifest)
     made = extractor(options)
     plan = _Plan(command, manifest, sources, task, options, processes, made, settings_of(made))
+    for line in warnings_of(made.text, command.data, sources):
+        print(f"warning: {line}")
     with owning(plan.output, task.lock("features")):
         return _write_share(plan)
 
