@@ -24,6 +24,7 @@ import errno
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import queue
 import re
@@ -84,6 +85,12 @@ def open_store(
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(cache) if cache else Path(home) / "cmgan_dist" / "shards"
     return CachedStore(source, folder, cache_bytes=cache_bytes)
+
+
+def rounded_up(value: float) -> str:
+    """Return a number above 0 with three digits that is no less."""
+    least = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / least) * least:.3g}"
 
 
 def _drop_locks() -> None:
@@ -193,7 +200,7 @@ class CachedStore(ShardStore):
         if shard.bytes > self.cache_bytes:
             raise BadInput(
                 f"{url} has {shard.bytes} bytes, more than the whole cache of {self.cache_bytes}: "
-                f"set stream.cache_gib to {shard.bytes / 2**30:.3g} or more"
+                f"set stream.cache_gib to {rounded_up(shard.bytes / 2**30)} or more"
             )
         aside = self._aside(shard)
         try:
