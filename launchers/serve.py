@@ -21,7 +21,7 @@ IMAGE_SIZE = 224
 
 @dataclass
 class Arguments:
-    """Serve a search page and a JSON API over INDEX until Ctrl-C or SIGTERM."""
+    """Serve a search page and a JSON API over INDEX until Ctrl-C or SIGTERM; a change of INDEX is served at once."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """Folder of the index."""
@@ -45,9 +45,11 @@ def main() -> None:
     from cmgan_dist.retrieval.index import Index
     from cmgan_dist.retrieval.model import Model
     from cmgan_dist.retrieval.pictures import pictures_by_source
+    from cmgan_dist.retrieval.renewal import Renewal
     from cmgan_dist.retrieval.serve import build_app, serve
     from cmgan_dist.retrieval.upload_decoder import Decoder
 
+    renewal = Renewal(arguments.index, arguments.data)
     index = Index.open(arguments.index)
     saved = index.read_model(arguments.run)
     pictures_of = pictures_by_source(index, arguments.data)
@@ -55,7 +57,8 @@ def main() -> None:
         print("the raw pictures are not here: the page shows texts and keys alone (--data names them)", file=sys.stderr)
     title = arguments.title or arguments.index.resolve().name
     decoder = Decoder(saved.spec.image.image_size or IMAGE_SIZE)
-    app = build_app(index, Model(saved), pictures_of, decoder, title=title, attribution=index.manifest.attribution)
+    attribution = index.manifest.attribution
+    app = build_app(index, Model(saved), pictures_of, decoder, title=title, attribution=attribution, renewal=renewal)
     with listen(arguments.host, arguments.port) as listening:
         decoder.start()
         host, port = listening.getsockname()[:2]

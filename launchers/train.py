@@ -3,7 +3,7 @@
 accelerate launch launchers/train.py --preset openmoji --data DIR --output RUN [--resume auto|never] [overrides]
 
 Overrides: --optim.generator-lr 1e-4 or optim.generator_lr=1e-4.
-Exit codes: 0 done, 2 bad input, 85 saved after a signal.
+Exit codes: 0 done, 2 bad input, 85 saved after a signal, or nothing to save yet.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from cmgan_dist.config.cli import log_to_stderr, parse_arguments
-from cmgan_dist.config.load import check_places, to_yaml
 from cmgan_dist.errors import EXIT_DONE, BadInput, run_main
+from cmgan_dist.jobs.startup import end_at_signals
 
 if TYPE_CHECKING:  # torch takes seconds to import: first come the cheap checks
     from cmgan_dist.training.run import Run
@@ -35,11 +34,17 @@ def train_and_report(run: Run) -> int:
 
 
 def main() -> int:
+    end_at_signals()
+    from cmgan_dist.config.cli import log_to_stderr, parse_arguments
+    from cmgan_dist.config.load import check_places, to_yaml
+
     log_to_stderr()
     try:
         config, arguments = parse_arguments(sys.argv[1:])
         if arguments.dry_run:
-            print(to_yaml(config), end="")
+            from cmgan_dist.data.source import public_config
+
+            print(to_yaml(public_config(config)), end="")
             return 0
         check_places(config)
         # after the cheap checks: torch and its friends take seconds to import

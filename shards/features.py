@@ -11,14 +11,12 @@ import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from cmgan_dist.config.fields import Pool
 from cmgan_dist.config.paths import find_setting
-from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
@@ -38,6 +36,7 @@ from shards.extract import Extractor, Options, extractor
 from shards.feature_shard import Made, MadeOtherwise, finished_shard, is_recorded, make_shard, record_name
 from shards.pairs import drawing, missing_val
 from shards.shard_file import tar_names
+from shards.unfit import warnings_of
 
 
 @dataclass
@@ -184,8 +183,7 @@ def details_of(made: Extractor, settings: dict[str, Any]) -> dict[str, Any]:
 def _sources(command: FeaturesCommand, data: ShardStore, manifest: Manifest) -> list[ShardInfo]:
     """Return the shards of a data set. Raises BadInput when one is missing, or the output is the data set itself."""
     output = FileStore(command.output, "--output")
-    if output.local:
-        check_output(Path(output.path), MANIFEST_NAME)
+    output.check_output(MANIFEST_NAME)
     if _real(command.output) == _real(command.data):
         raise BadInput(f"--output {public_url(command.output)} is the data set itself: name another place")
     sources = [shard for shards in manifest.splits.values() for shard in shards]
@@ -292,6 +290,8 @@ def write_features(command: FeaturesCommand) -> Manifest | None:
     made = extractor(dataclasses.replace(options, device="cpu") if share.cluster else options)
     output = FileStore(command.output, "--output")
     plan = _Plan(command, manifest, sources, task, options, share, made, settings_of(made), output)
+    for line in warnings_of(made.text, data, sources):
+        print(f"warning: {line}")
     with owning_output(output, task.lock("features")):
         return _write_share(plan)
 

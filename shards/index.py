@@ -113,6 +113,7 @@ class IndexCommand:
         store = FileStore(self.data, "DIR")
         if store.local and not Path(store.path).is_dir():
             raise BadInput(f"folder {self.place} does not exist")
+        store.check_output(MANIFEST_NAME)
         with owning_output(store, LOCK):
             return self._index(store)
 

@@ -51,6 +51,9 @@ class SampleFacts:
     """Width and height in pixels, when the image was decoded."""
     caption_lengths: list[tuple[int, int]] = field(default_factory=list)
     """(characters, words) of each text; words as the model's vocabulary counts them."""
+    text_digests: list[bytes] = field(default_factory=list)
+    """Of the words of each text, whatever their case, accents' form and punctuation; of feature values where it has
+    such."""
 
 
 @dataclass
@@ -140,8 +143,17 @@ def _measure(sample: Sample, facts: SampleFacts) -> None:
         facts.image_digest = hashlib.sha256(sample.image).digest()
     if isinstance(sample.texts, np.ndarray):
         facts.text_dim = sample.texts.shape[1]
+        facts.text_digests = [_digest(row.tobytes()) for row in sample.texts]
     else:
-        facts.caption_lengths = [(len(text), len(split_words(text))) for text in sample.texts]
+        words = [split_words(text) for text in sample.texts]
+        facts.caption_lengths = [(len(text), len(found)) for text, found in zip(sample.texts, words, strict=True)]
+        facts.text_digests = [
+            _digest((" ".join(found) or text.strip()).encode()) for text, found in zip(sample.texts, words, strict=True)
+        ]
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:16]
 
 
 def _rest(reader: _HashingReader, name: str, end: int) -> str:

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from cmgan_dist.data.folder import open_regular
+from cmgan_dist.data.folder import check_output, open_regular
 from cmgan_dist.data.judge import Judge
-from cmgan_dist.data.manifest import Manifest, ShardInfo, load_manifest
+from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
 from cmgan_dist.data.sample import Sample
 from cmgan_dist.data.tar import iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample, shown
@@ -181,6 +181,7 @@ def split(command: SplitCommand) -> Manifest:
         raise BadInput(f"{command.data} has no split '{TRAIN}' to draw from: it has {', '.join(manifest.splits)}")
     if output.resolve() == command.data.resolve():
         raise BadInput(f"--output {output} is the data set itself: name another folder")
+    check_output(output, MANIFEST_NAME)
     if command.shard_samples < 1:
         raise BadInput(f"--shard-samples is {command.shard_samples}: it must be at least 1")
     val, test = split_shares(command.val, command.test, manifest.splits)

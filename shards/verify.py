@@ -89,7 +89,9 @@ def verify(data: Path, *, decode: bool = True, processes: int | None = None) -> 
                 report.problems.append(f"{shard.name}: {_sample_problem(facts)}")
     report.samples = sum(len(scan.samples) for scan in scans)
     report.shards = len(scans)
-    _find_duplicates([(split, scan) for (split, _), scan in zip(present, scans, strict=True)], report)
+    of_splits = [(split, scan) for (split, _), scan in zip(present, scans, strict=True)]
+    _find_duplicates(of_splits, report)
+    report.warnings += _shared_texts(of_splits)
     return report
 
 
@@ -155,3 +157,19 @@ def _find_duplicates(scans: list[tuple[str, ShardScan]], report: Report) -> None
                 where = "across splits" if across else "within a split"
                 line = f"the same {what} {where}: {', '.join(place for _, place in same)}"
                 (report.problems if across else report.warnings).append(line)
+
+
+def _shared_texts(scans: list[tuple[str, ShardScan]]) -> Iterator[str]:
+    """Give a line for each two splits of which samples have an equal text: results are better than on new texts."""
+    first: dict[bytes, tuple[str, str]] = {}
+    shared: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for split, scan in scans:
+        for facts in scan.samples:
+            found = [first.setdefault(digest, (split, facts.key)) for digest in facts.text_digests]
+            for other, key in {place[0]: place for place in found if place[0] != split}.values():
+                shared[split, other].append((facts.key, key))
+    for (split, other), keys in shared.items():
+        yield (
+            f"{len(keys)} samples of split '{split}' have a text that split '{other}' has too, but for case and "
+            f"punctuation; the first is {keys[0][0]}, as {keys[0][1]}: 'python -m shards split' draws splits without"
+        )

@@ -10,35 +10,43 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.config.paths import with_values
 from cmgan_dist.data.store import FileStore
 from tune.options import Arguments
+from tune.record import Record, read_records
 from tune.results import Confirmed
-from tune.tuner import INTERRUPT, run_tuner
+from tune.space import Space
+from tune.tuner import INTERRUPT, make_trainable, run_tuner
 
 
 def confirm(
-    arguments: Arguments, config: Config, output: FileStore, trainable: Any, settings: list[tuple[str, dict[str, Any]]]
-) -> tuple[list[Confirmed], dict[str, list[Any]], bool]:
+    arguments: Arguments, config: Config, space: Space, output: FileStore, settings: list[tuple[str, dict[str, Any]]]
+) -> tuple[list[Confirmed], dict[str, list[Record]], bool]:
     """Train each (name, values) of `settings` from --confirm new seeds.
 
-    Returns the settings with their scores, best mean first, Tune's results of the runs that ended by the name of the
-    setting, and whether it was interrupted; then there are neither settings nor results."""
+    Returns the settings with their scores, best mean first, the records of the runs that ended by the name of the
+    setting, and whether it was interrupted; then there are neither settings nor records."""
     from ray.tune import grid_search
 
     seeds = [config.train.seed + 1 + k for k in range(arguments.confirm)]
     runs = [(name, values | {"train.seed": seed}) for name, values in settings for seed in seeds]
+    known = {number: record for number, record in read_records(output, "confirm").items() if number < len(runs)}
+    for number, record in list(known.items()):
+        if record.values != runs[number][1]:  # others were the best when it was trained
+            del known[number]
+    left = [number for number in range(len(runs)) if number not in known or not known[number].finished]
     concurrent = {"max_concurrent_trials": arguments.concurrent} if arguments.concurrent else {}
-    space = {"values": grid_search([values for _, values in runs])}
-    pairs = run_tuner("confirm", output, trainable, concurrent, space, len(runs), arguments.checkpoint_every)
+    trainable = make_trainable(config, arguments, space, output, known)
+    param_space = {"values": grid_search([runs[number][1] for number in left])}
+    run_tuner("confirm", output, trainable, concurrent, param_space, left, known, arguments.checkpoint_every)
     if INTERRUPT.seen:
         return [], {}, True
-    results: dict[str, list[Any]] = {name: [] for name, _ in settings}
+    records: dict[str, list[Record]] = {name: [] for name, _ in settings}
     scores: dict[str, list[float]] = {name: [] for name, _ in settings}
-    for (name, expected), (trial, result) in zip(runs, pairs, strict=True):
-        assert trial.config["values"] == expected
-        ended = trial.status == "TERMINATED"
-        scores[name].append(float(trial.last_result["best"]) if ended else 0.0)
-        results[name] += [result] if ended else []
-    confirmed = [Confirmed(n, values, scores[n], [r.checkpoint.path for r in results[n]]) for n, values in settings]
-    return sorted(confirmed, key=lambda c: -c.mean), results, False
+    for number, (name, _) in enumerate(runs):
+        ended = number in known and known[number].finished and not known[number].failed
+        scores[name].append(known[number].last["best"] if ended else 0.0)
+        records[name] += [known[number]] if ended else []
+    places = {name: [f"{output.path}/{record.checkpoint}" for record in found] for name, found in records.items()}
+    confirmed = [Confirmed(name, values, scores[name], places[name]) for name, values in settings]
+    return sorted(confirmed, key=lambda c: -c.mean), records, False
 
 
 def test_scores(runs: list[Path], split: str) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cmgan_dist.config.fields import DATA_SEPARATOR, Config
 from cmgan_dist.config.load import load_config, validate
 from cmgan_dist.config.presets import preset
-from cmgan_dist.data.source import public_url
+from cmgan_dist.data.source import public_data, public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_json
@@ -157,18 +157,15 @@ def load_base(arguments: Arguments) -> Config:
     return load_config(arguments.config) if arguments.config else preset(arguments.preset)
 
 
-def public_data(data: str) -> str:
-    """Return a config's data, URLs without what is secret in them."""
-    return DATA_SEPARATOR.join(map(public_url, data.split(DATA_SEPARATOR)))
-
-
 def check_resume(output: FileStore, identity: dict[str, Any], arguments: Arguments) -> bool:
     """Return whether --output holds a search; `identity` says of this one what --resume must find as it was.
 
-    Raises BadInput when it holds one and --resume is not given, or that one is another search or damaged."""
+    Raises BadInput when it holds one and --resume is not given, that one is another search or damaged, or it holds
+    something else."""
     try:
         text = output.read("search.json")
     except FileNotFoundError:
+        output.check_output("search.json")
         return False
     place, now = public_url(output.url), json.loads(json.dumps(identity))
     try:

@@ -12,10 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class ProgressCallback(Callback):
     """Prints the progress of an experiment on stderr; it holds numbers only, for Tune pickles it with the search."""
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str, total: int, ended: int) -> None:
+        """`ended`: trials, of `total`, that had ended before."""
         self.title, self.total = title, total
         self.best, self.best_trial = 0.0, ""
-        self.ended = self.failed = 0
+        self.ended, self.failed = ended, 0
         self.bar: Progress | None = None
 
     def setup(

@@ -3,7 +3,8 @@
     python tune/search.py --preset openmoji --data DIR --output SEARCH --trials 40 [--confirm 5]
 
 Validation decides; the test split is read once, at the end, for the best setting alone. Writes SEARCH/best.yaml (for
-launchers/train.py --config), SEARCH/report.html, SEARCH/trials.json, and Tune's own folders for TensorBoard.
+launchers/train.py --config), SEARCH/report.html, SEARCH/trials.json, SEARCH/records, from which --resume goes on, and
+Tune's own folders for TensorBoard.
 Exit codes: 0 done, 2 bad input, 85 interrupted: the same command with --resume goes on.
 """
 
@@ -26,24 +27,28 @@ from cmgan_dist.config.cli import join_data, parse
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import to_yaml
 from cmgan_dist.config.paths import get_value
-from cmgan_dist.data.source import public_url
+from cmgan_dist.data.source import public_config, public_data, public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main
 from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.ray import start_ray
 from tune.confirm import best_config, confirm, test_scores
-from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base, public_data
+from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base
+from tune.record import VERSION as RECORDS
+from tune.record import Record, read_records
 from tune.report import search_report
 from tune.results import Confirmed, TrialResult, importance, ranked, show_mean, show_table, trials_json
-from tune.space import Space, check_space, domains, load_space, outside_of
+from tune.space import Space, check_space, domains, draw_settings, load_space, outside_of
 from tune.tuner import (
     INTERRUPT,
+    KEPT,
     KEPT_FOR_CLONES,
-    make_algorithm,
+    make_scheduler,
+    make_search,
     make_trainable,
     prepare_tune,
+    run_of,
     run_tuner,
-    trial_result,
     trials_at_a_time,
 )
 
@@ -76,8 +81,8 @@ class Outcome:
     """What a search has found so far."""
 
     trials: list[TrialResult]
-    runs: dict[str, list[Any]]
-    """Tune's results by the name of a setting: those of its confirming runs, else that of its trial."""
+    runs: dict[str, list[Record]]
+    """Records by the name of a setting: those of its confirming runs, else that of its trial."""
     seconds: float
     """Time that the trials took together, confirmation left out."""
     interrupted: bool
@@ -116,6 +121,7 @@ def make_plan(arguments: Arguments) -> Plan:
     space = check_space(load_space(arguments.space), config)
     output = FileStore(arguments.output, "--output")
     identity = {name: getattr(arguments, name) for name in SAME} | {"data": public_data(config.data), "space": space}
+    identity["records"] = RECORDS
     resumed = check_resume(output, identity, arguments)
     validations = check_data(config, arguments.test_split if arguments.test else "")
     start = {path: get_value(config, path) for path in space}
@@ -130,10 +136,9 @@ def run_search(plan: Plan) -> int:
     slots = trials_at_a_time(arguments)
     log.info("%d trials of up to %d validations, %d at a time", arguments.trials, plan.validations, slots)
     plan.output.write("search.json", json.dumps(plan.identity, indent=1) + "\n")
-    trainable = make_trainable(plan.config, arguments, plan.space)
-    outcome = try_settings(plan, trainable)
+    outcome = try_settings(plan)
     if arguments.confirm and not outcome.interrupted:
-        confirm_best(plan, trainable, outcome)
+        confirm_best(plan, outcome)
     if outcome.best and not outcome.interrupted:
         keep_best(plan, outcome)
     write_outcome(plan, outcome, slots)
@@ -141,46 +146,61 @@ def run_search(plan: Plan) -> int:
     return EXIT_SIGNALLED if outcome.interrupted else EXIT_DONE
 
 
-def try_settings(plan: Plan, trainable: Any) -> Outcome:
+def try_settings(plan: Plan) -> Outcome:
     """Run the trials, the preset first. Raises BadInput when every one has failed."""
-    arguments, space = plan.arguments, plan.space
+    space = plan.space
     if outside := outside_of(space, plan.start):
         log.info("the first trial is the preset, although its %s is outside the search space", ", ".join(outside))
-    algorithm, scheduler = make_algorithm(space, arguments, plan.validations, plan.start)
-    settings: dict[str, Any] = {"search_alg": algorithm, "scheduler": scheduler, "num_samples": arguments.trials}
-    if arguments.concurrent and arguments.algorithm.startswith("optuna"):
-        settings["max_concurrent_trials"] = arguments.concurrent
-    settings |= {"time_budget_s": arguments.time_budget_s} if arguments.time_budget_s else {}
-    param_space = {} if arguments.algorithm.startswith("optuna") else domains(space)
-    keep = KEPT_FOR_CLONES if arguments.algorithm == "pbt" else 1
+    known = read_records(plan.output, "search")
     begun = time.monotonic()
-    pairs = run_tuner(
-        "search", plan.output, trainable, settings, param_space, arguments.trials, arguments.checkpoint_every, keep
-    )
+    run_trials(plan, known)
     seconds = time.monotonic() - begun
-    names = ["preset" if i == 0 else str(i) for i in range(len(pairs))]
-    trials = [trial_result(name, *pair, plan.validations) for name, pair in zip(names, pairs, strict=True)]
+    names = {number: "preset" if number == 0 else str(number) for number in sorted(known)}
+    trials = [known[number].result(name, plan.validations) for number, name in names.items()]
     if not ranked(trials) and not INTERRUPT.seen:
         reasons = [t.failed for t in trials if t.failed]
         raise BadInput(f"every trial failed, the first with: {reasons[0] if reasons else 'no validation'}")
-    runs = {name: [result] for name, (_, result) in zip(names, pairs, strict=True)}
+    runs = {name: [known[number]] for number, name in names.items()}
     return Outcome(trials, runs, seconds, INTERRUPT.seen)
 
 
-def confirm_best(plan: Plan, trainable: Any, outcome: Outcome) -> None:
+def run_trials(plan: Plan, known: dict[int, Record]) -> None:
+    """Run the trials that are not `known` to have ended; then all that they came to is known."""
+    arguments, space = plan.arguments, plan.space
+    drawn = draw_settings(space, arguments.trials, arguments.seed, plan.start)
+    numbers = [number for number in range(arguments.trials) if number not in known or not known[number].finished]
+    free = arguments.algorithm.startswith("optuna")  # it chooses settings by what the others came to
+    if free:
+        numbers.sort(key=lambda number: number not in known)
+    given = [known[n].values if n in known else drawn[n] for n in numbers if n in known or n == 0 or not free]
+    settings: dict[str, Any] = {"search_alg": make_search(space, arguments, known, given), "num_samples": len(numbers)}
+    settings["scheduler"] = make_scheduler(space, arguments, plan.validations, known)
+    settings |= {"max_concurrent_trials": arguments.concurrent} if arguments.concurrent and free else {}
+    settings |= {"time_budget_s": arguments.time_budget_s} if arguments.time_budget_s else {}
+    trainable = make_trainable(plan.config, arguments, space, plan.output, known)
+    keep = KEPT_FOR_CLONES if arguments.algorithm == "pbt" else KEPT
+    param_space = {} if free else domains(space)
+    every = arguments.checkpoint_every
+    run_tuner("search", plan.output, trainable, settings, param_space, numbers, known, every, keep)
+
+
+def confirm_best(plan: Plan, outcome: Outcome) -> None:
     """Train the best settings and the preset again from new seeds, and note how they did."""
     chosen = [(t.name, t.values) for t in ranked(outcome.trials)[: plan.arguments.confirm_top]]
     if "preset" not in dict(chosen):
         chosen.append(("preset", plan.start))
-    outcome.confirmed, runs, outcome.interrupted = confirm(plan.arguments, plan.config, plan.output, trainable, chosen)
-    outcome.runs |= {name: results for name, results in runs.items() if results}
+    confirmed = confirm(plan.arguments, plan.config, plan.space, plan.output, chosen)
+    outcome.confirmed, runs, outcome.interrupted = confirmed
+    outcome.runs |= {name: records for name, records in runs.items() if records}
 
 
 def keep_best(plan: Plan, outcome: Outcome) -> None:
     """Copy the best run to OUTPUT/best and, unless --no-test is given, read the test split for it."""
-    runs = outcome.runs[outcome.best]
+    runs = [record for record in outcome.runs[outcome.best] if record.checkpoint]
+    if not runs:
+        return
     with contextlib.ExitStack() as stack:  # of a remote output, local copies
-        folders = [Path(stack.enter_context(run.checkpoint.as_directory())) for run in runs]
+        folders = [stack.enter_context(run_of(plan.output, run)) for run in runs]
         plan.output.put(folders[0], "best")
         if plan.arguments.test:
             scores = test_scores(folders, plan.arguments.test_split)
@@ -207,7 +227,7 @@ def write_outcome(plan: Plan, outcome: Outcome, slots: int) -> None:
     output.write("report.html", page)
     if outcome.best:
         values = next(t.values for t in trials if t.name == outcome.best)
-        output.write("best.yaml", to_yaml(best_config(plan.config, values, load_base(arguments))))
+        output.write("best.yaml", to_yaml(public_config(best_config(plan.config, values, load_base(arguments)))))
 
 
 def print_outcome(plan: Plan, outcome: Outcome) -> None:

@@ -150,3 +150,17 @@ def domains(space: Space) -> dict[str, Any]:
             {"log": loguniform, "uniform": uniform}[name](low, high) if name != "int" else randint(low, high + 1)
         )
     return out
+
+
+def draw_settings(space: Space, count: int, seed: int, start: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return `count` settings: `start`, and others that are drawn from the space, the same for the same seed."""
+    import numpy as np
+
+    draw, drawn = np.random.RandomState(seed), domains(space)
+    others = [{path: domain.sample(random_state=draw) for path, domain in drawn.items()} for _ in range(count - 1)]
+    return [start, *(_plain(values) for values in others)]
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values as JSON has them: numpy's numbers as Python's."""
+    return {path: value.item() if hasattr(value, "item") else value for path, value in values.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.tune import Trainable
+from ray.tune import Checkpoint, Trainable
 
 from cmgan_dist.config.load import from_yaml, to_yaml
 from cmgan_dist.config.paths import with_values
@@ -26,6 +26,16 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def setting_key(values: dict[str, Any]) -> str:
+    """Return a text that is the same for the same values by config path."""
+    return json.dumps(values, sort_keys=True)
+
+
+def _copy_run(source: str | Path, target: str | Path) -> None:
+    """Copy a run without the pickle by which Ray would know a checkpoint of another kind, and read it."""
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.pkl"))
 
 
 class Server:
@@ -79,12 +89,16 @@ class Trial(Trainable):
         processes: int = 1,
         threads: int = 1,
         may_change: tuple[str, ...] = (),
+        starts: dict[str, str] | None = None,
+        filesystem: Any = None,
     ) -> None:
         """Get ready for a trial: `config` holds its values, the rest is what all trials share.
 
         `base` is a config in YAML, `threads` those of each process, `may_change` the fields that a run may resume with
-        another value of."""
+        another value of, `starts` the checkpoints of an earlier start by `setting_key`, in `filesystem` (None: this
+        machine's)."""
         self.base, self.processes, self.threads, self.may_change = base, processes, threads, may_change
+        self.starts, self.filesystem = starts or {}, filesystem
         self.server: Server | None = None
         self._begin(config)
 
@@ -92,8 +106,11 @@ class Trial(Trainable):
         self.values: dict[str, Any] = config.get("values", config)
         self.folder = Path(self.logdir) / "run"
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        self.running = False
+        self.running, self.validation = False, 0
+        if start := self.starts.get(setting_key(self.values)):
+            with Checkpoint(start, self.filesystem).as_directory() as checkpoint:
+                _copy_run(checkpoint, self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def step(self) -> dict[str, Any]:
         """Train up to the next validation and return what it reports. Raises RuntimeError when the process has died."""
@@ -116,13 +133,14 @@ class Trial(Trainable):
                 failed, message = message["failed"], self.server.read()
             self.running = False
             nothing = dict.fromkeys(("score", "best", "image_to_text", "text_to_image"), 0.0)
-            return {**nothing, "failed": failed, "samples": 0, "epoch": 0.0, "done": True, **cost}
+            nothing |= {"samples": 0, "epoch": 0.0, "validation": self.validation + 1}
+            return {**nothing, "failed": failed, "done": True, **cost}
         if "ended" in message:
             self.running = False
             log = self.folder / "train.log"
             last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
             raise RuntimeError(f"the training process ended with {message['ended']}: {' '.join(last)}")
-        done = message.pop("last")
+        done, self.validation = message.pop("last"), message["validation"]
         return {**message, "failed": "", "done": done, **cost}
 
     def _stop(self) -> None:
@@ -139,13 +157,13 @@ class Trial(Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Copy RUN to `checkpoint_dir`."""
-        shutil.copytree(self.folder, checkpoint_dir, dirs_exist_ok=True)
+        _copy_run(self.folder, checkpoint_dir)
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | str | None) -> None:
         """Put the folder `checkpoint` in the place of RUN, from which the next step goes on."""
         self._stop()
         shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.copytree(str(checkpoint), self.folder)
+        _copy_run(str(checkpoint), self.folder)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another trial in the same process of Ray."""

@@ -1,13 +1,18 @@
-"""One experiment of Ray Tune: what it trains, how settings are chosen, its run, and the result of each trial."""
+"""One experiment of Ray Tune: what it trains, how settings are chosen, and its run."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from cmgan_dist.config.fields import Config
@@ -16,15 +21,15 @@ from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs.ray import resources
 from tune.options import Arguments
-from tune.results import ENDED, FAILED, STOPPED, UNFINISHED, TrialResult
-from tune.space import Space, clip, domains, mutable
+from tune.record import Record, Recorder
+from tune.space import Space, clip, domains, mutable, outside_of
 
 MOST_FAILURES = 3
 """Times that a trial whose process died is started again from its last checkpoint."""
 WAITING = ("hyperband", "pbt")
 """Algorithms whose trials are paused until others have come as far."""
-KEPT_FOR_CLONES = 4
-"""Checkpoints of a trial under PBT: one may be cloned while the next are written."""
+KEPT, KEPT_FOR_CLONES = 2, 4
+"""Checkpoints of a trial: its record names one while the next is written; under PBT one may be cloned meanwhile."""
 
 
 def prepare_tune() -> None:
@@ -32,8 +37,6 @@ def prepare_tune() -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # see Interrupt
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # trials that have not begun
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a killed driver forgets
-    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")  # it is a few kB
 
 
 def trials_at_a_time(arguments: Arguments) -> int:
@@ -50,11 +53,17 @@ def trials_at_a_time(arguments: Arguments) -> int:
     return min(fit, arguments.concurrent or fit)
 
 
-def make_trainable(config: Config, arguments: Arguments, space: Space) -> Any:
-    """Return what Tune trains: `Trial` with the shared config and the resources of each trial."""
+def make_trainable(
+    config: Config, arguments: Arguments, space: Space, output: FileStore, known: dict[int, Record]
+) -> Any:
+    """Return what Tune trains: `Trial` with the shared config and the resources of each trial.
+
+    `known`: what was trained before, from whose checkpoints in `output` its trials go on."""
     from ray.tune import with_parameters, with_resources
 
-    from tune.trial import Trial
+    from tune.trial import Trial, setting_key
+
+    left = [record for record in known.values() if record.checkpoint and not record.finished]
 
     trainable = with_parameters(
         Trial,
@@ -62,6 +71,8 @@ def make_trainable(config: Config, arguments: Arguments, space: Space) -> Any:
         processes=arguments.processes,
         threads=config.train.threads,
         may_change=tuple(filter(mutable, space)) if arguments.algorithm == "pbt" else (),
+        starts={setting_key(record.values): f"{output.path}/{record.checkpoint}" for record in left},
+        filesystem=ray_filesystem(output),
     )
     return with_resources(trainable, {"cpu": cpus_of_trial(arguments, resources()[0]), "gpu": arguments.gpus})
 
@@ -75,62 +86,84 @@ def cpus_of_trial(arguments: Arguments, total: float) -> float:
     return max(arguments.cpus, total / arguments.concurrent)
 
 
-def make_algorithm(space: Space, arguments: Arguments, validations: int, start: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the search algorithm and the scheduler of --algorithm.
-
-    `validations` is their number in a whole trial, `start` the setting of the first trial. Raises BadInput for pbt when
-    the space holds nothing that can change during training."""
-    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining
+def make_search(space: Space, arguments: Arguments, known: dict[int, Record], settings: list[dict[str, Any]]) -> Any:
+    """Return the search algorithm of --algorithm, which tries `settings` first; for optuna others follow, of which it
+    is told what is known."""
     from ray.tune.search import BasicVariantGenerator
 
     name = arguments.algorithm
-    if name.startswith("optuna"):
-        from ray.tune.search.optuna import OptunaSearch
-
-        both = name == "optuna-both"
-        search: Any = OptunaSearch(
-            space=OptunaSearch.convert_search_space(domains(space)),
-            metric=["image_to_text", "text_to_image"] if both else "best",
-            mode=["max", "max"] if both else "max",
-            points_to_evaluate=[start],
-            seed=arguments.seed,
-        )
-    else:
+    if not name.startswith("optuna"):
         most = 0 if name in WAITING else arguments.concurrent
-        search = BasicVariantGenerator(points_to_evaluate=[start], random_state=arguments.seed, max_concurrent=most)
-    unit: dict[str, Any] = {"time_attr": "training_iteration"}  # one validation
-    scheduler: Any
+        return BasicVariantGenerator(points_to_evaluate=settings, random_state=arguments.seed, max_concurrent=most)
+    from ray.tune.search.optuna import OptunaSearch
+
+    both = name == "optuna-both"
+    search: Any = OptunaSearch(
+        space=OptunaSearch.convert_search_space(domains(space)),
+        metric=["image_to_text", "text_to_image"] if both else "best",
+        mode=["max", "max"] if both else "max",
+        points_to_evaluate=settings,
+        seed=arguments.seed + len(known),  # else it would draw once more what it has drawn
+    )
+    _tell_optuna(search, space, [record for record in known.values() if record.finished and not record.failed], both)
+    return search
+
+
+def _tell_optuna(search: Any, space: Space, records: list[Record], both: bool) -> None:
+    """Tell a search by optuna what trials have come to; a setting outside the space cannot be told."""
+    import optuna
+
+    for record in records:
+        last = record.last
+        if not outside_of(space, record.values):
+            scores = [last["image_to_text"], last["text_to_image"]] if both else [last["best"]]
+            told = optuna.trial.create_trial(values=scores, params=record.values, distributions=search._space)
+            search._ot_study.add_trial(told)
+
+
+def make_scheduler(space: Space, arguments: Arguments, validations: int, known: dict[int, Record]) -> Any:
+    """Return the scheduler of --algorithm, which has seen the trials that are `known` to have ended.
+
+    `validations` is their number in a whole trial. Raises BadInput for pbt when the space holds nothing that can change
+    during training."""
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining
+
+    name = arguments.algorithm
+    common: dict[str, Any] = {"time_attr": "validation", "metric": "best", "mode": "max"}
     if name == "random":
-        scheduler = FIFOScheduler()
-    elif name == "hyperband":
-        scheduler = HyperBandScheduler(**unit, max_t=validations, reduction_factor=arguments.reduction)
-    elif name == "pbt":
+        return FIFOScheduler()
+    if name == "hyperband":
+        return HyperBandScheduler(**common, max_t=validations, reduction_factor=arguments.reduction)
+    if name == "pbt":
         changing = {p: d for p, d in domains(space).items() if mutable(p)}
         if not changing:
             raise BadInput("--algorithm pbt mutates loss weights, rates and dropout: the search space has none of them")
-        scheduler = PopulationBasedTraining(
-            **unit,
+        return PopulationBasedTraining(
+            **common,
             perturbation_interval=arguments.grace,
             hyperparam_mutations=changing,
             custom_explore_fn=lambda values: clip(space, values),
         )
-    else:
-        scheduler = AsyncHyperBandScheduler(
-            **unit,
-            max_t=validations,
-            grace_period=min(arguments.grace, validations),
-            reduction_factor=arguments.reduction,
-        )
-    return search, scheduler
+    grace = min(arguments.grace, validations)
+    scheduler = AsyncHyperBandScheduler(
+        **common, max_t=validations, grace_period=grace, reduction_factor=arguments.reduction
+    )
+    for record in known.values():
+        if record.finished and not record.failed:
+            trial = SimpleNamespace(trial_id=f"known {record.number}")
+            scheduler.on_trial_add(None, trial)
+            for row in record.validations:
+                scheduler.on_trial_result(None, trial, row)
+    return scheduler
 
 
-def ray_filesystem(output: FileStore) -> dict[str, Any]:
-    """Return the argument that gives Ray Tune the file system of OUTPUT; none where it is local."""
+def ray_filesystem(output: FileStore) -> Any:
+    """Return the file system of OUTPUT for Ray Tune, None where it is local."""
     if output.local:
-        return {}
+        return None
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    return {"storage_filesystem": PyFileSystem(FSSpecHandler(output.filesystem))}
+    return PyFileSystem(FSSpecHandler(output.filesystem))
 
 
 def run_tuner(
@@ -139,46 +172,58 @@ def run_tuner(
     trainable: Any,
     settings: dict[str, Any],
     param_space: dict[str, Any],
-    total: int,
+    numbers: list[int],
+    known: dict[int, Record],
     checkpoint_every: int,
-    keep: int = 1,
-) -> list[tuple[Any, Any]]:
-    """Run, or go on with, the experiment OUTPUT/`name`.
+    keep: int = KEPT,
+) -> None:
+    """Run the trials with these `numbers` of the experiment `name`, which Tune makes in this order.
 
-    Returns (Tune's trial, its result) in the order in which the trials were made. `settings` are those of a TuneConfig;
-    `total` trials are expected. A checkpoint is written every `checkpoint_every` validations; the last `keep` stay."""
+    `known` is what is known of all its trials, and holds more at the end. `settings` are those of a TuneConfig. A
+    checkpoint is written every `checkpoint_every` validations; the last `keep` stay."""
     from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 
     from tune.progress import ProgressCallback
 
-    filesystem = ray_filesystem(output)
-    experiment = f"{output.path}/{name}"
-    if Tuner.can_restore(experiment, **filesystem):
-        tuner = Tuner.restore(experiment, trainable, param_space=param_space, **filesystem)
-    else:
-        tuner = Tuner(
-            trainable,
-            param_space=param_space,
-            tune_config=TuneConfig(
-                metric="best", mode="max", reuse_actors=True, trial_dirname_creator=lambda t: t.trial_id, **settings
+    if not numbers:
+        return
+    filesystem, end = ray_filesystem(output), time.monotonic() + settings.get("time_budget_s", math.inf)
+    ended = sum(record.finished for record in known.values())
+    recorder = Recorder(output, name, numbers, known, lambda: INTERRUPT.seen or time.monotonic() >= end)
+    tuner = Tuner(
+        trainable,
+        param_space=param_space,
+        tune_config=TuneConfig(reuse_actors=True, trial_dirname_creator=lambda t: t.trial_id, **settings),
+        run_config=RunConfig(
+            name=_unused(output, name),
+            storage_path=output.path,
+            storage_filesystem=filesystem,
+            verbose=0,
+            callbacks=[ProgressCallback(name, ended + len(numbers), ended), recorder],
+            failure_config=FailureConfig(max_failures=MOST_FAILURES),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=keep, checkpoint_frequency=checkpoint_every, checkpoint_at_end=True
             ),
-            run_config=RunConfig(
-                name=name,
-                storage_path=output.path,
-                **filesystem,
-                verbose=0,
-                callbacks=[ProgressCallback(name, total)],
-                failure_config=FailureConfig(max_failures=MOST_FAILURES),
-                checkpoint_config=CheckpointConfig(
-                    num_to_keep=keep, checkpoint_frequency=checkpoint_every, checkpoint_at_end=True
-                ),
-            ),
-        )
+        ),
+    )
     with INTERRUPT.watching():
-        grid = tuner.fit()
-    # A result does not say if it is final: its trial does. A restored run has them in another order.
-    pairs = list(zip(grid._experiment_analysis.trials, [grid[i] for i in range(len(grid))], strict=True))
-    return sorted(pairs, key=lambda pair: int(pair[0].experiment_tag.partition("_")[0]))
+        tuner.fit()
+
+
+def _unused(output: FileStore, name: str) -> str:
+    """Return a name for Tune's own folder in OUTPUT that no start before has used: NAME, NAME-2, ..."""
+    names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
+    return next(each for each in names if not output.filesystem.exists(f"{output.path}/{each}"))
+
+
+@contextlib.contextmanager
+def run_of(output: FileStore, record: Record) -> Iterator[Path]:
+    """Give the folder of a trial's run; of a remote output, a copy."""
+    from ray.tune import Checkpoint
+
+    path, filesystem = f"{output.path}/{record.checkpoint}", ray_filesystem(output)
+    with contextlib.nullcontext(path) if output.local else Checkpoint(path, filesystem).as_directory() as folder:
+        yield Path(folder)
 
 
 class Interrupt:
@@ -214,28 +259,3 @@ class Interrupt:
 
 INTERRUPT = Interrupt()
 """That of this process: a signal ends the experiment that runs, and those that would follow."""
-
-
-def trial_result(name: str, trial: Any, result: Any, validations: int) -> TrialResult:
-    """Return what is kept of Tune's `trial` and its `result`; a whole trial has so many `validations`."""
-    values = dict(trial.config.get("values", trial.config))
-    last = trial.last_result or {}
-    rows = result.metrics_dataframe
-    kept = TrialResult(name, values, UNFINISHED, node=str(last.get("node", ""))[:8])
-    if rows is not None and len(rows):
-        kept.seconds, kept.step_seconds = float(rows["time_this_iter_s"].sum()), float(rows["step_s"].sum())
-        rows = rows.drop_duplicates("training_iteration", keep="last")  # what was lost in a crash and done again
-        if not last.get("failed"):
-            kept.curve = [(float(e), float(v)) for e, v in zip(rows["epoch"], rows["score"], strict=True)]
-    if trial.status == "ERROR":
-        kept.status = FAILED
-        kept.failed = str(result.error).strip().splitlines()[-1] if result.error else "its process died too often"
-    elif last.get("failed"):
-        kept.status, kept.failed = FAILED, last["failed"]
-    elif last.get("done"):  # of trials that an interruption cut, Tune says TERMINATED too
-        kept.status = ENDED if last.get("training_iteration", 0) >= validations else STOPPED
-    kept.best = float(last.get("best", 0.0))
-    kept.image_to_text = float(last.get("image_to_text", 0.0))
-    kept.text_to_image = float(last.get("text_to_image", 0.0))
-    kept.epochs = float(last.get("epoch", 0.0))
-    return kept

@@ -68,6 +68,7 @@ def report(run: Run, pipe: int) -> None:
         {
             "score": lines[-1]["score"],
             "best": best["score"],
+            "validation": len(lines),
             **direction_scores(values),
             "samples": run.progress.position,
             "epoch": run.progress.position / run.progress.epoch_samples,

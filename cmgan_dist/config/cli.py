@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -112,8 +113,25 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
         flags = re.findall(r"--[\w.-]+", close)
         hint = f"did you mean {' or '.join(flags[:3])}? " if flags else ""
         if wrong.startswith("Unrecognized options:") and "--" not in wrong:
-            hint = "put a value of several words in quotes, "
+            hint = _hint_for_word(wrong.partition(": ")[2].split(", ")[0], arguments)
         raise BadInput(f"{wrong}: {hint}see '{prog} --help'") from None
+
+
+def _hint_for_word(word: str, arguments: Sequence[str]) -> str:
+    """Return what to do about the first word of a command line that is no flag and no flag's value.
+
+    It may stand behind a switch, which takes none."""
+    before = [first for first, then in itertools.pairwise(arguments) if then == word]
+    before += [flag for flag, _, value in (each.partition("=") for each in arguments) if value == word]
+    switches = [flag for flag in before if flag.startswith("--") and "=" not in flag]
+    if switches:
+        group, dot, leaf = switches[0].removeprefix("--").rpartition(".")
+        name = leaf.removeprefix("no-")
+        on, off = f"--{group}{dot}{name}", f"--{group}{dot}no-{name}"
+        return f"write {on} or {off} without a value, "
+    if re.fullmatch(r"\w+(\.[\w-]+)+", word):
+        return f"write {word}=VALUE or --{word.replace('_', '-')} VALUE, "
+    return "put a value of several words in quotes, "
 
 
 @dataclass

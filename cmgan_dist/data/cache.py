@@ -24,6 +24,7 @@ import errno
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import queue
 import re
@@ -84,6 +85,12 @@ def open_store(
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(cache) if cache else Path(home) / "cmgan_dist" / "shards"
     return CachedStore(source, folder, cache_bytes=cache_bytes)
+
+
+def rounded_up(value: float) -> str:
+    """Return a number above 0 with three digits that is no less."""
+    least = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / least) * least:.3g}"
 
 
 def _drop_locks() -> None:
@@ -159,6 +166,9 @@ class CachedStore(ShardStore):
         _make_cache_folder(folder)
         self.source, self.folder, self.cache_bytes = source, folder, cache_bytes
         self._verified: set[tuple[str, int]] = set()
+        self._fetched: set[str] = set()
+        """sha256 of each shard that this process has fetched."""
+        self._told = False
         self._backgrounds: dict[int, Background] = {}
         gib = cache_bytes / 2**30
         log.info("%s is read by %s, at most %.1f GiB kept in %s", source.place, source.package, gib, folder)
@@ -184,13 +194,13 @@ class CachedStore(ShardStore):
         url = self.location(shard.name)
         if shard.bytes < 1 or not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # it becomes a file name
             raise BadInput(
-                f"{url} has no bytes or sha256 in its manifest: "
-                "run 'python -m shards index --overwrite' on the data set"
+                f"{url} has no bytes or sha256 in its manifest: run 'python -m shards index --overwrite DIR' where the "
+                f"files of {self.source.place} are kept, and upload them anew"
             )
         if shard.bytes > self.cache_bytes:
             raise BadInput(
                 f"{url} has {shard.bytes} bytes, more than the whole cache of {self.cache_bytes}: "
-                f"set stream.cache_gib to {shard.bytes / 2**30:.3g} or more"
+                f"set stream.cache_gib to {rounded_up(shard.bytes / 2**30)} or more"
             )
         aside = self._aside(shard)
         try:
@@ -290,6 +300,7 @@ class CachedStore(ShardStore):
         if is_at(file, path):
             log.warning("%s is damaged, fetching %s again", path, self.location(shard.name))
             path.unlink(missing_ok=True)
+            self._fetched.discard(shard.sha256)
         os.close(file)
         return None
 
@@ -305,12 +316,25 @@ class CachedStore(ShardStore):
                 os.pwrite(part, FAILED + str(error).encode(), 0)
             aside.unlink(missing_ok=True)
             raise
+        self._note_fetched(shard)
         os.fsync(part)
         file = os.open(aside, os.O_RDONLY)  # before others can see, and evict, the file
         with locked(self.folder / ".lock"):  # a count during a rename could miss the file
             os.rename(aside, self._path(shard))
         self._verified.add((shard.sha256, os.fstat(file).st_ino))
         return file
+
+    def _note_fetched(self, shard: ShardInfo) -> None:
+        """Warn, once, when this process has had to fetch a shard that it had fetched before."""
+        if shard.sha256 in self._fetched and not self._told:
+            self._told = True
+            log.warning(
+                "%s is fetched again: %.3g GiB do not hold the shards that are read in turn: set stream.cache_gib to "
+                "the size of the data set",
+                self.location(shard.name),
+                self.cache_bytes / 2**30,
+            )
+        self._fetched.add(shard.sha256)
 
     def _make_room(self, shard: ShardInfo, part: int) -> None:
         """Take the shard's bytes from the bound and from the disk, so that no later write can fail for want of them."""

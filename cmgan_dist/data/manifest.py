@@ -81,11 +81,13 @@ class Manifest:
     details: dict[str, Any] = field(default_factory=dict)
     """How it was made: source, options, backbones. Informative."""
 
-    def shards(self, split: str) -> list[ShardInfo]:
-        """Return the shards of a split. Raises BadInput when it is missing or has no samples."""
+    def shards(self, split: str, place: str = "DIR") -> list[ShardInfo]:
+        """Return the shards of a split; `place` is where the data set lies, for messages.
+
+        Raises BadInput when it is missing or has no samples."""
         if split not in self.splits:
             found = ", ".join(self.splits) or "none"
-            command = f"draw one by 'python -m shards split DIR --{split} 0.1 --output NEW', or "
+            command = f"draw one by 'python -m shards split {place} --{split} 0.1 --output NEW', or "
             way = command if split in ("val", "test") and "train" in self.splits else ""
             raise BadInput(f"{self.name} has no split '{split}': its manifest has {found}; {way}name another split")
         shards = self.splits[split]
@@ -121,9 +123,7 @@ class Manifest:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             said = shown(str(error))
-            raise BadInput(
-                f"{location} is not a manifest ({said}): write it with 'python -m shards index --overwrite DIR'"
-            ) from None
+            raise BadInput(f"{location} is not a manifest ({said}): {_write_anew(location)}") from None
         return manifest
 
     def check(self) -> None:
@@ -169,7 +169,15 @@ def read_manifest(path: Path) -> bytes:
     try:
         return read_file(path, MOST_MANIFEST_BYTES)
     except BadSample as error:
-        raise BadInput(f"{path} {error}: write it with 'python -m shards index --overwrite DIR'") from None
+        raise BadInput(f"{path} {error}: {_write_anew(str(path))}") from None
+
+
+def _write_anew(location: str) -> str:
+    """Return what to do about a manifest at a path or URL. The one that is there is not kept: it cannot be read."""
+    folder = location.rpartition("/")[0] or "."
+    if "://" in location:
+        return f"restore it, or run 'python -m shards index DIR' where the files of {folder} are kept and upload it"
+    return f"restore it, or remove it and run 'python -m shards index {folder}'"
 
 
 def natural_splits(names: Iterable[str]) -> list[str]:

@@ -74,7 +74,7 @@ class ShardReader:
         self.place = public_url(data)
         """The folder or URL for messages."""
         self.judge = Judge.of(self.manifest)
-        self.shards = self.manifest.shards(split)
+        self.shards = self.manifest.shards(split, self.place)
         for shard in self.shards:
             if shard.samples == 0:
                 location = self.store.location(shard.name)

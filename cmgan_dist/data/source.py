@@ -8,6 +8,7 @@ ends in one sentence that names the URL without its signature, user and password
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import os
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.asyn import sync
 
+from cmgan_dist.config.fields import DATA_SEPARATOR, Config
 from cmgan_dist.errors import BadInput
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,16 @@ def failures_of(protocol: str) -> tuple[type[Exception], ...]:
     """Return what reading and writing by a protocol can raise. Raises ImportError when its package is missing."""
     names = [name.rpartition(".") for name in FAILURES.get(PACKAGES.get(protocol, ""), [])]
     return (OSError, *(getattr(importlib.import_module(module), name) for module, _, name in names))
+
+
+def public_data(data: str) -> str:
+    """Return a config's data, folders and URLs, without what is secret in them."""
+    return DATA_SEPARATOR.join(map(public_url, data.split(DATA_SEPARATOR)))
+
+
+def public_config(config: Config) -> Config:
+    """Return a config that may be written down: its data without what is secret in them."""
+    return dataclasses.replace(config, data=public_data(config.data))
 
 
 class BadBody(Exception):
@@ -244,7 +256,10 @@ class RemoteSource:
         if isinstance(error, FileNotFoundError) or state in (404, 410):
             raise BadInput(f"{url} does not exist: check the URL, or run 'python -m shards index'") from None
         if isinstance(error, PermissionError) or "Forbidden" in str(error) or state in (401, 403):
-            raise BadInput(f"{url} may not be read ({describe(error, state)}): check the credentials") from None
+            raise BadInput(
+                f"{url} may not be read ({describe(error, state)}): check the credentials; a run and an index keep "
+                "none of a URL: name it with them by --data"
+            ) from None
         if "Credentials" in type(error).__name__:
             raise BadInput(f"{url} needs credentials ({error}): set them as {self.package} says") from None
         reason = describe(error, state)

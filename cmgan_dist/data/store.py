@@ -16,7 +16,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cmgan_dist.data.folder import checked_path, read_file
+from cmgan_dist.data.folder import KINDS, check_output, checked_path, read_file
 from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo, manifest_path, read_manifest
 from cmgan_dist.data.source import BLOCK, describe, failures_of, http_status, public_url
 from cmgan_dist.errors import BadInput, BadSample
@@ -122,6 +122,15 @@ class FileStore:
         """Return the file's path or URL, for messages."""
         return f"{public_url(self.url)}/{name}"
 
+    def check_output(self, own: str) -> None:
+        """Raises BadInput as `folder.check_output` does, of a URL too."""
+        if self.local:
+            return check_output(Path(self.path), own, self.flag)
+        for name, kind in KINDS.items():
+            if name != own and self.size(name) is not None:
+                raise BadInput(f"{self.flag} {public_url(self.url)} is {kind}: name another place ({name} lies in it)")
+        return None
+
     def read(self, name: str) -> bytes:
         """Return a whole file. Raises FileNotFoundError when there is none, BadInput when it cannot be read."""
         try:
@@ -181,18 +190,19 @@ class FileStore:
         except self.failures as error:
             raise self._unreadable(error, name) from None
 
-    def names(self) -> list[str]:
+    def names(self, below: str = "") -> list[str]:
         """Return the names of all files in the folder and those below it, sorted; [] when there is no folder.
 
-        Raises BadInput when they cannot be listed."""
+        `below`: a folder in it, whose files are listed from there. Raises BadInput when they cannot be listed."""
+        folder = f"{self.path}/{below}" if below else self.path
         try:
             self.filesystem.invalidate_cache()
-            found = self.filesystem.find(self.path)
+            found = self.filesystem.find(folder)
         except FileNotFoundError:
             return []
         except self.failures as error:
             raise self._unreadable(error) from None
-        return sorted(path[len(self.path) + 1 :] for path in found)
+        return sorted(path[len(folder) + 1 :] for path in found)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there. Raises BadInput when it cannot be removed."""

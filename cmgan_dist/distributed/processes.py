@@ -34,6 +34,7 @@ from cmgan_dist.distributed.join import JOIN_S, is_lost_process, join_torchrun, 
 from cmgan_dist.distributed.precision import autocast
 from cmgan_dist.distributed.sync_norm import synchronise_statistics
 from cmgan_dist.errors import BadInput, LostProcess
+from cmgan_dist.jobs import startup
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -270,8 +271,9 @@ class Parallel:
             if number == signal.SIGINT:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in startup.NUMBERS:
             signal.signal(number, handler)
+        startup.settled()
 
     def any_process(self, flags: Tensor) -> tuple[bool, list[bool]]:
         """Return whether any process was signalled, and which of `flags` (bool [n]) is set on any process.

@@ -9,11 +9,11 @@ import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
@@ -24,6 +24,7 @@ from cmgan_dist.models.vocabulary import BOUND, PAD, Vocabulary, load_word_vecto
 from cmgan_dist.models.weights import (
     LITE_MEAN,
     LITE_STD,
+    UNREADABLE,
     first_line,
     in_package,
     is_lite,
@@ -180,8 +181,13 @@ class SentenceEncoder(TextBackbone):
         disable_progress_bar()  # it draws one for reading a local file
         try:
             model = SentenceTransformer(where, device="cpu")
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            raise BadInput(f"model.text.weights: '{weights}' cannot be loaded ({first_line(error)})") from None
+            model.encode("a", show_progress_bar=False)  # what its files say of the way there is not looked at before
+        except (ImportError, *UNREADABLE) as error:
+            raise BadInput(
+                f"model.text.weights: '{weights}' cannot be loaded ({first_line(error)}): restore its files, or name "
+                "another model"
+            ) from None
+        _check_tokeniser(model, weights)
         limit = model.max_seq_length
         model.max_seq_length = config.max_tokens if limit is None else min(limit, config.max_tokens)
         for module in model.modules():
@@ -223,6 +229,23 @@ class SentenceEncoder(TextBackbone):
             return F.normalize(words[:, 0], dim=1)
         padding = ~made["attention_mask"].bool().unsqueeze(2)
         return F.normalize(words.masked_fill(padding, -torch.inf).amax(1), dim=1)
+
+
+def _check_tokeniser(model: Any, weights: str) -> None:
+    """Raises BadInput where a model's tokeniser has no words, as without its files, or tokens that the model has not:
+    every text would have the same feature, or none."""
+    embedded = getattr(model[0], "auto_model", None)
+    if embedded is None or not hasattr(model.tokenizer, "get_vocab"):
+        return
+    ids = model.tokenizer.get_vocab()
+    if ids.keys() <= set(model.tokenizer.all_special_tokens):
+        raise BadInput(f"model.text.weights: the tokeniser of '{weights}' has no words: restore its tokenizer.json")
+    rows = embedded.get_input_embeddings().num_embeddings
+    if max(ids.values()) >= rows:
+        raise BadInput(
+            f"model.text.weights: the tokeniser of '{weights}' has a token {max(ids.values())}, the model {rows} "
+            "tokens: restore its tokenizer.json"
+        )
 
 
 def _build_cnn(config: TextBackboneConfig, vocabulary: Vocabulary | None) -> SentenceCNN:

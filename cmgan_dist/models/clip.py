@@ -91,7 +91,7 @@ def _model(config: ImageBackboneConfig | TextBackboneConfig, field: str, **optio
         return package.create_model(
             name, weights, force_custom_text=True, pretrained_text=False, weights_only=True, **options
         )
-    except (TypeError, *UNREADABLE) as error:
+    except UNREADABLE as error:
         raise BadInput(
             f"{field}: open_clip cannot make {config.name} with weights '{config.weights}' ({first_line(error)}): "
             "name the model that these weights are of"
@@ -175,7 +175,7 @@ def _tokeniser(config: TextBackboneConfig, length: int) -> Any:
     safe = {"trust_remote_code": False} if of_hub else {}  # whatever the folder itself says
     try:
         return _open_clip("model.text.name").get_tokenizer(name, context_length=length, **safe)
-    except (ImportError, TypeError, *UNREADABLE) as error:
+    except (ImportError, *UNREADABLE) as error:
         raise BadInput(
             f"model.text.name is '{config.name}', whose tokeniser cannot be loaded ({first_line(error)}): give a "
             "folder that holds it as model.text.weights, or take 'sentence'"

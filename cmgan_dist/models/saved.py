@@ -29,6 +29,7 @@ from torch import Tensor
 from cmgan_dist.config.fields import CONFIG_NAME, Config, ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.config.load import load_config, to_yaml
 from cmgan_dist.data.manifest import DataSpec
+from cmgan_dist.data.source import public_config
 from cmgan_dist.errors import BadInput, Unreadable
 from cmgan_dist.files import LATER, OtherVersion, commit_files, parse_sealed, sealed_json, sha256_of, write_atomic
 from cmgan_dist.models.backbone import ImageBackbone, PixelBackbone, TextBackbone
@@ -200,7 +201,7 @@ def save_model(
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if scoring is not None:
         stored |= {SCORING + name: tensor.cpu().contiguous() for name, tensor in scoring.tensors().items()}
-    files = {MODEL_NAME: save(stored), CONFIG_NAME: to_yaml(config).encode()}
+    files = {MODEL_NAME: save(stored), CONFIG_NAME: to_yaml(public_config(config)).encode()}
     if vocabulary is not None:
         files[VOCABULARY_NAME] = vocabulary.to_json().encode()
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}

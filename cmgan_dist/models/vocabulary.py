@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import logging
 import unicodedata
 import zlib
 from collections import Counter
@@ -15,8 +16,11 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from cmgan_dist.errors import BadInput
+from cmgan_dist.data.folder import open_regular
+from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import parse_json
+
+log = logging.getLogger(__name__)
 
 PAD = 0
 """The id that fills a text up behind its end."""
@@ -121,17 +125,19 @@ def load_word_vectors(path: str | Path, words: Sequence[str], seed: int = 0) -> 
     Vectors of words that the file lacks are drawn at random, by `seed`. The file is word2vec text (with or without its
     header), GloVe text, or word2vec binary (named ``.bin``), each also gzipped (``.gz``). Only the vectors of `words`
     are kept in memory. A word of the file that is not UTF-8 is passed over. Raises BadInput naming the file and the
-    line or byte that is damaged."""
+    line or byte that is damaged, and where it has none of the words."""
     path = Path(path)
     wanted = {word.encode(): row for row, word in enumerate(words)}
     read = _read_binary if path.name.removesuffix(".gz").endswith(".bin") else _read_text
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with open_regular(path) as plain, gzip.open(plain) if path.suffix == ".gz" else plain as file:
             found, dim = read(cast(BinaryIO, file), wanted)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, BadSample) as error:
         raise BadInput(f"word vectors {path} cannot be read ({error}): name another file or get it again") from None
     except _Damaged as error:
         raise BadInput(f"word vectors {path}: {error}: get the file again") from None
+    if words and not found:
+        raise BadInput(f"word vectors {path} have none of the {len(words)} words of the texts: name another file")
     vectors = np.random.default_rng(seed).uniform(-BOUND, BOUND, (len(words), dim)).astype(np.float32)
     for row, vector in found.items():
         if not np.isfinite(vector).all():
@@ -142,6 +148,10 @@ def load_word_vectors(path: str | Path, words: Sequence[str], seed: int = 0) -> 
 
 class _Damaged(Exception):
     """A file of word vectors is damaged; the message says where and how."""
+
+
+def _is_count(text: bytes) -> bool:
+    return text.isdigit() and len(text) < 19  # Python makes no number of thousands of digits
 
 
 def _is_number(text: bytes) -> bool:
@@ -161,17 +171,17 @@ def _read_text(file: BinaryIO, wanted: dict[bytes, int]) -> tuple[Vectors, int]:
     first = file.readline()
     header = first.split()
     promised: int | None = None
-    if len(header) == 2 and all(part.isdigit() for part in header):
+    if len(header) == 2 and all(map(_is_count, header)):
         promised, dim = int(header[0]), int(header[1])
         rows = enumerate(file, 2)
     else:
         dim = len(header) - 1
         rows = enumerate(itertools.chain([first], file), 1)
-    if dim < 1:
+    if dim < 1 or (promised is None and not all(map(_is_number, header[1:]))):
         raise _Damaged("line 1 holds no vector")
-    seen = 0
+    seen, whole = 0, True
     for number, line in rows:
-        line = line.rstrip()
+        whole, line = line.endswith(b"\n"), line.rstrip()
         if not line:
             continue
         excess = line.count(b" ") - dim
@@ -186,6 +196,8 @@ def _read_text(file: BinaryIO, wanted: dict[bytes, int]) -> tuple[Vectors, int]:
                 raise _Damaged(f"line {number} holds no vector ({error})") from None
     if promised is not None and seen != promised:
         raise _Damaged(f"it holds {seen} words, its first line promises {promised}")
+    if promised is None and not whole:
+        log.warning("the word vectors end within a line: if they were cut, the last word is not what it was")
     return found, dim
 
 
@@ -197,7 +209,7 @@ def _read_binary(file: BinaryIO, wanted: dict[bytes, int]) -> tuple[Vectors, int
     found: Vectors = {}
     first = file.readline(64)
     header = first.split()
-    if len(header) != 2 or not all(part.isdigit() for part in header) or not int(header[1]):
+    if len(header) != 2 or not all(map(_is_count, header)) or not int(header[1]):
         raise _Damaged("it does not begin with a number of words and a dimension")
     promised, dim = int(header[0]), int(header[1])
     buffer, position, base = b"", 0, len(first)  # `base` is the byte of the file at which the buffer begins

@@ -8,6 +8,9 @@ import os
 import pickle
 import re
 import shutil
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +51,14 @@ def in_package(weights: str, suffixes: tuple[str, ...], field: str) -> Path:
     return found[0]
 
 
+MOST_LINE = 240
+"""Characters of a library's error that a sentence repeats."""
+
+
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message that is not empty, or the name of its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line of an error's message that is not empty, cut where it is long, or the name of its type."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= MOST_LINE else f"{line[:MOST_LINE]} ..."
 
 
 def read_weights(weights: str) -> dict[str, Tensor]:
@@ -67,22 +75,41 @@ def read_weights(weights: str) -> dict[str, Tensor]:
             "give a .pth or .safetensors file, 'hub' or 'package:NAME'"
         )
     try:
+        _check_sums(path)
         state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it holds more than tensors")
     except UNREADABLE as error:
-        raise BadInput(f"model.image.weights: {path} is not a file of weights ({first_line(error)})") from None
+        raise BadInput(
+            f"model.image.weights: {path} is not a file of weights ({first_line(error)}): get it again"
+        ) from None
     return state
+
+
+def _check_sums(path: Path) -> None:
+    """Compare what torch.save has written with the file's own sums (CRC-32), which torch does not look at.
+
+    Raises ValueError where they differ, and what zipfile raises."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise ValueError(f"the checksum of {damaged} in it is another")
 
 
 UNREADABLE = (
     OSError,
     RuntimeError,
     ValueError,
-    KeyError,
+    LookupError,
     EOFError,
+    AssertionError,
     AttributeError,
+    OverflowError,
+    TypeError,
     pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
     SafetensorError,
 )
 """What libraries raise at a file of weights that they cannot read."""

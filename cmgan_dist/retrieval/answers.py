@@ -81,6 +81,12 @@ class Searcher:
         self._queries: OrderedDict[str, tuple[np.ndarray, bytes]] = OrderedDict()
         """Token -> (vector, thumbnail) of a picture that was searched with."""
 
+    def over(self, index: Any, pictures_of: PicturesOf) -> Searcher:
+        """Return what searches another index of the same model, and knows the queries that this one knows."""
+        made = Searcher(index, self.model, pictures_of)
+        made._texts, made._queries = self._texts, self._queries
+        return made
+
     def find_text(self, text: str, ask: Ask) -> dict[str, Any]:
         """Return the answer to a search by text."""
         if text not in self._texts:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmgan_dist.data.folder import check_output, is_unicode
+from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.data.output import clear_leftovers, is_whole, owning_output
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
@@ -85,8 +85,7 @@ def make_plan(options: EmbedOptions) -> Plan:
     check_source(saved, source)
     parts = source.parts(splits)
     store = FileStore(options.output, "--output")
-    if store.local:
-        check_output(Path(store.path), MANIFEST_NAME)
+    store.check_output(MANIFEST_NAME)
     share = find_share(options.device, options.processes, options.ray)
     job = Job(
         run=options.run,

@@ -27,9 +27,9 @@ import hashlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -50,7 +50,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.retrieval.answers import Ask, NotThere, Searcher, Wanted, checked_text
 from cmgan_dist.retrieval.connections import server_of
+from cmgan_dist.retrieval.gates import Busy, Gate, Room
 from cmgan_dist.retrieval.pictures import MOST_SIDE, SIDE, ByteCache, PicturesOf
+from cmgan_dist.retrieval.renewal import Renewal
 from cmgan_dist.retrieval.upload_decoder import MOST_PIXELS, Decoded, Decoder
 
 log = logging.getLogger(__name__)
@@ -111,67 +113,19 @@ Id = Annotated[int, Path(ge=0, lt=2**63)]
 Asked = Annotated[Ask, Depends(ask_of)]
 
 
-def busy() -> HTTPException:
-    """Return the error of a request that there is no room for."""
-    return HTTPException(503, "the server is busy: try again in a few seconds", {"Retry-After": "3"})
-
-
-class Gate:
-    """Lets `at_once` callers work at a time and the others wait; HTTP 503 beyond `most` callers, and for one that has
-    waited for `seconds`."""
-
-    def __init__(self, most: int, at_once: int, seconds: float) -> None:
-        self.most, self.seconds, self.inside = most, seconds, 0
-        self._slots = asyncio.Semaphore(at_once)
-
-    async def __aenter__(self) -> None:
-        if self.inside >= self.most:
-            raise busy()
-        self.inside += 1
-        try:
-            await asyncio.wait_for(self._slots.acquire(), self.seconds)
-        except TimeoutError:
-            self.inside -= 1
-            raise busy() from None
-        except BaseException:
-            self.inside -= 1
-            raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self._slots.release()
-        self.inside -= 1
-
-
-class Room:
-    """Bytes that may be in memory at a time, of all who take some."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.taken = most, 0
-
-    @contextmanager
-    def share(self) -> Iterator[Callable[[int], None]]:
-        """Return a context in which bytes may be taken, as they come, until it ends. Taking more than there is room for
-        raises HTTP 503."""
-        mine = 0
-
-        def take(count: int) -> None:
-            nonlocal mine
-            if self.taken + count > self.most:
-                raise busy()
-            self.taken += count
-            mine += count
-
-        try:
-            yield take
-        finally:
-            self.taken -= mine
-
-
 class Service:
     """The handlers of all requests, and the threads that do their work."""
 
-    def __init__(self, searcher: Searcher, decoder: Decoder, title: str, attribution: str, limits: Limits) -> None:
-        self.searcher, self.decoder, self.limits = searcher, decoder, limits
+    def __init__(
+        self,
+        searcher: Searcher,
+        renewal: Renewal | None,
+        decoder: Decoder,
+        title: str,
+        attribution: str,
+        limits: Limits,
+    ) -> None:
+        self.searcher, self.renewal, self.decoder, self.limits = searcher, renewal, decoder, limits
         self.title, self.attribution = title, attribution
         self.searches = Gate(limits.waiting, 1, limits.waiting_seconds)
         self.uploads = Room(limits.uploads_bytes)
@@ -183,9 +137,22 @@ class Service:
         self.made = ByteCache(limits.thumbnails_bytes)
 
     async def in_turn(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call a function in the search thread, after those that came before. Raises HTTP 503 when too many wait."""
+        """Call a function in the search thread, after those that came before. Raises Busy when too many wait."""
         async with self.searches:
             return await asyncio.get_running_loop().run_in_executor(self.search_thread, function, *arguments)
+
+    async def current(self) -> Searcher:
+        """Return what searches the index as it is on disk now. Raises Busy where that cannot be used."""
+        if self.renewal is not None and self.renewal.is_due():
+            await self.in_turn(self._renew)
+        return self.searcher
+
+    def _renew(self) -> None:
+        assert self.renewal is not None
+        if self.renewal.is_due():  # nobody before has done it
+            self.searcher = self.renewal.renewed(self.searcher)
+            self.attribution = self.searcher.index.manifest.attribution
+            self.made = ByteCache(self.limits.thumbnails_bytes)
 
     # ---------------------------------------------------------------------------------------- handlers
 
@@ -195,25 +162,27 @@ class Service:
             raise BadInput("text and picture are both given: search by one of them")
         if text is None and picture is None:
             raise BadInput("text is missing: give ?text=, or POST a picture")
+        words, searcher = checked_text(text) if text is not None else "", await self.current()
         if picture is not None:
-            return await self.in_turn(self.searcher.find_known, picture, ask)
-        return await self.in_turn(self.searcher.find_text, checked_text(text or ""), ask)
+            return await self.in_turn(searcher.find_known, picture, ask)
+        return await self.in_turn(searcher.find_text, words, ask)
 
     async def search_upload(self, request: Request, ask: Asked) -> dict[str, Any]:
         """Search by an uploaded picture."""
         check_length(request, self.limits)
+        searcher = await self.current()
         with self.uploads.share() as take:
             data = await read_upload(request, self.limits, take)
             token = hashlib.sha256(data).hexdigest()[:32]
             try:
-                return await self.in_turn(self.searcher.find_known, token, ask)
+                return await self.in_turn(searcher.find_known, token, ask)
             except NotThere:
                 decoded = await self.decode(data)
-        return await self.in_turn(self.searcher.find_upload, token, decoded, ask)
+        return await self.in_turn(searcher.find_upload, token, decoded, ask)
 
     async def decode(self, data: bytes) -> Decoded:
         """Decode an upload, after those that came before. Raises BadInput when it is no picture, or too large a one,
-        HTTP 503 when too many wait."""
+        Busy when too many wait."""
         async with self.decodings:
             try:
                 return await asyncio.get_running_loop().run_in_executor(self.decode_thread, self.decoder.decode, data)
@@ -222,7 +191,7 @@ class Service:
 
     async def similar(self, id: Id, ask: Asked) -> dict[str, Any]:
         """Search by an item of the index."""
-        return await self.in_turn(self.searcher.find_similar, id, ask)
+        return await self.in_turn((await self.current()).find_similar, id, ask)
 
     async def browse(
         self,
@@ -232,15 +201,16 @@ class Service:
         classes: Annotated[list[str] | None, Query()] = None,
     ) -> dict[str, Any]:
         """List items in their order."""
-        return await self.in_turn(self.searcher.listed, offset, limit, modality, tuple(classes or ()))
+        return await self.in_turn((await self.current()).listed, offset, limit, modality, tuple(classes or ()))
 
     async def info(self) -> dict[str, Any]:
         """Say what the index holds."""
-        mean, deviation = self.searcher.chance
+        searcher = await self.current()
+        mean, deviation = searcher.chance
         return {
             "title": self.title,
-            "counts": self.searcher.counts,
-            "classes": list(self.searcher.index.classes),
+            "counts": searcher.counts,
+            "classes": list(searcher.index.classes),
             "attribution": self.attribution,
             "chance": {"mean": mean, "std": deviation},
             "limits": {"k": MOST_HITS, "upload_bytes": self.limits.upload_bytes, "upload_pixels": MOST_PIXELS},
@@ -250,15 +220,16 @@ class Service:
         self, request: Request, id: Id, size: Annotated[int, Query(ge=16, le=MOST_SIDE)] = SIDE
     ) -> Response:
         """Show an item."""
+        make = partial((await self.current()).thumbnail, id, size)
+        made = self.made  # of this index
         async with self.thumbnails:
-            make = partial(self.searcher.thumbnail, id, size)
             loop = asyncio.get_running_loop()
-            data, tag = await loop.run_in_executor(self.thumbnail_threads, self.made.get, (id, size), make)
+            data, tag = await loop.run_in_executor(self.thumbnail_threads, made.get, (id, size), make)
         return jpeg(request, data, tag)
 
     async def query_picture(self, request: Request, token: str) -> Response:
         """Show a picture that was searched with."""
-        _, small = await self.in_turn(self.searcher.known_query, token)
+        _, small = await self.in_turn((await self.current()).known_query, token)
         return jpeg(request, small, f'"{token}"')
 
     async def page(self) -> HTMLResponse:
@@ -400,6 +371,8 @@ async def say(request: Request, error: Exception) -> JSONResponse:
         given = repr(first.get("input"))[:80]
         reason = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
         return JSONResponse({"error": f"{first['loc'][-1]} is {given}: {reason}"}, 400)
+    if isinstance(error, Busy):
+        return JSONResponse({"error": str(error)}, 503, {"Retry-After": "3"})
     if isinstance(error, BadInput):
         return JSONResponse({"error": str(error)}, 404 if isinstance(error, NotThere) else 400)
     assert isinstance(error, AnyHTTPException)
@@ -419,15 +392,17 @@ def build_app(
     title: str = "Search",
     attribution: str = "",
     limits: Limits | None = None,
+    renewal: Renewal | None = None,
 ) -> FastAPI:
     """Return the application over an `Index`, a `Model` and what tells where an item's picture lies.
 
-    `decoder`: of uploads, as large as the model takes them; it is closed when the application ends."""
-    service = Service(Searcher(index, model, pictures_of), decoder, title, attribution, limits or Limits())
+    `decoder`: of uploads, as large as the model takes them; it is closed when the application ends. `renewal`: opens
+    the index anew when it has changed on disk."""
+    service = Service(Searcher(index, model, pictures_of), renewal, decoder, title, attribution, limits or Limits())
     options: dict[str, Any] = {"docs_url": None, "redoc_url": None, "telemetry": NO_TELEMETRY}
     app = FastAPI(title=title, lifespan=service.lifespan, dependencies=[Depends(only_known)], **options)
     app.add_middleware(Guarded)
-    for kind in (RequestValidationError, BadInput, AnyHTTPException):
+    for kind in (RequestValidationError, BadInput, Busy, AnyHTTPException):
         app.add_exception_handler(kind, say)
     app.add_api_route("/", service.page, response_class=HTMLResponse, include_in_schema=False)
     app.add_api_route("/api/search", service.search)

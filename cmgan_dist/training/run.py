@@ -23,6 +23,7 @@ from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.order import steps_for
 from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.source import public_config, public_data
 from cmgan_dist.data.stream import Stream
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput, Unreadable
@@ -247,10 +248,10 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
         manifest = stream.manifest
         spec = describe_model(config, data, networks.generator, manifest.name, manifest.attribution, manifest.details)
         if parallel.main:
-            write_atomic(run / CONFIG_NAME, to_yaml(config))
+            write_atomic(run / CONFIG_NAME, to_yaml(public_config(config)))
             remove_leftovers(run)
             keep_weights(run / BEST, spec)
-        parallel.start_trackers("tensorboard", {"preset": config.preset, "data": config.data})
+        parallel.start_trackers("tensorboard", {"preset": config.preset, "data": public_data(config.data)})
         checkpointer = Checkpointer(
             run, config.train.keep, rank=parallel.rank, world=parallel.world, group=parallel.new_group()
         )

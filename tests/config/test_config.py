@@ -316,6 +316,15 @@ def test_help_shows_docstring_type_default_and_range(
     [
         (["--nope", "1"], "Unrecognized options: --nope"),
         (["--preset", "opnmoji"], "unknown preset 'opnmoji'"),
+        (
+            ["--model.image.trainable", "true"],
+            "true: write --model.image.trainable or --model.image.no-trainable without",
+        ),
+        (["--model.image.no-trainable", "0"], "0: write --model.image.trainable or --model.image.no-trainable without"),
+        (["model.image.trainable=yes"], "yes: write --model.image.trainable or --model.image.no-trainable without a"),
+        (["--dry-run", "1"], "1: write --dry-run or --no-dry-run without a value"),
+        (["train.log_every", "3"], "write train.log_every=VALUE or --train.log-every VALUE"),
+        (["--train.epochs", "3", "4"], "4: put a value of several words in quotes"),
         (["--optim.generator-lr", "fast"], "could not convert string to float: 'fast'"),
         (["--config", "/nowhere.yaml"], "config file /nowhere.yaml does not exist"),
         (["--preset", "smoke", "stream.global_batch=60", "stream.logical_streams=16"], "does not divide"),

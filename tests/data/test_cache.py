@@ -400,3 +400,20 @@ def test_prefetch_and_connections_of_a_parent_do_not_stop_its_children(
 
     assert run_together(3, child) == [True] * 3
     assert max(server.requests.values()) == 1
+
+
+def test_a_cache_that_is_too_small_is_told_of_once(
+    make: Callable[..., CachedStore], cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = make(cache_bytes=2 * SHARD_BYTES)
+    for i in (1, 2, 3):
+        os.close(store.open(shard_of(i)))
+    damaged = cache / f"{shard_of(3).sha256}.tar"
+    damaged.write_bytes(b"x")
+    os.close(store.open(shard_of(3)))
+    assert "is fetched again: " not in caplog.text
+    for i in (1, 2, 3, 1):
+        os.close(store.open(shard_of(i)))
+    told = [line for line in caplog.messages if "is fetched again: " in line]
+    assert len(told) == 1
+    assert told[0].endswith("set stream.cache_gib to the size of the data set")

@@ -4,8 +4,6 @@ what is wrong and the exit code is 2. Never a traceback, and what cannot be read
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from launchers import embed, evaluate, index, search, train
+from tests.launchers.damage_cases import DAMAGES, Damage, as_nobody, flipped, forbidden
 from tests.toy import SMALL, call, make_features
 
-Damage = Callable[[Path], None]
 MODEL = ["model.hidden_dim=8", "model.common_dim=8", "model.discriminator_dim=8"]
 
 
@@ -80,55 +78,8 @@ FILES = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------- what happens to it
+# ---------------------------------------------------------------------------------------------- each, damaged
 
-
-def missing(path: Path) -> None:
-    path.unlink()
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-
-
-def no_utf8(path: Path) -> None:
-    path.write_bytes(b"\xff\xfe\x00" + path.read_bytes()[3:])
-
-
-def flipped(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    path.write_bytes(data)
-
-
-def older(path: Path) -> None:
-    path.write_bytes(re.sub(rb'"version": \d+', b'"version": 0', path.read_bytes()))
-
-
-def other_types(path: Path) -> None:
-    """JSON, and nothing in it is of its kind."""
-    path.write_text('{"metrics": [1], "classes": 3, "ends": "x", "baselines": [], "frontiers": 7, "version": 1}')
-
-
-def folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def circle(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path.name)
-
-
-def forbidden(path: Path) -> None:
-    path.chmod(0)
-
-
-DAMAGES: list[Damage] = [missing, empty, cut, no_utf8, flipped, older, other_types, folder, circle, forbidden]
 MADE_ANEW = {"config.yaml", "run/metrics.jsonl", "run/evaluation.json", "run/checkpoints/samples-*/state.json"}
 MADE_ANEW |= {"run/checkpoints/samples-*/rank-00000.safetensors", "run/embeddings.npz", "embeddings/embeddings.json"}
 MADE_ANEW |= {"run/best/model.json train", "run/best/model.safetensors train", "embeddings/test*.record.json embed"}
@@ -142,26 +93,6 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("whole")
     make_everything(place)
     return place
-
-
-@contextlib.contextmanager
-def as_nobody(place: Path):  # type: ignore[no-untyped-def]
-    """Root may read everything: be somebody else, to whom the folders belong."""
-    if os.geteuid():
-        yield
-        return
-    for path in [place, *place.rglob("*")]:
-        os.chown(path, 65534, 65534, follow_symlinks=False)
-    opened = [parent for parent in place.parents if parent.stat().st_mode & 0o077 == 0]
-    for parent in opened:
-        parent.chmod(0o711)
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        for parent in opened:
-            parent.chmod(0o700)
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=[damage.__name__ for damage in DAMAGES])

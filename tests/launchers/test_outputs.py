@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from launchers import embed, index
+from shards.index import IndexCommand
 from shards.pack import pack
 from shards.sources.folder import FolderCommand
+from shards.split import SplitCommand, split
 from tests.toy import call, jpeg, save_untrained, small_config
+from tune.options import Arguments, check_resume
 
 
 def names(folder: Path) -> list[str]:
@@ -53,3 +57,24 @@ def test_a_folder_is_packed_neither_into_itself_nor_into_another_kind(tmp_path: 
     command = FolderCommand(input=raw, output=emb, processes=1)
     with pytest.raises(BadInput, match=r"emb is embeddings: name another folder \(embeddings.json lies in it\)"):
         pack(command.pairs(), command)
+
+
+def test_what_draws_splits_indexes_and_searches_keeps_out_too(
+    feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    data, run, remote = feature_data(), tmp_path / "run", FileStore("memory://run", "--output")
+    save_untrained(run, data, small_config(8))
+    remote.write("model.json", "{}")
+    before = names(run)
+    with pytest.raises(BadInput, match=r"--output .*best is a model: name another folder"):
+        split(SplitCommand(data, output=run / "best", val=0.1, test=0.0))
+    with pytest.raises(BadInput, match=r"folder .*best is a model: name another folder"):
+        IndexCommand(run / "best", overwrite=True).index()
+    for output in (FileStore(str(run / "best"), "--output"), remote):
+        with pytest.raises(
+            BadInput, match=r"--output .* is a model: name another (folder|place) \(model\.json lies in it"
+        ):
+            check_resume(output, {}, Arguments())
+        with pytest.raises(BadInput, match=r"--output .* is a model"):
+            output.check_output("embeddings.json")
+    assert names(run) == before

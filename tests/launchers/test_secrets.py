@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from cmgan_dist.data.source import public_data
+from cmgan_dist.errors import BadInput
 from cmgan_dist.report.run import write_report
-from launchers import embed, evaluate, index
+from cmgan_dist.retrieval.pictures import open_pictures
+from launchers import embed, evaluate, index, train
 from tests.services.faulty_server import FaultyServer
-from tests.toy import call, save_untrained, small_config
-from tune.options import Arguments, public_data
+from tests.toy import SMALL, call, save_untrained, small_config
+from tune.options import Arguments
 from tune.search import make_plan
 
 SECRET = "secretword"
@@ -63,3 +66,48 @@ def test_a_search_keeps_urls_without_secrets(
     plan = make_plan(Arguments(preset="smoke", data="\n".join(urls), output=str(tmp_path / "search")))
     assert plan.identity["data"] == "https://one.org/a\ns3://two/b"
     assert plan.config.data == "\n".join(urls)
+
+
+@pytest.fixture
+def guarded(feature_data: Callable[..., Path]) -> Iterator[FaultyServer]:
+    """A data set at a URL that asks for the password SECRET."""
+    server = FaultyServer()
+    server.files = {f"/data/{path.name}": path.read_bytes() for path in feature_data().iterdir()}
+    server.password = SECRET
+    yield server
+    server.close()
+
+
+def test_a_run_keeps_no_password_and_goes_on_when_it_is_given_again(
+    guarded: FaultyServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, url = tmp_path / "run", signed(f"{guarded.url}/data")
+    words = [*SMALL, "--output", str(run), "train.tracker=tensorboard", f"stream.cache={tmp_path / 'cache'}"]
+    assert call(train.main, *words, "--data", url, "train.epochs=1") == (0, "")
+    written = [path for path in run.rglob("*") if path.is_file()]
+    assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
+    assert any("tfevents" in path.name for path in written)
+    assert f"data: {guarded.url}/data\n" in (run / "config.yaml").read_text()
+    assert call(train.main, *words, "--data", url, "train.epochs=2") == (0, "")
+    assert call(train.main, *words, "--data", url, "--dry-run") == (0, "")
+    for shard in (tmp_path / "cache").iterdir():
+        shard.unlink()
+    for main, given in ((train.main, [*words, f"--data={guarded.url}/data"]), (evaluate.main, [str(run)])):
+        code, said = call(main, *given)
+        assert code == 2
+        assert "may not be read (HTTP 401): check the credentials; a run and an index keep none" in said
+    assert call(evaluate.main, str(run), "--data", url, "--no-baselines") == (0, "")
+    assert SECRET not in "".join(capfd.readouterr())
+
+
+def test_pictures_at_a_url_with_a_password_are_served_when_it_is_given(
+    guarded: FaultyServer, raw_data: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    guarded.files = {f"/data/{path.name}": path.read_bytes() for path in raw_data().iterdir()}
+    place = f"{guarded.url}/data"
+    with pytest.raises(BadInput, match=r"keeps no password or signature of a URL: name the data by --data"):
+        open_pictures("shards", place)
+    pictures = open_pictures("shards", place, signed(place))
+    assert pictures is not None
+    assert pictures.read("train-000000", 0, "train0").startswith(b"\xff\xd8")

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -162,7 +163,7 @@ def running(
     pictures: Pictures | None = None,
     limits: Limits | None = None,
     decoder: Decoder | None = None,
-    **options: str,
+    **options: Any,
 ) -> Iterator[str]:
     """Serve what `build_app` makes of the arguments from a thread of this process; yields the address."""
     app = build_app(index, model, lambda _: pictures, decoder or Decoder(32), limits=limits, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import socket
 import struct
@@ -37,6 +38,8 @@ class FaultyServer:
         """All query strings that came, without their "?"."""
         self.authorizations: set[str] = set()
         """All Authorization headers that came."""
+        self.password = ""
+        """Without it, as that of any user, every answer is 401; "" asks for none."""
         self.half_sent = threading.Event()
         """Set when a stalling body has got half way."""
         self.stopped = threading.Event()
@@ -79,6 +82,8 @@ class FaultyServer:
             self.authorizations.add(given)
         fault = self.next_fault(path)
         body = self.files.get(path)
+        if self.password and self.password not in base64.b64decode((given or " ").split(" ")[1]).decode():
+            fault = "401"
         handler.close_connection = True
         if fault == "silent":
             self.stopped.wait(20)

@@ -160,3 +160,17 @@ def test_a_duplicate_within_a_split_is_a_warning(raw: Path, tmp_path: Path) -> N
     assert report.problems == []
     assert len(report.warnings) == 1
     assert "the same image within a split: train/cat/train0" in report.warnings[0]
+
+
+def test_texts_that_stand_in_two_splits_are_a_warning(raw: Path, tmp_path: Path) -> None:
+    build_folder(raw, tmp_path / "out")
+    path = next((tmp_path / "out").glob("test-*.tar"))
+    key = next(iter(shard_samples(tmp_path / "out", path.name)))
+    other, ((text, *_), _) = next(iter(shard_samples(tmp_path / "out", "train-000000.tar").items()))
+    rewrite_tar(path, {f"{key}.txt": f"  {str(text).upper()} !\n".encode()})
+    re_sum(tmp_path / "out")
+    report = verify(tmp_path / "out", processes=1)
+    assert report.problems == []
+    (line,) = report.warnings
+    assert line.startswith("1 samples of split 'test' have a text that split 'train' has too, but for case and")
+    assert f"the first is {key}, as {other}:" in line

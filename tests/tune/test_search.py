@@ -22,16 +22,15 @@ from ray.cluster_utils import Cluster
 from cmgan_dist.errors import BadInput
 from tests.services import forked
 from tests.toy import make_features
+from tests.tune.search_cases import OBJECT_STORE, RATES, arguments, read
 from tune.options import Arguments
 from tune.search import search
 from tune.space import Space
-from tune.tuner import cpus_of_trial, make_algorithm
+from tune.tuner import cpus_of_trial, make_search
 
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[2]
-OBJECT_STORE = 80 * 2**20
-RATES = "optim.generator_lr: {log: [5e-4, 5e-3]}\nloss.inter: {log: [0.1, 1.0]}\nmodel.dropout: {uniform: [0, 0.5]}\n"
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +51,6 @@ def cluster() -> Iterator[str]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def arguments(tmp_path: Path, data: Path, address: str, space: str = RATES, **more: Any) -> Arguments:
-    file = tmp_path / "space.yaml"
-    file.write_text(space)
-    fields: dict[str, Any] = {"preset": "smoke", "data": str(data), "output": str(tmp_path / "search"), "trials": 2}
-    fields |= {"epochs": 3.0, "val_every": 1.0, "reduction": 2, "space": str(file), "address": address}
-    return Arguments(**fields | more)
-
-
-def read(output: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((output / "trials.json").read_text())
-    return found
 
 
 def train(config: Path, output: Path, *extra: str) -> list[float]:
@@ -170,9 +156,9 @@ def is_ours(process: psutil.Process) -> bool:
     return "tune.worker" in words or "ImplicitFunc" in words or "ray::Trial" in words or "raylet" in words
 
 
-def results(output: Path) -> list[list[dict[str, Any]]]:
+def results(output: Path, start: str = "search") -> list[list[dict[str, Any]]]:
     """The lines that Tune keeps of each trial that has any."""
-    texts = [file.read_text() for file in sorted((output / "search").glob("*/result.json"))]
+    texts = [file.read_text() for file in sorted((output / start).glob("*/result.json"))]
     return [[json.loads(line) for line in text.split("\n")[:-1]] for text in texts if "\n" in text]
 
 
@@ -205,10 +191,11 @@ def test_a_killed_driver_leaves_nothing_behind_and_resume_goes_on_exactly(
     after = read(output)["trials"]
     assert [t["status"] for t in after] == ["ended"] * 3
     # nothing but the last interval was done again
-    for old, lines in zip(before, results(output)[:2], strict=True):
-        first = lines[len(old)]["training_iteration"]
-        assert old[-1]["training_iteration"] - 1 <= first <= old[-1]["training_iteration"] + 1
-        assert len(lines) <= 20 + 2
+    went_on = sorted(lines[0]["validation"] for lines in results(output, "search-2"))
+    begun = sorted(lines[-1]["validation"] for lines in before)
+    assert went_on[0] == 1, "the third trial"
+    for old, new in zip(begun, went_on[1:], strict=True):
+        assert old - 1 <= new <= old + 1
     # and every trial ends as if nothing had happened
     calm = arguments(tmp_path, data, cluster, trials=3, algorithm="random", epochs=200.0, val_every=10.0)
     calm.output = str(tmp_path / "calm")
@@ -388,7 +375,7 @@ def test_every_algorithm_keeps_to_the_trials_at_a_time(algorithm: Any) -> None:
     """By the limit of what makes trials, or by the CPUs of each: of 8 CPUs, 2 trials of 1 CPU leave 4 to each."""
     arguments = Arguments(preset="smoke", algorithm=algorithm, concurrent=2)
     space: Space = {"optim.generator_lr": {"log": [1e-4, 1e-2]}}
-    made, _ = make_algorithm(space, arguments, 3, {"optim.generator_lr": 1e-3})
+    made = make_search(space, arguments, {}, [{"optim.generator_lr": 1e-3}])
     by_cpus = 8 / cpus_of_trial(arguments, 8.0)
     by_maker = getattr(made, "max_concurrent", 0) or (2 if algorithm.startswith("optuna") else 8)
     assert min(by_cpus, by_maker) == 2

@@ -1,0 +1,59 @@
+"""Signals that come while a program starts, when there is nothing to save yet.
+
+A handler of Python's runs when the interpreter has its turn, which the import of a library or the wait for other
+processes may keep for minutes. The byte that the kernel's signal leaves in a pipe is there at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+from cmgan_dist.errors import EXIT_SIGNALLED
+
+NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Signals by which people and schedulers end a run."""
+
+
+def end_at_signals() -> None:
+    """From now on a signal of NUMBERS ends the process at once with EXIT_SIGNALLED and a sentence, until `settled`.
+
+    What is written is whole or not there whenever that happens, and locks end with the process."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    for number in NUMBERS:
+        signal.signal(number, _leave_to_the_pipe)
+    signal.set_wakeup_fd(into)
+    threading.Thread(target=_wait, args=[out], daemon=True).start()
+
+
+def settled() -> None:
+    """Leave the signals to the handlers that were set since."""
+    signal.set_wakeup_fd(-1)
+
+
+def _leave_to_the_pipe(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the byte in the pipe is what counts."""
+
+
+def _wait(pipe: int) -> None:
+    """End the process when a byte comes."""
+    number = os.read(pipe, 1)
+    if number:
+        print(f"{signal.Signals(number[0]).name} came before training began: start again", file=sys.stderr, flush=True)
+        os._exit(EXIT_SIGNALLED)
+
+
+def _as_before() -> None:
+    """In a fork, whose parent has the thread: a signal ends it, and does not reach the parent by the pipe."""
+    if signal.getsignal(signal.SIGTERM) is _leave_to_the_pipe:
+        signal.set_wakeup_fd(-1)
+        for number in NUMBERS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_as_before)

@@ -1,0 +1,79 @@
+"""What may have happened to a file that a program reads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+Damage = Callable[[Path], None]
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def no_utf8(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe\x00" + path.read_bytes()[3:])
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def older(path: Path) -> None:
+    path.write_bytes(re.sub(rb'"version": \d+', b'"version": 0', path.read_bytes()))
+
+
+def other_types(path: Path) -> None:
+    """JSON, and nothing in it is of its kind."""
+    path.write_text('{"metrics": [1], "classes": 3, "ends": "x", "baselines": [], "frontiers": 7, "version": 1}')
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def circle(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def forbidden(path: Path) -> None:
+    path.chmod(0)
+
+
+DAMAGES: list[Damage] = [missing, empty, cut, no_utf8, flipped, older, other_types, folder, circle, forbidden]
+
+
+@contextlib.contextmanager
+def as_nobody(place: Path) -> Iterator[None]:
+    """Root may read everything: be somebody else, to whom the folders belong."""
+    if os.geteuid():
+        yield
+        return
+    for path in [place, *place.rglob("*")]:
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    opened = [parent for parent in place.parents if parent.stat().st_mode & 0o077 == 0]
+    for parent in opened:
+        parent.chmod(0o711)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        for parent in opened:
+            parent.chmod(0o700)

@@ -1,0 +1,56 @@
+"""Texts that a text backbone is not made for are told of when features are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cmgan_dist.config.fields import TextBackboneConfig
+from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.models.backbone import TextBackbone
+from cmgan_dist.models.backbones import build_text_backbone
+from shards.unfit import some_texts, unfit, warnings_of
+from tests.models.text_cases import stored_sentence_encoder
+from tests.toy import run_shards
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stored_sentence_encoder(tmp_path_factory.mktemp("unfit") / "sentence")
+
+
+def encoder(folder: Path, most: int) -> TextBackbone:
+    return build_text_backbone(TextBackboneConfig("sentence", str(folder), max_tokens=most))
+
+
+def test_shares_of_unknown_and_of_cut_tokens(folder: Path) -> None:
+    tokeniser = encoder(folder, 32).model.tokenizer
+    found = unfit(tokeniser, ["red dog", "花 dog", "red red red red red red"], 6)  # 4 words and two ends
+    assert (found.unknown, found.cut, found.cut_texts) == (1 / 10, 2 / 10, 1 / 3)
+    assert unfit(tokeniser, ["", "red"], 6).cut == 0
+
+
+def test_what_is_unfit_is_printed_before_the_work(
+    folder: Path, raw_data: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = raw_data()  # texts of four words that the encoder knows
+    shards = [shard for shards in load_manifest(data).splits.values() for shard in shards]
+    assert len(some_texts(data, shards)) == sum(1 + i % 3 for count in (40, 16, 16) for i in range(count))
+    assert warnings_of(encoder(folder, 8), data, shards) == []
+    assert warnings_of(None, data, shards) == []
+    words = ["--text-backbone", "sentence", "--text-weights", folder, "--max-tokens", 5, "--processes", 1]
+    run_shards("features", data, "--output", tmp_path / "out", *words)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert "100.0% of 141 texts are longer than the 5 tokens" in line
+    assert "25.0% of their tokens are cut off: raise --max-tokens" in line
+
+
+def test_texts_of_another_script_are_told_of(folder: Path, raw_data: Callable[..., Path]) -> None:
+    data = raw_data()
+    text = folder / "tokenizer.json"
+    text.write_text(text.read_text().replace('"dog": 10', '"cat": 10'))
+    shards = [shard for shards in load_manifest(data).splits.values() for shard in shards]
+    (line,) = warnings_of(encoder(folder, 32), data, shards)
+    assert "of the tokens of 141 texts are unknown to the text backbone" in line

@@ -1,0 +1,176 @@
+"""What is kept of each trial while it runs, and what --resume goes on from: OUTPUT/records/EXPERIMENT/NUMBER.json.
+
+It is plain JSON with a checksum of itself. Ray Tune keeps its own state in pickles, which are never read: each start is
+a new experiment of Tune's, told of what is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.tune import Callback
+
+from cmgan_dist.data.store import FileStore
+from cmgan_dist.errors import BadInput
+from cmgan_dist.files import parse_sealed, sealed_json
+from tune.results import ENDED, FAILED, STOPPED, UNFINISHED, TrialResult
+
+VERSION = 1
+FOLDER = "records"
+KEPT = ("validation", "epoch", "score", "best", "image_to_text", "text_to_image", "step_s", "time_this_iter_s")
+"""Numbers of a validation that are kept."""
+
+
+@dataclass
+class Record:
+    """One trial of an experiment."""
+
+    number: int
+    """The place of its setting among those of the experiment."""
+    values: dict[str, Any]
+    """Values by config path, as they are now: population-based training changes them."""
+    validations: list[dict[str, float]] = field(default_factory=list)
+    """KEPT of each validation, in their order."""
+    node: str = ""
+    done: bool = False
+    """Trained to its end, stopped by the scheduler, or failed."""
+    failed: str = ""
+    """The sentence that says why it failed."""
+    checkpoint: str = ""
+    """Path from OUTPUT of the folder that it goes on from."""
+    reached: int = 0
+    """Validations of that checkpoint."""
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last validation; zeros where there is none."""
+        return self.validations[-1] if self.validations else dict.fromkeys(KEPT, 0.0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: it failed, or has ended and its checkpoint is that of its end."""
+        return bool(self.failed) or (self.done and self.reached >= self.last["validation"])
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Take in what a trial reports; a validation that was lost and done again counts once."""
+        self.node, self.done = str(result.get("node", ""))[:8], bool(result.get("done"))
+        self.failed = str(result.get("failed", ""))
+        if not self.failed:
+            row = {name: float(result[name]) for name in KEPT}
+            before = [known for known in self.validations if known["validation"] < row["validation"]]
+            self.validations = [*before, row]
+
+    def result(self, name: str, whole: int) -> TrialResult:
+        """Return what the search says of it under a name; a whole trial has so many validations."""
+        last = self.last
+        status = FAILED if self.failed else UNFINISHED
+        if self.done and not self.failed:
+            status = ENDED if last["validation"] >= whole else STOPPED
+        scores = {key: last[key] for key in ("best", "image_to_text", "text_to_image")} if not self.failed else {}
+        return TrialResult(
+            name,
+            self.values,
+            status,
+            **scores,
+            epochs=last["epoch"] if not self.failed else 0.0,
+            seconds=sum(row["time_this_iter_s"] for row in self.validations),
+            step_seconds=sum(row["step_s"] for row in self.validations),
+            node=self.node,
+            failed=self.failed,
+            curve=[(row["epoch"], row["score"]) for row in self.validations] if not self.failed else [],
+        )
+
+
+def read_records(output: FileStore, experiment: str) -> dict[int, Record]:
+    """Return what is known of an experiment's trials, by their numbers.
+
+    Raises BadInput naming the file that is damaged."""
+    found = {}
+    for name in output.names(f"{FOLDER}/{experiment}"):
+        if not re.fullmatch(r"\d+\.json", name):
+            continue
+        path = f"{FOLDER}/{experiment}/{name}"
+        try:
+            record = _checked(Record(**parse_sealed(output.read(path), VERSION)))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise BadInput(
+                f"{output.location(path)} is damaged ({error}): restore it, or remove it, and its trial begins anew"
+            ) from None
+        found[record.number] = record
+    return found
+
+
+def _checked(record: Record) -> Record:
+    """Return a record whose fields are what they should be. Raises ValueError, KeyError or TypeError."""
+    parts = record.checkpoint.split("/")
+    kinds = [(record.number, int), (record.values, dict), (record.done, bool), (record.reached, int)]
+    kinds += [(record.node, str), (record.failed, str)]
+    if not all(isinstance(value, kind) for value, kind in kinds) or (
+        record.checkpoint and {"", ".", ".."} & set(parts)
+    ):
+        raise ValueError("a field is of another kind")
+    record.validations = [{name: float(row[name]) for name in KEPT} for row in record.validations]
+    return record
+
+
+class Recorder(Callback):
+    """Writes a record of each trial of a running experiment whenever something has come of it."""
+
+    def __init__(
+        self,
+        output: FileStore,
+        experiment: str,
+        numbers: Sequence[int],
+        known: dict[int, Record],
+        cut_short: Callable[[], bool],
+    ) -> None:
+        """`numbers`: those of the trials in the order in which Tune makes them. `cut_short`: whether an interruption,
+        or the end of its time, ends the experiment."""
+        self.output, self.experiment, self.numbers, self.records = output, experiment, numbers, known
+        self.cut_short = cut_short
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it with its own state, which nobody reads
+
+    def _record(self, trials: list[Any], trial: Any) -> Record:
+        number = self.numbers[next(i for i, each in enumerate(trials) if each is trial)]
+        record = self.records.setdefault(number, Record(number, {}))
+        record.values = dict(trial.config.get("values", trial.config))
+        return record
+
+    def _write(self, record: Record) -> None:
+        text = sealed_json({"version": VERSION, **dataclasses.asdict(record)})
+        self.output.write(f"{FOLDER}/{self.experiment}/{record.number:06d}.json", text)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Note a validation, or the sentence of a trial that failed."""
+        record = self._record(trials, trial)
+        record.add(result)
+        self._write(record)
+
+    def on_trial_save(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note the checkpoint that was written."""
+        record, saved = self._record(trials, trial), trial.latest_checkpoint_result
+        if saved is not None and str(saved.checkpoint.path).startswith(f"{self.output.path}/"):
+            record.checkpoint = str(saved.checkpoint.path)[len(self.output.path) + 1 :]
+            record.reached = int(saved.metrics.get("validation", 0))
+            self._write(record)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note that a trial which was waiting for others is stopped by the scheduler."""
+        if trial.status == "PAUSED" and not self.cut_short():
+            record = self._record(trials, trial)
+            record.done = True
+            self._write(record)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note that a trial's process died once too often."""
+        record = self._record(trials, trial)
+        said = str(trial.get_error() or "").strip().splitlines()
+        record.failed = said[-1] if said else "its process died too often"
+        self._write(record)
