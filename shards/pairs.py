@@ -20,6 +20,11 @@ class Readable(Protocol):
     def size(self) -> int:
         """Return the number of bytes, for the plan of shards. Raises BadSample when there is nothing to read."""
 
+    def identity(self) -> str:
+        """Return what tells these bytes from all others: their SHA-256, or what they are made from.
+
+        Raises BadSample when there is nothing to read."""
+
     def read(self) -> bytes:
         """Return the bytes. Raises BadSample when they cannot be read."""
 
@@ -36,6 +41,10 @@ class FileBytes:
             return self.path.stat().st_size
         except OSError as error:
             raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
+
+    def identity(self) -> str:
+        """Return the SHA-256 of the file. Raises BadSample when it cannot be read."""
+        return hashlib.sha256(self.read()).hexdigest()
 
     def read(self) -> bytes:
         """Return the bytes of the file. Raises BadSample when it cannot be read."""
@@ -56,6 +65,10 @@ class FileSlice:
     def size(self) -> int:
         """Return the number of bytes."""
         return self.length
+
+    def identity(self) -> str:
+        """Return the SHA-256 of the bytes. Raises BadSample when the archive cannot be read."""
+        return hashlib.sha256(self.read()).hexdigest()
 
     def read(self) -> bytes:
         """Return the bytes. Raises BadSample when the archive cannot be read."""

@@ -22,7 +22,7 @@ from cmgan_dist.data.image import open_image
 from cmgan_dist.errors import BadInput, BadSample
 from shards.groups import linked_groups, links_of_equal
 from shards.pack import BuildCommand
-from shards.pairs import RawPair, RawPairs, hash_number
+from shards.pairs import FileBytes, RawPair, RawPairs, hash_number
 
 ATTRIBUTION = (
     "Pictures: OpenMoji (https://openmoji.org), the open-source emoji and icon project, licence CC BY-SA 4.0 "
@@ -140,6 +140,10 @@ class Drawing:
     def size(self) -> int:
         """Return about the size of the PNG in bytes."""
         return 6000 * self.pixels**2 // 224**2  # the mean PNG, good enough to plan shards
+
+    def identity(self) -> str:
+        """Return the SHA-256 of the SVG with the size that it is drawn in. Raises BadSample when it cannot be read."""
+        return f"{FileBytes(Path(self.path)).identity()} at {self.pixels}"
 
     def read(self) -> bytes:
         """Return the PNG. Raises BadSample when the SVG cannot be drawn."""
