@@ -73,15 +73,15 @@ def _identity(part: Readable | tuple[str, ...] | np.ndarray) -> object:
         return f"bad: {error}"
 
 
-def make_shard(output: Path, shard: PlannedShard, how: Making) -> Made:
-    """Read the pairs of a shard and write it: its tar and sidecar, then its record.
+def make_shard(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Made:
+    """Read the pairs of a shard from the folder `plan` and write it: its tar and sidecar, then its record.
 
     Raises BadInput on a bad pair, unless they are skipped, and when the shard cannot be written."""
-    path, settings = output / record_name(shard.name), how.settings(shard)
+    path, settings, pairs = output / record_name(shard.name), how.settings(shard), shard.read(plan)
     left_out: list[str] = []
 
     def samples() -> Iterator[tuple[str, Members]]:
-        for pair in shard.pairs:
+        for pair in pairs:
             read = partial(read_members, pair, how.label_kind, how.classes)
             members = try_sample(read, pair.where, how.skip_bad, left_out)
             if members is not None:
@@ -89,7 +89,7 @@ def make_shard(output: Path, shard: PlannedShard, how: Making) -> Made:
 
     try:
         # Read before the samples are: what changes between is found by the next run, and the shard made anew.
-        source = content_sha256(shard.pairs)
+        source = content_sha256(pairs)
         ledger.write(path, ledger.Record(source, settings))
         for name in (shard.name, index_name(shard.name)):
             (output / name).unlink(missing_ok=True)
@@ -124,21 +124,19 @@ class Found:
     """Whether there is a shard of this name that was made from something else, or that nobody knows."""
 
 
-def find_shard(output: Path, shard: PlannedShard, how: Making, read_inputs: bool) -> Found:
+def find_shard(output: Path, plan: Path, shard: PlannedShard, how: Making, read_inputs: bool) -> Found:
     """Return what an earlier run, or another task, made of a shard; one that was damaged since is named on stdout.
 
-    `read_inputs`: compare what the pairs hold now too, not only what was planned of them. Raises BadInput when a file
-    is there and cannot be read."""
+    `plan`: folder of the plan; `read_inputs`: compare what the pairs hold now too, not only what was planned of them.
+    Raises BadInput when a file is there and cannot be read."""
     path = output / shard.name
     try:
         record = ledger.read(output / record_name(shard.name))
-        if record is None:
-            return Found(other=path.exists())
-        if record.settings != how.settings(shard):
+        if record is None or record.settings != how.settings(shard):
             return Found(other=path.exists())
         if not record.finished:
             return Found()
-        if read_inputs and record.source != content_sha256(shard.pairs):
+        if read_inputs and record.source != content_sha256(shard.read(plan)):
             return Found(other=True)
         return Found(_whole(record, output, path))
     except OSError as error:

