@@ -5,6 +5,7 @@ last, so a run that was killed goes on behind the last shard whose record agrees
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import typing
 from collections.abc import Iterator
@@ -26,9 +27,8 @@ from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs import ledger
 from cmgan_dist.jobs.cores import usable_cores
-from cmgan_dist.jobs.local import parallel_map
 from cmgan_dist.jobs.lock import owning
-from cmgan_dist.jobs.machine import share_of_machine
+from cmgan_dist.jobs.machine import Share, absolute, find_share
 from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.backbone import PixelBackbone
@@ -83,6 +83,9 @@ class FeaturesCommand:
     task: str = ""
     """I/N: every N-th shard from I on, where several machines share the work and --output; a SLURM array and torchrun
     say it by themselves. Whoever finds all shards made writes the manifest."""
+    ray: str = ""
+    """Ray cluster whose machines do the work, a GPU or a CPU a process: its HOST:PORT, or auto on a machine of it.
+    Data, weights and --output must be there under the same paths."""
     skip_bad: bool = False
     """Leave bad samples out, count and list them, instead of stopping at the first."""
     overwrite: bool = False
@@ -107,8 +110,8 @@ def chosen_pools(names: str) -> tuple[Pool, ...]:
     return tuple(typing.cast("list[Pool]", chosen))
 
 
-def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Options, int]:
-    """Return what a process needs to know, and the number of processes. Raises BadInput naming the flag."""
+def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Options, Share]:
+    """Return what a process needs to know, and where the processes are. Raises BadInput naming the flag."""
     if command.batch_size < 1:
         raise BadInput(f"--batch-size is {command.batch_size}: it must be at least 1")
     for flag, number, allowed in (
@@ -117,25 +120,31 @@ def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Option
     ):
         if allowed is not None and number not in allowed:
             raise BadInput(f"{flag} is {number}, expected {allowed}")
-    share = share_of_machine(command.device, command.processes)
     image = text = None
     if command.image_backbone != "features" and manifest.image == "encoded":
         if not command.image_weights:
             raise BadInput("--image-weights is empty: features of random weights are of no use, name some weights")
-        image = (command.image_backbone, command.image_weights, command.image_size)
+        image = (command.image_backbone, _from_anywhere(command.image_weights), command.image_size)
     if command.text_backbone != "features" and manifest.text == "utf8":
         if command.text_backbone != "sentence" and not is_open_clip(command.text_backbone):
             raise BadInput(
                 f"--text-backbone is '{command.text_backbone}': without training only sentence and open_clip:MODEL work"
             )
-        text = (command.text_backbone, command.text_weights, command.max_tokens, chosen_pools(command.text_pool))
+        pools = chosen_pools(command.text_pool)
+        text = (command.text_backbone, _from_anywhere(command.text_weights), command.max_tokens, pools)
     if image is None and text is None:
         raise BadInput(
             f"nothing to do: the images of {command.data} are {manifest.image} and its texts {manifest.text}; "
             "name an --image-backbone or a --text-backbone for what is not features yet"
         )
+    share = find_share(command.device, command.processes, command.ray)
     options = Options(image, text, command.batch_size, command.dtype, share.device, share.threads, command.skip_bad)
-    return options, share.processes
+    return options, share
+
+
+def _from_anywhere(weights: str) -> str:
+    """Return the place of weights, "hub", "hub:NAME", "package:NAME" or a path, as it is called from any folder."""
+    return weights if weights == "hub" or weights.startswith(("hub:", "package:")) else absolute(weights)
 
 
 def settings_of(made: Extractor) -> dict[str, Any]:
@@ -166,10 +175,7 @@ def details_of(made: Extractor, settings: dict[str, Any]) -> dict[str, Any]:
     details = dict(settings)
     for side, chosen in (("image", made.options.image), ("text", made.options.text)):
         if chosen is not None:
-            weights = chosen[1]
-            if weights != "hub" and not weights.startswith(("hub:", "package:")):
-                weights = str(Path(weights).absolute())
-            details[side] = {"backbone": chosen[0], "weights": weights, **settings[side]}
+            details[side] = {"backbone": chosen[0], "weights": chosen[1], **settings[side]}
     if isinstance(made.image, PixelBackbone):
         details["image"] |= {"mean": made.image.mean, "std": made.image.std}
     return details
@@ -307,7 +313,7 @@ class _Plan:
     """All its shards."""
     task: Task
     options: Options
-    processes: int
+    share: Share
     made: Extractor
     settings: dict[str, Any]
 
@@ -344,12 +350,12 @@ def _make_shards(plan: _Plan, todo: list[ShardInfo]) -> dict[str, Made]:
     # Until the new manifest is written, the folder is not a data set.
     (plan.output / MANIFEST_NAME).unlink(missing_ok=True)
     begun, judge = time.monotonic(), Judge.of(plan.manifest)
-    made = parallel_map(
+    data, output = plan.command.data.absolute(), plan.output.absolute()
+    made = plan.share.map(
         make_shard,
-        [(plan.options, judge, plan.command.data, plan.output, shard, plan.settings) for shard in todo],
+        [(plan.options, judge, data, output, shard, plan.settings) for shard in todo],
         title="features",
         unit_counts=[shard.samples for shard in todo],
-        processes=plan.processes,
     )
     seconds = time.monotonic() - begun
     count = sum(shard.samples for shard in todo)
@@ -364,9 +370,10 @@ def write_features(command: FeaturesCommand) -> Manifest | None:
     writing the same share."""
     task, manifest = find_task(command.task), load_manifest(command.data)
     sources = _sources(command, manifest)
-    options, processes = choose_options(command, manifest)
-    made = extractor(options)
-    plan = _Plan(command, manifest, sources, task, options, processes, made, settings_of(made))
+    options, share = choose_options(command, manifest)
+    # This process needs their checksum and sizes only, where others work.
+    made = extractor(dataclasses.replace(options, device="cpu") if share.cluster else options)
+    plan = _Plan(command, manifest, sources, task, options, share, made, settings_of(made))
     with owning(plan.output, task.lock("features")):
         return _write_share(plan)
 

@@ -7,6 +7,7 @@ part gives the same bytes. Whoever finds all records at its end writes embedding
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -22,9 +23,8 @@ from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs import ledger
 from cmgan_dist.jobs.cores import usable_cores
-from cmgan_dist.jobs.local import parallel_map
 from cmgan_dist.jobs.lock import owning
-from cmgan_dist.jobs.machine import share_of_machine
+from cmgan_dist.jobs.machine import Share, absolute, find_share
 from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_backbone, read_model
@@ -60,7 +60,7 @@ class Plan:
     source: Source
     parts: list[Part]
     task: Task
-    processes: int
+    machines: Share
     overwrite: bool
     store: FileStore
 
@@ -77,7 +77,6 @@ def make_plan(options: EmbedOptions) -> Plan:
         raise BadInput("name what is to be embedded by one of --data, --pictures and --texts")
     if options.batch is not None and options.batch < 1:
         raise BadInput(f"--batch is {options.batch}: it must be at least 1")
-    share = share_of_machine(options.device, options.processes)
     task = find_task(options.task)
     splits = [split for split in options.splits.split(",") if split]
     if splits and not options.data:
@@ -92,6 +91,7 @@ def make_plan(options: EmbedOptions) -> Plan:
     store = FileStore(options.output, "--output")
     if store.local:
         check_output(Path(store.path), MANIFEST_NAME)
+    share = find_share(options.device, options.processes, options.ray)
     job = Job(
         run=options.run,
         model=saved.spec.files[MODEL_NAME],
@@ -104,7 +104,7 @@ def make_plan(options: EmbedOptions) -> Plan:
         threads=share.threads,
         skip_bad=options.skip_bad,
     )
-    return Plan(job, saved, source, parts, task, share.processes, options.overwrite, store)
+    return Plan(job, saved, source, parts, task, share, options.overwrite, store)
 
 
 def check_source(saved: Saved, source: Source) -> None:
@@ -243,12 +243,9 @@ def _embed_parts(plan: Plan, todo: Sequence[Part]) -> None:
     """Embed parts in the processes of this machine and print the rate."""
     plan.store.remove(MANIFEST_NAME)  # until it is written anew, the folder is no whole set
     begun = time.monotonic()
-    left_out = parallel_map(
-        embed_part,
-        [(plan.job, part) for part in todo],
-        title="embedding",
-        unit_counts=[part.items for part in todo],
-        processes=plan.processes,
+    job = dataclasses.replace(plan.job, run=absolute(plan.job.run), output=absolute(plan.job.output))
+    left_out = plan.machines.map(
+        embed_part, [(job, part) for part in todo], title="embedding", unit_counts=[part.items for part in todo]
     )
     worker_of.cache_clear()  # of this process, where it was the only one
     seconds, count = time.monotonic() - begun, sum(part.items for part in todo)

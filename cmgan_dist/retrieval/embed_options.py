@@ -13,7 +13,8 @@ class EmbedOptions:
     """Embed a data set, a folder of pictures or a file of texts with RUN's best generator.
 
     An interrupted job goes on where it was. Several may share the work: processes of this machine, torchrun's, the
-    tasks of a SLURM array, or machines that are told --task I/N; the last to end writes embeddings.json."""
+    tasks of a SLURM array, machines that are told --task I/N, or a Ray cluster; the last to end writes
+    embeddings.json."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run, or a copy of its best/."""
@@ -33,6 +34,9 @@ class EmbedOptions:
     """Samples embedded at a time (None: as many as an evaluation of the run). The last bits depend on it."""
     task: str = ""
     """I/N: embed every N-th shard from shard I on, I from 0 to N - 1. A SLURM array and torchrun say it themselves."""
+    ray: str = ""
+    """Ray cluster whose machines do the work, a GPU or a CPU a process: its HOST:PORT, or auto on a machine of it. RUN,
+    the data and --output must be there under the same paths."""
     finish: bool = False
     """Embed nothing: check what all tasks have written and write embeddings.json."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
