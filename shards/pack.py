@@ -11,29 +11,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
-import socket
 from abc import abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest, natural_splits
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
-from cmgan_dist.jobs.lock import owning
+from cmgan_dist.jobs.lock import lock_name, owning, owning_in_turn
+from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.jobs.staging import remove_leftovers
 from shards.assemble import assemble, print_summary, write_manifest
-from shards.make import Found, Made, Making, files_of_shard, find_shard, make_shard
+from shards.make import Found, Made, Making, files_of_shard, find_shard, make_shard, record_name
 from shards.pairs import Draw, RawPairs, Together, split_shares
 from shards.partitions import Partitions
 from shards.plan import Plan, PlannedShard, plan_shards
+from shards.plan_files import planned, remove_plans
+
+Result = TypeVar("Result")
 
 PACKING_NAME = ".packing"
 """Marks an output that is not complete; holds the fingerprint of what is being packed."""
@@ -59,6 +60,15 @@ class BuildCommand:
     """Most MiB of images and texts a shard."""
     processes: int | None = None
     """Processes that write shards (None: one a core). The bytes do not depend on it."""
+    task: str = ""
+    """I/N: every N-th shard from I on, where several machines share the work and --output; a SLURM array and torchrun
+    say it by themselves. Whoever finds all shards made writes the manifest."""
+    ray: str = ""
+    """"auto" or HOST:PORT of a Ray cluster, whose nodes see the source and --output: they write the shards."""
+
+    def stamp(self) -> str:
+        """Return a hash of all that the plan is made from, "" where nothing less than planning tells."""
+        return ""
 
     @abstractmethod
     def pairs(self, rows: Partitions) -> RawPairs:
@@ -69,6 +79,8 @@ class BuildCommand:
         if self.shard_samples < 1 or self.shard_mib <= 0:
             raise BadInput("--shard-samples and --shard-mib must be positive")
         packed = pack(self)
+        if packed is None:
+            return
         headline = f"already packed: {self.output}" if packed.was_complete else f"packed {self.output}"
         print_summary(headline, packed.manifest, notes=packed.notes, left_out=packed.left_out)
 
@@ -155,20 +167,6 @@ def _fingerprint(source: RawPairs, shards: list[PlannedShard], settings: dict[st
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def _planned(options: BuildCommand) -> Iterator[tuple[RawPairs, Plan]]:
-    """Give what the source says of its pairs, and the plan, which is on disk until the end."""
-    name = f".{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"  # see jobs/staging.py
-    folder, is_new = options.output / name, not options.output.exists()
-    try:
-        yield plan_in(folder, options)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if is_new:
-            with contextlib.suppress(OSError):  # there is something in it
-                options.output.rmdir()
-
-
 def plan_in(folder: Path, options: BuildCommand) -> tuple[RawPairs, Plan]:
     """Return what the source says of its pairs and the plan of the shards, which is made in `folder`.
 
@@ -186,14 +184,24 @@ def plan_in(folder: Path, options: BuildCommand) -> tuple[RawPairs, Plan]:
     return source, plan
 
 
-def pack(options: BuildCommand) -> Packed:
-    """Write the pairs of a source to `options.output` and return what was made.
+def pack(options: BuildCommand) -> Packed | None:
+    """Write the pairs of a source to `options.output`, this task's share of them, and when all are there the manifest.
 
-    Raises BadInput on a bad pair (unless `skip_bad`), an empty split, or an output that holds another data set or that
-    another process writes."""
-    check_output(options.output, MANIFEST_NAME)
-    with _planned(options) as (source, plan), owning(options.output, LOCK):
-        return _Job(source, plan, options).run()
+    Returns what was made, None while other tasks have shards to make. Where another process makes the same share, this
+    waits for it. Raises BadInput on a bad pair (unless `skip_bad`), an empty split, or an output that holds another
+    data set."""
+    output, task, is_new = options.output, find_task(options.task), not options.output.exists()
+    check_output(output, MANIFEST_NAME)
+    try:
+        with (
+            owning_in_turn(output, task.lock(LOCK)),
+            planned(output, options.stamp(), partial(plan_in, options=options)) as (source, plan),
+        ):
+            return _Job(source, plan, options, task).run()
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # there is something in it, or nothing could be made
+                output.rmdir()
 
 
 @dataclass
@@ -203,22 +211,40 @@ class _Job:
     source: RawPairs
     plan: Plan
     options: BuildCommand
+    task: Task
 
-    def run(self) -> Packed:
+    def run(self) -> Packed | None:
         """Make what is not there. Raises BadInput as `pack` does."""
         output, overwrite, shards = self.options.output, self.options.overwrite, self.plan.shards
+        own = [shards[i] for i in self.task.share(len(shards))]
         fingerprint = _fingerprint(self.source, shards, self._settings)
-        old, found = _existing_manifest(output), self._find()
+        old, found = _existing_manifest(output), self._find(own, read_inputs=True)
         made = {name: one.made for name, one in found.items() if one.made is not None}
-        same = old is not None and old.details.get("fingerprint") == fingerprint
-        if old is not None and same and len(made) == len(shards):
+        todo = [shard for shard in own if shard.name not in made]
+        if old is not None and not todo and old.details.get("fingerprint") == fingerprint:
+            remove_plans(output)
             return Packed(old, self.source.notes, [], True)
         if old is not None and any(one.other for one in found.values()) and not overwrite:
             raise _refuse(output)
         keep = {name for shard in shards for name in files_of_shard(shard.name)}
+        self._check_others(fingerprint)
         prepare_output(output, fingerprint, overwrite, keep)
-        made |= self._make([shard for shard in shards if shard.name not in made])
+        made |= self._make(todo)
+        made |= self._made_by_others([shard for shard in shards if shard.name not in made])
+        if len(made) < len(shards):
+            left = len(shards) - len(made)
+            print(f"task {self.task} is done; {left} of {len(shards)} shards are left to other tasks")
+            return None
         return self._finish(fingerprint, made)
+
+    def _check_others(self, fingerprint: str) -> None:
+        """Raise BadInput where tasks of another data set are at work in the output."""
+        output, packing = self.options.output, self.options.output / PACKING_NAME
+        if packing.exists() and packing.read_text() != fingerprint:
+            names = {path.name for path in output.glob(lock_name(f"{LOCK}*"))} - {lock_name(self.task.lock(LOCK))}
+            for name in sorted(names):
+                with owning(output, name.removeprefix(".").removesuffix(".lock")):
+                    pass  # nobody has it
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -229,21 +255,37 @@ class _Job:
     def _how(self) -> Making:
         return Making(self.source.label_kind, len(self.source.classes), self.options.skip_bad)
 
-    def _find(self) -> dict[str, Found]:
-        """Return what earlier runs left of the shards, by name."""
+    def _each(
+        self, function: Callable[..., Result], title: str, shards: list[PlannedShard], *rest: object
+    ) -> list[Result]:
+        """Return what `function` makes of shards: in processes of this machine, or of a Ray cluster."""
+        output, counts = self.options.output.absolute(), [shard.samples for shard in shards]
+        tasks = [(output, self.plan.folder, shard, self._how, *rest) for shard in shards]
+        processes, address = self.options.processes, self.options.ray
+        if address and tasks:
+            from cmgan_dist.jobs.ray import ray_map
+
+            return ray_map(function, tasks, title=title, unit_counts=counts, processes=processes, address=address)
+        return parallel_map(function, tasks, title=title, unit_counts=counts, processes=processes)
+
+    def _find(self, shards: list[PlannedShard], *, read_inputs: bool) -> dict[str, Found]:
+        """Return what earlier runs, or other tasks, left of some shards, by name."""
         output = self.options.output
-        there = [s for s in self.plan.shards if any((output / name).exists() for name in files_of_shard(s.name))]
-        tasks = [(output, self.plan.folder, shard, self._how, True) for shard in there]
-        counts, processes = [shard.samples for shard in there], self.options.processes
-        found = parallel_map(find_shard, tasks, title="comparing", unit_counts=counts, processes=processes)
+        there = [shard for shard in shards if any((output / name).exists() for name in files_of_shard(shard.name))]
+        found = self._each(find_shard, "comparing", there, read_inputs)
         return {shard.name: one for shard, one in zip(there, found, strict=True)}
 
     def _make(self, todo: list[PlannedShard]) -> dict[str, Made]:
         """Make shards and return what was made of each, by name."""
-        tasks = [(self.options.output, self.plan.folder, shard, self._how) for shard in todo]
-        counts, processes = [shard.samples for shard in todo], self.options.processes
-        made = parallel_map(make_shard, tasks, title="packing", unit_counts=counts, processes=processes)
+        made = self._each(make_shard, "packing", todo)
         return {shard.name: one for shard, one in zip(todo, made, strict=True)}
+
+    def _made_by_others(self, shards: list[PlannedShard]) -> dict[str, Made]:
+        """Return what other tasks made of their shards, by name; nothing is compared before all are there."""
+        if not all((self.options.output / record_name(shard.name)).exists() for shard in shards):
+            return {}
+        found = self._find(shards, read_inputs=False)
+        return {name: one.made for name, one in found.items() if one.made is not None}
 
     def _finish(self, fingerprint: str, made: dict[str, Made]) -> Packed:
         """Write the manifest of all shards."""
@@ -266,4 +308,5 @@ class _Job:
         )
         write_manifest(self.options.output, manifest)
         finish_output(self.options.output)
+        remove_plans(self.options.output)
         return Packed(manifest, source.notes, left_out, False)

@@ -50,6 +50,8 @@ class PlannedShard:
     def read(self, folder: Path) -> list[RawPair]:
         """Return the pairs, in their order. `folder`: of the plan."""
         found: list[RawPair] = []
+        if not folder.exists():
+            raise BadInput(f"{folder} was removed, as another process has finished the data set: start again")
         for number, first, end in self.pieces:
             starts = np.load(folder / f"starts-{number:04d}.npy", mmap_mode="r")
             splits = np.load(folder / f"splits-{number:04d}.npy", mmap_mode="r")[first:end]

@@ -55,7 +55,7 @@ class CocoCommand(DrawCommand):
             for file in files:
                 for name, captions in file.captions.items():
                     key = make_key(f"{file.folder.name}/{Path(name).with_suffix('').as_posix()}")
-                    image = PlainFile(str(file.folder / name))
+                    image = PlainFile(str(file.folder.absolute() / name))
                     yield RawPair(key, file.split, image, tuple(captions), (), f"{name} of {file.path}")
 
         rows.partitions = partitions_for(sum(len(file.captions) for file in files))

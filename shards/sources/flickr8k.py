@@ -80,4 +80,4 @@ def _image_places(archive: Path) -> dict[str, FileSlice]:
         raise BadInput(f"{archive} does not exist: name the folder that holds it with --input") from None
     except tarfile.TarError as error:
         raise BadInput(f"{archive} is not a whole tar ({error})") from None
-    return {Path(m.name).name: FileSlice(str(archive), m.offset_data, m.size) for m in members}
+    return {Path(m.name).name: FileSlice(str(archive.absolute()), m.offset_data, m.size) for m in members}

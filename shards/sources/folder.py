@@ -45,7 +45,7 @@ class FolderCommand(DrawCommand):
         if self.output.resolve() == self.input.resolve():
             raise BadInput(f"--output {self.output} is the input folder itself: name another folder")
         self.draw(())
-        splits = _split_folders(self.input)
+        splits = _split_folders(self.input, self.output)
         others: list[str] = []
         images = list(_images(self.input, splits, others))
         if not images:
@@ -72,8 +72,8 @@ class FolderCommand(DrawCommand):
                 yield RawPair(
                     key=key,
                     split=split or "",
-                    image=PlainFile(str(path)),
-                    texts=PlainFile(str(path.with_suffix(".txt"))),
+                    image=PlainFile(str(path.absolute())),
+                    texts=PlainFile(str(path.absolute().with_suffix(".txt"))),
                     labels=() if class_name is None else (classes.index(class_name),),
                     where=shown(str(path)),
                 )
@@ -92,9 +92,11 @@ class FolderCommand(DrawCommand):
         )
 
 
-def _split_folders(top: Path) -> dict[str, str]:
-    """Return the names of the sub-folders with their splits when every one is named after a split, else {}."""
-    folders = sorted(path.name for path in top.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _split_folders(top: Path, output: Path) -> dict[str, str]:
+    """Return the names of the sub-folders with their splits when every one, `output` apart, is named
+    after a split, else {}."""
+    found = (path for path in top.iterdir() if path.is_dir() and path.resolve() != output.resolve())
+    folders = sorted(path.name for path in found if not path.name.startswith("."))
     named = {name: SPLIT_ALIASES[name.lower()] for name in folders if name.lower() in SPLIT_ALIASES}
     return named if len(named) == len(folders) else {}
 

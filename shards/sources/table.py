@@ -7,6 +7,7 @@ split. Rows with the same image become several captions of one sample. A label i
 from __future__ import annotations
 
 import hashlib
+import json
 import posixpath
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ import tyro
 
 from cmgan_dist.data.manifest import LabelKind, natural_splits
 from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs.cores import usable_cores
 from cmgan_dist.jobs.local import parallel_map
 from shards.pack import DrawCommand
@@ -47,6 +49,10 @@ COMMON_NAMES = {
     "split": ("split", "set", "partition", "subset"),
 }
 """Column names that are recognised, in this order, whatever their case."""
+
+
+NOT_OF_THE_PLAN = ("output", "overwrite", "processes", "task", "ray")
+"""Options that change no plan."""
 
 
 @dataclass
@@ -109,6 +115,19 @@ class TableCommand(DrawCommand):
     attribution: str = ""
     """Source and licence, for the manifest."""
 
+    def stamp(self) -> str:
+        """Return a hash of the tables and of the options that decide how they are read; "" where `pairs` will say what
+        is wrong with them."""
+        asked = {name: str(value) for name, value in vars(self).items() if name not in NOT_OF_THE_PLAN}
+        paths = [path for path, _ in tables_of(self.input)]
+        try:
+            if not all(path.is_file() for path in paths):
+                return ""
+            tables = [[str(path), sha256_of(path)] for path in paths]
+        except OSError:
+            return ""
+        return hashlib.sha256(json.dumps([str(Path.cwd()), asked, tables]).encode()).hexdigest()
+
     def pairs(self, rows: Partitions) -> RawPairs:
         """Put in the rows of the table. Raises BadInput naming the row or column that is wrong."""
         self.draw(())
@@ -163,7 +182,7 @@ class TableCommand(DrawCommand):
         said = _Said()
         inside = path.relative_to(self.input) if path != self.input else Path(path.name)
         folder = "" if path == self.input or inside.parent == Path() else f"{inside.parent.as_posix()}/"
-        parent = str(path.parent)
+        parent = str(path.parent.absolute())
         for where, row in read_rows(path, list(dict.fromkeys(columns.values())), text):
             place = f"{where} of {inside}"
             found = try_sample(lambda r=row: _parse_row(r, columns), place, self.skip_bad, said.left_out)  # type: ignore[misc]
