@@ -82,7 +82,7 @@ def measure(folder: Path, rows: int, processes: int) -> dict[str, float]:
     table, output = folder / "table", folder / "output"
     write_table(table, rows)
     base = psutil.Process().memory_info().rss
-    command = TableCommand(input=table, output=output, processes=processes)
+    command = TableCommand(input=str(table), output=output, processes=processes)
     begun, used = time.monotonic(), os.times()
     with Memory() as memory:
         plan = plan_in(folder / "plan", command)[1]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,10 @@ from cmgan_dist.jobs import ledger
 from shards.pairs import RawPair, Readable
 from shards.plan import PlannedShard
 from shards.shard_file import Members, has_index, read_members, try_sample, write_shard
+from shards.sources.urls import UrlBytes
 
+READ_AT_A_TIME = 16
+"""Pictures by URL that one process waits for."""
 Made = tuple[ShardInfo | None, list[str]]
 """What was written for a shard (None when no pair was good), and a line for each pair left out."""
 
@@ -81,9 +86,8 @@ def make_shard(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Ma
     left_out: list[str] = []
 
     def samples() -> Iterator[tuple[str, Members]]:
-        for pair in pairs:
-            read = partial(read_members, pair, how.label_kind, how.classes)
-            members = try_sample(read, pair.where, how.skip_bad, left_out)
+        for pair, result in _read_ahead(partial(read_members, label_kind=how.label_kind, classes=how.classes), pairs):
+            members = try_sample(result, pair.where, how.skip_bad, left_out)
             if members is not None:
                 yield pair.key, members
 
@@ -100,6 +104,26 @@ def make_shard(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Ma
     finally:
         ledger.abandon(path)
     return info, left_out
+
+
+def _read_ahead(
+    read: Callable[[RawPair], Members], pairs: list[RawPair]
+) -> Iterator[tuple[RawPair, Callable[[], Members]]]:
+    """Yield each pair with what returns ``read(pair)``, or raises what that does; by URL, some are read at a time."""
+    if not any(isinstance(pair.image, UrlBytes) for pair in pairs):
+        yield from ((pair, partial(read, pair)) for pair in pairs)
+        return
+    waiting: deque[tuple[RawPair, Future[Members]]] = deque()
+    with ThreadPoolExecutor(READ_AT_A_TIME) as pool:
+        try:
+            for pair in pairs:
+                waiting.append((pair, pool.submit(read, pair)))
+                if len(waiting) > 2 * READ_AT_A_TIME:
+                    first, future = waiting.popleft()
+                    yield first, future.result
+            yield from ((pair, future.result) for pair, future in waiting)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _record(

@@ -18,17 +18,19 @@ from typing import Any, TypeVar
 import tyro
 
 from cmgan_dist.data.manifest import LabelKind, natural_splits
+from cmgan_dist.data.source import public_url
 from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs.cores import usable_cores
 from cmgan_dist.jobs.local import parallel_map
 from shards.pack import DrawCommand
-from shards.pairs import Draw, RawPair, RawPairs, make_key, missing_val
+from shards.pairs import Draw, RawPair, RawPairs, Readable, make_key, missing_val
 from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
 from shards.sources.files import PlainFile, check_names, check_unicode
 from shards.sources.rows import Row, TextFormat, about_rows, column_names, read_rows, tables_of
+from shards.sources.urls import UrlBytes, fetch, is_url, joined, key_of
 
 Value = TypeVar("Value")
 COMMON_NAMES = {
@@ -43,6 +45,9 @@ COMMON_NAMES = {
         "file",
         "path",
         "img",
+        "url",
+        "image_url",
+        "img_url",
     ),
     "text": ("text", "caption", "captions", "texts", "title", "sentence", "description", "comment"),
     "label": ("label", "labels", "class", "classes", "category", "categories", "class_name"),
@@ -96,8 +101,9 @@ class TableCommand(DrawCommand):
     metadata.jsonl beside pictures. Rows with the same image become several captions of one sample. Several labels:
     separated by | or a JSON list. Where nothing says a split, a hash of the image path does."""
 
-    input: tyro.conf.Positional[Path]
-    """The table, or a folder of tables; image paths are relative to a table's folder."""
+    input: tyro.conf.Positional[str]
+    """The table, its URL (http, s3, gs), or a folder of tables; image paths are relative to a table's folder, or
+    URLs."""
     image_column: str | None = None
     """Column of image paths (None: the first of image, image_path, filepath, filename, ...)."""
     text_column: str | None = None
@@ -114,12 +120,18 @@ class TableCommand(DrawCommand):
     """Name of the data set (None: the table's)."""
     attribution: str = ""
     """Source and licence, for the manifest."""
+    retries: int = 4
+    """How often a picture, or the table, by URL is tried again, with growing waits."""
+    timeout_s: float = 30.0
+    """Seconds to connect to a server, and without a byte from it, after which a try has failed."""
 
     def stamp(self) -> str:
         """Return a hash of the tables and of the options that decide how they are read; "" where `pairs` will say what
         is wrong with them."""
         asked = {name: str(value) for name, value in vars(self).items() if name not in NOT_OF_THE_PLAN}
-        paths = [path for path, _ in tables_of(self.input)]
+        if is_url(str(self.input)):
+            return ""
+        paths = [path for path, _ in tables_of(Path(self.input))]
         try:
             if not all(path.is_file() for path in paths):
                 return ""
@@ -131,22 +143,24 @@ class TableCommand(DrawCommand):
     def pairs(self, rows: Partitions) -> RawPairs:
         """Put in the rows of the table. Raises BadInput naming the row or column that is wrong."""
         self.draw(())
-        text = self._text_format()
-        tables = tables_of(self.input)
+        if self.retries < 0 or self.timeout_s <= 0:
+            raise BadInput("--retries must be at least 0, and --timeout-s positive")
+        text, url = self._text_format(), str(self.input)
+        top = fetch(url, rows.folder / "table", self.retries, self.timeout_s) if is_url(url) else Path(self.input)
+        tables = tables_of(top)
         names = list(dict.fromkeys(name for path, _ in tables for name in column_names(path, text)))
         columns, said = self._columns(names), _Said()
         rows.partitions = partitions_for(sum(about_rows(path) for path, _ in tables))
         units = _units(tables, usable_cores() if self.processes is None else self.processes)
-        tasks = [
-            (self, Partitions(rows.folder, rows.partitions, i), unit, text, columns) for i, unit in enumerate(units)
-        ]
+        places = [Partitions(rows.folder, rows.partitions, i) for i in range(len(units))]
+        tasks = [(self, top, own, unit, text, columns) for own, unit in zip(places, units, strict=True)]
         for found in parallel_map(_read_tables, tasks, title="reading", processes=self.processes):
             said.add(found)
         if not said.rows:
-            raise BadInput(f"{self.input} has no rows" + (" that can be used" if said.left_out else ""))
+            raise BadInput(f"{public_url(url)} has no rows" + (" that can be used" if said.left_out else ""))
         classes = sorted(said.classes, key=_class_order)
         _check_spelling(classes)
-        name = self.name or self.input.stem
+        name = self.name or top.stem
         check_names("--name", name)
         check_unicode("--attribution", self.attribution)
         named = natural_splits(said.splits)
@@ -175,13 +189,16 @@ class TableCommand(DrawCommand):
             ) from None
         return TextFormat(self.delimiter, self.encoding)
 
-    def read(self, path: Path, split: str, text: TextFormat, columns: dict[str, str], rows: Partitions) -> _Said:
+    def read(
+        self, top: Path, path: Path, split: str, text: TextFormat, columns: dict[str, str], rows: Partitions
+    ) -> _Said:
         """Put the rows at `path` into `rows` and return what they say. Raises BadInput naming the row.
 
-        `split`: of rows that name none. With `skip_bad` a row that cannot be used is left out and noted."""
+        `top`: the table, or the folder of all tables; `split`: of rows that name none. With `skip_bad` a row that
+        cannot be used is left out and noted."""
         said = _Said()
-        inside = path.relative_to(self.input) if path != self.input else Path(path.name)
-        folder = "" if path == self.input or inside.parent == Path() else f"{inside.parent.as_posix()}/"
+        inside = path.relative_to(top) if path != top else Path(path.name)
+        folder = "" if path == top or inside.parent == Path() else f"{inside.parent.as_posix()}/"
         parent = str(path.parent.absolute())
         for where, row in read_rows(path, list(dict.fromkeys(columns.values())), text):
             place = f"{where} of {inside}"
@@ -190,7 +207,7 @@ class TableCommand(DrawCommand):
                 continue
             own = found.split or split
             key, identity = _place(folder, found.picture)
-            image = PlainFile(posixpath.join(parent, found.picture.path))
+            image = self._image(parent, found.picture.path)
             pair = RawPair(key, own, image, found.texts, found.labels, place, identity)
             rows.add(pair, found.picture.data)
             said.classes.update(found.labels)
@@ -199,19 +216,27 @@ class TableCommand(DrawCommand):
             said.multi = said.multi or found.listed
         return said
 
+    def _image(self, folder: str, path: str) -> Readable:
+        """Return where the bytes of a picture are; `folder`: of its table."""
+        table = str(self.input)
+        if is_url(path) or is_url(table):
+            return UrlBytes(joined(table, path), self.retries, self.timeout_s)
+        return PlainFile(posixpath.join(folder, path))
+
     def _columns(self, names: list[str]) -> dict[str, str]:
         """Return role -> column. Raises BadInput when an image or text column or one that was named is missing."""
         found: dict[str, str] = {}
+        table = public_url(str(self.input))
         for role, common in COMMON_NAMES.items():
             wanted = getattr(self, f"{role}_column")
             lower = {name.lower(): name for name in reversed(names)}
             column = wanted if wanted is not None else next((lower[c] for c in common if c in lower), None)
             if wanted is not None and wanted not in names:
-                raise BadInput(f"{self.input} has no column '{wanted}': it has {shown(', '.join(names))}")
+                raise BadInput(f"{table} has no column '{wanted}': it has {shown(', '.join(names))}")
             if column is not None:
                 found[role] = column
             elif names and role in ("image", "text"):
-                raise BadInput(f"{self.input} has no {role} column that is recognised: name it with --{role}-column")
+                raise BadInput(f"{table} has no {role} column that is recognised: name it with --{role}-column")
         return found
 
 
@@ -222,18 +247,26 @@ def _units(tables: list[tuple[Path, str]], processes: int) -> list[list[tuple[Pa
 
 
 def _read_tables(
-    command: TableCommand, rows: Partitions, tables: list[tuple[Path, str]], text: TextFormat, columns: dict[str, str]
+    command: TableCommand,
+    top: Path,
+    rows: Partitions,
+    tables: list[tuple[Path, str]],
+    text: TextFormat,
+    columns: dict[str, str],
 ) -> _Said:
     """Put the rows of some tables into `rows` and return what they say. Raises BadInput naming the row."""
     said = _Said()
     for path, split in tables:
-        said.add(command.read(path, split, text, columns, rows))
+        said.add(command.read(top, path, split, text, columns, rows))
     rows.flush()
     return said
 
 
 def _place(folder: str, picture: Picture) -> tuple[str, str]:
     """Return the key of a picture, and what tells it from others. Raises BadInput when it has no name."""
+    if picture.data is None and is_url(picture.path):
+        key = make_key(key_of(picture.path))
+        return key, key
     if picture.data is None:
         path = PurePosixPath(folder, picture.path).as_posix()
         return make_key(posixpath.splitext(path)[0]), path
