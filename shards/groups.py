@@ -20,17 +20,22 @@ def links_of_equal(keys: Iterable[Iterable[Hashable]]) -> Iterator[tuple[int, in
             yield first.setdefault(key, i), i
 
 
+def components(count: int, ends: np.ndarray) -> np.ndarray:
+    """Return the number of the connected component of each of `count` items; `ends` [links, 2] are positions."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(count, count))
+    found: np.ndarray = connected_components(graph, directed=False)[1]
+    return found
+
+
 def linked_groups(count: int, links: Links) -> list[list[int]]:
     """Return the groups of `count` items, each ascending, in the order of their first items.
 
     They are the connected components of the graph of the links."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     ends = np.array(list(links), dtype=np.int64).reshape(-1, 2)
-    graph = coo_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(count, count))
-    _, component = connected_components(graph, directed=False)
-    return _by_component(component.tolist())
+    return _by_component(components(count, ends).tolist())
 
 
 def _by_component(component: Sequence[int]) -> list[list[int]]:

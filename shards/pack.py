@@ -1,43 +1,46 @@
 """Pack raw pairs into deterministic WebDataset shards.
 
-The way of a pair: source -> RawPair (nothing read yet) -> splits, each in hash order -> plan of shards
--> a process reads, checks and writes a whole shard with its index sidecar -> manifest.json, last.
+The way of a pair: source -> RawPair (nothing read yet) -> partitions on disk, each merged and in hash order -> plan of
+shards -> a process reads, checks and writes a whole shard with its index sidecar and record -> manifest.json, last.
 
 The same pairs give the same bytes: the order is the sha256 of the keys, tar headers carry no time and no owner,
 JSON keys are sorted, and the plan is made before the work is shared out to processes."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, TypeVar
 
 from cmgan_dist.data.folder import check_output
-from cmgan_dist.data.index import index_name
-from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo, load_manifest, natural_splits
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest, natural_splits
+from cmgan_dist.errors import BadInput
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
-from cmgan_dist.jobs.lock import owning
+from cmgan_dist.jobs.lock import lock_name, owning, owning_in_turn
+from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.jobs.staging import remove_leftovers
 from shards.assemble import assemble, print_summary, write_manifest
-from shards.pairs import RawPair, RawPairs
-from shards.scan import scan_shard
-from shards.shard_file import Members, has_index, read_members, try_sample, write_shard
+from shards.make import Found, Made, Making, files_of_shard, find_shard, make_shard, record_name
+from shards.pairs import Draw, RawPairs, Together, split_shares
+from shards.partitions import Partitions
+from shards.plan import Plan, PlannedShard, plan_shards
+from shards.plan_files import planned, remove_plans
+
+Result = TypeVar("Result")
 
 PACKING_NAME = ".packing"
 """Marks an output that is not complete; holds the fingerprint of what is being packed."""
 LOCK = "build"
 """What is owned of an output while a data set is written there."""
-OUTPUT_PATTERN = re.compile(r".+-\d{6,}\.(tar|index\.npz)|\.packing")
+OUTPUT_PATTERN = re.compile(r".+-\d{6,}\.(tar|index\.npz|build\.json)|\.packing")
 """Every file that packing leaves in its folder, the manifest apart."""
 
 
@@ -57,165 +60,60 @@ class BuildCommand:
     """Most MiB of images and texts a shard."""
     processes: int | None = None
     """Processes that write shards (None: one a core). The bytes do not depend on it."""
+    task: str = ""
+    """I/N: every N-th shard from I on, where several machines share the work and --output; a SLURM array and torchrun
+    say it by themselves. Whoever finds all shards made writes the manifest."""
+    ray: str = ""
+    """"auto" or HOST:PORT of a Ray cluster, whose nodes see the source and --output: they write the shards."""
+
+    def stamp(self) -> str:
+        """Return a hash of all that the plan is made from, "" where nothing less than planning tells."""
+        return ""
 
     @abstractmethod
-    def pairs(self) -> RawPairs:
-        """List the raw pairs of the source. Raises BadInput when the source is missing or wrong."""
+    def pairs(self, rows: Partitions) -> RawPairs:
+        """Put the raw pairs of the source into `rows`. Raises BadInput when the source is missing or wrong."""
 
     def run(self) -> None:
         """Pack the source and print what was packed. Raises BadInput as `pack` does."""
         if self.shard_samples < 1 or self.shard_mib <= 0:
             raise BadInput("--shard-samples and --shard-mib must be positive")
-        source = self.pairs()
-        try:
-            manifest, left_out, was_complete = pack(source, self)
-        finally:
-            source.close()
-        headline = f"already packed: {self.output}" if was_complete else f"packed {self.output}"
-        print_summary(headline, manifest, notes=source.notes, left_out=left_out)
+        packed = pack(self)
+        if packed is None:
+            return
+        headline = f"already packed: {self.output}" if packed.was_complete else f"packed {self.output}"
+        print_summary(headline, packed.manifest, notes=packed.notes, left_out=packed.left_out)
 
 
-# ---------------------------------------------------------------------------------------------- plan
+@dataclass(kw_only=True)
+class DrawCommand(BuildCommand):
+    """Options of the sources whose splits are drawn where they name none."""
+
+    val: float | None = None
+    """Share of pairs in val (None: 0.1 where the source names no splits); where it does, it is of train."""
+    test: float | None = None
+    """Share of pairs in test, as of val."""
+    together: Together = "images-and-texts"
+    """What keeps pairs on one side when it is equal; images: for captions that many pictures share."""
+
+    def draw(self, named: Collection[str]) -> Draw:
+        """Return how splits are drawn where the source names some already. Raises BadInput naming the flag."""
+        return Draw(*split_shares(self.val, self.test, named), self.together)
 
 
-@dataclass(frozen=True)
-class PlannedShard:
-    """The pairs that one shard will hold, in their order."""
+@dataclass
+class Packed:
+    """What a run has made."""
 
-    name: str
-    split: str
-    pairs: list[RawPair]
-
-
-def _size(pair: RawPair) -> int:
-    """Return the bytes of a pair's image and texts. Raises BadSample when one is missing."""
-    image = pair.image.nbytes if isinstance(pair.image, np.ndarray) else pair.image.size()
-    if isinstance(pair.texts, tuple):
-        if not any(text.strip() for text in pair.texts):
-            raise BadSample("the text is empty")
-        return image + sum(len(text) for text in pair.texts)
-    return image + (pair.texts.nbytes if isinstance(pair.texts, np.ndarray) else pair.texts.size())
-
-
-def plan_shards(
-    pairs: Iterable[RawPair], shard_samples: int, shard_bytes: float, skip_bad: bool, left_out: list[str]
-) -> tuple[list[PlannedShard], str]:
-    """Return the shards of every split, and a fingerprint of the pairs: keys, splits, texts, labels and sizes.
-
-    A shard holds at most `shard_samples` pairs and closes before `shard_bytes` of images and texts; within a split
-    the pairs come in the order of their keys' hashes, so a shard is a random sample of its split.
-    Raises BadInput on two pairs with one key, on a split that cannot be part of a file name, and on a bad pair unless
-    `skip_bad`, with which `left_out` gets a line for it."""
-    sized: dict[str, tuple[RawPair, int]] = {}
-    for pair in pairs:
-        if pair.key in sized:
-            first = sized[pair.key][0].where
-            raise BadInput(f"{pair.where} has the same key '{pair.key}' as {first}: rename one of them")
-        if not re.fullmatch(r"[\w-]+", pair.split):
-            raise BadInput(f"{pair.where}: split '{pair.split}' may hold only letters, digits, '-' and '_'")
-        size = try_sample(partial(_size, pair), pair.where, skip_bad, left_out)
-        if size is not None:
-            sized[pair.key] = pair, size
-    order = sorted(sized.values(), key=lambda item: hashlib.sha256(item[0].key.encode()).digest())
-
-    shards: list[PlannedShard] = []
-    for split in natural_splits(pair.split for pair, _ in order):
-        chosen = [item for item in order if item[0].split == split]
-        parts = _cut(chosen, shard_samples, shard_bytes)
-        shards += [PlannedShard(f"{split}-{number:06d}.tar", split, part) for number, part in enumerate(parts)]
-    return shards, _fingerprint_pairs(order)
-
-
-def _cut(sized: list[tuple[RawPair, int]], most: int, most_bytes: float) -> Iterator[list[RawPair]]:
-    """Cut (pair, bytes) into equal shards of at most `most` pairs, and smaller ones where `most_bytes` asks for it."""
-    count = -(-len(sized) // most)
-    limit = -(-len(sized) // count)  # equal shards, not full ones and a small rest
-    filled, size_sum = list[RawPair](), 0
-    for pair, size in sized:
-        if filled and (len(filled) == limit or size_sum + size > most_bytes):
-            yield filled
-            filled, size_sum = [], 0
-        filled.append(pair)
-        size_sum += size
-    yield filled
-
-
-def _fingerprint_pairs(sized: list[tuple[RawPair, int]]) -> str:
-    digest = hashlib.sha256()
-    for pair, size in sized:
-        texts = pair.texts if isinstance(pair.texts, tuple) else ()
-        digest.update(json.dumps([pair.key, pair.split, pair.labels, texts, size]).encode())
-        for array in (pair.image, pair.texts):
-            if isinstance(array, np.ndarray):
-                digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- shards
-
-
-def pack_shard(
-    output: Path, shard: PlannedShard, label_kind: LabelKind, classes: int, skip_bad: bool
-) -> tuple[ShardInfo | None, list[str]]:
-    """Read the pairs of a shard and write it. A whole shard that an interrupted run left behind is kept.
-
-    Returns what was written (None when no pair was good) and a line for each pair left out.
-    Raises BadInput on a bad pair, unless `skip_bad`, and when the shard cannot be written."""
-    final = output / shard.name
-    if final.exists():
-        scan = scan_shard(final, shard.name)
-        if not scan.damage and len(scan.samples) == len(shard.pairs):
-            write_atomic(output / index_name(shard.name), scan.index.to_bytes())
-            return scan.info, []
-    left_out: list[str] = []
-
-    def samples() -> Iterator[tuple[str, Members]]:
-        for pair in shard.pairs:
-            members = try_sample(partial(read_members, pair, label_kind, classes), pair.where, skip_bad, left_out)
-            if members is not None:
-                yield pair.key, members
-
-    return write_shard(output, shard.name, samples()), left_out
-
-
-def _feature_dims(pairs: list[RawPair]) -> tuple[int | None, int | None]:
-    """Return (F_i, F_t) of the pairs, None for encoded images and for texts. Raises BadInput when they differ."""
-    image_dims = {p.image.shape[-1] if isinstance(p.image, np.ndarray) else None for p in pairs}
-    text_dims = {p.texts.shape[-1] if isinstance(p.texts, np.ndarray) else None for p in pairs}
-    for what, dims in (("image", image_dims), ("text", text_dims)):
-        if len(dims) > 1:
-            raise BadInput(f"the {what} features have different sizes: {', '.join(sorted(map(str, dims)))}")
-    return image_dims.pop(), text_dims.pop()
-
-
-def _pack_shards(
-    shards: list[PlannedShard], source: RawPairs, options: BuildCommand, left_out: list[str]
-) -> dict[str, list[ShardInfo | None]]:
-    """Write the shards and return what was written of each split; `left_out` gets a line for each pair left out."""
-    written = parallel_map(
-        pack_shard,
-        [(options.output, shard, source.label_kind, len(source.classes), options.skip_bad) for shard in shards],
-        title="packing",
-        unit_counts=[len(shard.pairs) for shard in shards],
-        processes=options.processes,
-    )
-    splits: dict[str, list[ShardInfo | None]] = {split: [] for split in natural_splits(s.split for s in shards)}
-    for shard, (info, messages) in zip(shards, written, strict=True):
-        left_out += messages
-        splits[shard.split].append(info)
-    return splits
+    manifest: Manifest
+    notes: list[str]
+    left_out: list[str]
+    """A line for each pair left out."""
+    was_complete: bool
+    """Whether all was there already."""
 
 
 # ---------------------------------------------------------------------------------------------- the whole output
-
-
-def _is_complete(output: Path, manifest: Manifest) -> bool:
-    """Return whether every shard has its size and a sidecar of this version."""
-    shards = [shard for split in manifest.splits.values() for shard in split]
-    try:
-        return all((output / s.name).stat().st_size == s.bytes and has_index(output, s) for s in shards)
-    except FileNotFoundError:
-        return False
 
 
 def _existing_manifest(output: Path) -> Manifest | None:
@@ -225,13 +123,14 @@ def _existing_manifest(output: Path) -> Manifest | None:
         return None
 
 
-def prepare_output(output: Path, fingerprint: str, overwrite: bool) -> None:
+def prepare_output(output: Path, fingerprint: str, overwrite: bool, keep: Collection[str] = ()) -> None:
     """Make the folder and room in it for the plan with this fingerprint, until `finish_output`.
 
-    Raises BadInput rather than replace another data set unasked, and when the folder cannot be written."""
+    `keep`: files that stay where the folder holds this plan, or one that was not finished. Raises BadInput rather than
+    replace another data set unasked, and when the folder cannot be written."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _make_room(output, fingerprint, overwrite)
+        _make_room(output, fingerprint, overwrite, keep)
     except OSError as error:
         raise BadInput(f"cannot write into the output folder {output}: {error.strerror}") from None
 
@@ -241,73 +140,173 @@ def finish_output(output: Path) -> None:
     (output / PACKING_NAME).unlink(missing_ok=True)
 
 
-def _make_room(output: Path, fingerprint: str, overwrite: bool) -> None:
+def _refuse(output: Path) -> BadInput:
+    return BadInput(f"{output} holds another data set: name a new folder, or pass --overwrite to replace it")
+
+
+def _make_room(output: Path, fingerprint: str, overwrite: bool, keep: Collection[str]) -> None:
     packing = output / PACKING_NAME
     interrupted = packing.read_text() if packing.exists() else ""
     occupied = (output / MANIFEST_NAME).exists() or (not interrupted and any(output.glob("*.tar")))
     old = _existing_manifest(output)
     same = fingerprint in (interrupted, old.details.get("fingerprint") if old else "")
     if occupied and not same and not overwrite:
-        raise BadInput(f"{output} holds another data set: name a new folder, or pass --overwrite to replace it")
+        raise _refuse(output)
     # The manifest goes first: until the new one is written, the folder is not a data set.
     (output / MANIFEST_NAME).unlink(missing_ok=True)
     for path in output.iterdir():
-        if OUTPUT_PATTERN.fullmatch(path.name) and not same:
+        if OUTPUT_PATTERN.fullmatch(path.name) and path.name not in keep:
             path.unlink(missing_ok=True)
     remove_leftovers(output)
     write_atomic(packing, fingerprint)
 
 
-def _fingerprint(source: RawPairs, pairs_fingerprint: str, settings: dict[str, Any]) -> str:
-    described = [pairs_fingerprint, settings, source.name, source.label_kind, source.classes, source.attribution]
+def _fingerprint(source: RawPairs, shards: list[PlannedShard], settings: dict[str, Any]) -> str:
+    digests = [[shard.name, shard.digest] for shard in shards]
+    described = [digests, settings, source.name, source.label_kind, source.classes, source.attribution]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def pack(source: RawPairs, options: BuildCommand) -> tuple[Manifest, list[str], bool]:
-    """Write the pairs of a source to `options.output`.
+def plan_in(folder: Path, options: BuildCommand) -> tuple[RawPairs, Plan]:
+    """Return what the source says of its pairs and the plan of the shards, which is made in `folder`.
 
-    Returns the manifest, a line for each pair left out, and whether all was there already.
-    Raises BadInput on a bad pair (unless `skip_bad`), an empty split, or an output that holds another data set or that
-    another process writes."""
-    output, left_out = options.output, list(source.left_out)
-    check_output(output, MANIFEST_NAME)
-    shards, fingerprint = plan_shards(
-        source.pairs, options.shard_samples, options.shard_mib * 2**20, options.skip_bad, left_out
-    )
-    chosen = {name: getattr(options, name) for name in ("shard_samples", "shard_mib", "skip_bad")}
-    settings = {**source.details, **chosen}
-    fingerprint = _fingerprint(source, fingerprint, settings)
+    Raises BadInput as `pack` does, also where a split that should be there has no samples."""
+    rows = Partitions(folder)
+    source = options.pairs(rows)
+    limits = options.shard_samples, options.shard_mib * 2**20
+    plan = plan_shards(rows, source, *limits, options.skip_bad, options.processes)
     for split in source.expected_splits:
-        if split not in {shard.split for shard in shards}:
-            raise BadInput(f"split '{split}' of {source.name} has no samples: add pairs or change how they are split")
-    old = _existing_manifest(output)
-    if old is not None and old.details.get("fingerprint") == fingerprint and _is_complete(output, old):
-        return old, [], True
-    with owning(output, LOCK):
-        manifest = _written(source, options, shards, {**settings, "fingerprint": fingerprint}, left_out)
-    return manifest, left_out, False
+        if split not in {shard.split for shard in plan.shards}:
+            way = ", or pass --together images" if split in source.draw.splits else ""
+            raise BadInput(
+                f"split '{split}' of {source.name} has no samples: add pairs or change how they are split{way}"
+            )
+    return source, plan
 
 
-def _written(
-    source: RawPairs, options: BuildCommand, shards: list[PlannedShard], details: dict[str, Any], left_out: list[str]
-) -> Manifest:
-    """Write the shards and the manifest with these details; `left_out` gets a line for each pair left out.
+def pack(options: BuildCommand) -> Packed | None:
+    """Write the pairs of a source to `options.output`, this task's share of them, and when all are there the manifest.
 
-    Raises BadInput as `pack` does."""
-    output = options.output
-    prepare_output(output, details["fingerprint"], options.overwrite)
-    image_dim, text_dim = _feature_dims([pair for shard in shards for pair in shard.pairs])
-    splits = _pack_shards(shards, source, options, left_out)
-    manifest = assemble(
-        name=source.name,
-        label_kind=source.label_kind,
-        classes=source.classes,
-        splits=splits,
-        image_dim=image_dim,
-        text_dim=text_dim,
-        attribution=source.attribution,
-        details={**details, "left_out": len(left_out)},
-    )
-    write_manifest(output, manifest)
-    finish_output(output)
-    return manifest
+    Returns what was made, None while other tasks have shards to make. Where another process makes the same share, this
+    waits for it. Raises BadInput on a bad pair (unless `skip_bad`), an empty split, or an output that holds another
+    data set."""
+    output, task, is_new = options.output, find_task(options.task), not options.output.exists()
+    check_output(output, MANIFEST_NAME)
+    try:
+        with (
+            owning_in_turn(output, task.lock(LOCK)),
+            planned(output, options.stamp(), partial(plan_in, options=options)) as (source, plan),
+        ):
+            return _Job(source, plan, options, task).run()
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # there is something in it, or nothing could be made
+                output.rmdir()
+
+
+@dataclass
+class _Job:
+    """What a run is to do."""
+
+    source: RawPairs
+    plan: Plan
+    options: BuildCommand
+    task: Task
+
+    def run(self) -> Packed | None:
+        """Make what is not there. Raises BadInput as `pack` does."""
+        output, overwrite, shards = self.options.output, self.options.overwrite, self.plan.shards
+        own = [shards[i] for i in self.task.share(len(shards))]
+        fingerprint = _fingerprint(self.source, shards, self._settings)
+        old, found = _existing_manifest(output), self._find(own, read_inputs=True)
+        made = {name: one.made for name, one in found.items() if one.made is not None}
+        todo = [shard for shard in own if shard.name not in made]
+        if old is not None and not todo and old.details.get("fingerprint") == fingerprint:
+            remove_plans(output)
+            return Packed(old, self.source.notes, [], True)
+        if old is not None and any(one.other for one in found.values()) and not overwrite:
+            raise _refuse(output)
+        keep = {name for shard in shards for name in files_of_shard(shard.name)}
+        self._check_others(fingerprint)
+        prepare_output(output, fingerprint, overwrite, keep)
+        made |= self._make(todo)
+        made |= self._made_by_others([shard for shard in shards if shard.name not in made])
+        if len(made) < len(shards):
+            left = len(shards) - len(made)
+            print(f"task {self.task} is done; {left} of {len(shards)} shards are left to other tasks")
+            return None
+        return self._finish(fingerprint, made)
+
+    def _check_others(self, fingerprint: str) -> None:
+        """Raise BadInput where tasks of another data set are at work in the output."""
+        output, packing = self.options.output, self.options.output / PACKING_NAME
+        if packing.exists() and packing.read_text() != fingerprint:
+            names = {path.name for path in output.glob(lock_name(f"{LOCK}*"))} - {lock_name(self.task.lock(LOCK))}
+            for name in sorted(names):
+                with owning(output, name.removeprefix(".").removesuffix(".lock")):
+                    pass  # nobody has it
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        chosen = {name: getattr(self.options, name) for name in ("shard_samples", "shard_mib", "skip_bad")}
+        return {**self.source.details, **chosen}
+
+    @property
+    def _how(self) -> Making:
+        return Making(self.source.label_kind, len(self.source.classes), self.options.skip_bad)
+
+    def _each(
+        self, function: Callable[..., Result], title: str, shards: list[PlannedShard], *rest: object
+    ) -> list[Result]:
+        """Return what `function` makes of shards: in processes of this machine, or of a Ray cluster."""
+        output, counts = self.options.output.absolute(), [shard.samples for shard in shards]
+        tasks = [(output, self.plan.folder, shard, self._how, *rest) for shard in shards]
+        processes, address = self.options.processes, self.options.ray
+        if address and tasks:
+            from cmgan_dist.jobs.ray import ray_map
+
+            return ray_map(function, tasks, title=title, unit_counts=counts, processes=processes, address=address)
+        return parallel_map(function, tasks, title=title, unit_counts=counts, processes=processes)
+
+    def _find(self, shards: list[PlannedShard], *, read_inputs: bool) -> dict[str, Found]:
+        """Return what earlier runs, or other tasks, left of some shards, by name."""
+        output = self.options.output
+        there = [shard for shard in shards if any((output / name).exists() for name in files_of_shard(shard.name))]
+        found = self._each(find_shard, "comparing", there, read_inputs)
+        return {shard.name: one for shard, one in zip(there, found, strict=True)}
+
+    def _make(self, todo: list[PlannedShard]) -> dict[str, Made]:
+        """Make shards and return what was made of each, by name."""
+        made = self._each(make_shard, "packing", todo)
+        return {shard.name: one for shard, one in zip(todo, made, strict=True)}
+
+    def _made_by_others(self, shards: list[PlannedShard]) -> dict[str, Made]:
+        """Return what other tasks made of their shards, by name; nothing is compared before all are there."""
+        if not all((self.options.output / record_name(shard.name)).exists() for shard in shards):
+            return {}
+        found = self._find(shards, read_inputs=False)
+        return {name: one.made for name, one in found.items() if one.made is not None}
+
+    def _finish(self, fingerprint: str, made: dict[str, Made]) -> Packed:
+        """Write the manifest of all shards."""
+        shards, source = self.plan.shards, self.source
+        splits: dict[str, list[ShardInfo | None]] = {split: [] for split in natural_splits(s.split for s in shards)}
+        left_out = [*source.left_out, *self.plan.left_out]
+        for shard in shards:
+            info, messages = made[shard.name]
+            splits[shard.split].append(info)
+            left_out += messages
+        manifest = assemble(
+            name=source.name,
+            label_kind=source.label_kind,
+            classes=source.classes,
+            splits=splits,
+            image_dim=self.plan.image_dim,
+            text_dim=self.plan.text_dim,
+            attribution=source.attribution,
+            details={**self._settings, "fingerprint": fingerprint, "left_out": len(left_out)},
+        )
+        write_manifest(self.options.output, manifest)
+        finish_output(self.options.output)
+        remove_plans(self.options.output)
+        return Packed(manifest, source.notes, left_out, False)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable
+import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from cmgan_dist.data.manifest import LabelKind
 from cmgan_dist.errors import BadInput, BadSample
+
+Together = Literal["images-and-texts", "images"]
+"""What keeps pairs on one side of a split when it is equal; images: for captions that many pictures share."""
 
 
 class Readable(Protocol):
@@ -19,6 +23,11 @@ class Readable(Protocol):
 
     def size(self) -> int:
         """Return the number of bytes, for the plan of shards. Raises BadSample when there is nothing to read."""
+
+    def identity(self) -> str:
+        """Return what tells these bytes from all others: their SHA-256, or what they are made from.
+
+        Raises BadSample when there is nothing to read."""
 
     def read(self) -> bytes:
         """Return the bytes. Raises BadSample when they cannot be read."""
@@ -28,19 +37,24 @@ class Readable(Protocol):
 class FileBytes:
     """The bytes of a whole file."""
 
-    path: Path
+    path: str | Path
 
     def size(self) -> int:
         """Return the size of the file in bytes. Raises BadSample when there is no such file."""
         try:
-            return self.path.stat().st_size
+            return os.stat(self.path).st_size
         except OSError as error:
             raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
+
+    def identity(self) -> str:
+        """Return the SHA-256 of the file. Raises BadSample when it cannot be read."""
+        return hashlib.sha256(self.read()).hexdigest()
 
     def read(self) -> bytes:
         """Return the bytes of the file. Raises BadSample when it cannot be read."""
         try:
-            return self.path.read_bytes()
+            with open(self.path, "rb") as file:
+                return file.read()
         except OSError as error:
             raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
 
@@ -49,13 +63,19 @@ class FileBytes:
 class FileSlice:
     """The bytes of a member of an uncompressed archive."""
 
-    path: Path
+    path: str | Path
     start: int
     length: int
+    sha256: str = ""
+    """Of the bytes, where that is known."""
 
     def size(self) -> int:
         """Return the number of bytes."""
         return self.length
+
+    def identity(self) -> str:
+        """Return the SHA-256 of the bytes. Raises BadSample when the archive cannot be read."""
+        return self.sha256 or hashlib.sha256(self.read()).hexdigest()
 
     def read(self) -> bytes:
         """Return the bytes. Raises BadSample when the archive cannot be read."""
@@ -74,33 +94,61 @@ class RawPair:
     key: str
     """See `make_key`."""
     split: str
+    """"" where it is drawn (`RawPairs.draw`); of train, a draw takes some for other splits too."""
     image: Readable | np.ndarray
     """Encoded image, or features [F_i]."""
     texts: tuple[str, ...] | Readable | np.ndarray
     """Texts, a UTF-8 file with one text a line, or features [F_t] or [captions, F_t]."""
-    labels: tuple[int, ...]
+    labels: tuple[int | str, ...]
+    """Numbers of classes, or their names where the source does not know them all beforehand."""
     where: str
     """What a message calls this pair: its file, or a row of its table."""
+    identity: str = ""
+    """Rows in which it is equal are captions of one sample; "" for one that stands alone."""
+
+    def with_image(self, image: Readable) -> RawPair:
+        """Return the pair with another image."""
+        return RawPair(self.key, self.split, image, self.texts, self.labels, self.where, self.identity)
+
+    def numbered(self, index: dict[str, int]) -> RawPair:
+        """Return the pair with its classes by number, ascending. `index`: name of a class -> its number."""
+        if not self.labels:
+            return self
+        labels = sorted(index[label] if isinstance(label, str) else label for label in self.labels)
+        return RawPair(self.key, self.split, self.image, self.texts, tuple(labels), self.where, self.identity)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How splits are drawn from the pairs of train and of no split, by a hash of the keys, equal ones together."""
+
+    val: float
+    test: float
+    """Shares of them."""
+    together: Together = "images-and-texts"
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that are drawn."""
+        return [split for split, share in (("val", self.val), ("test", self.test)) if share]
 
 
 @dataclass
 class RawPairs:
-    """What a source found, and what its manifest will say."""
+    """What a source says of the pairs that it has found, for the manifest too."""
 
     name: str
     label_kind: LabelKind
     classes: list[str]
-    pairs: Iterable[RawPair]
     attribution: str
     details: dict[str, Any]
     """The source and its options, for the manifest; no paths, so that equal data gives an equal manifest."""
+    draw: Draw = field(default_factory=lambda: Draw(0, 0))
     expected_splits: tuple[str, ...] = ("train",)
     notes: list[str] = field(default_factory=list)
     """What the user should know, said once after packing."""
     left_out: list[str] = field(default_factory=list)
     """A line for each bad pair that the source has left out."""
-    close: Callable[[], None] = lambda: None
-    """Removes what the source keeps on disk until its pairs are packed."""
 
 
 def make_key(name: str) -> str:

@@ -42,7 +42,8 @@ def npy(array: np.ndarray, dtype: str = "float32") -> bytes:
     return out.getvalue()
 
 
-def _read_texts(texts: tuple[str, ...] | Readable) -> tuple[str, ...]:
+def read_texts(texts: tuple[str, ...] | Readable) -> tuple[str, ...]:
+    """Return the texts of a pair without spaces around them, at least one. Raises BadSample."""
     if isinstance(texts, tuple):
         lines: Iterable[str] = texts
     else:
@@ -60,8 +61,9 @@ def _read_texts(texts: tuple[str, ...] | Readable) -> tuple[str, ...]:
 
 def read_members(pair: RawPair, label_kind: LabelKind, classes: int) -> list[tuple[str, bytes]]:
     """Read a raw pair and return its sample's `Members`; there are `classes` classes. Raises BadSample."""
+    labels = tuple(map(int, pair.labels))
     if label_kind != "none":
-        Judge(label_kind, classes, None, None).check_labels(pair.labels)
+        Judge(label_kind, classes, None, None).check_labels(labels)
     members: list[tuple[str, bytes]] = []
     if isinstance(pair.image, np.ndarray):
         members.append(("image.npy", npy(pair.image)))
@@ -73,15 +75,15 @@ def read_members(pair: RawPair, label_kind: LabelKind, classes: int) -> list[tup
     if isinstance(pair.texts, np.ndarray):
         members.append(("text.npy", npy(pair.texts)))
     else:
-        texts = _read_texts(pair.texts)
+        texts = read_texts(pair.texts)
         if len(texts) == 1:
             members.append(("txt", texts[0].encode()))
         else:
             fields["texts"] = texts
     if label_kind == "single":
-        fields["label"] = pair.labels[0]
+        fields["label"] = labels[0]
     elif label_kind == "multi":
-        fields["labels"] = pair.labels
+        fields["labels"] = labels
     if fields:
         members.append(("json", json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()))
     return members

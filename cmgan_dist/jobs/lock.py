@@ -15,10 +15,11 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ from cmgan_dist.files import parse_json
 from cmgan_dist.jobs.staging import is_running
 
 log = logging.getLogger(__name__)
+
+
+class InUse(BadInput):
+    """Another process owns the folder."""
+
 
 BEAT_S, STILL_S = 5.0, 30.0
 """Seconds between two counts of an owner, and how long the count must stand still before another machine takes over."""
@@ -74,6 +80,22 @@ def owning(folder: Path, name: str) -> Iterator[None]:
         if descriptor in _held:  # else this is a forked process, and the lock its parent's
             path.unlink(missing_ok=True)
             _close(descriptor)
+
+
+@contextmanager
+def owning_in_turn(folder: Path, name: str) -> Iterator[None]:
+    """Own `folder` as `owning` does, after whoever owns it now; stderr says for whom this waits."""
+    with ExitStack() as stack:
+        said = False
+        while True:
+            try:
+                stack.enter_context(owning(folder, name))
+                break
+            except InUse as error:
+                if not said:
+                    print(f"{str(error).partition(': wait')[0]}: waiting for that", file=sys.stderr, flush=True)
+                said = True
+        yield
 
 
 def _locked(folder: Path, path: Path) -> int:
@@ -145,9 +167,9 @@ def _owner(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _refusal(folder: Path, owner: dict[str, Any]) -> BadInput:
+def _refusal(folder: Path, owner: dict[str, Any]) -> InUse:
     who = f"process {owner.get('pid')} on {owner.get('host')}" if owner else "another process"
-    return BadInput(f"{folder} is in use by {who}: wait until that has ended, or name another folder")
+    return InUse(f"{folder} is in use by {who}: wait until that has ended, or name another folder")
 
 
 def _machine() -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import tyro
 
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.files import parse_json
-from shards.pack import BuildCommand
-from shards.pairs import RawPair, RawPairs, hash_split, make_key, missing_val, split_shares
+from shards.pack import DrawCommand
+from shards.pairs import RawPair, RawPairs, make_key, missing_val
+from shards.partitions import Partitions, partitions_for
 from shards.sources.files import PlainFile, check_names
 
 ATTRIBUTION = (
@@ -25,7 +26,7 @@ ATTRIBUTION = (
 
 
 @dataclass(kw_only=True)
-class CocoCommand(BuildCommand):
+class CocoCommand(DrawCommand):
     """Pack pictures with the captions of COCO's annotation files, without classes.
 
     A file whose name holds train, val or test is that split; the pictures of other files are split by a hash."""
@@ -38,42 +39,37 @@ class CocoCommand(BuildCommand):
     """Name of the data set."""
     attribution: str = ATTRIBUTION
     """Source and licence, for the manifest."""
-    val: float | None = None
-    """Share of train for val (None: 0.1 where no file is a split)."""
-    test: float | None = None
-    """Share of train for test, as of val."""
 
-    def pairs(self) -> RawPairs:
-        """List the captioned pictures. Raises BadInput naming the file and what is wrong in it."""
+    def pairs(self, rows: Partitions) -> RawPairs:
+        """Put in the captioned pictures. Raises BadInput naming the file and what is wrong in it."""
         if not self.input:
             raise BadInput("name one annotation file or more, such as captions_train2017.json")
-        split_shares(self.val, self.test, ())
+        self.draw(())
         check_names("--name", self.name)
         files = [_File(path, self.images) for path in self.input]
         named = [file.split for file in files if file.split]
-        val, test = split_shares(self.val, self.test, named)
+        draw = self.draw(named)
         without = sum(len(file.without) for file in files)
 
         def raw_pairs() -> Iterator[RawPair]:
             for file in files:
                 for name, captions in file.captions.items():
                     key = make_key(f"{file.folder.name}/{Path(name).with_suffix('').as_posix()}")
-                    split = hash_split(key, val, test) if file.split in ("", "train") else file.split
-                    yield RawPair(
-                        key, split, PlainFile(file.folder / name), tuple(captions), (), f"{name} of {file.path}"
-                    )
+                    image = PlainFile(str(file.folder.absolute() / name))
+                    yield RawPair(key, file.split, image, tuple(captions), (), f"{name} of {file.path}")
 
-        hashed = [split for split, share in (("val", val), ("test", test)) if share]
+        rows.partitions = partitions_for(sum(len(file.captions) for file in files))
+        rows.add_all(raw_pairs())
         return RawPairs(
             name=self.name,
             label_kind="none",
             classes=[],
-            pairs=raw_pairs(),
             attribution=self.attribution,
-            details={"source": "coco", "val": val, "test": test, "without_caption": without},
-            expected_splits=tuple(dict.fromkeys([*(named or ["train"]), *hashed])),
+            details={"source": "coco", **asdict(draw), "without_caption": without},
+            draw=draw,
+            expected_splits=tuple(dict.fromkeys([*(named or ["train"]), *draw.splits])),
             notes=[*[f"{without} pictures have no caption and were left out"] * bool(without)]
-            + missing_val([*named, *hashed]),
+            + missing_val([*named, *draw.splits]),
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from cmgan_dist.errors import BadInput
 from shards.pack import BuildCommand
 from shards.pairs import FileSlice, RawPair, RawPairs, make_key
+from shards.partitions import Partitions
 
 ATTRIBUTION = (
     "Flickr8k: M. Hodosh, P. Young, J. Hockenmaier, Framing Image Description as a Ranking Task, JAIR 47 (2013). "
@@ -37,8 +38,8 @@ class Flickr8kCommand(BuildCommand):
     input: Path = Path("../shared/data/flickr8k")
     """Folder with images.tar, captions.tsv and split_*.txt."""
 
-    def pairs(self) -> RawPairs:
-        """List the photographs of the published splits. Raises BadInput when a file or an image is missing."""
+    def pairs(self, rows: Partitions) -> RawPairs:
+        """Put in the photographs of the published splits. Raises BadInput when a file or an image is missing."""
         archive = self.input / "images.tar"
         captions: dict[str, list[str]] = {}
         for line in read_lines(self.input / "captions.tsv"):
@@ -58,11 +59,11 @@ class Flickr8kCommand(BuildCommand):
                 yield RawPair(make_key(Path(name).stem), split, places[name], texts, (), name)
 
         outside = len(places.keys() - split_of.keys())
+        rows.add_all(raw_pairs())
         return RawPairs(
             name="flickr8k",
             label_kind="none",
             classes=[],
-            pairs=raw_pairs(),
             attribution=ATTRIBUTION,
             details={"source": "flickr8k", "images_in_no_split": outside},
             expected_splits=("train", "val", "test"),
@@ -79,4 +80,4 @@ def _image_places(archive: Path) -> dict[str, FileSlice]:
         raise BadInput(f"{archive} does not exist: name the folder that holds it with --input") from None
     except tarfile.TarError as error:
         raise BadInput(f"{archive} is not a whole tar ({error})") from None
-    return {Path(m.name).name: FileSlice(archive, m.offset_data, m.size) for m in members}
+    return {Path(m.name).name: FileSlice(str(archive.absolute()), m.offset_data, m.size) for m in members}

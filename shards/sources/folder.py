@@ -7,8 +7,9 @@ SPLIT is train, val or test (dev and validation are val). Images without a class
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 import tyro
@@ -16,17 +17,19 @@ import tyro
 from cmgan_dist.data.folder import walk_files
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS
 from cmgan_dist.errors import BadInput, shown
-from shards.pack import BuildCommand
-from shards.pairs import RawPair, RawPairs, hash_split, make_key, missing_val, split_shares
+from shards.pack import DrawCommand
+from shards.pairs import RawPair, RawPairs, make_key, missing_val
+from shards.partitions import Partitions, partitions_for
 from shards.scan import SPLIT_ALIASES
 from shards.sources.files import PlainFile, check_names, check_unicode
 
 
 @dataclass(kw_only=True)
-class FolderCommand(BuildCommand):
+class FolderCommand(DrawCommand):
     """Pack a folder: [SPLIT/]CLASS/NAME.jpg with its texts, one a line, in NAME.txt.
 
-    Without class folders the pairs have no labels; without split folders a hash of the path splits them."""
+    Without class folders the pairs have no labels; without split folders a hash of the path splits them,
+    equal pictures and equal texts together."""
 
     input: tyro.conf.Positional[Path]
     """The folder."""
@@ -34,20 +37,17 @@ class FolderCommand(BuildCommand):
     """Name of the data set (None: the folder's)."""
     attribution: str = ""
     """Source and licence, for the manifest."""
-    val: float | None = None
-    """Share of pairs in val (None: 0.1 without split folders); with some but no val, it is taken of train."""
-    test: float | None = None
-    """Share of pairs in test, as of val."""
 
-    def pairs(self) -> RawPairs:
-        """List the images of the folder. Raises BadInput when there are none or only some have a class, and when a
+    def pairs(self, rows: Partitions) -> RawPairs:
+        """Put in the images of the folder. Raises BadInput when there are none or only some have a class, and when a
         folder cannot be read or named."""
         if not self.input.is_dir():
-            raise BadInput(f"input folder {self.input} does not exist")
+            table = ": list its pictures in a table and build that" if re.match(r"\w+:/", str(self.input)) else ""
+            raise BadInput(f"input folder {self.input} does not exist{table}")
         if self.output.resolve() == self.input.resolve():
             raise BadInput(f"--output {self.output} is the input folder itself: name another folder")
-        split_shares(self.val, self.test, ())
-        splits = _split_folders(self.input)
+        self.draw(())
+        splits = _split_folders(self.input, self.output)
         others: list[str] = []
         images = list(_images(self.input, splits, others))
         if not images:
@@ -61,7 +61,7 @@ class FolderCommand(BuildCommand):
             )
 
         named = tuple(dict.fromkeys(splits.values()))
-        val, test = split_shares(self.val, self.test, named)
+        draw = self.draw(named)
         name = self.name or self.input.resolve().name
         check_names("--name", name)
         check_names("class folder", *classes)
@@ -73,29 +73,32 @@ class FolderCommand(BuildCommand):
                 key = make_key(below.encode("utf-8", "backslashreplace").decode())
                 yield RawPair(
                     key=key,
-                    split=hash_split(key, val, test) if split in (None, "train") else split,
-                    image=PlainFile(path),
-                    texts=PlainFile(path.with_suffix(".txt")),
+                    split=split or "",
+                    image=PlainFile(str(path.absolute())),
+                    texts=PlainFile(str(path.absolute().with_suffix(".txt"))),
                     labels=() if class_name is None else (classes.index(class_name),),
                     where=shown(str(path)),
                 )
 
-        hashed = [split for split, share in (("val", val), ("test", test)) if share]
+        rows.partitions = partitions_for(len(images))
+        rows.add_all(raw_pairs())
         return RawPairs(
             name=name,
             label_kind="single" if classes else "none",
             classes=classes,
-            pairs=raw_pairs(),
             attribution=self.attribution,
-            details={"source": "folder", "val": val, "test": test},
-            expected_splits=(*(named or ("train",)), *hashed),
-            notes=[*_left_out(others), *missing_val([*named, *hashed])],
+            details={"source": "folder", **asdict(draw)},
+            draw=draw,
+            expected_splits=(*(named or ("train",)), *draw.splits),
+            notes=[*_left_out(others), *missing_val([*named, *draw.splits])],
         )
 
 
-def _split_folders(top: Path) -> dict[str, str]:
-    """Return the names of the sub-folders with their splits when every one is named after a split, else {}."""
-    folders = sorted(path.name for path in top.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _split_folders(top: Path, output: Path) -> dict[str, str]:
+    """Return the names of the sub-folders with their splits when every one, `output` apart, is named
+    after a split, else {}."""
+    found = (path for path in top.iterdir() if path.is_dir() and path.resolve() != output.resolve())
+    folders = sorted(path.name for path in found if not path.name.startswith("."))
     named = {name: SPLIT_ALIASES[name.lower()] for name in folders if name.lower() in SPLIT_ALIASES}
     return named if len(named) == len(folders) else {}
 

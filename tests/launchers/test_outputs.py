@@ -13,6 +13,7 @@ from cmgan_dist.errors import BadInput
 from launchers import embed, index
 from shards.index import IndexCommand
 from shards.pack import pack
+from shards.partitions import Partitions
 from shards.sources.folder import FolderCommand
 from shards.split import SplitCommand, split
 from tests.toy import call, jpeg, save_untrained, small_config
@@ -51,12 +52,12 @@ def test_a_folder_is_packed_neither_into_itself_nor_into_another_kind(tmp_path: 
     (raw / "a.jpg").write_bytes(jpeg(np.random.default_rng(0)))
     (raw / "a.txt").write_text("a dog")
     with pytest.raises(BadInput, match="raw is the input folder itself: name another folder"):
-        FolderCommand(input=raw, output=raw / ".." / "raw").pairs()
+        FolderCommand(input=raw, output=raw / ".." / "raw").pairs(Partitions(raw))
     emb.mkdir()
     (emb / "embeddings.json").write_text("{}")
     command = FolderCommand(input=raw, output=emb, processes=1)
     with pytest.raises(BadInput, match=r"emb is embeddings: name another folder \(embeddings.json lies in it\)"):
-        pack(command.pairs(), command)
+        pack(command)
 
 
 def test_what_draws_splits_indexes_and_searches_keeps_out_too(
@@ -69,7 +70,7 @@ def test_what_draws_splits_indexes_and_searches_keeps_out_too(
     with pytest.raises(BadInput, match=r"--output .*best is a model: name another folder"):
         split(SplitCommand(data, output=run / "best", val=0.1, test=0.0))
     with pytest.raises(BadInput, match=r"folder .*best is a model: name another folder"):
-        IndexCommand(run / "best", overwrite=True).index()
+        IndexCommand(str(run / "best"), overwrite=True).index()
     for output in (FileStore(str(run / "best"), "--output"), remote):
         with pytest.raises(
             BadInput, match=r"--output .* is a model: name another (folder|place) \(model\.json lies in it"

@@ -22,6 +22,8 @@ from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import parse_sample
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput
+from cmgan_dist.jobs import ledger
+from shards.make import record_name
 from shards.pairs import make_key
 from shards.scan import scan_shard
 from shards.verify import verify
@@ -140,6 +142,13 @@ def test_sidecars_of_another_version_are_written_anew(raw: Path, tmp_path: Path)
     assert load_manifest(out).details == details
 
 
+def finished(output: Path) -> list[str]:
+    """The tars whose records say that they are whole."""
+    names = [path.name for path in output.glob("*.tar")]
+    records = {name: ledger.read(output / record_name(name)) for name in names}
+    return [name for name, record in records.items() if record is not None and record.finished]
+
+
 def is_running(pid: str) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -162,7 +171,7 @@ def test_killed_build_leaves_no_half_shard_and_a_second_run_completes(tmp_path: 
     output = tmp_path / "out"
     build = subprocess.Popen([*command, str(output)], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while len(list(output.glob("*.tar"))) < 2:
+    while len(finished(output)) < 2:
         assert build.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -173,7 +182,7 @@ def test_killed_build_leaves_no_half_shard_and_a_second_run_completes(tmp_path: 
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
-    left = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
+    left = {name: (output / name).stat().st_mtime_ns for name in finished(output)}
     assert 2 <= len(left) < 8
     assert not (output / "manifest.json").exists()
     for name in left:

@@ -12,7 +12,7 @@ import pytest
 
 from cmgan_dist.errors import BadInput
 from shards.pack import LOCK
-from tests.toy import build_folder, files_of, img2dataset, run_shards
+from tests.toy import ROOT, build_folder, files_of, img2dataset, run_shards
 
 OWNER = """
 import sys, pathlib
@@ -35,18 +35,29 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.process
-def test_a_second_writer_is_told_who_is_the_first(raw: Path, tmp_path: Path) -> None:
-    data, packed, new = img2dataset(tmp_path / "data"), tmp_path / "packed", tmp_path / "new"
+def test_a_second_writer_is_told_who_is_the_first(tmp_path: Path) -> None:
+    data, new = img2dataset(tmp_path / "data"), tmp_path / "new"
     run_shards("index", data, "--processes", 1)
-    build_folder(raw, packed)
     before = files_of(data)
     for command, folder in (
-        (("build", "folder", raw, "--output", new), new),
         (("split", data, "--output", new, "--val", 0.5), new),
         (("index", data, "--overwrite"), data),
     ):
         with owned(folder), pytest.raises(BadInput, match=f"{folder} is in use by process"):
             run_shards(*command, "--processes", 1)
     assert files_of(data) == before
-    build_folder(raw, new)
-    assert files_of(new) == files_of(packed)
+
+
+@pytest.mark.process
+def test_a_second_build_waits_for_the_first(raw: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    build_folder(raw, tmp_path / "packed")
+    command = [sys.executable, "-m", "shards", "build", "folder", str(raw), "--output", str(new)]
+    command += ["--shard-samples", "8", "--processes", "1"]
+    with owned(new):
+        second = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        assert second.stderr is not None
+        assert f"{new} is in use by process" in second.stderr.readline()
+    with second:
+        assert second.wait(120) == 0
+    assert files_of(new) == files_of(tmp_path / "packed")

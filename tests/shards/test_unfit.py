@@ -9,6 +9,7 @@ import pytest
 
 from cmgan_dist.config.fields import TextBackboneConfig
 from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.store import LocalStore
 from cmgan_dist.models.backbone import TextBackbone
 from cmgan_dist.models.backbones import build_text_backbone
 from shards.unfit import some_texts, unfit, warnings_of
@@ -37,9 +38,9 @@ def test_what_is_unfit_is_printed_before_the_work(
 ) -> None:
     data = raw_data()  # texts of four words that the encoder knows
     shards = [shard for shards in load_manifest(data).splits.values() for shard in shards]
-    assert len(some_texts(data, shards)) == sum(1 + i % 3 for count in (40, 16, 16) for i in range(count))
-    assert warnings_of(encoder(folder, 8), data, shards) == []
-    assert warnings_of(None, data, shards) == []
+    assert len(some_texts(LocalStore(data), shards)) == sum(1 + i % 3 for count in (40, 16, 16) for i in range(count))
+    assert warnings_of(encoder(folder, 8), LocalStore(data), shards) == []
+    assert warnings_of(None, LocalStore(data), shards) == []
     words = ["--text-backbone", "sentence", "--text-weights", folder, "--max-tokens", 5, "--processes", 1]
     run_shards("features", data, "--output", tmp_path / "out", *words)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
@@ -52,5 +53,5 @@ def test_texts_of_another_script_are_told_of(folder: Path, raw_data: Callable[..
     text = folder / "tokenizer.json"
     text.write_text(text.read_text().replace('"dog": 10', '"cat": 10'))
     shards = [shard for shards in load_manifest(data).splits.values() for shard in shards]
-    (line,) = warnings_of(encoder(folder, 32), data, shards)
+    (line,) = warnings_of(encoder(folder, 32), LocalStore(data), shards)
     assert "of the tokens of 141 texts are unknown to the text backbone" in line

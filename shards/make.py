@@ -1,0 +1,179 @@
+"""One shard of raw pairs: made, or found as an earlier run or another task made it.
+
+Beside each tar lies its record, ``train-000000.build.json``: the content that it was made from, how, and what was
+written. It is written last, so a run that was killed goes on behind the last shard whose record agrees with its bytes
+and with what the pairs hold now."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmgan_dist.data.index import index_name
+from cmgan_dist.data.manifest import LabelKind, ShardInfo
+from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.jobs import ledger
+from shards.pairs import RawPair, Readable
+from shards.plan import PlannedShard
+from shards.shard_file import Members, has_index, read_members, try_sample, write_shard
+from shards.sources.urls import UrlBytes
+
+READ_AT_A_TIME = 16
+"""Pictures by URL that one process waits for."""
+Made = tuple[ShardInfo | None, list[str]]
+"""What was written for a shard (None when no pair was good), and a line for each pair left out."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """What decides the bytes of a shard beside its pairs."""
+
+    label_kind: LabelKind
+    classes: int
+    """How many there are."""
+    skip_bad: bool
+
+    def settings(self, shard: PlannedShard) -> dict[str, Any]:
+        """Return the settings for the record of a shard."""
+        return {**asdict(self), "plan": shard.digest}
+
+
+def record_name(shard: str) -> str:
+    """Return the name of a shard's record: ``train-000000.build.json`` for ``train-000000.tar``."""
+    return shard.removesuffix(".tar") + ".build.json"
+
+
+def files_of_shard(shard: str) -> list[str]:
+    """Return the names of all files that packing writes for a shard."""
+    return [shard, index_name(shard), record_name(shard)]
+
+
+def content_sha256(pairs: list[RawPair]) -> str:
+    """Return the SHA-256 of all that the samples of some pairs are made from: files are read, their times do not
+    matter. What cannot be read counts as why it cannot."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        parts = [_identity(pair.image), _identity(pair.texts)]
+        digest.update(json.dumps([pair.key, pair.split, pair.labels, *parts]).encode())
+    return digest.hexdigest()
+
+
+def _identity(part: Readable | tuple[str, ...] | np.ndarray) -> object:
+    if isinstance(part, tuple):
+        return part
+    if isinstance(part, np.ndarray):
+        return [part.shape, str(part.dtype), hashlib.sha256(part.tobytes()).hexdigest()]
+    try:
+        return part.identity()
+    except BadSample as error:
+        return f"bad: {error}"
+
+
+def make_shard(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Made:
+    """Read the pairs of a shard from the folder `plan` and write it: its tar and sidecar, then its record.
+
+    Raises BadInput on a bad pair, unless they are skipped, and when the shard cannot be written."""
+    path, settings, pairs = output / record_name(shard.name), how.settings(shard), shard.read(plan)
+    left_out: list[str] = []
+
+    def samples() -> Iterator[tuple[str, Members]]:
+        for pair, result in _read_ahead(partial(read_members, label_kind=how.label_kind, classes=how.classes), pairs):
+            members = try_sample(result, pair.where, how.skip_bad, left_out)
+            if members is not None:
+                yield pair.key, members
+
+    try:
+        # Read before the samples are: what changes between is found by the next run, and the shard made anew.
+        source = content_sha256(pairs)
+        ledger.write(path, ledger.Record(source, settings))
+        for name in (shard.name, index_name(shard.name)):
+            (output / name).unlink(missing_ok=True)
+        info = write_shard(output, shard.name, samples())
+        ledger.write(path, _record(source, settings, output, info, left_out))
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        ledger.abandon(path)
+    return info, left_out
+
+
+def _read_ahead(
+    read: Callable[[RawPair], Members], pairs: list[RawPair]
+) -> Iterator[tuple[RawPair, Callable[[], Members]]]:
+    """Yield each pair with what returns ``read(pair)``, or raises what that does; by URL, some are read at a time."""
+    if not any(isinstance(pair.image, UrlBytes) for pair in pairs):
+        yield from ((pair, partial(read, pair)) for pair in pairs)
+        return
+    waiting: deque[tuple[RawPair, Future[Members]]] = deque()
+    with ThreadPoolExecutor(READ_AT_A_TIME) as pool:
+        try:
+            for pair in pairs:
+                waiting.append((pair, pool.submit(read, pair)))
+                if len(waiting) > 2 * READ_AT_A_TIME:
+                    first, future = waiting.popleft()
+                    yield first, future.result
+            yield from ((pair, future.result) for pair, future in waiting)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _record(
+    source: str, settings: dict[str, Any], output: Path, info: ShardInfo | None, left_out: list[str]
+) -> ledger.Record:
+    """Return the record of a shard that was written, or of which no pair was good, and of the sidecar beside it."""
+    if info is None:
+        return ledger.Record(source, settings, True, None, left_out)
+    written = {name: value for name, value in asdict(info).items() if name in ledger.WRITTEN}
+    beside = {"name": index_name(info.name), "samples": info.samples, "sha256": info.index_sha256}
+    beside["bytes"] = (output / index_name(info.name)).stat().st_size
+    return ledger.Record(source, settings, True, written, left_out, [beside])
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in the output for a planned shard."""
+
+    made: Made | None = None
+    """What was made of these pairs in this way, and is whole; None where the shard is to be made."""
+    other: bool = False
+    """Whether there is a shard of this name that was made from something else, or that nobody knows."""
+
+
+def find_shard(output: Path, plan: Path, shard: PlannedShard, how: Making, read_inputs: bool) -> Found:
+    """Return what an earlier run, or another task, made of a shard; one that was damaged since is named on stdout.
+
+    `plan`: folder of the plan; `read_inputs`: compare what the pairs hold now too, not only what was planned of them.
+    Raises BadInput when a file is there and cannot be read."""
+    path = output / shard.name
+    try:
+        record = ledger.read(output / record_name(shard.name))
+        if record is None or record.settings != how.settings(shard):
+            return Found(other=path.exists())
+        if not record.finished:
+            return Found()
+        if read_inputs and record.source != content_sha256(shard.read(plan)):
+            return Found(other=True)
+        return Found(_whole(record, output, path))
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+
+
+def _whole(record: ledger.Record, output: Path, path: Path) -> Made | None:
+    """Return what a finished record says was made, None when its files are not that any more. Raises OSError."""
+    if record.written is None:
+        return None, record.left_out
+    info = ShardInfo(**record.written, index_sha256=record.beside[0]["sha256"])
+    if ledger.is_done(record, output) and has_index(output, info):
+        return info, record.left_out
+    if path.exists():
+        print(f"{path} or its sidecar is not what its record says: it is made anew")
+    return None

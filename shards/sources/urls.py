@@ -1,0 +1,105 @@
+"""Pictures and tables by URL (http, https, s3, gs), with the time limits and tries of `cmgan_dist/data/source.py`."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import posixpath
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmgan_dist.data.folder import MOST_FILE_BYTES
+from cmgan_dist.data.source import PACKAGES, RemoteSource, public_url
+from cmgan_dist.errors import BadInput, BadSample
+
+USUAL_BYTES = 100_000
+"""What a picture by URL is planned with: nobody asks a server for the sizes of all."""
+
+
+def is_url(name: str) -> bool:
+    """Return whether a name is a URL that is read here."""
+    return name.partition("://")[0] in PACKAGES and "://" in name
+
+
+class _Host(RemoteSource):
+    """All files of one server, or of one bucket; a file's name may have a query."""
+
+    def location(self, name: str) -> str:
+        """Return the file's URL without secrets, for messages."""
+        return public_url(f"{self.place}/{name}")
+
+
+@functools.cache
+def _host(start: str, retries: int, timeout_s: float) -> _Host:
+    return _Host(start, retries=retries, timeout_s=timeout_s)
+
+
+def _split(url: str) -> tuple[str, str]:
+    """Return the server or bucket of a URL, and the rest."""
+    protocol, _, rest = url.partition("://")
+    host, _, name = rest.partition("/")
+    return f"{protocol}://{host}", name
+
+
+@dataclass(frozen=True)
+class UrlBytes:
+    """The bytes behind a URL, which are taken not to change while it is the same."""
+
+    url: str
+    retries: int
+    timeout_s: float
+
+    def size(self) -> int:
+        """Return what a picture usually has."""
+        return USUAL_BYTES
+
+    def identity(self) -> str:
+        """Return the URL: to read all pictures again would take as long as to pack them."""
+        return self.url
+
+    def read(self) -> bytes:
+        """Return the bytes. Raises BadSample, naming the URL without secrets, when they cannot be had."""
+        start, name = _split(self.url)
+        try:
+            return _host(start, self.retries, self.timeout_s).read(name, MOST_FILE_BYTES)
+        except BadInput as error:
+            raise BadSample(reason(error)) from None
+
+
+def reason(error: BadInput) -> str:
+    """Return what was wrong with a source, without what to do where a run of training reads it."""
+    said = str(error).replace("stream.timeout_s", "--timeout-s")
+    return said.partition(": check ")[0].replace("could not be read in", "was not read in")
+
+
+def key_of(url: str) -> str:
+    """Return the key of a picture by URL: its name, and a hash of the whole URL."""
+    stem = posixpath.splitext(posixpath.basename(public_url(url)))[0]
+    return f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:16]}".lstrip("-")
+
+
+def joined(table: str, path: str) -> str:
+    """Return the URL of a picture that a table at a URL names by its path."""
+    start, name = _split(table)
+    return (
+        path
+        if is_url(path)
+        else f"{start}/{posixpath.join(posixpath.dirname(name.partition('?')[0]), path).lstrip('/')}"
+    )
+
+
+def fetch(url: str, folder: Path, retries: int, timeout_s: float) -> Path:
+    """Bring the file at a URL into a folder and return its path. Raises BadInput when it cannot be had."""
+    start, name = _split(url)
+    host, path = _host(start, retries, timeout_s), folder / posixpath.basename(public_url(url))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def once() -> None:
+        with open(path, "wb") as file:
+            file.writelines(host.blocks(name))
+
+    try:
+        host.retrying(name, once)
+    except BadInput as error:
+        raise BadInput(f"{reason(error)}: check the URL, or raise --retries or --timeout-s") from None
+    return path

@@ -1,0 +1,95 @@
+"""Tables whose pictures are URLs, and tables at a URL: tries, time limits, dead links, and no secrets in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cmgan_dist.data import source
+from cmgan_dist.errors import BadInput
+from shards.sources.urls import joined, key_of
+from tests.services.faulty_server import FaultyServer
+from tests.toy import files_of, picture, run_shards, samples_of, write_table
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
+    monkeypatch.setattr(source, "BACKOFF_S", 0.01)
+    server = FaultyServer()
+    server.files = {f"/p/{i}.png": picture(i) for i in range(40)}
+    yield server
+    server.close()
+
+
+def rows_of(server: FaultyServer, query: str = "") -> list[dict[str, str]]:
+    return [{"url": f"{server.url}/p/{i}.png{query}", "caption": f"text {i}"} for i in range(40)]
+
+
+def build(table: Path | str, output: Path, *more: object) -> None:
+    options = ("--val", 0, "--test", 0, "--processes", 1, "--timeout-s", 0.5)
+    run_shards("build", "table", table, "--output", output, *options, *more)
+
+
+def test_pictures_by_url_are_tried_again_and_fetched_once(server: FaultyServer, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", rows_of(server))
+    server.faults = {"/p/3.png": ["500", "reset"], "/p/7.png": ["truncated"], "/p/9.png": ["stall"]}
+    build(table, tmp_path / "out")
+    assert len(samples_of(tmp_path / "out")) == 40
+    assert samples_of(tmp_path / "out")[key_of(f"{server.url}/p/3.png")] == (["text 3"], ())
+    fetched = server.requests.total()
+    assert fetched == 44
+    build(table, tmp_path / "out")
+    assert server.requests.total() == fetched  # what is behind a URL does not change
+    build(table, tmp_path / "again")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
+
+
+def test_a_dead_link_is_named_without_secrets_and_left_out_when_asked(
+    server: FaultyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = write_table(tmp_path / "t.csv", rows_of(server, "?sig=secret"))
+    server.faults = {"/p/5.png": ["404", "always"], "/p/6.png": ["503", "always"]}
+    with pytest.raises(BadInput, match=r"row \d+ of t\.csv: http\S+/p/\d\.png (does not exist|was not read)") as caught:
+        build(table, tmp_path / "out", "--retries", 1)
+    assert "secret" not in str(caught.value)
+    assert "stream." not in str(caught.value)
+    build(table, tmp_path / "out", "--retries", 1, "--skip-bad")
+    said = capsys.readouterr()
+    assert len(samples_of(tmp_path / "out")) == 38
+    assert "left out 2 bad pairs" in said.err
+    assert "secret" not in said.err + said.out
+    assert server.queries == {"sig=secret"}
+
+
+def test_a_table_at_a_url_with_pictures_beside_it(server: FaultyServer, tmp_path: Path) -> None:
+    rows = [{"image": f"p/{i}.png", "text": f"text {i}"} for i in range(40)]
+    server.files["/t.csv"] = write_table(tmp_path / "t.csv", rows).read_bytes()
+    server.faults["/t.csv"] = ["500", "truncated"]
+    build(f"{server.url}/t.csv?sig=secret", tmp_path / "out")
+    assert samples_of(tmp_path / "out")["p/3"] == (["text 3"], ())
+    with pytest.raises(BadInput, match=r"none\.csv does not exist: check the URL") as caught:
+        build(f"{server.url}/none.csv?sig=secret", tmp_path / "none")
+    assert "secret" not in str(caught.value)
+    assert not (tmp_path / "none").exists()
+
+
+def test_places_of_pictures_beside_a_table() -> None:
+    assert joined("https://h/a/t.csv?x=1", "p/1.jpg") == "https://h/a/p/1.jpg"
+    assert joined("s3://bucket/t.csv", "1.jpg") == "s3://bucket/1.jpg"
+    assert joined("https://h/a/t.csv", "http://other/1.jpg") == "http://other/1.jpg"
+    assert key_of("https://u:p@h/a/b.jpg?sig=1") != key_of("https://u:p@h/a/b.jpg?sig=2")
+    assert key_of("https://u:p@h/a/b.jpg?sig=1").startswith("b-")
+
+
+@pytest.mark.parametrize("words", [("--retries", -1), ("--timeout-s", 0)])
+def test_limits_that_make_no_sense_are_named(server: FaultyServer, tmp_path: Path, words: tuple[object, ...]) -> None:
+    table = write_table(tmp_path / "t.csv", rows_of(server))
+    with pytest.raises(BadInput, match="--retries must be at least 0, and --timeout-s positive"):
+        run_shards("build", "table", table, "--output", tmp_path / "out", *words)
+
+
+def test_a_folder_by_url_names_the_way(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="does not exist: list its pictures in a table"):
+        run_shards("build", "folder", "s3://bucket/pictures", "--output", tmp_path / "out")
