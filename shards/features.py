@@ -31,13 +31,12 @@ from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.machine import share_of_machine
 from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.jobs.staging import remove_leftovers
-from cmgan_dist.models.backbone import PixelBackbone
-from cmgan_dist.models.clip import is_open_clip
-from cmgan_dist.models.weights import weights_sha256
 from shards.assemble import assemble, print_summary, write_manifest
-from shards.extract import Extractor, Options, extractor, feature_samples
 from shards.pairs import drawing, missing_val
 from shards.shard_file import has_index, write_shard
+
+if typing.TYPE_CHECKING:
+    from shards.extract import Extractor, Options
 
 Made = tuple[ShardInfo | None, list[str]]
 """What was written for a source (None when no sample was good), and a line for each sample left out."""
@@ -111,6 +110,9 @@ def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Option
     """Return what a process needs to know, and the number of processes. Raises BadInput naming the flag."""
     if command.batch_size < 1:
         raise BadInput(f"--batch-size is {command.batch_size}: it must be at least 1")
+    from cmgan_dist.models.clip import is_open_clip  # here and below: torch takes seconds to import, and --help waits
+    from shards.extract import Options
+
     for flag, number, allowed in (
         ("--image-size", command.image_size, find_setting("model.image.image_size").range),
         ("--max-tokens", command.max_tokens, find_setting("model.text.max_tokens").range),
@@ -140,6 +142,8 @@ def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Option
 
 def settings_of(made: Extractor) -> dict[str, Any]:
     """Return what decides the bytes of a feature shard beside its source: the same on every machine, so no paths."""
+    from cmgan_dist.models.weights import weights_sha256
+
     settings: dict[str, Any] = {"batch_size": made.options.batch_size, "dtype": made.options.dtype}
     for side, chosen, backbone, limit in (
         ("image", made.options.image, made.image, "image_size"),
@@ -163,6 +167,8 @@ def details_of(made: Extractor, settings: dict[str, Any]) -> dict[str, Any]:
     backbones again.
 
     A place is "hub", "hub:NAME", "package:NAME" or the absolute path of a file or folder."""
+    from cmgan_dist.models.backbone import PixelBackbone
+
     details = dict(settings)
     for side, chosen in (("image", made.options.image), ("text", made.options.text)):
         if chosen is not None:
@@ -190,6 +196,8 @@ def make_shard(
 
     Raises BadInput when the source is not what its manifest says, at a bad sample unless the options skip them, and
     when a file cannot be written."""
+    from shards.extract import extractor, feature_samples
+
     if sha256_of(data / source.name) != source.sha256:
         raise BadInput(f"{data / source.name} is not what its manifest says: see 'python -m shards verify {data}'")
     path = output / record_name(source.name)
@@ -362,6 +370,8 @@ def write_features(command: FeaturesCommand) -> Manifest | None:
 
     Returns the manifest, None while other tasks have shards to make. Raises BadInput, also when another process is
     writing the same share."""
+    from shards.extract import extractor
+
     task, manifest = find_task(command.task), load_manifest(command.data)
     sources = _sources(command, manifest)
     options, processes = choose_options(command, manifest)
