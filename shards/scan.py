@@ -13,7 +13,6 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from cmgan_dist.data.folder import open_regular
-from cmgan_dist.data.image import check_image
 from cmgan_dist.data.index import Layout, ShardIndex
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
@@ -116,6 +115,8 @@ def sample_facts(group: list[Member], *, decode: bool, judge: Judge | None = Non
                 raise BadSample(facts.label_fault)
             judge.check(sample)
         if decode and isinstance(sample.image, bytes):
+            from cmgan_dist.data.image import check_image  # torch takes seconds to import, and --help waits
+
             _, *size = check_image(sample.image)
             facts.size = (size[0], size[1])
     except BadSample as fault:

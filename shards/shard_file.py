@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cmgan_dist.data.folder import is_unicode
-from cmgan_dist.data.image import check_image
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import LabelKind, ShardInfo, check_shard_name
@@ -69,6 +68,8 @@ def read_members(pair: RawPair, label_kind: LabelKind, classes: int) -> list[tup
         members.append(("image.npy", npy(pair.image)))
     else:
         data = pair.image.read()
+        from cmgan_dist.data.image import check_image  # torch takes seconds to import, and --help waits
+
         extension, _, _ = check_image(data)
         members.append((extension, data))
     fields: dict[str, Any] = {}

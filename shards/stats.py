@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cmgan_dist.data.image import check_image, decode_image
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import Manifest, load_manifest
@@ -159,6 +158,8 @@ def choose_samples(data: Path, manifest: Manifest, count: int) -> list[tuple[str
                 key, _, members = next(iter_samples(io.BytesIO(file.read(int(end - start))), name))
                 sample = judge.read(key, members)
                 if isinstance(sample.image, bytes):
+                    from cmgan_dist.data.image import check_image  # torch takes seconds to import, and --help waits
+
                     check_image(sample.image)
             except (BadSample, StopIteration):
                 continue  # verify names it; the grid goes on without it
@@ -220,6 +221,8 @@ def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: 
             axis.axis("off")
         for axis, (_, sample), caption in zip(axes, samples, captions, strict=False):
             if isinstance(sample.image, bytes):
+                from cmgan_dist.data.image import decode_image
+
                 axis.imshow(decode_image(sample.image, GRID_SIDE)[..., :3])
             axis.set_title(caption, parse_math=False)
         figure.suptitle(f"{manifest.name}: {sum(map(manifest.samples, manifest.splits))} pairs", parse_math=False)

@@ -36,7 +36,6 @@ from tune.confirm import best_config, confirm, test_scores
 from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base
 from tune.record import VERSION as RECORDS
 from tune.record import Record, read_records
-from tune.report import search_report
 from tune.results import Confirmed, TrialResult, importance, ranked, show_mean, show_table, trials_json
 from tune.space import Space, check_space, domains, draw_settings, load_space, outside_of
 from tune.tuner import (
@@ -223,6 +222,8 @@ def write_outcome(plan: Plan, outcome: Outcome, slots: int) -> None:
         "search": f"{outcome.seconds:.0f} s",
         "sum of trials": f"{trial_seconds:.0f} s",
     }
+    from tune.report import search_report  # with matplotlib, and --help waits
+
     page = search_report(title, facts, trials, plan.space, outcome.confirmed, found, outcome.test)
     output.write("report.html", page)
     if outcome.best:

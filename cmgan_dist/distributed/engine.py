@@ -7,6 +7,7 @@ same under DeepSpeed ZeRO. Their states have one form, named by parameter, so th
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,10 +39,19 @@ class AdamSettings:
     """Scale losses, skip steps whose gradients overflow and lower the scale (Micikevicius et al., ICLR 2018)."""
 
 
-def adamw(parameters: Sequence[nn.Parameter], settings: AdamSettings) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without the wrappers that hide its methods from torch.compile: their first call would import the
+    compiler, which takes longer than all else that a training imports beside torch."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+def adamw(parameters: Sequence[nn.Parameter], settings: AdamSettings) -> AdamW:
     """Return the optimiser of `parameters`, torch's fused one, which a CPU has too."""
     betas, decay = (settings.beta1, settings.beta2), settings.weight_decay
-    return torch.optim.AdamW(parameters, lr=settings.lr, betas=betas, weight_decay=decay, fused=True)
+    return AdamW(parameters, lr=settings.lr, betas=betas, weight_decay=decay, fused=True)
 
 
 class Engine:

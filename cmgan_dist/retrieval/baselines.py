@@ -12,7 +12,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from cmgan_dist.retrieval.metrics import (
     score_of,
 )
 from cmgan_dist.retrieval.metrics import Score as VectorScore
+
+if TYPE_CHECKING:
+    from cmgan_dist.distributed.processes import Parallel
 
 PAIRS, CLASSIFIER = "CCA", "logistic regression"
 """Names of the baselines that find partners and classes best."""
@@ -232,17 +235,18 @@ def best_baselines(
     dims: Sequence[int] = DIMS,
     ridges: Sequence[float] = RIDGES,
     penalties: Sequence[float] = PENALTIES,
+    parallel: Parallel | None = None,
 ) -> dict[str, Projection]:
     """Return name -> the projection that validation chose, for CCA, ridge from image to text and, with labels, logistic
-    regression. Raises BadInput when the splits' features disagree."""
+    regression; `parallel` as in `metrics.evaluate`. Raises BadInput when the splits' features disagree."""
     check_features(train, val, "val")
     pairs = replace(val, labels=None)  # MAP would be measured for nothing
 
     def by_pairs(projection: Projection) -> float:
-        return recall_of(projection.measured(pairs))
+        return recall_of(projection.measured(pairs, parallel=parallel))
 
     def by_classes(projection: Projection) -> float:
-        return score_of(projection.measured(val, all_modal=False))
+        return score_of(projection.measured(val, all_modal=False, parallel=parallel))
 
     image, text = _pairs(train)
     regressions = (ridge_image_to_text(image, text, r).scored(s) for r in ridges for s in (COSINE, ZSCORE))
@@ -253,10 +257,12 @@ def best_baselines(
     return best
 
 
-def baseline_table(best: dict[str, Projection], test: Embeddings) -> dict[str, dict[str, Any]]:
+def baseline_table(
+    best: dict[str, Projection], test: Embeddings, parallel: Parallel | None = None
+) -> dict[str, dict[str, Any]]:
     """Return name -> `metrics.evaluate` of the test split, for what `best_baselines` found and `chance`; ``settings``
     of each holds what validation chose."""
-    table = {name: {**p.measured(test), "settings": p.settings} for name, p in best.items()}
+    table = {name: {**p.measured(test, parallel=parallel), "settings": p.settings} for name, p in best.items()}
     table["chance"] = chance(test)
     return table
 

@@ -137,12 +137,16 @@ def run_task(task: EvaluationTask, *, baselines: bool = True, parallel: Parallel
     generator = load_generator(saved).to(parallel.device)
     embedded = embed_split(generator, reader, config, parallel)
     vectors = embedded.vectors(saved.scoring)
-    record: dict[str, Any] = {"metrics": evaluate_embeddings(vectors), "ends": {}, "baselines": {}}
+    record: dict[str, Any] = {
+        "metrics": evaluate_embeddings(vectors, parallel=parallel),
+        "ends": {},
+        "baselines": {},
+    }
     spec = saved.scoring.spec
     for objective in spec.shares:
         if objective != spec.objective:
             of_end = embedded.vectors(saved.scoring.made_for(objective))
-            record["ends"][objective] = evaluate_embeddings(of_end)
+            record["ends"][objective] = evaluate_embeddings(of_end, parallel=parallel)
     if baselines:
         from cmgan_dist.retrieval.baselines import CLASSIFIER, PAIRS, baseline_table, best_baselines, check_features
         from cmgan_dist.retrieval.frontier import baseline_frontier, model_frontier
@@ -152,8 +156,8 @@ def run_task(task: EvaluationTask, *, baselines: bool = True, parallel: Parallel
             for s in (config.stream.train_split, config.stream.val_split)
         )
         check_features(train, embedded.features, "test")
-        best = best_baselines(train, val)
-        record["baselines"] = baseline_table(best, embedded.features)
+        best = best_baselines(train, val, parallel=parallel)
+        record["baselines"] = baseline_table(best, embedded.features, parallel)
         parts = {"image": generator.image_backbone, "text": generator.text_backbone}
         record["trained_features"] = [
             name for name, backbone in parts.items() if backbone.trainable and any(True for _ in backbone.parameters())

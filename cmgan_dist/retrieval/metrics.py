@@ -13,26 +13,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.retrieval.ranks import (
+    BLOCK_ELEMENTS,
+    LAST,
+    RECALL_LEVELS,
+    average_precision,
+    interpolated_precision,
+    relevant_ranks,
+)
 
+if TYPE_CHECKING:
+    from cmgan_dist.distributed.processes import Parallel
+
+T = TypeVar("T")
 GRID = 2.0**26
 UNIT = 2.0**-20
 """A float32 vector whose length is as near to 1 as this has unit length already, and was rounded since."""
-CHUNK_ELEMENTS = 1 << 21
-"""Similarities held at a time when no chunk is given: 16 MiB, and about four times that while they are ranked."""
-LAST = -(2.0**53)
-"""Similarity of what is left out of a gallery: less than any."""
-COARSE = 2.0**23
-"""What similarities are divided by to fit 31 bits."""
-MOST_MIXED = 64
-"""Groups of equal upper bits in a row that are put in order one by one."""
-RECALL_LEVELS = 101
+CHUNK_ELEMENTS = 1 << 23
+"""Similarities held at a time when no chunk is given: 64 MiB, and at most about twice that while they are ranked."""
 
 Score = Literal["inner", "cosine", "zscore"]
 """How two vectors are compared (`common_space`)."""
@@ -76,7 +81,21 @@ class Ranking:
     ap_at: dict[int, np.ndarray]
     """k -> float64 [Q]: AP@k; NaN where `ap` is."""
     precision: np.ndarray
-    """float64 [101]: interpolated precision at recall 0, 0.01 ... 1, mean over the queries with an AP."""
+    """float64 [Q, 101]: interpolated precision at recall 0, 0.01 ... 1; 0 where `ap` is NaN."""
+
+    @staticmethod
+    def joined(parts: Sequence[Ranking]) -> Ranking:
+        """Return the ranking of all queries whose parts these are."""
+        ap_at = {k: np.concatenate([part.ap_at[k] for part in parts]) for k in parts[0].ap_at}
+        ap, precision = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ap", "precision"))
+        return Ranking(ap, ap_at, precision)
+
+    def curve(self) -> list[float]:
+        """Return the 101 points of the precision-recall curve, means over the queries with an AP."""
+        total = np.zeros(RECALL_LEVELS)
+        for of_query in self.precision:  # one at a time, so that the sum does not depend on their number
+            total += of_query
+        return [float(value) for value in total / (~np.isnan(self.ap)).sum()]
 
 
 def zscore(x: Tensor) -> Tensor:
@@ -121,12 +140,15 @@ def common_space(data: Embeddings, score: Score = "inner") -> tuple[Tensor, Tens
 def similarities(query: Tensor, gallery: Tensor, chunk: int | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Yield exact dot products of vectors no longer than 1, [Q, E] by [G, E], as (rows, float64 [rows, G]).
 
-    `chunk` counts queries; None takes about CHUNK_ELEMENTS similarities at a time. Values are scaled by 2**52."""
-    query, gallery = (query.double() * GRID).round(), (gallery.double() * GRID).round()
-    chunk = chunk or max(1, CHUNK_ELEMENTS // len(gallery))
+    `chunk` counts queries; None takes about CHUNK_ELEMENTS similarities at a time. Values are scaled by 2**52, and
+    there until the next are asked for: all are put into the same memory."""
+    query, gallery = (query.double() * GRID).round_(), (gallery.double() * GRID).round_()
+    most = chunk or max(1, CHUNK_ELEMENTS // len(gallery))
+    chunk = -(-len(query) // max(1, -(-len(query) // most))) or 1  # all of about the same size
+    products = query.new_empty(chunk, len(gallery))
     for start in range(0, len(query), chunk):
         rows = slice(start, min(start + chunk, len(query)))
-        yield rows, query[rows] @ gallery.T
+        yield rows, torch.mm(query[rows], gallery.T, out=products[: rows.stop - start])
 
 
 def top_k(query: Tensor, gallery: Tensor, k: int, chunk: int | None = None) -> Tensor:
@@ -152,66 +174,35 @@ def rank_classes(
     the first k*, as DSCMR's published evaluation does (`fx_calc_map_label`), and is 0 when there are none.
     `query_position` int64 [Q] leaves each query itself out of the gallery."""
     ap, ap_at = np.full(len(query), np.nan), {k: np.full(len(query), np.nan) for k in ks}
-    precision = np.zeros(RECALL_LEVELS)
-    gallery_classes = gallery_labels.float().T
+    precision = np.zeros((len(query), RECALL_LEVELS))
+    own = None if query_position is None else query_position[:, None]
+    labels, classes = query_labels.float(), gallery_labels.float().T.contiguous()
     for rows, similarity in similarities(query, gallery, chunk):
-        shared = query_labels[rows].float() @ gallery_classes > 0
-        if query_position is not None:
-            own = query_position[rows, None]
-            similarity.scatter_(1, own, LAST)
-            shared.scatter_(1, own, False)
-        for row, ranks in zip(range(rows.start, rows.stop), relevant_ranks(similarity, shared), strict=True):
+        blocks = _with_relevant(similarity, labels[rows], classes, None if own is None else own[rows])
+        for row, ranks in zip(range(rows.start, rows.stop), relevant_ranks(blocks), strict=True):
             if len(ranks):
-                ap[row], at = average_precision(ranks, ks)
+                at_ranks = np.arange(1, len(ranks) + 1) / ranks
+                ap[row], at = average_precision(ranks, at_ranks, ks)
                 for k in ks:
                     ap_at[k][row] = at[k]
-                precision += interpolated_precision(ranks)
-    answered = (~np.isnan(ap)).sum()
-    with np.errstate(invalid="ignore"):
-        return Ranking(ap, ap_at, precision / answered)
+                precision[row] = interpolated_precision(at_ranks)
+    return Ranking(ap, ap_at, precision)
 
 
-def relevant_ranks(similarity: Tensor, relevant: Tensor) -> Iterator[np.ndarray]:
-    """Yield int64 [R], ascending from 1, for each row: the ranks of its R relevant items among all G, by similarity.
+def _with_relevant(
+    similarity: Tensor, labels: Tensor, classes: Tensor, own: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows of `similarity` [n, G] as `relevant_ranks` takes them, by float labels [n, C] and classes [C, G].
 
-    `similarity` float64 [n, G], whole numbers as `similarities` gives them, or LAST; `relevant` bool [n, G]. Ties rank
-    by position. What is sorted is 32 bits an item, the similarity's upper ones and whether it is relevant, three times
-    as fast as positions by all 53; where an item that is relevant and one that is not agree in all upper bits, these
-    few are put in order by all of them, and the whole row where such are many."""
-    upper = ~(similarity / COARSE).int()  # ascending: the most similar first
-    keys = (upper << 1) | ~relevant
-    in_order = torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.device.type == "cpu" else keys.sort(1).values
-    mixed, hits = (in_order[:, 1:] ^ in_order[:, :-1]) == 1, (in_order & 1) == 0
-    groups = mixed.nonzero()
-    many = torch.bincount(groups[:, 0], minlength=len(keys)) > MOST_MIXED
-    for row in many.nonzero()[:, 0]:
-        hits[row] = relevant[row, similarity[row].argsort(descending=True, stable=True)]
-    for row, place in groups[~many[groups[:, 0]]]:
-        _settle(hits[row], in_order[row], upper[row], similarity[row], relevant[row], in_order[row, place] >> 1)
-    found = hits.nonzero().cpu().numpy()
-    yield from np.split(found[:, 1] + 1, np.searchsorted(found[:, 0], np.arange(1, len(hits))))
-
-
-def _settle(hits: Tensor, in_order: Tensor, upper: Tensor, similarity: Tensor, relevant: Tensor, bits: Tensor) -> None:
-    """Put the items whose upper bits are `bits`, a scalar, in order by all bits; the others are [G], of one row."""
-    items = (upper == bits).nonzero()[:, 0]
-    items = items[similarity[items].argsort(descending=True, stable=True)]
-    first = int(torch.searchsorted(in_order, bits << 1))
-    hits[first : first + len(items)] = relevant[items]
-
-
-def average_precision(ranks: np.ndarray, ks: Sequence[int]) -> tuple[float, dict[int, float]]:
-    """Return AP and k -> AP@k of one query from the ranks of its relevant items, ascending (`rank_classes`)."""
-    gained = np.cumsum(np.arange(1, len(ranks) + 1) / ranks)  # a running sum, whose order does not depend on the length
-    among = {k: int(np.searchsorted(ranks, k, side="right")) for k in ks}
-    return gained[-1] / len(ranks), {k: gained[n - 1] / n if n else 0.0 for k, n in among.items()}
-
-
-def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
-    """Return float64 [101]: the largest precision from each recall 0, 0.01 ... 1 on, of one query as above."""
-    best_from = np.maximum.accumulate((np.arange(1, len(ranks) + 1) / ranks)[::-1])[::-1]
-    needed = (np.arange(RECALL_LEVELS) * len(ranks) + RECALL_LEVELS - 2) // (RECALL_LEVELS - 1)
-    return best_from[np.maximum(needed, 1) - 1]
+    `own` int64 [n, 1]: what is left out of each row, or None."""
+    size = max(1, BLOCK_ELEMENTS // similarity.shape[1]) if similarity.device.type == "cpu" else len(similarity)
+    for start in range(0, len(similarity), size):
+        rows = slice(start, start + size)
+        block, relevant = similarity[rows], labels[rows] @ classes > 0
+        if own is not None:
+            block.scatter_(1, own[rows], LAST)
+            relevant.scatter_(1, own[rows], False)
+        yield block, relevant
 
 
 def pair_ranks(
@@ -221,11 +212,14 @@ def pair_ranks(
     position = torch.arange(len(gallery), device=query.device)
     ranks = np.zeros(len(query), dtype=np.int64)
     for rows, similarity in similarities(query, gallery, chunk):
-        own = query_owner[rows, None] == gallery_owner
-        best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        first = torch.where(own & (similarity == best), position, len(gallery)).amin(1, keepdim=True)
-        before = (similarity > best) | ((similarity == best) & (position < first))
-        ranks[rows] = torch.where(own.any(1), before.sum(1) + 1, 0).cpu().numpy()
+        row, item = (query_owner[rows, None] == gallery_owner).nonzero(as_tuple=True)
+        value, count = similarity[row, item], len(similarity)
+        best = value.new_full((count,), -torch.inf).scatter_reduce(0, row, value, "amax")
+        is_best = value == best[row]
+        first = item.new_full((count,), len(gallery)).scatter_reduce(0, row[is_best], item[is_best], "amin")
+        before = (similarity > best[:, None]).sum(1)
+        before += ((similarity == best[:, None]) & (position < first[:, None])).sum(1)
+        ranks[rows] = torch.where(first < len(gallery), before + 1, 0).cpu().numpy()
     return ranks
 
 
@@ -274,6 +268,17 @@ def add_means(result: dict[str, Any], ks: Sequence[int]) -> None:
         result[f"{key}/mean"] = None if None in pair else sum(pair) / 2
 
 
+def share(count: int, parallel: Parallel | None) -> slice:
+    """Return which of `count` queries this process ranks."""
+    rank, world = (parallel.rank, parallel.world) if parallel else (0, 1)
+    return slice(count * rank // world, count * (rank + 1) // world)
+
+
+def gathered(part: T, parallel: Parallel | None) -> list[T]:
+    """Return the parts of all processes, in the order of their shares."""
+    return parallel.gather_objects(part) if parallel else [part]
+
+
 def evaluate(
     data: Embeddings,
     score: Score = "inner",
@@ -281,6 +286,7 @@ def evaluate(
     map_ks: Sequence[int] = (50,),
     recall_ks: Sequence[int] = (1, 5, 10),
     chunk: int | None = None,
+    parallel: Parallel | None = None,
 ) -> dict[str, Any]:
     """Return every metric of one set, as a flat dict that JSON can hold; DIR is a direction such as ``image_to_text``.
 
@@ -288,29 +294,42 @@ def evaluate(
     With labels: ``map/DIR``, ``map50/DIR`` and their ``mean`` over both bi-modal directions; with `all_modal` also
     image_to_all and text_to_all, where the gallery is both modalities and holds the query itself, and the same
     ``_without_query``. ``left_out/DIR`` counts queries without a relevant item, which no MAP includes;
-    ``map_per_class/DIR`` lists C means (None without queries), ``precision/DIR`` the 101 points of the curve."""
+    ``map_per_class/DIR`` lists C means (None without queries), ``precision/DIR`` the 101 points of the curve.
+
+    `parallel`: processes that all call this with the same data; each ranks a share of the queries, and every one gets
+    the whole, the same bits for any number of them. None: this process ranks all."""
     image, text = common_space(data, score)
     result: dict[str, Any] = {"images": len(image), "texts": len(text)}
     image_owner = torch.arange(len(image), device=image.device)
-    for name, ranks in (
-        ("image_to_text", pair_ranks(image, text, image_owner, data.text_owner, chunk)),
-        ("text_to_image", pair_ranks(text, image, data.text_owner, image_owner, chunk)),
+    for name, query, gallery, owner, gallery_owner in (
+        ("image_to_text", image, text, image_owner, data.text_owner),
+        ("text_to_image", text, image, data.text_owner, image_owner),
     ):
+        mine = share(len(query), parallel)
+        ranks = pair_ranks(query[mine], gallery, owner[mine], gallery_owner, chunk)
+        ranks = np.concatenate(gathered(ranks, parallel))
         ranks = ranks[ranks > 0]
         result |= {f"recall/{name}@{k}": float((ranks <= k).mean()) for k in recall_ks}
         result[f"median_rank/{name}"] = float(np.median(ranks))
     if data.labels is None:
         return result
     for name, (query, gallery, labels, gallery_labels, own) in directions(data, image, text, all_modal):
-        ranking = rank_classes(query, gallery, labels, gallery_labels, map_ks, own, chunk)
-        add_map(result, name, ranking.ap, ranking.ap_at)
-        members = labels.bool().cpu().numpy()
-        result[f"left_out/{name}"] = int(np.isnan(ranking.ap).sum())
-        result[f"map_per_class/{name}"] = [mean(ranking.ap[members[:, c]]) for c in range(members.shape[1])]
-        if result[f"map/{name}"] is not None:
-            result[f"precision/{name}"] = ranking.precision.tolist()
+        mine = share(len(query), parallel)
+        own = None if own is None else own[mine]
+        part = rank_classes(query[mine], gallery, labels[mine], gallery_labels, map_ks, own, chunk)
+        _add_classes(result, name, labels, Ranking.joined(gathered(part, parallel)))
     add_means(result, map_ks)
     return result
+
+
+def _add_classes(result: dict[str, Any], name: str, labels: Tensor, ranking: Ranking) -> None:
+    """Add what `evaluate` says of the classes in one direction to the metrics; `labels` [Q, C] are the queries'."""
+    add_map(result, name, ranking.ap, ranking.ap_at)
+    members = labels.bool().cpu().numpy()
+    result[f"left_out/{name}"] = int(np.isnan(ranking.ap).sum())
+    result[f"map_per_class/{name}"] = [mean(ranking.ap[members[:, c]]) for c in range(members.shape[1])]
+    if result[f"map/{name}"] is not None:
+        result[f"precision/{name}"] = ranking.curve()
 
 
 def direction_scores(metrics: Mapping[str, object]) -> dict[str, float]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cmgan_dist.config.fields import EvalConfig
+from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.models.scoring import MODALITIES, Blocks, Objective, Scoring, ScoringSpec, Shares
 from cmgan_dist.retrieval.embed import Embedded
 from cmgan_dist.retrieval.metrics import Embeddings, evaluate, l2_normalise, recall_of, score_of, zscore
@@ -70,12 +71,15 @@ def _alone(embedded: Embedded, config: EvalConfig, multi_label: bool) -> Iterato
         yield embedded.vectors(Scoring(posterior, {}, multi_label))
 
 
-def validation_of(embedded: Embedded, config: EvalConfig, multi_label: bool) -> tuple[float, dict[str, Any]]:
+def validation_of(
+    embedded: Embedded, config: EvalConfig, multi_label: bool, parallel: Parallel
+) -> tuple[float, dict[str, Any]]:
     """Return what validation maximises during training, and the metrics (`metrics.evaluate`) by which MAP is largest.
+    Every process calls it.
 
     The score is the most that any one block reaches: of MAP with `eval.objective` class, of Recall@10 with pair, the
     mean of both with both; without labels of the mean of Recall@1, 5 and 10. Raises BadInput where there is no MAP."""
-    ways = [evaluate(vectors, all_modal=False) for vectors in _alone(embedded, config, multi_label)]
+    ways = [evaluate(vectors, all_modal=False, parallel=parallel) for vectors in _alone(embedded, config, multi_label)]
     best = max(ways, key=score_of)
     if embedded.labels is None:
         return score_of(best), best

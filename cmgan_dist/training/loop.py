@@ -288,7 +288,7 @@ def validate_now(run: Run) -> dict[str, float]:
     Return "score" and the metrics by name, equal on every process."""
     config, progress, recorder = run.config, run.progress, run.recorder
     embedded = embed_split(run.networks.eval_generator, run.val_reader, config, run.parallel)
-    score, metrics = validation_of(embedded, config.eval, run.networks.multi_label)
+    score, metrics = validation_of(embedded, config.eval, run.networks.multi_label, run.parallel)
     if progress.best is None or score > progress.best or config.train.select == "last":
         progress.best, progress.best_position = score, progress.position
         if run.parallel.main:

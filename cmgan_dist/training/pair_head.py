@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmgan_dist.distributed.engine import AdamW
 from cmgan_dist.retrieval.cca import PairedRows
 from cmgan_dist.retrieval.metrics import Embeddings, pair_recall
 
@@ -145,7 +146,7 @@ def _refined(
     """Train a copy of a head by `multi_positive_nce`, with a cosine schedule, and give it after every epoch."""
     rng, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     parameters = [p.clone().requires_grad_() for p in (*start.weights, *start.biases)]
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=DECAY)
+    optimiser = AdamW(parameters, lr=rate, weight_decay=DECAY)
     counts = torch.bincount(train.text_owner, minlength=len(train.image)).numpy()
     first, order = np.cumsum(counts) - counts, train.text_owner.argsort(stable=True).numpy()
     with_text = np.flatnonzero(counts)

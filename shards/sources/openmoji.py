@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from cmgan_dist.data.image import open_image
 from cmgan_dist.errors import BadInput, BadSample
 from shards.groups import linked_groups, links_of_equal
 from shards.pack import BuildCommand
@@ -246,5 +245,7 @@ class OpenMojiCommand(BuildCommand):
 
 def _thumbnail(path: Path) -> np.ndarray:
     """Return the pixels of a small picture, RGB [THUMBNAIL * THUMBNAIL * 3] of 0-255."""
+    from cmgan_dist.data.image import open_image  # torch takes seconds to import, and --help waits
+
     with open_image(Drawing(str(path), THUMBNAIL).read()) as image:
         return np.asarray(image.convert("RGB"), dtype=np.float64).ravel()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from cmgan_dist.distributed.engine import FIRST_SCALE, AdamSettings, Engine
 from cmgan_dist.training.phases import phase_table, run_phase
 from cmgan_dist.training.step import build_step_inputs
-from tests.toy import make_batch, set_up, small
+from tests.toy import environment, make_batch, set_up, small
 
 CPU = torch.device("cpu")
 
@@ -132,3 +134,28 @@ def test_state_there_and_back_goes_on_bitwise() -> None:
     steps(twin, other, 3, 6)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
     assert all(torch.equal(v, other.state()[k]) for k, v in engine.state().items())
+
+
+STEP = """
+import sys, torch
+from cmgan_dist.distributed.engine import AdamSettings, adamw
+x = torch.nn.Parameter(torch.arange(3.0))
+optimiser = adamw([x], AdamSettings(0.1, 0.9, 0.999, weight_decay=0.2))
+for _ in range(3):
+    optimiser.zero_grad()
+    (x**3).sum().backward()
+    optimiser.step()
+print("torch._dynamo" in sys.modules, x.tolist())
+"""
+
+
+@pytest.mark.process
+def test_a_step_does_not_import_the_compiler_and_is_that_of_torch() -> None:
+    x = torch.nn.Parameter(torch.arange(3.0))
+    optimiser = torch.optim.AdamW([x], lr=0.1, betas=(0.9, 0.999), weight_decay=0.2, fused=True)
+    for _ in range(3):
+        optimiser.zero_grad()
+        (x**3).sum().backward()
+        optimiser.step()
+    done = subprocess.run([sys.executable, "-c", STEP], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"False {x.tolist()}"

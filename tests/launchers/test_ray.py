@@ -12,7 +12,8 @@ from ray.cluster_utils import Cluster
 
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs import ledger
-from shards.features import FeaturesCommand, write_features
+from shards.feature_job import write_features
+from shards.features import FeaturesCommand
 from tests.retrieval.embed_cases import embedded, raw_run, whole
 from tests.services.ray_nodes import add_node, lose_node, running_nodes
 from tests.toy import make_raw, wait_for

@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.retrieval import metrics
+from cmgan_dist.retrieval import metrics, ranks
 from cmgan_dist.retrieval.metrics import (
     Embeddings,
     common_space,
@@ -140,17 +140,34 @@ def test_ties_rank_by_position() -> None:
     assert pair_ranks(gallery[:1], gallery, torch.tensor([2]), torch.arange(4)).tolist() == [3]
 
 
+@pytest.mark.parametrize("long", [1, 10**6], ids=["radix", "stable sort, as on a GPU"])
 @pytest.mark.parametrize("groups", [3, 200])
-def test_similarities_that_differ_in_their_last_bits_only_are_in_order(groups: int) -> None:
-    """More of them than the upper 31 bits can tell apart; few groups of such are put in order one by one, many not."""
+def test_similarities_that_differ_in_their_last_bits_only_are_in_order(
+    groups: int, long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than the upper 32 bits can tell apart, equal ones among them, and what is left out at the end."""
+    monkeypatch.setattr(ranks, "LONG", long)
     g = torch.Generator().manual_seed(groups)
     base = torch.linspace(-0.5, 0.5, groups, dtype=torch.float64).repeat_interleave(4)
     gallery = (base + torch.randint(0, 3, (len(base),), generator=g) * 2.0**-40)[torch.randperm(len(base), generator=g)]
     similarity = (gallery * 2.0**52).round()[None].repeat(5, 1)
+    similarity[torch.arange(5), torch.arange(5)] = ranks.LAST
+    similarity[:, 5:7] = torch.tensor([1.0, -1.0]).double() * 2**52 * (1 + 2.0**-19)  # as far as lengths are rounded
     relevant = torch.rand(5, len(base), generator=g) < 0.4
-    for row, ranks in enumerate(metrics.relevant_ranks(similarity, relevant)):
+    for row, found in enumerate(ranks.relevant_ranks(zip(similarity.split(2), relevant.split(2), strict=True))):
         order = sorted(range(len(base)), key=lambda j: (-similarity[row, j].item(), j))
-        assert ranks.tolist() == [rank for rank, j in enumerate(order, 1) if relevant[row, j]]
+        assert order[-1] == row
+        assert found.tolist() == [rank for rank, j in enumerate(order, 1) if relevant[row, j]]
+
+
+@pytest.mark.parametrize("long", [1, 10**6], ids=["radix", "stable sort, as on a GPU"])
+def test_long_rows_give_the_bits_of_short_ones(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = made(n=70, captions=(1, 2), multi=True)
+    data.text[20:40] = data.text[:20]
+    expected = json.dumps(evaluate(data, "cosine"))
+    monkeypatch.setattr(ranks, "LONG", long)
+    monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", 1000)
+    assert json.dumps(evaluate(data, "cosine")) == expected
 
 
 def test_queries_without_a_relevant_item_are_left_out_and_counted() -> None:

@@ -36,7 +36,9 @@ from cmgan_dist.jobs import ledger
 from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone
 from cmgan_dist.models.weights import in_package, weights_sha256
 from shards.__main__ import main
-from shards.features import FeaturesCommand, record_name, write_features
+from shards.feature_job import write_features
+from shards.feature_shard import record_name
+from shards.features import FeaturesCommand
 from shards.scan import scan_shard
 from shards.shard_file import write_shard
 from shards.verify import verify

@@ -11,7 +11,8 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
-from shards.features import FeaturesCommand, write_features
+from shards.feature_job import write_features
+from shards.features import FeaturesCommand
 from tests.services.slurm import Cluster, wait_for
 from tests.toy import make_raw
 
