@@ -18,7 +18,8 @@ from typing import Any, cast
 import numpy as np
 
 from bench.stream_data import BATCH, write_mds
-from bench.stream_peers import CONTESTANTS, FEATURE_CONTESTANTS, RESUMING, SIZE
+from bench.stream_decoders import SIZE
+from bench.stream_peers import CONTESTANTS, FEATURE_CONTESTANTS, RESUMING
 from cmgan_dist.config.fields import StreamConfig
 
 RAW_PASSES = 10

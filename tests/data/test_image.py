@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 
@@ -14,7 +15,16 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from cmgan_dist.data import image as image_module
-from cmgan_dist.data.image import CROP_AREA, CROP_RATIO, MAX_PIXELS, centre_box, decode_image, eighths_for, random_box
+from cmgan_dist.data.image import (
+    CROP_AREA,
+    CROP_RATIO,
+    KEPT,
+    MAX_PIXELS,
+    centre_box,
+    decode_image,
+    eighths_for,
+    random_box,
+)
 from cmgan_dist.errors import BadSample
 
 
@@ -85,12 +95,15 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("box", [(0, 0, 800, 500), (0, 0, 500, 800)])
-def test_both_sides_of_a_crop_reach_the_target(
+def test_both_sides_of_a_crop_are_looked_at(
     shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, box: tuple[int, int, int, int]
 ) -> None:
     monkeypatch.setattr(image_module, "random_box", lambda *_: box)
     decode(encode(inputs(1000, 1000), "JPEG"), 224, np.random.default_rng(0))
-    assert 500 * shapes[0][0] / 1000 >= 224
+    assert shapes[0][0] == 500
+    shapes.clear()
+    decode(encode(inputs(1000, 1000), "JPEG"), 400, np.random.default_rng(0))  # 316 of 400 pixels would be left
+    assert shapes[0][0] == 1000
 
 
 @settings(deadline=None, max_examples=300)
@@ -99,11 +112,12 @@ def test_the_scale_of_a_jpeg(width: int, height: int, size: int, seed: int) -> N
     """One that libjpeg has vector code for, no larger than it needs to be, and the centre's edges as good as exact."""
     drawn = random_box(width, height, np.random.default_rng(seed))
     for box, exact in ((centre_box(width, height), True), (drawn, False)):
-        side = min(box[2] - box[0], box[3] - box[1])
+        w, h = box[2] - box[0], box[3] - box[1]
+        side, least = (min(w, h), size) if exact else (math.sqrt(w * h), KEPT * size)
         eighths = eighths_for(box, size, exact)
         assert eighths in (1, 2, 4, 8)
-        assert eighths == 8 or side * eighths >= 8 * size
-        assert eighths <= (2 if exact else 1) or side <= 2 * size or side * eighths / 8 < (4 if exact else 2) * size
+        assert eighths == 8 or side * eighths >= 8 * least
+        assert eighths <= (2 if exact else 1) or side <= 2 * least or side * eighths / 8 < (4 if exact else 2) * least
         if exact:
             shift = max(abs(edge * eighths / 8 - round(edge * eighths / 8)) for edge in box[:2])
             assert shift * size / (side * eighths / 8) <= 0.25
