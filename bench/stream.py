@@ -11,7 +11,7 @@ photograph reduced to 512 px. Contestants:
     ours                 cmgan_dist.data.stream.Stream: always shuffled, texts parsed
     webdataset + PIL     decode("pil"); + torchvision: torchvision.io.decode_jpeg; + OpenCV
     mosaicml + ...       StreamingDataset and StreamingDataLoader on MDS; the bytes decoded in the first two ways
-    ImageFolder + ...    the PIL loader, torchvision.io.decode_image, or bytes that OpenCV or kornia_rs decode; DataLoader
+    ImageFolder + ...    DataLoader; the PIL loader, torchvision.io.decode_image, or bytes for OpenCV or kornia_rs
     DALI                 its pipeline on CPU
 
 OpenCV and kornia_rs enlarge bicubic and reduce bilinear without antialiasing, which is their fastest (`OpenCV area`:
@@ -19,8 +19,8 @@ INTER_AREA); pixels too far off for the comparison are said with the figure, whi
 `eval` takes the centre (and only ours is shuffled), `train` a random resized crop and a flip (all are shuffled).
 `features` are shards of .npy arrays of the shape that `python -m shards features` writes of Flickr8k, [1280] and
 [5, 384], one of the five drawn, in batches of 1024; webdataset decodes them itself and is not shuffled.
-`--peers` names the Python of an environment that has, beside this project, mosaicml-streaming (--no-deps: it pins an old
-numpy), nvidia-dali-cuda130 and kornia_rs; a peer that it does not have is named in the table.
+`--peers` names the Python of an environment that has, beside this project, mosaicml-streaming (--no-deps: it pins an
+old numpy), nvidia-dali-cuda130 and kornia_rs; a peer that it does not have is named in the table.
 Writes bench/results/stream.json.
 """
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import random
 import struct
 import zlib
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ UNREADABLE = (
 
 
 def decode_image(
-    data: bytes, size: int, augment: np.random.Generator | None = None, out: np.ndarray | None = None
+    data: bytes, size: int, augment: random.Random | None = None, out: np.ndarray | None = None
 ) -> np.ndarray:
     """Return an encoded image as uint8 [size, size, 4]: RGB, upright, transparency on white, animations' first frame.
 
@@ -204,14 +205,14 @@ def centre_box(width: int, height: int) -> Box:
     return left, top, left + side, top + side
 
 
-def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
+def random_box(width: int, height: int, rng: random.Random) -> Box:
     """Return a box with a share of the area in CROP_AREA and a ratio in CROP_RATIO; the centred square if none fits."""
     for _ in range(CROP_TRIES):
         area = width * height * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * rng.random())
         ratio = math.exp(_LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * rng.random())
         w, h = max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
         if w <= width and h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            left, top = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
             return left, top, left + w, top + h
     return centre_box(width, height)
 
