@@ -1,6 +1,6 @@
-"""Samples per second of one core: this stream beside webdataset, mosaicml-streaming and ImageFolder; resume; raw reads.
+"""Samples per second of one core: this stream beside what else feeds pictures to PyTorch; resume; raw reads.
 
-    python -m bench.stream --data data/flickr8k [--mosaicml /path/to/python] [--images 2000] [--rounds 5]
+    python -m bench.stream --data data/flickr8k [--peers /path/to/python] [--images 2000] [--rounds 5]
 
 One process each, one thread, no workers, the same JPEG bytes, bicubic, uint8 [64, 3, 224, 224] out: ours as a view of
 pixels of four bytes, which is how it hands them to the device. In every round the contestants take turns; a figure is
@@ -9,14 +9,18 @@ are made here: `512` is each picture enlarged, `512 detail` cut from nine side b
 photograph reduced to 512 px. Contestants:
 
     ours                 cmgan_dist.data.stream.Stream: always shuffled, texts parsed
-    webdataset + PIL     decode("pil"); + torchvision: torchvision.io.decode_jpeg
-    mosaicml + ...       StreamingDataset and StreamingDataLoader on MDS; the bytes decoded in the same two ways
-    ImageFolder + ...    the PIL loader, or torchvision.io.decode_image; DataLoader
+    webdataset + PIL     decode("pil"); + torchvision: torchvision.io.decode_jpeg; + OpenCV
+    mosaicml + ...       StreamingDataset and StreamingDataLoader on MDS; the bytes decoded in the first two ways
+    ImageFolder + ...    DataLoader; the PIL loader, torchvision.io.decode_image, or bytes for OpenCV or kornia_rs
+    DALI                 its pipeline on CPU
 
+OpenCV and kornia_rs enlarge bicubic and reduce bilinear without antialiasing, which is their fastest (`OpenCV area`:
+INTER_AREA); pixels too far off for the comparison are said with the figure, which then counts for nothing.
 `eval` takes the centre (and only ours is shuffled), `train` a random resized crop and a flip (all are shuffled).
 `features` are shards of .npy arrays of the shape that `python -m shards features` writes of Flickr8k, [1280] and
 [5, 384], one of the five drawn, in batches of 1024; webdataset decodes them itself and is not shuffled.
-mosaicml-streaming pins an old numpy: install it with --no-deps in an environment of its own and name its python.
+`--peers` names the Python of an environment that has, beside this project, mosaicml-streaming (--no-deps: it pins an
+old numpy), nvidia-dali-cuda130 and kornia_rs; a peer that it does not have is named in the table.
 Writes bench/results/stream.json.
 """
 
@@ -40,7 +44,8 @@ from rich.table import Table
 
 from bench.common import Worker, spread, write_results
 from bench.stream_data import BATCH, FEATURE_BATCH, FEATURE_SHARDS, build, build_features, count, place_of
-from bench.stream_peers import CONTESTANTS, FEATURE_CONTESTANTS, RESUME_AT, RESUMING, SIZE
+from bench.stream_decoders import SIZE
+from bench.stream_peers import CONTESTANTS, FEATURE_CONTESTANTS, NEEDS, RESUME_AT, RESUMING
 from bench.stream_worker import work
 from cmgan_dist.config.cli import parse
 from cmgan_dist.errors import BadInput, run_main
@@ -65,8 +70,8 @@ class Arguments:
     """Rounds; in each all contestants take turns."""
     work: Path = Path("runs/bench-stream")
     """Where the data of all contestants is built."""
-    mosaicml: str = sys.executable
-    """Python that has mosaicml-streaming; without it that contestant is left out."""
+    peers: str = sys.executable
+    """Python that has the peers that are no dependencies of this project; those it lacks are named in the table."""
 
 
 def command(python: str, *words: object) -> list[str]:
@@ -89,9 +94,21 @@ def run_worker(python: str, *words: object) -> Any:
     return answer_of(done.stdout)
 
 
-def has_mosaicml(arguments: Arguments) -> bool:
-    probe = [arguments.mosaicml, "-c", "import streaming"]
-    return not subprocess.run(probe, capture_output=True, check=False).returncode
+def need_of(name: str) -> tuple[str, str] | None:
+    """Return the (package, module) that a contestant needs beside this project's own dependencies."""
+    return next((need for start, need in NEEDS.items() if name.startswith(start)), None)
+
+
+def find_absent(python: str) -> dict[str, str]:
+    """Return why a contestant cannot take part, by name."""
+    absent = {}
+    for start, (package, module) in NEEDS.items():
+        probe = subprocess.run([python, "-c", f"import {module}"], capture_output=True, text=True, check=False)
+        if probe.returncode:
+            said = (probe.stderr.strip().splitlines() or ["it died"])[-1]
+            reason = f"{python} cannot import {module} ({said}): install {package} there"
+            absent |= {name: reason for name in CONTESTANTS if name.startswith(start)}
+    return absent
 
 
 def reference(path: Path) -> np.ndarray:
@@ -138,17 +155,16 @@ def equal_features(place: Path, workers: dict[str, Worker]) -> None:
 def measure(arguments: Arguments, names: list[str], source: str, mode: str) -> dict[str, Any]:
     """Time one setting, after its pixels have been compared."""
     place = place_of(arguments.work, source)
-    pythons = {name: arguments.mosaicml if name.startswith("mosaicml") else sys.executable for name in names}
     workers: dict[str, Worker] = {}
     try:
         for name in names:
-            workers[name] = Worker(command(pythons[name], "serve", name, place, mode), env=environment())
+            python = arguments.peers if need_of(name) else sys.executable
+            workers[name] = Worker(command(python, "serve", name, place, mode), env=environment())
         apart = differences(place, workers) if mode == "eval" else {}
         if mode == "features":
             equal_features(place, workers)
-        for name, difference in apart.items():
-            if difference > TOLERANCE[source]:
-                raise BadInput(f"{name}'s pixels of {source} are {difference:.2f} grey levels off: not comparable")
+        if apart and apart["ours"] > TOLERANCE[source]:
+            raise BadInput(f"our pixels of {source} are {apart['ours']:.2f} grey levels off: not comparable")
         times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for i in track(range(arguments.rounds), f"{source} {mode}", console=Console(stderr=True)):
             for name in names if i % 2 == 0 else reversed(names):
@@ -156,17 +172,18 @@ def measure(arguments: Arguments, names: list[str], source: str, mode: str) -> d
     finally:
         for worker in workers.values():
             worker.close()
-    return compared(times, apart)
+    return compared(times, apart, TOLERANCE.get(source, 0.0))
 
 
-def compared(times: dict[str, list[dict[str, float]]], apart: dict[str, float]) -> dict[str, Any]:
-    """Return samples per second by contestant, with their difference in pixels, and ours over the fastest rival."""
+def compared(times: dict[str, list[dict[str, float]]], apart: dict[str, float], tolerance: float) -> dict[str, Any]:
+    """Return samples per second by contestant, with their difference in pixels, and ours over the fastest rival that is
+    within the tolerance."""
     record: dict[str, Any] = {}
     for name, found in times.items():
         record[name] = {clock: spread([1 / t[clock] for t in found]) for clock in ("wall", "cpu")}
         if apart:
             record[name]["difference"] = apart[name]
-    rivals = [n for n in times if n != "ours"]
+    rivals = [n for n in times if n != "ours" and apart.get(n, 0.0) <= tolerance]
     for clock in ("wall", "cpu"):
         best = max(rivals, key=lambda n: record[n][clock]["median"])
         record[f"ratio_{clock}"] = record["ours"][clock]["median"] / record[best][clock]["median"]
@@ -174,17 +191,29 @@ def compared(times: dict[str, list[dict[str, float]]], apart: dict[str, float]) 
     return record
 
 
-def print_speed(speed: dict[str, Any], names: list[str]) -> None:
+def cell_of(found: dict[str, Any], tolerance: float) -> str:
+    """Return a contestant's figures as they stand in the table."""
+    speed = f"{found['cpu']['median']:.0f} ({found['wall']['median']:.0f})"
+    off = found.get("difference", 0.0)
+    return f"{speed}, {off:.1f} off" if off > tolerance else speed
+
+
+def print_speed(speed: dict[str, Any], names: list[str], absent: dict[str, str]) -> None:
     table = Table(title="samples/s of one core: by processor time (by wall clock)", title_justify="left")
     table.add_column("")
     for setting in speed:
         table.add_column(setting, justify="right")
     for name in names:
-        cells = [f"{r[name]['cpu']['median']:.0f} ({r[name]['wall']['median']:.0f})" for r in speed.values()]
+        cells = [cell_of(r[name], TOLERANCE.get(s.rpartition(" ")[0], 0.0)) for s, r in speed.items()]
         table.add_row(name, *cells)
+    for name in absent:
+        table.add_row(name, "absent")
     ratios = [f"{r['ratio_cpu']:.2f} ({r['ratio_wall']:.2f})" for r in speed.values()]
     table.add_row("ours / fastest peer", *ratios)
-    Console(width=140).print(table)
+    console = Console(width=160)
+    console.print(table)
+    for reason in sorted(set(absent.values())):
+        console.print(f"absent: {reason}", highlight=False)
 
 
 def measure_parts(work: Path) -> dict[str, Any]:
@@ -203,13 +232,13 @@ def measure_parts(work: Path) -> dict[str, Any]:
     return parts
 
 
-def measure_resume(arguments: Arguments, mosaicml: bool) -> dict[str, Any]:
+def measure_resume(arguments: Arguments, absent: dict[str, str]) -> dict[str, Any]:
     """Return and show the seconds to the first batch near the end of an epoch."""
     resuming: dict[str, Any] = {}
     for _ in range(min(arguments.rounds, 3)):
         for name in RESUMING:
-            if mosaicml or name != "mosaicml":
-                python = arguments.mosaicml if name == "mosaicml" else sys.executable
+            if not any(one.startswith(name) for one in absent):
+                python = arguments.peers if need_of(name) else sys.executable
                 found = run_worker(python, "resume", name, place_of(arguments.work, "512"))
                 resuming.setdefault(name, []).append(found)
     resumed = {n: {c: spread([t[c] for t in times]) for c in ("wall", "cpu")} for n, times in resuming.items()}
@@ -243,25 +272,25 @@ def main() -> None:
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.stream")
     if arguments.rounds < 1:
         raise BadInput(f"--rounds is {arguments.rounds}: at least 1")
-    mosaicml = has_mosaicml(arguments)
-    if not mosaicml:
-        print(f"{arguments.mosaicml} has no mosaicml-streaming: left out", file=sys.stderr)
+    absent = find_absent(arguments.peers)
+    mosaicml = "mosaicml + PIL" not in absent
 
     def write_mds(place: Path) -> object:
-        return run_worker(arguments.mosaicml, "write-mds", place)
+        return run_worker(arguments.peers, "write-mds", place)
 
     build(arguments.data, arguments.images, arguments.work, write_mds if mosaicml else None)
-    names = [n for n in CONTESTANTS if mosaicml or not n.startswith("mosaicml")]
+    names = [n for n in CONTESTANTS if n not in absent]
     speed = {f"{source} {mode}": measure(arguments, names, source, mode) for source, mode in SETTINGS}
-    print_speed(speed, names)
+    print_speed(speed, names, absent)
     build_features(arguments.work / "features")
     features = measure(arguments, list(FEATURE_CONTESTANTS), "features", "features")
-    print_speed({"features": features}, list(FEATURE_CONTESTANTS))
+    print_speed({"features": features}, list(FEATURE_CONTESTANTS), {})
     record: dict[str, Any] = {"images": arguments.images, "rounds": arguments.rounds, "batch": BATCH, "size": SIZE}
+    record["absent"] = absent
     record["samples_per_second"] = speed
     record["feature_samples_per_second"] = {"batch": FEATURE_BATCH, **features}
     record["microseconds_per_sample"] = measure_parts(arguments.work)
-    record["resume_seconds"] = measure_resume(arguments, mosaicml)
+    record["resume_seconds"] = measure_resume(arguments, absent)
     record["raw_mb_per_second"] = measure_raw(arguments)
     print(f"written to {write_results('stream', record)}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -11,45 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from bench.stream_data import BATCH, FEATURE_BATCH, count
+from bench.stream_decoders import CROP_AREA, CROP_RATIO, SIZE, decoder, planes, transform
 from cmgan_dist.config.fields import StreamConfig
 
-SIZE = 224
-CROP_AREA, CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 RESUME_AT = 0.9
 Batches = Iterator[tuple[Tensor, list[str]]]
 """uint8 [64, 3, 224, 224] and the keys (empty where a shuffled loader gives none)."""
-
-
-def transform(train: bool) -> Any:
-    """PIL image or uint8 tensor [3, h, w] -> [3, 224, 224], of the same kind."""
-    v2: Any = import_module("torchvision.transforms.v2")
-    bicubic = v2.InterpolationMode.BICUBIC
-    if train:
-        crop = v2.RandomResizedCrop(SIZE, CROP_AREA, CROP_RATIO, interpolation=bicubic, antialias=True)
-        return v2.Compose([crop, v2.RandomHorizontalFlip()])
-    return v2.Compose([v2.Resize(SIZE, interpolation=bicubic, antialias=True), v2.CenterCrop(SIZE)])
-
-
-def decoder(how: str, train: bool) -> Callable[[bytes], Tensor]:
-    """JPEG bytes -> uint8 [3, 224, 224] as the peers' users write it."""
-    tv: Any = import_module("torchvision")
-    change = transform(train)
-
-    def by_pil(data: bytes) -> Tensor:
-        image = change(Image.open(io.BytesIO(data)).convert("RGB"))
-        tensor: Tensor = tv.transforms.v2.functional.pil_to_tensor(image)
-        return tensor
-
-    def by_torchvision(data: bytes) -> Tensor:
-        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        tensor: Tensor = change(tv.io.decode_jpeg(raw, mode=tv.io.ImageReadMode.RGB))
-        return tensor
-
-    return by_pil if how == "PIL" else by_torchvision
 
 
 class Ours:
@@ -95,7 +64,7 @@ class WebDataset:
 
     def batches(self) -> Batches:
         for image, keys in self.loader:
-            yield image, list(keys)
+            yield planes(image), list(keys)
 
     @staticmethod
     def resume(place: Path) -> Callable[[], object]:
@@ -137,6 +106,11 @@ class Mosaicml:
         return first
 
 
+def read_bytes(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
 class ImageFolder:
     def __init__(self, place: Path, how: str, train: bool) -> None:
         tv: Any = import_module("torchvision")
@@ -149,8 +123,10 @@ class ImageFolder:
         if how == "PIL":
             to_tensor = tv.transforms.v2.PILToTensor()
             self.data = tv.datasets.ImageFolder(place / "folder", tv.transforms.v2.Compose([change, to_tensor]))
-        else:
+        elif how == "torchvision":
             self.data = tv.datasets.ImageFolder(place / "folder", change, loader=load)
+        else:
+            self.data = tv.datasets.ImageFolder(place / "folder", decoder(how, train), loader=read_bytes)
         self.shuffled = train
         self.loader = torch.utils.data.DataLoader(
             self.data, BATCH, shuffle=train, drop_last=True, generator=torch.Generator().manual_seed(0)
@@ -159,7 +135,7 @@ class ImageFolder:
     def batches(self) -> Batches:
         keys = [Path(path).stem for path, _ in self.data.samples]
         for i, (image, _) in enumerate(self.loader):
-            yield image, [] if self.shuffled else keys[i * BATCH : (i + 1) * BATCH]
+            yield planes(image), [] if self.shuffled else keys[i * BATCH : (i + 1) * BATCH]
 
     @staticmethod
     def resume(place: Path) -> Callable[[], object]:
@@ -167,15 +143,53 @@ class ImageFolder:
         return lambda: next(itertools.islice(ImageFolder(place, "torchvision", True).batches(), batches, None))
 
 
+class Dali:
+    """NVIDIA's pipeline on CPU: decodes the crop only, INTERP_LINEAR without antialiasing is its fastest."""
+
+    def __init__(self, place: Path, how: str, train: bool) -> None:
+        fn: Any = import_module("nvidia.dali.fn")
+        types: Any = import_module("nvidia.dali.types")
+        self.files = sorted(str(path) for path in (place / "folder" / "all").iterdir())
+        self.pipeline = import_module("nvidia.dali").Pipeline(BATCH, num_threads=1, device_id=None, seed=0)
+        way = {"interp_type": types.INTERP_LINEAR, "antialias": False}
+        with self.pipeline:
+            numbers = list(range(len(self.files)))
+            data, label = fn.readers.file(files=self.files, labels=numbers, random_shuffle=train, name="files")
+            if train:
+                crop = {"random_area": CROP_AREA, "random_aspect_ratio": CROP_RATIO}
+                image = fn.decoders.image_random_crop(data, output_type=types.RGB, **crop)
+                image = fn.flip(fn.resize(image, size=[SIZE, SIZE], **way), horizontal=fn.random.coin_flip())
+            else:
+                image = fn.resize(fn.decoders.image(data, output_type=types.RGB), resize_shorter=SIZE, **way)
+                image = fn.crop(image, crop=(SIZE, SIZE))
+            self.pipeline.set_outputs(image, label)
+        self.pipeline.build()
+
+    def batches(self) -> Batches:
+        for _ in range(len(self.files) // BATCH):
+            image, label = self.pipeline.run()
+            keys = [Path(self.files[i]).stem for i in np.asarray(label.as_array()).ravel()]
+            yield planes(torch.from_numpy(image.as_array().copy())), keys
+
+
 CONTESTANTS: dict[str, tuple[Any, str]] = {
     "ours": (Ours, ""),
     "webdataset + PIL": (WebDataset, "PIL"),
     "webdataset + torchvision": (WebDataset, "torchvision"),
+    "webdataset + OpenCV": (WebDataset, "OpenCV"),
     "mosaicml + PIL": (Mosaicml, "PIL"),
     "mosaicml + torchvision": (Mosaicml, "torchvision"),
     "ImageFolder + PIL": (ImageFolder, "PIL"),
     "ImageFolder + torchvision": (ImageFolder, "torchvision"),
+    "ImageFolder + OpenCV": (ImageFolder, "OpenCV"),
+    "ImageFolder + OpenCV area": (ImageFolder, "OpenCV area"),
+    "ImageFolder + kornia_rs": (ImageFolder, "kornia_rs"),
+    "DALI": (Dali, ""),
 }
+NEEDS = {"mosaicml": ("mosaicml-streaming", "streaming"), "DALI": ("nvidia-dali-cuda130", "nvidia.dali")} | {
+    "ImageFolder + kornia_rs": ("kornia_rs", "kornia_rs")
+}
+"""Start of a contestant's name -> the package that it needs, which is no dependency of this project, and its module."""
 
 
 class OurFeatures:

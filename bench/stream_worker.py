@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -18,7 +19,8 @@ from typing import Any, cast
 import numpy as np
 
 from bench.stream_data import BATCH, write_mds
-from bench.stream_peers import CONTESTANTS, FEATURE_CONTESTANTS, RESUMING, SIZE
+from bench.stream_decoders import SIZE
+from bench.stream_peers import CONTESTANTS, FEATURE_CONTESTANTS, RESUMING
 from cmgan_dist.config.fields import StreamConfig
 
 RAW_PASSES = 10
@@ -78,7 +80,7 @@ def time_resume(name: str, place: Path) -> dict[str, float]:
 
 def stages(place: Path, mode: str) -> dict[str, float]:
     """Return the processor microseconds a sample of each part of our stream: where its time goes."""
-    from cmgan_dist.data.order import generator_for
+    from cmgan_dist.data.order import random_for
     from cmgan_dist.data.reader import ShardReader
     from cmgan_dist.data.stream import Stream
 
@@ -86,8 +88,8 @@ def stages(place: Path, mode: str) -> dict[str, float]:
     files = [s.image for s in reader if isinstance(s.image, bytes)]
     stream = Stream(str(place / "shards"), StreamConfig(global_batch=BATCH, augment=mode == "train"), seed=0)
 
-    def fresh() -> list[np.random.Generator | None]:
-        return [generator_for(i, 6) if mode == "train" else None for i in range(len(files))]
+    def fresh() -> list[random.Random | None]:
+        return [random_for(i, 6) if mode == "train" else None for i in range(len(files))]
 
     def everything() -> int:
         batches = itertools.islice(stream.batches(0), stream.epoch_samples // BATCH)
@@ -118,7 +120,7 @@ def stages(place: Path, mode: str) -> dict[str, float]:
     }
 
 
-def make_pictures(files: list[bytes], draws: list[np.random.Generator | None]) -> int:
+def make_pictures(files: list[bytes], draws: list[random.Random | None]) -> int:
     """Decode, cut and resize every file as the stream does; return their number."""
     from cmgan_dist.data.image import decode_image
 
@@ -135,7 +137,7 @@ def decode_all(files: list[bytes], shapes: list[tuple[int, int]]) -> int:
     return len(files)
 
 
-def decoded_shapes(files: list[bytes], draws: list[np.random.Generator | None]) -> list[tuple[int, int]]:
+def decoded_shapes(files: list[bytes], draws: list[random.Random | None]) -> list[tuple[int, int]]:
     """Return the least (width, height) that our decoding asks libjpeg for, file by file."""
     simplejpeg: Any = import_module("simplejpeg")
     decode, shapes = simplejpeg.decode_jpeg, []

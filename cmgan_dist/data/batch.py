@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.manifest import Manifest
-from cmgan_dist.data.order import generator_for
+from cmgan_dist.data.order import random_for
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample
 from cmgan_dist.errors import BadInput, BadSample, shown
@@ -96,7 +96,7 @@ class SampleDecoder:
 
         Raises BadSample when it does not decode."""
         if isinstance(sample.image, bytes):
-            rng = generator_for(draw, 6) if self.augment and draw is not None else None
+            rng = random_for(draw, 6) if self.augment and draw is not None else None
             decode_image(sample.image, self.image_size, rng, out)
         else:
             out[:] = sample.image

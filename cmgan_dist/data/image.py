@@ -1,7 +1,7 @@
 """One image: encoded bytes -> uint8 [size, size, 4], red, green, blue and a byte that nothing uses.
 
 The way of a picture: header (format, pixels, orientation) -> choice of a crop -> decode to RGB on white, a JPEG by
-libjpeg-turbo already scaled down to just above what the crop needs -> crop and resize -> upright.
+libjpeg-turbo already scaled down to about what the crop needs -> crop and resize (resize.py) -> upright.
 
 Pixels of four bytes are what torch resizes fastest. They stay so up to the backbone, which makes of them on its device
 what its convolutions take: planes would cost a tenth of the time of a picture of 224 px, and be joined there again.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import random
 import struct
 import zlib
 from collections.abc import Iterator
@@ -19,11 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 
 from cmgan_dist.data.jpeg import check_jpeg
+from cmgan_dist.data.resize import resize, resize_quick
 from cmgan_dist.errors import BadSample, shown
 
 MAX_PIXELS = 89_478_485
@@ -50,6 +50,9 @@ Box = tuple[int, int, int, int]
 
 _LOG_RATIO = (math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1]))
 _EXIF_ORIENTATION = 0x0112
+KEPT = 0.8
+"""Share of the square's side, on average of both, that a random crop must have left when a JPEG is decoded scaled down:
+it is then enlarged by 1.25, less than a random crop of a picture of the square's own size may be."""
 _FAST_EIGHTHS = (1, 2, 4)
 """Scales below 1 for which libjpeg-turbo has vector code. 5/8 to 7/8 take up to twice the time of the whole picture."""
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
@@ -72,7 +75,7 @@ UNREADABLE = (
 
 
 def decode_image(
-    data: bytes, size: int, augment: np.random.Generator | None = None, out: np.ndarray | None = None
+    data: bytes, size: int, augment: random.Random | None = None, out: np.ndarray | None = None
 ) -> np.ndarray:
     """Return an encoded image as uint8 [size, size, 4]: RGB, upright, transparency on white, animations' first frame.
 
@@ -88,16 +91,14 @@ def decode_image(
         pixels, scale = _decode(picture, eighths_for(box, size, exact=augment is None))
     left, top, right, bottom = (edge * scale for edge in box)
     if augment is None:
-        square = _resize(pixels[round(top) : math.ceil(bottom), round(left) : math.ceil(right)], size, bottom - top)
+        square = resize(pixels[round(top) : math.ceil(bottom), round(left) : math.ceil(right)], size, bottom - top)
     else:  # an edge half a pixel off is as random as the crop
-        square = _resize(pixels[round(top) : round(bottom), round(left) : round(right)], size)
+        square = resize_quick(pixels[round(top) : round(bottom), round(left) : round(right)], size)
     if orientation in _UPRIGHT:
         turn, rows, columns = _UPRIGHT[orientation]
         square = (square.T if turn else square)[::rows, ::columns]
     made = np.empty((size, size, 4), np.uint8) if out is None else out
-    if flip:  # torch turns it round, several times as fast as a copy by steps of -1
-        square = torch.from_numpy(np.ascontiguousarray(square).view("<i4")).flip(1).numpy().view("<u4")
-    np.copyto(made.view("<u4")[..., 0], square)
+    np.copyto(made.view("<u4")[..., 0], square[:, ::-1] if flip else square)
     return made
 
 
@@ -204,14 +205,14 @@ def centre_box(width: int, height: int) -> Box:
     return left, top, left + side, top + side
 
 
-def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
+def random_box(width: int, height: int, rng: random.Random) -> Box:
     """Return a box with a share of the area in CROP_AREA and a ratio in CROP_RATIO; the centred square if none fits."""
     for _ in range(CROP_TRIES):
         area = width * height * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * rng.random())
         ratio = math.exp(_LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * rng.random())
         w, h = max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
         if w <= width and h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            left, top = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
             return left, top, left + w, top + h
     return centre_box(width, height)
 
@@ -220,10 +221,13 @@ def eighths_for(box: Box, size: int, exact: bool) -> int:
     """Return at how many eighths of its size to decode a JPEG: the fewest that leave the box `size` pixels each way.
 
     `exact`: twice as many when the box's left or top edge would not lie between pixels. Where it still does not, it is
-    off by half a pixel of a picture twice as large as it need be."""
+    off by half a pixel of a picture twice as large as it need be. Else KEPT of `size` pixels do, on average of both
+    ways."""
     left, top, right, bottom = box
+    width, height = right - left, bottom - top
+    side = min(width, height) if exact else math.sqrt(width * height) / KEPT
     for eighths in _FAST_EIGHTHS:
-        if min(right - left, bottom - top) * eighths >= 8 * size:
+        if side * eighths >= 8 * size:
             return 2 * eighths if exact and (left | top) * eighths % 8 else eighths
     return 8
 
@@ -259,21 +263,6 @@ def _rgbx(image: Image.Image) -> np.ndarray:
         strip = image.crop((0, top, image.width, min(image.height, top + rows)))
         made[top : top + rows] = np.asarray(to_rgb(strip).convert("RGBX"))
     return made
-
-
-def _resize(pixels: np.ndarray, size: int, side: float | None = None) -> np.ndarray:
-    """Resize uint8 [h, w, 4] to uint32 [size, size], red in the lowest byte (bicubic, antialiased).
-
-    `side`: how much of a square counts, when its last row and column are only partly in the box."""
-    height, width = pixels.shape[:2]
-    if (height, width) != (size, size):
-        rows = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-        if side is None or side == height:
-            resized = interpolate(rows, (size, size), mode="bicubic", antialias=True)
-        else:
-            resized = interpolate(rows, scale_factor=size / side, mode="bicubic", antialias=True)
-        pixels = resized[0, :, :size, :size].permute(1, 2, 0).numpy()
-    return pixels.view("<u4")[..., 0]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

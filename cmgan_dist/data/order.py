@@ -6,6 +6,7 @@ Legend: N samples, G samples of a global batch, S logical streams, W processes.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
@@ -34,6 +35,11 @@ def mix(*values: int) -> int:
 def generator_for(*values: int) -> np.random.Generator:
     """Return a numpy generator that is seeded from a position."""
     return np.random.Generator(np.random.PCG64(mix(*values)))
+
+
+def random_for(*values: int) -> random.Random:
+    """Return a generator of few numbers that is seeded from a position, in a third of the time of numpy's."""
+    return random.Random(mix(*values))
 
 
 @dataclass(slots=True)

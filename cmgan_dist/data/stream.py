@@ -20,6 +20,7 @@ from cmgan_dist.data.batch import Batch, SampleDecoder, join, stack_texts
 from cmgan_dist.data.handover import LOOK_S, Packed, next_item, pack
 from cmgan_dist.data.order import BalancedPlan, MixturePlan, Plan, SampleRef, streams_of_rank
 from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.resize import QUICK_WAY
 from cmgan_dist.errors import BadInput, BadSample
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class Stream:
         self.workers = max(w for w in range(config.workers + 1) if w == 0 or len(self.held) % w == 0)
         if self.workers != config.workers:
             log.info("%d workers: the %d logical streams of a rank are shared evenly", self.workers, len(self.held))
+        if config.augment and self.manifest.image_dim is None:
+            log.info("training pictures: %s", QUICK_WAY)
         self._reads = self._bad = 0
         self._window: dict[tuple[int, int], tuple[int, int]] = {}
 
