@@ -31,8 +31,8 @@ from cmgan_dist.models.clip import is_open_clip
 from cmgan_dist.models.weights import weights_sha256
 from shards.assemble import assemble, print_summary
 from shards.extract import Extractor, Options, extractor
+from shards.feature_options import FeatureOptions
 from shards.feature_shard import Made, MadeOtherwise, finished_shard, is_recorded, make_shard, record_name
-from shards.features import FeaturesCommand
 from shards.pairs import drawing, missing_val
 from shards.shard_file import tar_names
 from shards.unfit import warnings_of
@@ -51,7 +51,7 @@ def chosen_pools(names: str) -> tuple[Pool, ...]:
     return tuple(typing.cast("list[Pool]", chosen))
 
 
-def choose_options(command: FeaturesCommand, manifest: Manifest) -> tuple[Options, Share]:
+def choose_options(command: FeatureOptions, manifest: Manifest) -> tuple[Options, Share]:
     """Return what a process needs to know, and where the processes are. Raises BadInput naming the flag."""
     if command.batch_size < 1:
         raise BadInput(f"--batch-size is {command.batch_size}: it must be at least 1")
@@ -125,7 +125,7 @@ def details_of(made: Extractor, settings: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- the whole output
 
 
-def _sources(command: FeaturesCommand, data: ShardStore, manifest: Manifest) -> list[ShardInfo]:
+def _sources(command: FeatureOptions, data: ShardStore, manifest: Manifest) -> list[ShardInfo]:
     """Return the shards of a data set. Raises BadInput when one is missing, or the output is the data set itself."""
     output = FileStore(command.output, "--output")
     output.check_output(MANIFEST_NAME)
@@ -170,7 +170,7 @@ def _remove_foreign(output: FileStore, names: set[str], overwrite: bool) -> None
 class _Plan:
     """What a run is to do."""
 
-    command: FeaturesCommand
+    command: FeatureOptions
     manifest: Manifest
     """Of the data set that features are made of."""
     sources: list[ShardInfo]
@@ -222,7 +222,7 @@ def _make_shards(plan: _Plan, todo: list[ShardInfo]) -> dict[str, Made]:
     return {shard.name: one for shard, one in zip(todo, made, strict=True)}
 
 
-def write_features(command: FeaturesCommand) -> Manifest | None:
+def write_features(command: FeatureOptions) -> Manifest | None:
     """Write the feature shards of `command`, this task's share of them, and when all are there their manifest.
 
     Returns the manifest, None while other tasks have shards to make. Raises BadInput, also when another process is

@@ -110,7 +110,7 @@ class IndexCommand:
 
         Raises BadInput on a folder without tars or that another process writes, a damaged or empty shard, or labels
         that do not fit."""
-        store = FileStore(self.data, "DIR")
+        store = FileStore(self.data, "folder")
         if store.local and not Path(store.path).is_dir():
             raise BadInput(f"folder {self.place} does not exist")
         store.check_output(MANIFEST_NAME)
