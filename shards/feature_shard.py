@@ -10,7 +10,7 @@ from cmgan_dist.data.cache import open_store
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
-from cmgan_dist.data.output import abandon_record, is_done, is_whole, read_record, write_record
+from cmgan_dist.data.output import abandon_record, is_whole, read_record, write_record
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore, LocalStore
 from cmgan_dist.data.tar import iter_groups
@@ -110,7 +110,7 @@ def finished_shard(output: FileStore, source: ShardInfo, settings: dict[str, Any
         sidecar = output.location(index_name(source.name))
         print(f"{sidecar} is missing or damaged: {source.name} is made anew")
         return None
-    if not is_done(output, record):
+    if not is_whole(output, record.written):
         if is_there:
             print(f"{output.location(source.name)} is not what its record says: it is made anew")
         return None
