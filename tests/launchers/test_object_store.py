@@ -68,6 +68,15 @@ def test_features_of_a_url_at_a_url_are_those_of_a_folder(
     assert found == made
     assert files(f"{bucket}/out", "manifest.json") == files(tmp_path / "local", "manifest.json")
     assert "wrote s3://bucket/out" in capsys.readouterr().out
+    server = FaultyServer()
+    server.files = {f"/raw/{path.name}": path.read_bytes() for path in data.iterdir()}
+    server.faults = {"/raw/manifest.json": ["503"]}
+    try:
+        write(server.url.replace("//", "//me:secret@") + "/raw", tmp_path / "http")
+    finally:
+        server.close()
+    assert files(tmp_path / "http", "manifest.json") == files(tmp_path / "local", "manifest.json")
+    assert "secret" not in (tmp_path / "http" / "manifest.json").read_text() + capsys.readouterr().out
     monkeypatch.setattr(FileStore, "put_file", None)
     write(f"{bucket}/raw", f"{bucket}/out")
     assert "already written: s3://bucket/out" in capsys.readouterr().out
