@@ -10,8 +10,7 @@ from cmgan_dist.data.cache import open_store
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
-from cmgan_dist.data.output import abandon_record, is_done, is_whole, read_record, write_record
-from cmgan_dist.data.source import public_url
+from cmgan_dist.data.output import abandon_record, is_whole, read_record, write_record
 from cmgan_dist.data.store import FileStore, LocalStore
 from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.errors import BadInput, BadSample
@@ -43,18 +42,30 @@ def make_shard(
     when a file cannot be written."""
     store, record = FileStore(output, "--output"), record_name(source.name)
     with open(_open_source(data, source), "rb") as raw:
+        raw.seek(0)  # who fetched it has read it
         left_out: list[str] = []
         try:
             write_record(store, record, ledger.Record(source.sha256, settings))
             groups = iter_groups(raw, source.name)
             samples = feature_samples(extractor(options), judge, groups, source.name, left_out)
             info = put_shard(store, source.name, samples)
+            _check_count(source, info, left_out)
             write_record(store, record, _finished_record(source, settings, store, info, left_out))
         except BadSample as error:
-            raise BadInput(f"{error}: see 'python -m shards verify {public_url(data)}'") from None
+            raise BadInput(f"{error}: {_way_out(data)}") from None
         finally:
             abandon_record(store, record)
     return info, left_out
+
+
+def _check_count(source: ShardInfo, info: ShardInfo | None, left_out: list[str]) -> None:
+    """Raise BadInput when a sample was neither written nor left out."""
+    found = (info.samples if info else 0) + len(left_out)
+    if found != source.samples:
+        raise BadInput(
+            f"{source.name} has {found} samples, its manifest says {source.samples}: "
+            "write the manifest anew by 'python -m shards index --overwrite'"
+        )
 
 
 def _open_source(data: str, source: ShardInfo) -> int:
@@ -62,10 +73,13 @@ def _open_source(data: str, source: ShardInfo) -> int:
     a remote one is compared when it is fetched."""
     store = _source(data)
     if isinstance(store, LocalStore) and sha256_of(store.location(source.name)) != source.sha256:
-        raise BadInput(
-            f"{store.location(source.name)} is not what its manifest says: see 'python -m shards verify {data}'"
-        )
+        raise BadInput(f"{store.location(source.name)} is not what its manifest says: {_way_out(data)}")
     return store.open(source)
+
+
+def _way_out(data: str) -> str:
+    """Return what is done about a shard that is damaged where it lies."""
+    return "put it there anew" if "://" in data else f"see 'python -m shards verify {data}'"
 
 
 def _finished_record(
@@ -110,7 +124,7 @@ def finished_shard(output: FileStore, source: ShardInfo, settings: dict[str, Any
         sidecar = output.location(index_name(source.name))
         print(f"{sidecar} is missing or damaged: {source.name} is made anew")
         return None
-    if not is_done(output, record):
+    if not is_whole(output, record.written):
         if is_there:
             print(f"{output.location(source.name)} is not what its record says: it is made anew")
         return None

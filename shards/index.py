@@ -233,7 +233,7 @@ class IndexCommand:
 
 def _scan(data: str, name: str, decode: bool) -> ShardScan:
     """Scan a shard of a folder, or of a URL, from where it is copied for so long. Raises BadInput as `scan_shard`."""
-    store = FileStore(data, "DIR")
+    store = FileStore(data, "folder")
     if store.local:
         return scan_shard(Path(store.path) / name, name, decode)
     with TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ fails, and its sentences speak of data sets. A `FileStore` reads and writes a fe
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -229,6 +230,8 @@ class FileStore:
         return self._failed("read", error, name)
 
     def _unwritable(self, error: Exception, name: str) -> BadInput:
+        if isinstance(error, FileNotFoundError) and not self.local:
+            error = FileNotFoundError(errno.ENOENT, "there is no such bucket or folder")
         return self._failed("written", error, name)
 
     def _failed(self, what: str, error: Exception, name: str) -> BadInput:

@@ -245,7 +245,7 @@ class _Crew:
                 f"{self.title}: {MOST_LOST} workers in turn were lost with one task (out of memory?): see Ray's logs, "
                 "and start again, which goes on where this ended"
             )
-        log.warning("%s: a worker was lost (%s): its task goes to another", self.title, type(error).__name__)
+        log.warning("%s: a worker was lost (%s): its task goes to another", self.title, _last_line(error))
         if number < min(self.failures, default=len(self.tasks)):
             self.todo.appendleft(number)
 

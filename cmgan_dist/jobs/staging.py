@@ -9,12 +9,16 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
+
+LEFT_AFTER_S = 24 * 3600.0
+"""Seconds without a write after which what another host was writing counts as left."""
 
 
 @contextmanager
@@ -27,14 +31,25 @@ def staging(output: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove what killed processes of this host left unfinished in `output` and the folders below it.
+    """Remove what killed processes left unfinished in `output` and the folders below it.
 
-    Those of running processes and of other hosts stay. Raises OSError when one cannot be removed."""
-    pattern = re.compile(re.escape(f".{socket.gethostname()}-") + r"(\d+)-\w+\.tmp")
+    Those of running processes stay, and those of other hosts for a day. Raises OSError when one cannot be removed."""
     for path in sorted(output.rglob(".*.tmp")):
-        match = pattern.fullmatch(path.name)
-        if match and not is_running(int(match[1])):
+        match = re.fullmatch(r"\.(.+)-(\d+)-\w+\.tmp", path.name)
+        if match and _is_left(path, match[1], int(match[2])):
             shutil.rmtree(path, onerror=_unless_gone) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_left(path: Path, host: str, pid: int) -> bool:
+    """Return whether nobody writes to a file or folder any more: its process has ended, or that of another host, of
+    which nothing is known, has written nothing for a day."""
+    if host == socket.gethostname():
+        return not is_running(pid)
+    try:
+        newest = max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
+    except FileNotFoundError:  # it goes just now
+        return False
+    return time.time() - newest > LEFT_AFTER_S
 
 
 def _unless_gone(_: object, __: str, error: tuple[type[BaseException], BaseException, object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,13 +62,17 @@ def test_what_is_written_is_read_again(url: str, tmp_path: Path) -> None:
         assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.json", "b"}
 
 
-def test_files_are_listed_measured_and_removed(url: str) -> None:
+def test_files_are_listed_measured_copied_and_removed(url: str, tmp_path: Path) -> None:
     store = FileStore(url, "--output")
     assert (store.names(), store.size("a")) == ([], None)
     for name in ("b", "part/0.npy", "a"):
         store.write(name, name)
     assert store.names() == ["a", "b", "part/0.npy"]
     assert store.size("part/0.npy") == 10
+    assert store.sha256("part/0.npy") == hashlib.sha256(b"part/0.npy").hexdigest()
+    assert store.sha256("none") is None
+    store.fetch("part/0.npy", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"part/0.npy"
     store.remove("part/0.npy")
     store.remove("part/0.npy")
     assert store.names() == ["a", "b"]

@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster
 
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs import ray as jobs
+from cmgan_dist.jobs.machine import Share, find_share
 from cmgan_dist.jobs.ray import ray_map
 from tests.services.ray_nodes import add_node, lose_node, running_nodes
 from tests.toy import wait_for
@@ -95,6 +96,12 @@ def test_the_task_of_a_killed_worker_is_done_by_another(
     assert ray_map(kill_oneself, tasks[:1], title="killing", address=joined) == ["done"]
     with pytest.raises(BadInput, match="2 workers in turn were lost with one task"):
         ray_map(kill_oneself, tasks, title="killing", address=joined)
+
+
+def test_a_share_of_a_cluster_is_what_that_has(joined: str) -> None:
+    assert find_share("auto", None, joined) == Share("cpu", None, 1, joined)
+    with pytest.raises(BadInput, match="--device is cuda but the Ray cluster has no GPU"):
+        find_share("cuda", None, joined)
 
 
 def test_a_cluster_without_room_is_said(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:

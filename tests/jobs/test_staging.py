@@ -35,7 +35,7 @@ def test_no_two_stages_share_a_name_and_none_stays(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_only_what_dead_processes_of_this_host_left_is_removed(tmp_path: Path) -> None:
+def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
     host = socket.gethostname()
     dead = ended_process()
     parent = os.getppid()
@@ -49,5 +49,15 @@ def test_only_what_dead_processes_of_this_host_left_is_removed(tmp_path: Path) -
         remove_leftovers(tmp_path)
         assert own.exists()
     assert {path.name for path in (tmp_path / "part").iterdir()} == set(names[1:])
+    old = tmp_path / "part" / names[2]
+    for path in (*old.iterdir(), old):
+        os.utime(path, (0, 0))
+    (old / "tar").write_bytes(b"half of what is still written")
+    remove_leftovers(tmp_path)
+    assert old.exists()
+    for path in (*old.iterdir(), old):
+        os.utime(path, (0, 0))
+    remove_leftovers(tmp_path)
+    assert {path.name for path in (tmp_path / "part").iterdir()} == {names[1], names[3]}, "a day is over"
     assert is_running(os.getpid())
     assert not is_running(dead)
