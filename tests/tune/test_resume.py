@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from ray.cluster_utils import Cluster
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_sealed, sealed_json
-from tests.launchers.damage_cases import DAMAGES, Damage, forbidden, missing
+from tests.launchers.damage_cases import DAMAGES, Damage, Planted, forbidden, missing
 from tests.toy import make_features
 from tests.tune.search_cases import OBJECT_STORE, arguments, read
 from tune.record import VERSION, Record, read_records
@@ -33,16 +32,6 @@ def cluster() -> Iterator[str]:
     yield nodes.address
     ray.shutdown()
     nodes.shutdown()
-
-
-class Planted:
-    """A pickle that makes a folder where it is read."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.trace),)
 
 
 def plant(output: Path, trace: Path) -> int:
