@@ -174,5 +174,5 @@ class Recorder(Callback):
         record = self._record(trials, trial)
         record.done = False
         said = str(trial.get_error() or "").strip().splitlines()
-        record.failed = said[-1] if said else "its process died too often"
+        record.failed = "its process died too often" + (f" ({said[-1][:200]})" if said else "")
         self._write(record)

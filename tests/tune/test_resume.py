@@ -154,7 +154,7 @@ def test_a_trial_whose_process_died_too_often_is_recorded_and_tried_again(output
     for callback in (recorder, progress):
         callback.on_trial_error(1, [trial], trial)
     record = read_records(output, "search")[1]
-    assert (record.failed, record.finished) == ("memory ran out", False)
+    assert (record.failed, record.finished) == ("its process died too often (memory ran out)", False)
     assert record.result("1", 3).status == FAILED
     result = {**record.last, "node": "n", "done": True, "failed": "it diverged"}
     recorder.on_trial_result(1, [trial], trial, result)
