@@ -134,7 +134,9 @@ class IndexCommand:
             raise BadInput(f"{shown(odd)} in {self.place} is not UTF-8 or holds control characters: rename it")
         tasks = [(self.data, name, self.decode) for name in names]
         scans, notes = self._usable(parallel_map(_scan, tasks, title="indexing", processes=self.processes))
-        notes += lost + _gone(old, names) + [line for scan in scans for line in foreign_files(scan)]
+        notes += (
+            lost + _gone(old, names) + _shrunk(old, scans) + [line for scan in scans for line in foreign_files(scan)]
+        )
         good = self._good([facts for scan in scans for facts in scan.samples], notes)
         image_dim = _one_kind("images", good, [facts.image_dim for facts in good])
         text_dim = _one_kind("texts", good, [facts.text_dim for facts in good])
@@ -257,6 +259,17 @@ def _gone(old: Manifest | None, names: list[str]) -> list[str]:
         f"manifest listed, the first is {shards[0].name}: restore them and run this again, if they are part of it"
         for split, shards in gone.items()
         if shards
+    ]
+
+
+def _shrunk(old: Manifest | None, scans: list[ShardScan]) -> list[str]:
+    """Return a line for each shard that has fewer samples than the old manifest says."""
+    before = {shard.name: shard.samples for shards in (old.splits if old else {}).values() for shard in shards}
+    return [
+        f"{scan.info.name} has {scan.info.samples} samples, the old manifest listed {before[scan.info.name]}: restore "
+        "it and run this again, if it was cut"
+        for scan in scans
+        if scan.info.samples < before.get(scan.info.name, 0)
     ]
 
 

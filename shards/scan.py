@@ -68,13 +68,19 @@ class ShardScan:
     """Files in the tar that belong to no sample."""
     first_foreign: str = ""
     """Name of the first of them, a link before others: it may have been meant to be of a sample."""
+    ended: bool = True
+    """Whether the end of a tar stands behind the last member; some writers leave it out, and a cut file lacks it."""
 
 
 def foreign_files(scan: ShardScan) -> list[str]:
-    """Return a line that says how many files of a shard belong to no sample, none where all do."""
-    if not scan.foreign:
-        return []
-    return [f"{scan.foreign} files in {scan.info.name} belong to no sample, the first is {scan.first_foreign}"]
+    """Return a line that says how many files of a shard belong to no sample, none where all do, and one where the
+    shard's end is missing."""
+    lines = []
+    if scan.foreign:
+        lines.append(f"{scan.foreign} files in {scan.info.name} belong to no sample, the first is {scan.first_foreign}")
+    if not scan.ended and not scan.damage:
+        lines.append(f"{scan.info.name} ends without a tar's end: if it was cut, get it again")
+    return lines
 
 
 class _HashingReader:
@@ -177,7 +183,7 @@ def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None 
     layouts: list[Layout] = []
     samples: list[SampleFacts] = []
     foreign: list[str] = []
-    damage = ""
+    damage, ended = "", True
     try:
         with _opened(path) as file:
             reader = _HashingReader(file)
@@ -187,7 +193,7 @@ def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None 
                     layouts.append(Layout.of(group))
                     samples.append(sample_facts(group, decode=decode, judge=judge))
                 # The walk ends at a zero block, which belongs to no sample, or at the end of the file.
-                end = reader.position - reader.last
+                end, ended = reader.position - reader.last, reader.last > 0
                 damage = _rest(reader, name, end)
             except BadSample as error:
                 damage, end = str(error), reader.position
@@ -198,4 +204,4 @@ def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None 
     sidecar = hashlib.sha256(index.to_bytes()).hexdigest()
     info = ShardInfo(name, len(samples), os.path.getsize(path), reader.digest.hexdigest(), sidecar)
     first = min(foreign, key=lambda name: not name.endswith(NOT_REGULAR), default="")
-    return ShardScan(info, index, samples, damage, len(foreign), first)
+    return ShardScan(info, index, samples, damage, len(foreign), first, ended)

@@ -71,7 +71,7 @@ class ProgressCallback(Callback):
         """Print the line of a trial whose process died once too often."""
         self.ended += 1
         self.failed += 1
-        self._print(f"trial {trial.trial_id} failed: its process died too often, see {trial.error_filename}")
+        self._print(f"trial {trial.trial_id} failed: its process died too often, see {trial.error_file}")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Take the progress line away."""

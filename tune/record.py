@@ -51,8 +51,9 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do: it failed, or has ended and its checkpoint is that of its end."""
-        return bool(self.failed) or (self.done and self.reached >= self.last["validation"])
+        """Whether nothing is left to do: it failed by itself, or has ended and its checkpoint is that of its end. One
+        whose process died too often is tried again by --resume."""
+        return self.done and (bool(self.failed) or self.reached >= self.last["validation"])
 
     def add(self, result: dict[str, Any]) -> None:
         """Take in what a trial reports; a validation that was lost and done again counts once."""
@@ -171,6 +172,7 @@ class Recorder(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial's process died once too often."""
         record = self._record(trials, trial)
+        record.done = False
         said = str(trial.get_error() or "").strip().splitlines()
-        record.failed = said[-1] if said else "its process died too often"
+        record.failed = "its process died too often" + (f" ({said[-1][:200]})" if said else "")
         self._write(record)

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import sys
 import threading
 import time
@@ -102,9 +103,12 @@ def _locked(folder: Path, path: Path) -> int:
     """Return a descriptor of the file that holds the lock. Raises BadInput when its owner lives, and OSError."""
     deadline = time.monotonic() + GRACE_S
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # a link could lead to a file of somebody's, which would be written to
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         _held.add(descriptor)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, f"{path.name} there is no regular file")
             locked = _lock(descriptor)
             if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 owner = _owner(path)
@@ -141,7 +145,7 @@ def _lock(descriptor: int) -> bool:
 def _watch(folder: Path, path: Path, owner: dict[str, Any]) -> None:
     """Return when the owner is gone: by its count or, on this machine, by its process. Raises BadInput if it lives."""
     if owner.get("machine") == _machine():
-        if is_running(int(owner.get("pid", 0))):
+        if is_running(owner["pid"]):
             raise _refusal(folder, owner)
         return
     log.warning(
@@ -164,7 +168,7 @@ def _owner(path: Path) -> dict[str, Any]:
         found = parse_json(path.read_bytes().strip(b" \0\n"))
     except (FileNotFoundError, ValueError):  # its owner has ended, or not begun to count
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
 
 
 def _refusal(folder: Path, owner: dict[str, Any]) -> InUse:

@@ -4,6 +4,7 @@ pytest -m slow -rP tests/attack/test_runs.py     prints what was tried and what 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -96,8 +97,22 @@ def index(place: Path) -> Callable[[Path], list[str]]:
     ]
 
 
+def search(place: Path) -> Callable[[Path], list[str]]:
+    data = make_features(place / "data")
+    (place / "space.yaml").write_text("optim.generator_lr: {log: [5e-4, 5e-3]}\nloss.inter: {log: [0.1, 1.0]}\n")
+    options = ["--preset", "smoke", "--data", str(data), "--space", str(place / "space.yaml"), "--trials", "3"]
+    options += ["--algorithm", "random", "--epochs", "60", "--val-every", "3", "--resume", "--output"]
+    return lambda output: ["tune/search.py", *options, str(output)]
+
+
+def state_of_search(folder: Path) -> list[Any]:
+    found = json.loads((folder / "trials.json").read_text())
+    trials = [[trial[name] for name in ("name", "values", "status", "best", "curve")] for trial in found["trials"]]
+    return [trials, found["best"], found["test"], (folder / "best/best/model.safetensors").read_bytes()]
+
+
 JOBS = [(training, 30, state_of_run), (build, 20, files_below), (features, 15, files_below), (embed, 20, files_below)]
-JOBS += [(index, 15, files_below)]
+JOBS += [(index, 15, files_below), (search, 10, state_of_search)]
 
 
 @pytest.mark.parametrize(("job", "kills", "end"), JOBS, ids=[job.__name__ for job, _, _ in JOBS])

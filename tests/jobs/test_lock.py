@@ -135,3 +135,21 @@ def test_a_place_that_cannot_be_written_gets_one_sentence(tmp_path: Path) -> Non
     for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("n" * 300)):
         with pytest.raises(BadInput, match=r"cannot be written .*: name a folder that is yours"):
             owning(place, "train").__enter__()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_stands_in_the_place_of_a_lock_is_not_written_to(kind: str, tmp_path: Path) -> None:
+    target, path = tmp_path / "letter", tmp_path / "run" / lock_name("train")
+    target.write_text("dear")
+    path.parent.mkdir()
+    {"link": lambda: path.symlink_to(target), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
+    with pytest.raises(BadInput, match="run cannot be written"), owning(path.parent, "train"):
+        pass
+    assert target.read_text() == "dear"
+
+
+@pytest.mark.parametrize("text", ['{"pid": "x", "machine": 1}', "[1]", "{", "", "\xff", '{"pid": null}'])
+def test_a_record_of_an_owner_that_says_nothing_counts_for_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / lock_name("train")).write_text(text, "latin-1")
+    with owning(tmp_path, "train"):
+        pass

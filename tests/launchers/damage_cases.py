@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 Damage = Callable[[Path], None]
 
@@ -56,7 +61,34 @@ def forbidden(path: Path) -> None:
     path.chmod(0)
 
 
-DAMAGES: list[Damage] = [missing, empty, cut, no_utf8, flipped, older, other_types, folder, circle, forbidden]
+class Planted:
+    """A pickle that makes a folder where it is read."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+TRACE = "a-pickle-was-read"
+"""What `pickled` leaves beside a file when its pickle is read."""
+
+
+def pickled(path: Path) -> None:
+    """Code in its place; in arrays as numpy keeps objects, in weights as torch does."""
+    planted = Planted(path.with_name(TRACE))
+    if path.suffix == ".npy":
+        np.save(path, np.array([planted], dtype=object), allow_pickle=True)
+    elif path.suffix == ".npz":
+        np.savez(path, keys=np.array([planted], dtype=object))
+    elif path.suffix in (".pth", ".pt", ".bin"):
+        torch.save({"weight": planted}, path)
+    else:
+        path.write_bytes(pickle.dumps(planted))
+
+
+DAMAGES: list[Damage] = [missing, empty, cut, no_utf8, flipped, older, other_types, folder, circle, forbidden, pickled]
 
 
 @contextlib.contextmanager

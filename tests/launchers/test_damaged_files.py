@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launchers import embed, evaluate, index, search, train
-from tests.launchers.damage_cases import DAMAGES, Damage, as_nobody, flipped, forbidden
+from tests.launchers.damage_cases import DAMAGES, TRACE, Damage, as_nobody, flipped, forbidden
 from tests.toy import SMALL, call, make_features
 
 MODEL = ["model.hidden_dim=8", "model.common_dim=8", "model.discriminator_dim=8"]
@@ -113,6 +113,7 @@ def test_a_file_that_is_not_as_it_was(name: str, reader: str, damage: Damage, ev
     with as_nobody(place) if damage is forbidden else contextlib.nullcontext():
         code, error = READERS[reader](place)
     print(code, error)
+    assert not list(place.rglob(TRACE))
     assert code in (0, 2)
     assert error.count("error: ") == (code == 2), error
     assert len(error) < 700

@@ -34,7 +34,7 @@ from cmgan_dist.models.saved import (
 )
 from cmgan_dist.models.vocabulary import Vocabulary, load_word_vectors
 from cmgan_dist.models.weights import read_weights
-from tests.launchers.damage_cases import DAMAGES, Damage, as_nobody, flipped, forbidden, no_utf8
+from tests.launchers.damage_cases import DAMAGES, TRACE, Damage, Planted, as_nobody, flipped, forbidden, no_utf8
 from tests.models.text_cases import WORDS, stored_sentence_encoder
 from tests.toy import make_raw, small_config
 
@@ -134,6 +134,7 @@ def test_weights_that_are_not_as_they_were(name: str, damage: Damage, whole: Pat
         damage(place / file)
         with as_nobody(place) if damage is forbidden else contextlib.nullcontext():
             found = result_of(READERS[name], place)
+        assert not list(place.rglob(TRACE))
         if isinstance(found, str):
             assert str(place) in found, f"{file} {damage.__name__}: {found}"
             assert len(found.replace(str(place), "")) < 400
@@ -170,16 +171,6 @@ def test_a_pipe_of_word_vectors_is_not_waited_for(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- code
-
-
-class Planted:
-    """A pickle that leaves a file behind where it is read."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.trace),)
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ import pytest
 
 from cmgan_dist.data.index import ShardIndex
 from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.errors import BadInput
+from shards.index import IndexCommand
 from shards.verify import verify
-from tests.toy import TEXTS, img2dataset, picture, run_shards, samples_of, write_members
+from tests.toy import TEXTS, img2dataset, make_features, picture, run_shards, samples_of, write_members
 
 
 def test_index_reads_img2dataset_output(tmp_path: Path) -> None:
@@ -138,3 +140,17 @@ def test_what_an_old_manifest_alone_knew_is_not_lost_in_silence(
     run_shards(*again, "--classes", tmp_path / "names")
     assert "its name, attribution and details are lost" in " ".join(capsys.readouterr().out.split())
     assert load_manifest(tmp_path / "d").classes == ["cat", "dog"]
+
+
+def test_a_shard_that_was_cut_between_two_files_is_told_of(tmp_path: Path) -> None:
+    data = make_features(tmp_path / "data")
+    path = data / "train-000000.tar"
+    with open(path, "rb") as file:
+        starts = [group[0].start for group in iter_groups(file, path.name)]
+    path.write_bytes(path.read_bytes()[: starts[9]])
+    cut = "train-000000.tar ends without a tar's end: if it was cut, get it again"
+    assert cut in verify(data, processes=1).warnings
+    manifest, notes = IndexCommand(data, overwrite=True, processes=1).index()
+    assert manifest.splits["train"][0].samples == 9
+    assert cut in notes
+    assert any(line.startswith("train-000000.tar has 9 samples, the old manifest listed 40: restore") for line in notes)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +16,12 @@ from ray.cluster_utils import Cluster
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_sealed, sealed_json
-from tests.launchers.damage_cases import DAMAGES, Damage, forbidden, missing
+from tests.launchers.damage_cases import DAMAGES, Damage, Planted, forbidden, missing
 from tests.toy import make_features
 from tests.tune.search_cases import OBJECT_STORE, arguments, read
-from tune.record import VERSION, Record, read_records
+from tune.progress import ProgressCallback
+from tune.record import VERSION, Record, Recorder, read_records
+from tune.results import FAILED
 from tune.search import search
 from tune.space import SPACE, draw_settings
 
@@ -33,16 +35,6 @@ def cluster() -> Iterator[str]:
     yield nodes.address
     ray.shutdown()
     nodes.shutdown()
-
-
-class Planted:
-    """A pickle that makes a folder where it is read."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.trace),)
 
 
 def plant(output: Path, trace: Path) -> int:
@@ -152,3 +144,18 @@ def test_settings_are_drawn_alike_and_first_comes_the_start() -> None:
     assert draw_settings(SPACE, 20, 4, start)[1:] != others
     assert json.loads(json.dumps(others)) == others
     assert draw_settings(SPACE, 30, 3, start)[:20] == [first, *others]
+
+
+def test_a_trial_whose_process_died_too_often_is_recorded_and_tried_again(output: FileStore) -> None:
+    known = read_records(output, "search")
+    trial = SimpleNamespace(trial_id="a", config={"loss.inter": 0.5}, error_file="/a/error.txt", last_result={})
+    trial.get_error = lambda: "Traceback\n  many lines\nmemory ran out"
+    recorder, progress = Recorder(output, "search", [1], known, lambda: False), ProgressCallback("search", 2, 1)
+    for callback in (recorder, progress):
+        callback.on_trial_error(1, [trial], trial)
+    record = read_records(output, "search")[1]
+    assert (record.failed, record.finished) == ("its process died too often (memory ran out)", False)
+    assert record.result("1", 3).status == FAILED
+    result = {**record.last, "node": "n", "done": True, "failed": "it diverged"}
+    recorder.on_trial_result(1, [trial], trial, result)
+    assert read_records(output, "search")[1].finished
