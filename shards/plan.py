@@ -188,6 +188,7 @@ def merge_partition(
     if draw.splits:
         pairs = np.array(links, np.uint64).reshape(-1, 2)
         np.save(folder / f"links-{number:04d}.npy", pairs[np.argsort(pairs[:, 0], kind="stable")])
+    rows.remove(number)
     return merged
 
 

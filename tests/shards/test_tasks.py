@@ -51,6 +51,11 @@ def test_tasks_one_after_the_other_make_what_one_process_makes(
     run_shards(*words(table, shared))
     assert "already packed" in capsys.readouterr().out
     assert not list(shared.glob(".*"))
+    with owning(shared, "build-1-of-3"):  # a task that still reads the plan
+        run_shards(*words(table, shared))
+    assert list(shared.glob(f".plan-*/{PLAN_NAME}"))
+    run_shards(*words(table, shared))
+    assert not list(shared.glob(".*"))
 
 
 def test_a_plan_of_a_table_that_changed_is_not_used(tmp_path: Path) -> None:
