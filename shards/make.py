@@ -25,7 +25,7 @@ from cmgan_dist.jobs import ledger
 from shards.pairs import RawPair, Readable
 from shards.plan import PlannedShard
 from shards.shard_file import Members, has_index, read_members, try_sample, write_shard
-from shards.sources.urls import UrlBytes
+from shards.urls import UrlBytes
 
 READ_AT_A_TIME = 16
 """Pictures by URL that one process waits for."""

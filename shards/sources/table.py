@@ -30,7 +30,7 @@ from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
 from shards.sources.files import PlainFile, check_names, check_unicode
 from shards.sources.rows import Row, TextFormat, about_rows, column_names, read_rows, tables_of
-from shards.sources.urls import UrlBytes, fetch, is_url, joined, key_of
+from shards.urls import UrlBytes, fetch, is_url, joined, key_of
 
 Value = TypeVar("Value")
 COMMON_NAMES = {

@@ -9,7 +9,7 @@ import pytest
 
 from cmgan_dist.data import source
 from cmgan_dist.errors import BadInput
-from shards.sources.urls import joined, key_of
+from shards.urls import joined, key_of
 from tests.services.faulty_server import FaultyServer
 from tests.toy import files_of, picture, run_shards, samples_of, write_table
 
