@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest, natural_splits
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
 from cmgan_dist.jobs.lock import lock_name, owning, owning_in_turn
@@ -279,6 +279,8 @@ class _Job:
         output = self.options.output
         there = [shard for shard in shards if any((output / name).exists() for name in files_of_shard(shard.name))]
         found = self._each(find_shard, "comparing", there, read_inputs)
+        for said in (one.said for one in found if one.said):
+            print(shown(said))
         return {shard.name: one for shard, one in zip(there, found, strict=True)}
 
     def _make(self, todo: list[PlannedShard]) -> dict[str, Made]:

@@ -12,6 +12,7 @@ The partitions one after the other are the order of all samples. Cutting it into
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -156,6 +157,21 @@ def merge_partition(
     rows: Partitions, number: int, folder: Path, classes: list[str], draw: Draw, skip_bad: bool
 ) -> Merged:
     """Write the samples of a partition, and what the plan needs of them, into `folder`. Raises BadInput."""
+    with _writing(folder):
+        return _merge(rows, number, folder, classes, draw, skip_bad)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what is raised where a plan cannot be written into BadInput."""
+    try:
+        yield
+    except OSError as error:  # numpy's own has no reason where the disk is full
+        reason = error.strerror or "no space is left"
+        raise BadInput(f"cannot write the plan into {folder}: {reason}: free space there, or mend its rights") from None
+
+
+def _merge(rows: Partitions, number: int, folder: Path, classes: list[str], draw: Draw, skip_bad: bool) -> Merged:
     merged, index = Merged(), {name: i for i, name in enumerate(classes)}
     ids, sizes, digests, codes, starts = list[int](), list[int](), list[bytes](), list[int](), [0]
     links: list[tuple[int, int]] = []
@@ -210,10 +226,17 @@ def plan_shards(
     the pairs come in the order of their keys' hashes, so a shard is a random sample of its split.
     Raises BadInput on two pairs with one key, rows of one image that contradict each other, a split that cannot be part
     of a file name, features of several sizes, and a bad pair unless `skip_bad`."""
-    folder, numbers = rows.folder, range(rows.partitions)
     rows.flush()
-    tasks = [(rows, number, folder, source.classes, source.draw, skip_bad) for number in numbers]
+    numbers = range(rows.partitions)
+    tasks = [(rows, number, rows.folder, source.classes, source.draw, skip_bad) for number in numbers]
     merged = parallel_map(merge_partition, tasks, title="planning", processes=processes)
+    with _writing(rows.folder):
+        return _planned(rows, source, merged, shard_samples, shard_bytes)
+
+
+def _planned(rows: Partitions, source: RawPairs, merged: list[Merged], shard_samples: int, shard_bytes: float) -> Plan:
+    """Return the plan of partitions that were merged. Raises BadInput, and OSError."""
+    folder, numbers = rows.folder, range(rows.partitions)
     named = dict.fromkeys(name or "train" for one in merged for name in one.splits)
     names = natural_splits([*named, *source.draw.splits])
     drawn = draw_splits(folder, rows.partitions, source.draw, _drawable(merged))
