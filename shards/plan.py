@@ -5,7 +5,7 @@ one picture become one sample, samples are sorted, and beside them go arrays of 
 
     pairs-PPPP.jsonl     the samples of partition P in their order
     starts-PPPP.npy      where each begins in that file, and where the last one ends
-    PPPP.npz             ids, sizes, digests and splits, see `Merged`
+    PPPP.npz             ids, sizes, digests, sums of the lines, and splits as the source says them
 
 The partitions one after the other are the order of all samples. Cutting it into shards, and drawing splits
 (`draw.py`), looks at these arrays alone. No byte depends on the number of partitions or of processes."""
@@ -47,10 +47,12 @@ class PlannedShard:
     """SHA-256 of what is known of the pairs without reading files: keys, splits, labels, texts and sizes."""
     pieces: list[tuple[int, int, int]]
     """(partition, first, end): of the samples from `first` to before `end`, those of this split."""
+    sums: str
+    """SHA-256 of the SHA-256s of their lines on disk."""
 
     def read(self, folder: Path) -> list[RawPair]:
-        """Return the pairs, in their order. `folder`: of the plan."""
-        found: list[RawPair] = []
+        """Return the pairs, in their order. `folder`: of the plan. Raises BadInput when that is gone or damaged."""
+        found, sums = list[RawPair](), hashlib.sha256()
         if not folder.exists():
             raise BadInput(f"{folder} was removed, as another process has finished the data set: start again")
         for number, first, end in self.pieces:
@@ -59,13 +61,18 @@ class PlannedShard:
             with open(folder / f"pairs-{number:04d}.jsonl", "rb") as file:
                 file.seek(starts[first])
                 lines = file.read(int(starts[end] - starts[first])).splitlines()
-            names = _split_names(folder)
-            found += [
-                replace(decode(line), split=self.split)
-                for line, code in zip(lines, splits, strict=True)
-                if names[code] == self.split
-            ]
+            own = _split_names(folder).index(self.split)
+            chosen = [line for line, code in zip(lines, splits, strict=False) if code == own]
+            sums.update(b"".join(hashlib.sha256(line).digest() for line in chosen))
+            found += self._decoded(chosen)
+        if sums.hexdigest() != self.sums:
+            raise BadInput(f"the plan in {folder} was damaged: remove that folder and start again")
         return found
+
+    def _decoded(self, lines: list[bytes]) -> Iterator[RawPair]:
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError):  # the sum of the lines tells
+                yield replace(decode(line), split=self.split)
 
 
 @dataclass
@@ -174,7 +181,7 @@ def _writing(folder: Path) -> Iterator[None]:
 def _merge(rows: Partitions, number: int, folder: Path, classes: list[str], draw: Draw, skip_bad: bool) -> Merged:
     merged, index = Merged(), {name: i for i, name in enumerate(classes)}
     ids, sizes, digests, codes, starts = list[int](), list[int](), list[bytes](), list[int](), [0]
-    links: list[tuple[int, int]] = []
+    links, lines = list[tuple[int, int]](), list[bytes]()
     names = merged.splits
     with open(folder / f"pairs-{number:04d}.jsonl", "wb") as file:
         for pair in _merge_rows(rows.read(number)):
@@ -183,7 +190,9 @@ def _merge(rows: Partitions, number: int, folder: Path, classes: list[str], draw
             if found is None:
                 continue
             size, contents = found
-            starts.append(starts[-1] + file.write(f"{encode(pair.numbered(index))}\n".encode()))
+            line = encode(pair.numbered(index)).encode()
+            lines.append(hashlib.sha256(line).digest())
+            starts.append(starts[-1] + file.write(line + b"\n"))
             identifier = int.from_bytes(place_of(pair.key)[:8], "big")
             links += [(content, identifier) for content in contents]
             names[pair.split] = names.get(pair.split, 0) + 1
@@ -199,6 +208,7 @@ def _merge(rows: Partitions, number: int, folder: Path, classes: list[str], draw
         ids=np.array(ids, np.uint64),
         sizes=np.array(sizes, np.int64),
         digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32),
+        lines=np.frombuffer(b"".join(lines), np.uint8).reshape(-1, 32),
         codes=np.array(codes, np.int16),
     )
     if draw.splits:
@@ -286,6 +296,7 @@ class _Open:
     samples: int = 0
     bytes: int = 0
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    sums: hashlib._Hash = field(default_factory=hashlib.sha256)
 
 
 def _cut(
@@ -304,6 +315,7 @@ def _cut(
                 continue
             with np.load(folder / f"{number:04d}.npz") as arrays:
                 sums, digests = np.cumsum(arrays["sizes"][positions]), arrays["digests"][positions]
+                lines = arrays["lines"][positions]
             at = 0
             while at < len(positions):
                 before = int(sums[at - 1]) if at else 0
@@ -314,6 +326,7 @@ def _cut(
                     shard.samples += end - at
                     shard.bytes += int(sums[end - 1]) - before
                     shard.digest.update(digests[at:end].tobytes())
+                    shard.sums.update(lines[at:end].tobytes())
                     at = end
                 if at < len(positions):
                     yield _closed(shard, split, written)
@@ -323,4 +336,5 @@ def _cut(
 
 
 def _closed(shard: _Open, split: str, number: int) -> PlannedShard:
-    return PlannedShard(f"{split}-{number:06d}.tar", split, shard.samples, shard.digest.hexdigest(), shard.pieces)
+    name, digests = f"{split}-{number:06d}.tar", (shard.digest.hexdigest(), shard.sums.hexdigest())
+    return PlannedShard(name, split, shard.samples, digests[0], shard.pieces, digests[1])
