@@ -25,7 +25,7 @@ from cmgan_dist.jobs import ledger
 from shards.pairs import RawPair, Readable
 from shards.plan import PlannedShard
 from shards.shard_file import Members, has_index, read_members, try_sample, write_shard
-from shards.sources.urls import UrlBytes
+from shards.urls import UrlBytes
 
 READ_AT_A_TIME = 16
 """Pictures by URL that one process waits for."""
@@ -146,10 +146,12 @@ class Found:
     """What was made of these pairs in this way, and is whole; None where the shard is to be made."""
     other: bool = False
     """Whether there is a shard of this name that was made from something else, or that nobody knows."""
+    said: str = ""
+    """What the user should know of it."""
 
 
 def find_shard(output: Path, plan: Path, shard: PlannedShard, how: Making, read_inputs: bool) -> Found:
-    """Return what an earlier run, or another task, made of a shard; one that was damaged since is named on stdout.
+    """Return what an earlier run, or another task, made of a shard, and whether it was damaged since.
 
     `plan`: folder of the plan; `read_inputs`: compare what the pairs hold now too, not only what was planned of them.
     Raises BadInput when a file is there and cannot be read."""
@@ -162,18 +164,17 @@ def find_shard(output: Path, plan: Path, shard: PlannedShard, how: Making, read_
             return Found()
         if read_inputs and record.source != content_sha256(shard.read(plan)):
             return Found(other=True)
-        return Found(_whole(record, output, path))
+        return _whole(record, output, path)
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from None
 
 
-def _whole(record: ledger.Record, output: Path, path: Path) -> Made | None:
-    """Return what a finished record says was made, None when its files are not that any more. Raises OSError."""
+def _whole(record: ledger.Record, output: Path, path: Path) -> Found:
+    """Return what a finished record says was made, if its files are that still. Raises OSError."""
     if record.written is None:
-        return None, record.left_out
+        return Found((None, record.left_out))
     info = ShardInfo(**record.written, index_sha256=record.beside[0]["sha256"])
     if ledger.is_done(record, output) and has_index(output, info):
-        return info, record.left_out
-    if path.exists():
-        print(f"{path} or its sidecar is not what its record says: it is made anew")
-    return None
+        return Found((info, record.left_out))
+    said = f"{path} or its sidecar is not what its record says: it is made anew" if path.exists() else ""
+    return Found(said=said)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest, natural_splits
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
 from cmgan_dist.jobs.lock import lock_name, owning, owning_in_turn
@@ -199,9 +199,16 @@ def pack(options: BuildCommand) -> Packed | None:
         ):
             return _Job(source, plan, options, task).run()
     finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # there is something in it, or nothing could be made
-                output.rmdir()
+        _tidy(output, is_new)
+
+
+def _tidy(output: Path, is_new: bool) -> None:
+    """Remove the plans of a finished data set that nobody reads any more, and a new folder that is empty."""
+    if (output / MANIFEST_NAME).exists() and not any(output.glob(lock_name(f"{LOCK}*"))):
+        remove_plans(output)
+    if is_new:
+        with contextlib.suppress(OSError):  # there is something in it, or nothing could be made
+            output.rmdir()
 
 
 @dataclass
@@ -222,7 +229,6 @@ class _Job:
         made = {name: one.made for name, one in found.items() if one.made is not None}
         todo = [shard for shard in own if shard.name not in made]
         if old is not None and not todo and old.details.get("fingerprint") == fingerprint:
-            remove_plans(output)
             return Packed(old, self.source.notes, [], True)
         if old is not None and any(one.other for one in found.values()) and not overwrite:
             raise _refuse(output)
@@ -273,6 +279,8 @@ class _Job:
         output = self.options.output
         there = [shard for shard in shards if any((output / name).exists() for name in files_of_shard(shard.name))]
         found = self._each(find_shard, "comparing", there, read_inputs)
+        for said in (one.said for one in found if one.said):
+            print(shown(said))
         return {shard.name: one for shard, one in zip(there, found, strict=True)}
 
     def _make(self, todo: list[PlannedShard]) -> dict[str, Made]:
@@ -308,5 +316,4 @@ class _Job:
         )
         write_manifest(self.options.output, manifest)
         finish_output(self.options.output)
-        remove_plans(self.options.output)
         return Packed(manifest, source.notes, left_out, False)

@@ -109,6 +109,11 @@ class Partitions:
                 found += map(decode, file)
         return found
 
+    def remove(self, number: int) -> None:
+        """Remove the rows of a partition that was merged; pictures stay."""
+        for path in self.folder.glob(f"rows-{number:04d}-*.jsonl"):
+            path.unlink()
+
 
 # ---------------------------------------------------------------------------------------------- a row as a line
 

@@ -5,13 +5,14 @@ one picture become one sample, samples are sorted, and beside them go arrays of 
 
     pairs-PPPP.jsonl     the samples of partition P in their order
     starts-PPPP.npy      where each begins in that file, and where the last one ends
-    PPPP.npz             ids, sizes, digests and splits, see `Merged`
+    PPPP.npz             ids, sizes, digests, sums of the lines, and splits as the source says them
 
 The partitions one after the other are the order of all samples. Cutting it into shards, and drawing splits
 (`draw.py`), looks at these arrays alone. No byte depends on the number of partitions or of processes."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -46,10 +47,12 @@ class PlannedShard:
     """SHA-256 of what is known of the pairs without reading files: keys, splits, labels, texts and sizes."""
     pieces: list[tuple[int, int, int]]
     """(partition, first, end): of the samples from `first` to before `end`, those of this split."""
+    sums: str
+    """SHA-256 of the SHA-256s of their lines on disk."""
 
     def read(self, folder: Path) -> list[RawPair]:
-        """Return the pairs, in their order. `folder`: of the plan."""
-        found: list[RawPair] = []
+        """Return the pairs, in their order. `folder`: of the plan. Raises BadInput when that is gone or damaged."""
+        found, sums = list[RawPair](), hashlib.sha256()
         if not folder.exists():
             raise BadInput(f"{folder} was removed, as another process has finished the data set: start again")
         for number, first, end in self.pieces:
@@ -58,13 +61,18 @@ class PlannedShard:
             with open(folder / f"pairs-{number:04d}.jsonl", "rb") as file:
                 file.seek(starts[first])
                 lines = file.read(int(starts[end] - starts[first])).splitlines()
-            names = _split_names(folder)
-            found += [
-                replace(decode(line), split=self.split)
-                for line, code in zip(lines, splits, strict=True)
-                if names[code] == self.split
-            ]
+            own = _split_names(folder).index(self.split)
+            chosen = [line for line, code in zip(lines, splits, strict=False) if code == own]
+            sums.update(b"".join(hashlib.sha256(line).digest() for line in chosen))
+            found += self._decoded(chosen)
+        if sums.hexdigest() != self.sums:
+            raise BadInput(f"the plan in {folder} was damaged: remove that folder and start again")
         return found
+
+    def _decoded(self, lines: list[bytes]) -> Iterator[RawPair]:
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError):  # the sum of the lines tells
+                yield replace(decode(line), split=self.split)
 
 
 @dataclass
@@ -156,9 +164,24 @@ def merge_partition(
     rows: Partitions, number: int, folder: Path, classes: list[str], draw: Draw, skip_bad: bool
 ) -> Merged:
     """Write the samples of a partition, and what the plan needs of them, into `folder`. Raises BadInput."""
+    with _writing(folder):
+        return _merge(rows, number, folder, classes, draw, skip_bad)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what is raised where a plan cannot be written into BadInput."""
+    try:
+        yield
+    except OSError as error:  # numpy's own has no reason where the disk is full
+        reason = error.strerror or "no space is left"
+        raise BadInput(f"cannot write the plan into {folder}: {reason}: free space there, or mend its rights") from None
+
+
+def _merge(rows: Partitions, number: int, folder: Path, classes: list[str], draw: Draw, skip_bad: bool) -> Merged:
     merged, index = Merged(), {name: i for i, name in enumerate(classes)}
     ids, sizes, digests, codes, starts = list[int](), list[int](), list[bytes](), list[int](), [0]
-    links: list[tuple[int, int]] = []
+    links, lines = list[tuple[int, int]](), list[bytes]()
     names = merged.splits
     with open(folder / f"pairs-{number:04d}.jsonl", "wb") as file:
         for pair in _merge_rows(rows.read(number)):
@@ -167,7 +190,9 @@ def merge_partition(
             if found is None:
                 continue
             size, contents = found
-            starts.append(starts[-1] + file.write(f"{encode(pair.numbered(index))}\n".encode()))
+            line = encode(pair.numbered(index)).encode()
+            lines.append(hashlib.sha256(line).digest())
+            starts.append(starts[-1] + file.write(line + b"\n"))
             identifier = int.from_bytes(place_of(pair.key)[:8], "big")
             links += [(content, identifier) for content in contents]
             names[pair.split] = names.get(pair.split, 0) + 1
@@ -183,11 +208,13 @@ def merge_partition(
         ids=np.array(ids, np.uint64),
         sizes=np.array(sizes, np.int64),
         digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32),
+        lines=np.frombuffer(b"".join(lines), np.uint8).reshape(-1, 32),
         codes=np.array(codes, np.int16),
     )
     if draw.splits:
         pairs = np.array(links, np.uint64).reshape(-1, 2)
         np.save(folder / f"links-{number:04d}.npy", pairs[np.argsort(pairs[:, 0], kind="stable")])
+    rows.remove(number)
     return merged
 
 
@@ -209,10 +236,17 @@ def plan_shards(
     the pairs come in the order of their keys' hashes, so a shard is a random sample of its split.
     Raises BadInput on two pairs with one key, rows of one image that contradict each other, a split that cannot be part
     of a file name, features of several sizes, and a bad pair unless `skip_bad`."""
-    folder, numbers = rows.folder, range(rows.partitions)
     rows.flush()
-    tasks = [(rows, number, folder, source.classes, source.draw, skip_bad) for number in numbers]
+    numbers = range(rows.partitions)
+    tasks = [(rows, number, rows.folder, source.classes, source.draw, skip_bad) for number in numbers]
     merged = parallel_map(merge_partition, tasks, title="planning", processes=processes)
+    with _writing(rows.folder):
+        return _planned(rows, source, merged, shard_samples, shard_bytes)
+
+
+def _planned(rows: Partitions, source: RawPairs, merged: list[Merged], shard_samples: int, shard_bytes: float) -> Plan:
+    """Return the plan of partitions that were merged. Raises BadInput, and OSError."""
+    folder, numbers = rows.folder, range(rows.partitions)
     named = dict.fromkeys(name or "train" for one in merged for name in one.splits)
     names = natural_splits([*named, *source.draw.splits])
     drawn = draw_splits(folder, rows.partitions, source.draw, _drawable(merged))
@@ -262,6 +296,7 @@ class _Open:
     samples: int = 0
     bytes: int = 0
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    sums: hashlib._Hash = field(default_factory=hashlib.sha256)
 
 
 def _cut(
@@ -280,6 +315,7 @@ def _cut(
                 continue
             with np.load(folder / f"{number:04d}.npz") as arrays:
                 sums, digests = np.cumsum(arrays["sizes"][positions]), arrays["digests"][positions]
+                lines = arrays["lines"][positions]
             at = 0
             while at < len(positions):
                 before = int(sums[at - 1]) if at else 0
@@ -290,6 +326,7 @@ def _cut(
                     shard.samples += end - at
                     shard.bytes += int(sums[end - 1]) - before
                     shard.digest.update(digests[at:end].tobytes())
+                    shard.sums.update(lines[at:end].tobytes())
                     at = end
                 if at < len(positions):
                     yield _closed(shard, split, written)
@@ -299,4 +336,5 @@ def _cut(
 
 
 def _closed(shard: _Open, split: str, number: int) -> PlannedShard:
-    return PlannedShard(f"{split}-{number:06d}.tar", split, shard.samples, shard.digest.hexdigest(), shard.pieces)
+    name, digests = f"{split}-{number:06d}.tar", (shard.digest.hexdigest(), shard.sums.hexdigest())
+    return PlannedShard(name, split, shard.samples, digests[0], shard.pieces, digests[1])

@@ -30,7 +30,7 @@ from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
 from shards.sources.files import PlainFile, check_names, check_unicode
 from shards.sources.rows import Row, TextFormat, about_rows, column_names, read_rows, tables_of
-from shards.sources.urls import UrlBytes, fetch, is_url, joined, key_of
+from shards.urls import UrlBytes, fetch, is_url, joined, key_of
 
 Value = TypeVar("Value")
 COMMON_NAMES = {
@@ -143,7 +143,7 @@ class TableCommand(DrawCommand):
     def pairs(self, rows: Partitions) -> RawPairs:
         """Put in the rows of the table. Raises BadInput naming the row or column that is wrong."""
         self.draw(())
-        if self.retries < 0 or self.timeout_s <= 0:
+        if self.retries < 0 or not self.timeout_s > 0:
             raise BadInput("--retries must be at least 0, and --timeout-s positive")
         text, url = self._text_format(), str(self.input)
         top = fetch(url, rows.folder / "table", self.retries, self.timeout_s) if is_url(url) else Path(self.input)
@@ -271,7 +271,7 @@ def _place(folder: str, picture: Picture) -> tuple[str, str]:
         path = PurePosixPath(folder, picture.path).as_posix()
         return make_key(posixpath.splitext(path)[0]), path
     digest = hashlib.sha256(picture.data).hexdigest()
-    stem = posixpath.splitext(picture.path)[0]
+    stem = posixpath.splitext(public_url(picture.path))[0]
     return make_key(f"{stem}-{digest[:16]}" if posixpath.basename(stem) else digest[:16]), digest
 
 

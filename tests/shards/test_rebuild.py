@@ -89,7 +89,9 @@ def test_an_interrupted_build_whose_inputs_changed_does_not_mix(
 
 
 @pytest.mark.parametrize("name", [SHARD, "train-000002.index.npz", record_name(SHARD)])
-def test_a_flipped_byte_of_a_finished_shard_is_made_anew(raw: Path, tmp_path: Path, name: str) -> None:
+def test_a_flipped_byte_of_a_finished_shard_is_made_anew(
+    raw: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     build_folder(raw, out)
     before = files_of(out)
@@ -100,6 +102,7 @@ def test_a_flipped_byte_of_a_finished_shard_is_made_anew(raw: Path, tmp_path: Pa
         build_folder(raw, out, "--overwrite")
     else:
         build_folder(raw, out)
+        assert "is not what its record says: it is made anew" in capsys.readouterr().out
     assert files_of(out) == before
 
 

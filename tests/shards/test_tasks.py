@@ -51,6 +51,11 @@ def test_tasks_one_after_the_other_make_what_one_process_makes(
     run_shards(*words(table, shared))
     assert "already packed" in capsys.readouterr().out
     assert not list(shared.glob(".*"))
+    with owning(shared, "build-1-of-3"):  # a task that still reads the plan
+        run_shards(*words(table, shared))
+    assert list(shared.glob(f".plan-*/{PLAN_NAME}"))
+    run_shards(*words(table, shared))
+    assert not list(shared.glob(".*"))
 
 
 def test_a_plan_of_a_table_that_changed_is_not_used(tmp_path: Path) -> None:
@@ -65,7 +70,7 @@ def test_a_plan_of_a_table_that_changed_is_not_used(tmp_path: Path) -> None:
     run_shards(*words(table, tmp_path / "whole"))
     assert files_of(shared) == files_of(tmp_path / "whole")
     with pytest.raises(BadInput, match="was removed, as another process has finished"):
-        PlannedShard("a", "train", 0, "", []).read(tmp_path / "gone")
+        PlannedShard("a", "train", 0, "", [], "").read(tmp_path / "gone")
 
 
 def test_tasks_of_another_data_set_do_not_destroy_what_is_being_made(tmp_path: Path) -> None:
@@ -77,6 +82,28 @@ def test_tasks_of_another_data_set_do_not_destroy_what_is_being_made(tmp_path: P
         run_shards(*words(other, shared, "--task", "0/2"))
     left = {p.name: p.stat().st_mtime_ns for p in shared.iterdir() if not p.name.startswith(".")}
     assert left == {name: time for name, time in before.items() if not name.startswith(".")}
+
+
+def test_a_plan_that_is_not_whole_is_made_anew_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    table, shared = make_table(tmp_path / "in", 60), tmp_path / "shared"
+    run_shards(*words(table, shared, "--task", "0/2"))
+    (plan,) = shared.glob(".plan-*")
+    rows = next(path for path in plan.glob("pairs-*") if path.stat().st_size)
+    for damage in (
+        lambda data: data.replace(b"t 1", b"t 2"),
+        lambda data: data.replace(b'"', b"'"),
+        lambda data: data[:99],
+    ):
+        whole = rows.read_bytes()
+        rows.write_bytes(damage(whole))
+        with pytest.raises(BadInput, match=r"the plan in \S+ was damaged: remove that folder"):
+            run_shards(*words(table, shared, "--task", "1/2"))
+        rows.write_bytes(whole)
+    (plan / PLAN_NAME).write_bytes((plan / PLAN_NAME).read_bytes()[:-9])
+    rows.unlink()
+    run_shards(*words(table, shared, "--task", "1/2"))
+    run_shards(*words(table, tmp_path / "whole"))
+    assert files_of(shared) == files_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("bad", ["2/2", "a", "-1/2"])
