@@ -60,8 +60,6 @@ COPY_FRESH_S = 60.0
 FAILED = b"\0failed: "
 """Starts the note that a failed download leaves to those who wait: no tar begins with a zero byte."""
 
-ENDING = "after shutdown"
-"""What asyncio says to a thread that asks for more while the interpreter ends."""
 held_locks: set[int] = set()
 """Descriptors of this process that have a lock."""
 
@@ -293,10 +291,6 @@ class CachedStore(ShardStore):
                 os.close(self.open(shard))
             except BadInput as error:  # told again, and to the caller, when the shard is needed
                 log.warning("prefetch: %s", error)
-            except RuntimeError as error:
-                if ENDING not in str(error):
-                    raise
-                return
             finally:
                 with background.lock:
                     background.pending.pop(shard.sha256, None)

@@ -146,7 +146,8 @@ class RemoteSource:
             failures = [getattr(importlib.import_module(module), name) for module, _, name in names]
         except ImportError as error:
             raise BadInput(f"{public_url(url)} needs a package ({error}): run 'pip install {self.package}'") from None
-        self.failures: tuple[type[Exception], ...] = (OSError, BadBody, *failures)
+        # RuntimeError: of a connection that another thread has closed, or that the interpreter's end has
+        self.failures: tuple[type[Exception], ...] = (OSError, BadBody, RuntimeError, *failures)
         self.base, mark, query = url.partition("?") if self.package == "aiohttp" else (url, "", "")
         self.base = self.base.rstrip("/")
         self.query = mark + query  # of a signed URL
@@ -220,7 +221,8 @@ class RemoteSource:
                 return once()
             except self.failures as error:
                 reason = self._curable(url, error)
-            log.info("try %d of %d to read %s: %s", n, self.tries, url, reason)
+                level = logging.DEBUG if isinstance(error, RuntimeError) else logging.INFO
+            log.log(level, "try %d of %d to read %s: %s", n, self.tries, url, reason)
             if n < self.tries:
                 time.sleep(self._longest_wait(n) * random.uniform(0.5, 1.0))  # spread: many processes fail at once
         raise BadInput(

@@ -477,3 +477,20 @@ def test_the_first_batch_asks_for_many_files_at_a_time_and_for_each_once(
     assert set(names) <= {path.removeprefix("/data/") for path in server.requests}
     assert set(server.requests.values()) == {1}
     assert server.most_at_once >= 6
+
+
+def test_connections_that_are_closed_do_not_end_what_is_fetched_ahead(
+    server: FaultyServer, make: Callable[..., CachedStore], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiohttp raises RuntimeError then, as asyncio does when the interpreter ends: no thread may die of it."""
+    store, left = make(), ["Connection closed."]
+    fetch = store._fetch
+
+    def closed_once(shard: ShardInfo, part: int) -> None:
+        if left:
+            raise RuntimeError(left.pop())
+        fetch(shard, part)
+
+    monkeypatch.setattr(store, "_fetch", closed_once)
+    store.prefetch([shard_of(1)])
+    wait_for(lambda: len(list(cache.glob("*.tar"))) == 1)
