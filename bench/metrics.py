@@ -83,8 +83,8 @@ def made(queries: int, gallery: int) -> Case:
 
 
 def ours(case: Case) -> float:
-    labels = [torch.nn.functional.one_hot(c, CLASSES).bool() for c in (case.query_class, case.gallery_class)]
-    return float(np.mean(rank_classes(case.query, case.gallery, *labels).ap))
+    query, items = (torch.nn.functional.one_hot(c, CLASSES).bool() for c in (case.query_class, case.gallery_class))
+    return float(np.mean(rank_classes(case.query, case.gallery, query, items).ap))
 
 
 def all_sorted(case: Case) -> float:

@@ -107,16 +107,16 @@ def index(shards: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
 
 
-def build_features(place: Path) -> None:
+def build_features(place: Path, shards: int = FEATURE_SHARDS, samples: int = FEATURE_BATCH) -> None:
     """Write place/shards with features drawn at random, unless they are there."""
     if (place / "done").is_file():
         return
     shutil.rmtree(place, ignore_errors=True)
     (place / "shards").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for shard in track(range(FEATURE_SHARDS), "building features", console=Console(stderr=True)):
+    for shard in track(range(shards), "building features", console=Console(stderr=True)):
         with tarfile.open(place / "shards" / f"train-{shard:06d}.tar", "w") as tar:
-            for i in range(FEATURE_BATCH):
+            for i in range(samples):
                 for name, shape in zip(("image", "text"), FEATURES, strict=True):
                     out = io.BytesIO()
                     np.save(out, rng.normal(size=shape).astype(np.float32))

@@ -141,12 +141,11 @@ def check_data(config: Config, test_split: str) -> int:
 
     Raises BadInput for data that no trial could train on, be validated on or, when `test_split` is named, tested on."""
     from cmgan_dist.data.order import steps_for
-    from cmgan_dist.data.reader import ShardReader
     from cmgan_dist.data.stream import Stream
 
     stream = Stream(config.data, config.stream, seed=0, image_size=config.model.image.image_size, rank=0, world=1)
     for split in filter(None, (config.stream.val_split, test_split)):
-        ShardReader(stream.readers[0].data, split, config.stream)
+        stream.readers[0].of(split)
     batch = config.stream.global_batch
     total, every = (steps_for(e, stream.epoch_samples, batch) for e in (config.train.epochs, config.train.val_every))
     return -(-total // every)

@@ -5,6 +5,7 @@ The folder is one per node, and all its processes share it (ranks, DataLoader wo
     CACHE/<sha256>.tar       a whole, verified shard. Named by content: two URLs of one shard share it
     CACHE/.part-<sha256>     a shard on its way. The file is also the lock: who holds flock on it downloads, others wait
     CACHE/.lock              held while room is made, so that the sum of all files stays within the bound
+    CACHE/.manifest-<hash>   the manifest of a URL, which one process of a node fetches and the others find
 
 The kernel drops the locks of a killed process: a ``.part`` that nobody holds is a leftover, taken over or removed.
 A failed download leaves its sentence in the unlinked ``.part``: those who waited read it and fail too, at once,
@@ -37,6 +38,8 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
 
+import psutil
+
 from cmgan_dist.data.folder import MOST_FILE_BYTES
 from cmgan_dist.data.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, ShardInfo
 from cmgan_dist.data.source import PACKAGES, BadBody, RemoteSource, public_url
@@ -49,8 +52,12 @@ T = TypeVar("T")
 
 CACHE_BYTES = 32 << 30
 """Most bytes of a cache folder where the caller names no bound."""
-PREFETCH_THREADS = 2
+PREFETCH_THREADS = 8
 """Shards that a process fetches at a time in the background."""
+COPY = ".manifest-"
+"""Starts the name of a manifest's copy."""
+COPY_FRESH_S = 60.0
+"""Seconds for which the copy of a manifest is good, since a data set can be written anew under its URL."""
 FAILED = b"\0failed: "
 """Starts the note that a failed download leaves to those who wait: no tar begins with a zero byte."""
 
@@ -129,6 +136,37 @@ def is_at(file: int, path: Path) -> bool:
         return False
 
 
+def read_once(path: Path, fetch: Callable[[], bytes]) -> bytes:
+    """Return what `fetch` gives, or what it gave another process of this node, which keeps a copy at `path`.
+
+    A copy is good when it was made since this process began, and less than COPY_FRESH_S ago: it is then no older than
+    what the process could have read itself. Those who wait for a `fetch` that fails raise its BadInput too."""
+    asked = time.time()
+    with locked(path) as file:
+        made, data = os.fstat(file).st_mtime, os.pread(file, os.fstat(file).st_size, 0)
+        if data.startswith(FAILED) and made >= asked:
+            raise BadInput(data.removeprefix(FAILED).decode())
+        digest, copy = data[:32], data[32:]
+        if made >= max(asked - COPY_FRESH_S, psutil.Process().create_time()) and _digest(copy) == digest:
+            return copy
+        try:
+            copy = fetch()
+        except BadInput as error:
+            _rewrite(file, FAILED + str(error).encode())
+            raise
+        _rewrite(file, _digest(copy) + copy)
+        return copy
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _rewrite(file: int, data: bytes) -> None:
+    os.ftruncate(file, 0)
+    os.pwrite(file, data, 0)
+
+
 def _make_cache_folder(folder: Path) -> None:
     """Make the folder. Raises BadInput when it cannot be written or its locks do not hold between descriptors (NFS)."""
     advice = "set stream.cache to a folder on a disk of this node"
@@ -156,6 +194,8 @@ class Background:
         self.pending: dict[str, int] = {}
         """sha256 -> bytes of each shard that waits or is fetched."""
         self.threads: list[threading.Thread] = []
+        self.checks: dict[str, threading.Lock] = {}
+        """sha256 -> held while a shard is verified: who opens it too has to wait, not to read it a second time."""
 
 
 class CachedStore(ShardStore):
@@ -185,7 +225,13 @@ class CachedStore(ShardStore):
         """Do nothing: the source is not asked before a shard is needed."""
 
     def read(self, name: str) -> bytes:
-        return self.source.read(name, MOST_MANIFEST_BYTES if name == MANIFEST_NAME else MOST_FILE_BYTES)
+        if name != MANIFEST_NAME:
+            return self.source.read(name, MOST_FILE_BYTES)
+        path = self.folder / f"{COPY}{_digest(f'{self.source.base}{self.source.query}'.encode()).hex()}"
+        try:
+            return read_once(path, lambda: self.source.read(name, MOST_MANIFEST_BYTES))
+        except OSError as error:
+            raise BadInput(f"cache folder {self.folder} cannot be used ({error}): set stream.cache") from None
 
     def open(self, shard: ShardInfo) -> int:
         """Return a descriptor for reading the whole shard, which is fetched when it is not in the folder.
@@ -292,9 +338,7 @@ class CachedStore(ShardStore):
         if not os.fstat(file).st_nlink:  # evicted just now
             os.close(file)
             return None
-        known = (shard.sha256, os.fstat(file).st_ino)
-        if os.fstat(file).st_size == shard.bytes and (known in self._verified or sha256_of(file) == shard.sha256):
-            self._verified.add(known)
+        if self._is_whole(shard, file):
             os.utime(file)  # the least recently used goes first
             return file
         if is_at(file, path):
@@ -303,6 +347,17 @@ class CachedStore(ShardStore):
             self._fetched.discard(shard.sha256)
         os.close(file)
         return None
+
+    def _is_whole(self, shard: ShardInfo, file: int) -> bool:
+        """Return whether an open file has the bytes of the shard; they are read once a process."""
+        if os.fstat(file).st_size != shard.bytes:
+            return False
+        known = (shard.sha256, os.fstat(file).st_ino)
+        with self.background.checks.setdefault(shard.sha256, threading.Lock()):
+            if known not in self._verified and sha256_of(file) != shard.sha256:
+                return False
+            self._verified.add(known)
+        return True
 
     def _download(self, shard: ShardInfo, part: int) -> int:
         """Fetch into `part`, whose lock is held, give it its name, and return a descriptor for reading."""
@@ -356,10 +411,11 @@ class CachedStore(ShardStore):
         return entries
 
     def _used(self) -> int:
-        """Return the bytes of all files. Removes what killed processes left."""
+        """Return the bytes of all files. Removes what killed processes left, and copies that are good no more."""
         used = 0
         for entry, stat in self._entries():
-            if entry.name.startswith(".part-"):
+            old = entry.name.startswith(COPY) and time.time() - stat.st_mtime > COPY_FRESH_S
+            if old or entry.name.startswith(".part-"):
                 with contextlib.suppress(BlockingIOError), locked(Path(entry.path), wait=False):
                     os.unlink(entry.path)  # who opened it just now sees that it is gone, and makes another
                     continue

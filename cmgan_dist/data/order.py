@@ -67,13 +67,15 @@ class SampleRef:
 
 
 class StreamPosition(NamedTuple):
-    """Where a logical stream is in a data set, and which shards it needs next."""
+    """Where a logical stream is in a data set, and which shards it needs."""
 
     source: int
     """Data set of a mixture; 0 where there is one."""
     epoch: int
     window: int
     """Number of the window in its epoch."""
+    shards: list[int]
+    """Shards of this window."""
     following: list[int]
     """Shards of the next window."""
 
@@ -183,7 +185,8 @@ class Plan:
         window = int(np.searchsorted(starts, within * self.chunk, side="right")) - 1
         last = window + 1 == len(windows)
         following = self.windows(epoch + 1, stream)[0][0] if last else windows[window + 1]
-        return [StreamPosition(0, epoch, window, [shard for shard, _, _ in following])]
+        shards, behind = ([shard for shard, _, _ in pieces] for pieces in (windows[window], following))
+        return [StreamPosition(0, epoch, window, shards, behind)]
 
     def chunk_rows(self, step: int, stream: int) -> list[SampleRef]:
         """Return the G / S rows that a logical stream gives to global batch `step`, counted from the run's start."""

@@ -8,7 +8,8 @@ import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import BinaryIO, cast
 
@@ -26,6 +27,8 @@ from cmgan_dist.data.store import ShardStore
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample, shown
 
+INDEX_THREADS = 16
+"""Sidecars that are read at a time: from a URL each waits for an answer."""
 PIECE = 1 << 18
 """Bytes that are read at a time where samples follow each other; much more is slower: fresh memory each time."""
 
@@ -63,13 +66,21 @@ class ShardReader:
     """The samples of one split of a data set, read one by one or all in order. Threads may share it."""
 
     def __init__(
-        self, data: str, split: str, config: StreamConfig | None = None, *, open_files: int = 64, indexes: int = 1024
+        self,
+        data: str,
+        split: str,
+        config: StreamConfig | None = None,
+        *,
+        open_files: int = 64,
+        indexes: int = 1024,
+        opened: tuple[ShardStore, Manifest] | None = None,
     ) -> None:
-        """`data`: folder or URL; `config` says how a URL is read and where its shards are kept.
+        """`data`: folder or URL; `config` says how a URL is read and where its shards are kept; `opened`: what
+        `open_data_set` returned of it.
 
         At most `open_files` shards are open and `indexes` sidecars in memory at a time. Raises BadInput when the data
         set cannot be read or the split is missing, empty or incomplete."""
-        self.store, self.manifest = open_data_set(data, config)
+        self.store, self.manifest = opened or open_data_set(data, config)
         self.data, self.split = data, split
         self.place = public_url(data)
         """The folder or URL for messages."""
@@ -85,6 +96,28 @@ class ShardReader:
         self._lock = threading.Lock()
         self.index = lru_cache(maxsize=indexes)(self._read_index)
         """Number of a shard -> its sidecar. Raises BadInput when that is missing or not the shard's."""
+        self._indexed: set[int] = set()
+
+    def of(self, split: str) -> ShardReader:
+        """Return a reader of another split, by the manifest that this one has read. Raises BadInput as this did."""
+        return ShardReader(self.data, split, opened=(self.store, self.manifest))
+
+    def read_ahead(self, rows: Sequence[int], later: Sequence[int]) -> None:
+        """Have shards fetched at a time, those of `rows` first, and read the sidecars of `rows`, which are read next.
+
+        Raises BadInput when a sidecar is missing or not the shard's."""
+        absent = [shard for shard in rows if shard not in self._files]
+        self.store.prefetch([self.shards[shard] for shard in dict.fromkeys([*absent, *later])])
+        missing = [shard for shard in rows if shard not in self._indexed]
+        if len(missing) > 1:
+            for _ in self._indexes(missing):
+                pass
+        self._indexed.update(missing)
+
+    def _indexes(self, shards: Iterable[int]) -> Iterator[ShardIndex]:
+        """Yield the sidecars of shards in their order, several read at a time."""
+        with ThreadPoolExecutor(INDEX_THREADS) as pool:
+            yield from pool.map(self.index, shards)
 
     @property
     def counts(self) -> np.ndarray:
@@ -197,8 +230,7 @@ class ShardReader:
     def samples_by_class(self) -> list[np.ndarray]:
         """Return per class the (shard, index) of its samples, int64 [n, 2], from the sidecars."""
         shard_of, index_of, label_of = [], [], []
-        for shard in range(len(self.shards)):
-            index = self.index(shard)
+        for shard, index in enumerate(self._indexes(range(len(self.shards)))):
             per_sample = np.diff(index.label_starts)
             label_of.append(index.label_values)
             index_of.append(np.repeat(np.arange(len(index)), per_sample))

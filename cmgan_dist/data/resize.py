@@ -17,8 +17,8 @@ QUICK_REDUCTION = 1.5
 """Most pixels of a crop to one of the square, each way on average, up to which OpenCV resizes it."""
 
 TRAINING_TOLERANCE = 4.0
-"""Grey levels of 255 that a training picture is off on average, at most, from its crop resized exactly."""
-QUICK_WAY = f"resized by OpenCV {cv2.__version__}, within {TRAINING_TOLERANCE:g} of 255 levels of an exact resize"
+"""Grey levels of 255 that training pictures are off on average, at most, from their crops resized exactly."""
+QUICK_WAY = f"resized by OpenCV {cv2.__version__}, on average within {TRAINING_TOLERANCE:g} of 255 levels of exact"
 """What `resize_quick` does, for the log."""
 
 cv2.setNumThreads(1)  # its threads do not outlive the fork of a DataLoader's worker, which would wait for them

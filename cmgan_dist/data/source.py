@@ -160,7 +160,8 @@ class RemoteSource:
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         try:
             fsspec.get_filesystem_class(self.protocol)
-            self.failures: tuple[type[Exception], ...] = (*failures_of(self.protocol), BadBody)
+            # RuntimeError: of a connection that another thread has closed, or that the interpreter's end has
+            self.failures: tuple[type[Exception], ...] = (*failures_of(self.protocol), BadBody, RuntimeError)
         except ImportError as error:
             raise BadInput(f"{public_url(url)} needs a package ({error}): run 'pip install {self.package}'") from None
         self.base, mark, query = url.partition("?") if self.package == "aiohttp" else (url, "", "")
@@ -236,7 +237,8 @@ class RemoteSource:
                 return once()
             except self.failures as error:
                 reason = self._curable(url, error)
-            log.info("try %d of %d to read %s: %s", n, self.tries, url, reason)
+                level = logging.DEBUG if isinstance(error, RuntimeError) else logging.INFO
+            log.log(level, "try %d of %d to read %s: %s", n, self.tries, url, reason)
             if n < self.tries:
                 time.sleep(self._longest_wait(n) * random.uniform(0.5, 1.0))  # spread: many processes fail at once
         raise BadInput(

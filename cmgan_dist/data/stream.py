@@ -170,10 +170,10 @@ class Stream:
     def read_step(self, step: int, streams: range) -> Batch:
         """Return the rows that the given logical streams have in a global batch. Raises BadInput as `read_row` does."""
         bad: list[str] = []
-        self._prefetch(step, streams)
         parts = [self.plan.chunk_rows(step, s) for s in streams]
         half = self.plan.chunk
         refs = [ref for part in parts for ref in part[:half]] + [ref for part in parts for ref in part[half:]]
+        self._read_ahead(step, streams, refs)
         image, labels = self.decoder.empty(len(refs))
         read = [self.read_row(ref, image[i], labels[i], bad) for i, ref in enumerate(refs)]
         return Batch(
@@ -185,15 +185,20 @@ class Stream:
             bad=bad,
         )
 
-    def _prefetch(self, step: int, streams: range) -> None:
-        """Have the shards of the next window fetched where a logical stream has come to another window."""
+    def _read_ahead(self, step: int, streams: range, refs: list[SampleRef]) -> None:
+        """Have what these rows need read at a time, and the shards of the next window fetched where a logical stream
+        has come to another window; at its first one, those of this window too."""
+        later: list[list[int]] = [[] for _ in self.readers]
         for stream in streams:
             for position in self.plan.positions(step, stream):
-                now = (position.epoch, position.window)
-                if self._window.get((position.source, stream)) != now:
-                    self._window[position.source, stream] = now
-                    reader = self.readers[position.source]
-                    reader.store.prefetch([reader.shards[shard] for shard in position.following])
+                now, place = (position.epoch, position.window), (position.source, stream)
+                if place not in self._window:
+                    later[position.source] = position.shards + later[position.source]
+                if self._window.get(place) != now:
+                    self._window[place] = now
+                    later[position.source] += position.following
+        for source, reader in enumerate(self.readers):
+            reader.read_ahead(list(dict.fromkeys(ref.shard for ref in refs if ref.source == source)), later[source])
 
     def batches(self, position: int) -> Generator[Batch, None, None]:
         """Yield batches from `position` samples on (a multiple of the global batch), without end.

@@ -129,7 +129,7 @@ class ShardSource(Source):
         super().__init__(kind, location)
         self.store, self.manifest = open_data_set(location, stream)
         self.classes, self.attribution = self.manifest.classes, self.manifest.attribution
-        self._reader = lru_cache(lambda split: ShardReader(location, split, stream))
+        self._reader = lru_cache(lambda split: ShardReader(location, split, opened=(self.store, self.manifest)))
 
     @property
     def spec(self) -> DataSpec:

@@ -152,7 +152,7 @@ def run_task(task: EvaluationTask, *, baselines: bool = True, parallel: Parallel
         from cmgan_dist.retrieval.frontier import baseline_frontier, model_frontier
 
         train, val = (
-            embed_split(generator, ShardReader(reader.data, s, config.stream), config, parallel).features
+            embed_split(generator, reader.of(s), config, parallel).features
             for s in (config.stream.train_split, config.stream.val_split)
         )
         check_features(train, embedded.features, "test")

@@ -224,7 +224,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     size = config.model.image.image_size
     micro = dataclasses.replace(config.stream, global_batch=micro_batch(config))
     stream = Stream(config.data, micro, seed=config.train.seed, image_size=size, rank=rank, world=world)
-    val_reader = ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
+    val_reader = stream.readers[0].of(config.stream.val_split)
     data = DataSpec.of(stream.manifest)
     check_output(run, CONFIG_NAME)
     check_scoring(config, data)

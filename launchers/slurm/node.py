@@ -110,14 +110,13 @@ def check(job: Job) -> int:
     except OSError as error:
         raise BadInput(f"--output {job.output} cannot be written to ({error.strerror}): name another folder") from None
     # after the cheap checks: torch and its friends take seconds to import
-    from cmgan_dist.data.reader import ShardReader
     from cmgan_dist.data.stream import Stream
 
     config = job.config
     size = config.model.image.image_size
     micro = dataclasses.replace(config.stream, global_batch=micro_batch(config))
     stream = Stream(config.data, micro, seed=config.train.seed, image_size=size, rank=0, world=job.world)
-    ShardReader(stream.readers[0].data, config.stream.val_split, config.stream)
+    stream.readers[0].of(config.stream.val_split)
     from cmgan_dist.jobs.lock import owning
     from cmgan_dist.training.run import LOCK, check_same_run, set_aside
 

@@ -18,6 +18,7 @@ from cmgan_dist.data import cache as cache_module
 from cmgan_dist.data.cache import PREFETCH_THREADS, CachedStore, open_store
 from cmgan_dist.data.manifest import ShardInfo
 from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.stream import Stream
 from cmgan_dist.errors import BadInput
 from tests.services.faulty_server import FaultyServer
 from tests.toy import (
@@ -26,6 +27,7 @@ from tests.toy import (
     body_of,
     content_of,
     index_tar,
+    make_features,
     run_together,
     shard_of,
     wait_for,
@@ -64,7 +66,8 @@ def test_a_shard_is_fetched_once_and_named_by_content(
     assert content_of(make(), shard_of(1)) == body_of(1)
     assert content_of(make("/other"), shard_of(1)) == body_of(1)
     assert server.requests == {"/data/manifest.json": 1, "/data/s-1.tar": 1}
-    assert sorted(p.name for p in cache.iterdir()) == [".lock", f"{shard_of(1).sha256}.tar"]
+    names = sorted(p.name for p in cache.iterdir() if not p.name.startswith(".manifest-"))
+    assert names == [".lock", f"{shard_of(1).sha256}.tar"]
 
 
 def test_a_shard_is_on_disk_before_it_has_its_name(
@@ -374,15 +377,15 @@ def test_prefetch_asks_for_no_more_than_half_of_the_cache(
 
 
 def test_close_forgets_what_was_to_be_prefetched(server: FaultyServer, make: Callable[..., CachedStore]) -> None:
-    for i in range(6):
+    for i in range(10):
         server.faults[f"/data/s-{i}.tar"] = ["slow"]
     store = make()
-    store.prefetch([shard_of(i) for i in range(6)])
+    store.prefetch([shard_of(i) for i in range(10)])
     wait_for(lambda: len(server.requests) == PREFETCH_THREADS)
     store.close()
     wait_for(lambda: not store.background.pending)
     assert len(server.requests) == PREFETCH_THREADS
-    assert content_of(store, shard_of(5)) == body_of(5)  # still of use
+    assert content_of(store, shard_of(9)) == body_of(9)  # still of use
 
 
 def test_prefetch_and_connections_of_a_parent_do_not_stop_its_children(
@@ -417,3 +420,94 @@ def test_a_cache_that_is_too_small_is_told_of_once(
     told = [line for line in caplog.messages if "is fetched again: " in line]
     assert len(told) == 1
     assert told[0].endswith("set stream.cache_gib to the size of the data set")
+
+
+# ---------------------------------------------------------------------------------------------- the manifest
+
+
+def test_a_node_fetches_the_manifest_once(server: FaultyServer, make: Callable[..., CachedStore]) -> None:
+    server.faults["/data/manifest.json"] = ["slow"]
+    assert run_together(5, lambda i: make().read("manifest.json")) == [b'{"a": 1}'] * 5
+    assert server.requests["/data/manifest.json"] == 1
+
+
+def test_a_manifest_that_was_read_before_this_process_began_is_read_anew(
+    server: FaultyServer, make: Callable[..., CachedStore], cache: Path
+) -> None:
+    for began in (3600.0, 90.0):
+        assert make().read("manifest.json") == server.files["/data/manifest.json"]
+        server.files["/data/manifest.json"] = f'{{"a": {began}}}'.encode()
+        (copy,) = cache.glob(".manifest-*")
+        os.utime(copy, (time.time() - began,) * 2)
+        assert make().read("manifest.json") == server.files["/data/manifest.json"]
+    assert server.requests["/data/manifest.json"] == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 10, b"x" * 40])
+def test_a_damaged_copy_of_a_manifest_is_not_taken(
+    server: FaultyServer, make: Callable[..., CachedStore], cache: Path, damage: bytes
+) -> None:
+    make().read("manifest.json")
+    (copy,) = cache.glob(".manifest-*")
+    copy.write_bytes(damage)
+    assert make().read("manifest.json") == b'{"a": 1}'
+
+
+def test_those_who_wait_for_a_manifest_fail_with_the_first(
+    server: FaultyServer, make: Callable[..., CachedStore]
+) -> None:
+    server.faults["/data/manifest.json"] = ["stall", "always"]
+    said = run_together(4, lambda i: make(timeout_s=0.7, retries=1).read("manifest.json"))
+    assert len(set(said)) == 1
+    assert "manifest.json could not be read in 2 tries" in said[0]
+    assert server.requests["/data/manifest.json"] == 2
+    server.faults.clear()
+    assert make().read("manifest.json") == b'{"a": 1}'  # the next one tries itself
+
+
+def test_old_copies_of_manifests_are_removed_when_room_is_made(make: Callable[..., CachedStore], cache: Path) -> None:
+    make().read("manifest.json")
+    (copy,) = cache.glob(".manifest-*")
+    content_of(make(), shard_of(1))
+    assert copy.exists()
+    os.utime(copy, (time.time() - 3600,) * 2)
+    content_of(make(), shard_of(2))
+    assert not copy.exists()
+
+
+# ---------------------------------------------------------------------------------------------- the first batch
+
+
+def test_the_first_batch_asks_for_many_files_at_a_time_and_for_each_once(
+    server: FaultyServer, cache: Path, tmp_path: Path
+) -> None:
+    data = make_features(tmp_path / "data", splits={"train": [20] * 12, "val": [8]}, dims=(6, 5))
+    for path in data.iterdir():
+        server.files[f"/data/{path.name}"] = path.read_bytes()
+        server.faults[f"/data/{path.name}"] = ["slow"]
+    config = StreamConfig(global_batch=24, logical_streams=12, window=1, cache=str(cache))
+    stream = Stream(f"{server.url}/data", config, seed=0)
+    next(stream.batches(0))
+    stream.readers[0].of("val")
+    needed = {ref.shard for s in range(12) for ref in stream.plan.chunk_rows(0, s)}
+    names = [stream.readers[0].shards[shard].name for shard in needed]
+    assert set(names) <= {path.removeprefix("/data/") for path in server.requests}
+    assert set(server.requests.values()) == {1}
+    assert server.most_at_once >= 6
+
+
+def test_connections_that_are_closed_do_not_end_what_is_fetched_ahead(
+    server: FaultyServer, make: Callable[..., CachedStore], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiohttp raises RuntimeError then, as asyncio does when the interpreter ends: no thread may die of it."""
+    store, left = make(), ["Connection closed."]
+    fetch = store._fetch
+
+    def closed_once(shard: ShardInfo, part: int) -> None:
+        if left:
+            raise RuntimeError(left.pop())
+        fetch(shard, part)
+
+    monkeypatch.setattr(store, "_fetch", closed_once)
+    store.prefetch([shard_of(1)])
+    wait_for(lambda: len(list(cache.glob("*.tar"))) == 1)

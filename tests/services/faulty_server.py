@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import re
 import socket
 import struct
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -34,6 +36,8 @@ class FaultyServer:
         self.faults: dict[str, list[str]] = {}
         self.requests: Counter[str] = Counter()
         """Path -> how often it was asked for."""
+        self.most_at_once = self._now = 0
+        """Most requests that were answered at the same time."""
         self.queries: set[str] = set()
         """All query strings that came, without their "?"."""
         self.authorizations: set[str] = set()
@@ -48,7 +52,8 @@ class FaultyServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                owner.answer(self)
+                with owner.counted():
+                    owner.answer(self)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -64,6 +69,18 @@ class FaultyServer:
         self.stopped.set()
         self.server.shutdown()
         self.server.server_close()
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count what is answered meanwhile."""
+        with self._lock:
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._now -= 1
 
     def next_fault(self, path: str) -> str:
         """Count a request; return how it fails, "" when it does not."""
