@@ -315,7 +315,11 @@ def chance(data: Embeddings, map_ks: Sequence[int] = (50,), recall_ks: Sequence[
     # A query's relevant items are counted as `rank_classes` counts them, chunk by chunk and without similarities.
     for name, (_, _, labels, gallery_labels, own) in directions(data, data.image[:, :1], data.text[:, :1], True):
         classes, chunk = gallery_labels.float().T, max(1, CHUNK_ELEMENTS // len(gallery_labels))
-        relevant = torch.cat([((part.float() @ classes) > 0).sum(1) for part in labels.split(chunk)]).cpu().numpy()
+        relevant = (
+            torch.cat([((part.float() @ classes) > 0).sum(1, dtype=torch.int32) for part in labels.split(chunk)])
+            .cpu()
+            .numpy()
+        )
         size = len(gallery_labels) - (own is not None)
         relevant = relevant - ((labels.sum(1) > 0).cpu().numpy() if own is not None else 0)
         add_map(result, name, chance_ap(relevant, size), {k: chance_ap(relevant, size, k) for k in map_ks})
