@@ -17,6 +17,7 @@ rounds, preparation included. Each says what MAP it measures, since not all meas
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import time
@@ -83,8 +84,8 @@ def made(queries: int, gallery: int) -> Case:
 
 
 def ours(case: Case) -> float:
-    query, items = (torch.nn.functional.one_hot(c, CLASSES).bool() for c in (case.query_class, case.gallery_class))
-    return float(np.mean(rank_classes(case.query, case.gallery, query, items).ap))
+    query, gallery = (torch.nn.functional.one_hot(c, CLASSES).bool() for c in (case.query_class, case.gallery_class))
+    return float(np.mean(rank_classes(case.query, case.gallery, query, gallery).ap))
 
 
 def all_sorted(case: Case) -> float:
@@ -121,15 +122,16 @@ def loop_over_ranks(case: Case) -> float:
 
 
 def metric_learning(case: Case) -> float:
-    from pytorch_metric_learning.distances import CosineSimilarity
-    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-    from pytorch_metric_learning.utils.inference import CustomKNN
-
-    calculator = AccuracyCalculator(
+    library = PACKAGES["pytorch-metric-learning"]
+    distances, accuracy, inference = (
+        importlib.import_module(f"{library}.{name}")
+        for name in ("distances", "utils.accuracy_calculator", "utils.inference")
+    )
+    calculator = accuracy.AccuracyCalculator(
         include=("mean_average_precision",),
         k=len(case.gallery),
         device=torch.device("cpu"),
-        knn_func=CustomKNN(CosineSimilarity()),
+        knn_func=inference.CustomKNN(distances.CosineSimilarity()),
     )
     found = [
         calculator.get_accuracy(part.query, part.query_class, part.gallery, part.gallery_class) for part in case.parts()
@@ -138,9 +140,7 @@ def metric_learning(case: Case) -> float:
 
 
 def torch_metrics(case: Case) -> float:
-    from torchmetrics.retrieval import RetrievalMAP
-
-    metric = RetrievalMAP()
+    metric = importlib.import_module("torchmetrics.retrieval").RetrievalMAP()
     found = []
     for part in case.parts():
         relevant = part.query_class[:, None] == part.gallery_class

@@ -107,9 +107,9 @@ def _labels(data: Embeddings) -> torch.Tensor | None:
 # ---------------------------------------------------------------------------------------------- CCA
 
 
-def _projection(rows: PairedRows, ridges: tuple[float, float]) -> tuple[Projection, np.ndarray]:
-    """Return a CCA in all its dimensions, and the correlations [E] of these."""
-    found, centre_i, centre_t = rows.solve(ridges), rows.image.centre, rows.text.centre
+def _projection(rows: PairedRows, ridges: tuple[float, float], dims: int) -> tuple[Projection, np.ndarray]:
+    """Return a CCA in at most its first `dims` dimensions, and the correlations [E] of these."""
+    found, centre_i, centre_t = rows.solve(ridges, dims), rows.image.centre, rows.text.centre
     projection = Projection(
         lambda x: (np.asarray(x, np.float64) - centre_i) @ found.image,
         lambda x: (np.asarray(x, np.float64) - centre_t) @ found.text,
@@ -126,8 +126,8 @@ def cca(
     `ridges`, of image and text, times the mean variance are added to the diagonals of the covariances; `dims` is cut to
     min(F_i, F_t). Each dimension is weighted by its correlation to the `power`. A direction that the pairs do not span
     gets weight 0, so that no inverse is taken of nothing."""
-    projection, correlation = _projection(PairedRows(image, text), ridges)
-    return projection.first(dims).weighted(correlation[:dims], power)
+    projection, correlation = _projection(PairedRows(image, text), ridges, dims)
+    return projection.weighted(correlation, power)
 
 
 def _best_cca(train: Embeddings, ridges: Sequence[float], dims: Sequence[int], score: Score) -> Projection:
@@ -135,9 +135,9 @@ def _best_cca(train: Embeddings, ridges: Sequence[float], dims: Sequence[int], s
     pairs, widest = PairedRows(*_pairs(train)), max(dims)
 
     def reached(solved: tuple[Projection, np.ndarray]) -> float:
-        return score(solved[0].first(widest).weighted(solved[1][:widest], 1.0))
+        return score(solved[0].weighted(solved[1], 1.0))
 
-    solutions = (_projection(pairs, both) for both in itertools.product(ridges, ridges))
+    solutions = (_projection(pairs, both, widest) for both in itertools.product(ridges, ridges))
     projection, correlation = max(solutions, key=reached)
     choices = [
         projection.first(d).weighted(correlation[:d], power).scored(way)
@@ -150,19 +150,29 @@ def _best_cca(train: Embeddings, ridges: Sequence[float], dims: Sequence[int], s
 # ---------------------------------------------------------------------------------------------- regressions
 
 
-def _ridge(x: np.ndarray, y: np.ndarray, ridge: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Least squares of y [n, K] on x [n, F] with an intercept; `ridge` times the mean variance of x is added."""
-    y = np.asarray(y, np.float64)
-    centre, bias = x.mean(0), y.mean(0)
-    covariance = (x - centre).T @ (x - centre) / len(x)
-    covariance[np.diag_indices_from(covariance)] += ridge * np.trace(covariance) / len(covariance)
-    weight = np.linalg.solve(covariance, (x - centre).T @ (y - bias) / len(x))
-    return lambda new: (np.asarray(new, np.float64) - centre) @ weight + bias
+class _LeastSquares:
+    """Least squares of y [n, K] on x [n, F] with an intercept, for any ridges: products of rows are made once."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
+        y = np.asarray(y, np.float64)
+        self.centre, self.bias = x.mean(0), y.mean(0)
+        centred = x - self.centre
+        self.covariance = centred.T @ centred / len(x)
+        self.cross = centred.T @ (y - self.bias) / len(x)
+
+    def solve(self, ridge: float) -> Callable[[np.ndarray], np.ndarray]:
+        """Return the map of new rows; `ridge` times the mean variance of x is added."""
+        covariance = self.covariance.copy()
+        covariance[np.diag_indices_from(covariance)] += ridge * np.trace(covariance) / len(covariance)
+        weight = np.linalg.solve(covariance, self.cross)
+        return lambda new: (np.asarray(new, np.float64) - self.centre) @ weight + self.bias
 
 
-def ridge_image_to_text(image: np.ndarray, text: np.ndarray, ridge: float = 0.1) -> Projection:
-    """Map image features [n, F_i] to the text features [n, F_t] of their pair by ridge; texts stay as they are."""
-    return Projection(_ridge(image, text, ridge), lambda x: np.asarray(x, np.float64), {"ridge": ridge})
+def ridges_image_to_text(image: np.ndarray, text: np.ndarray, ridges: Sequence[float] = (0.1,)) -> Iterator[Projection]:
+    """Map image features [n, F_i] to the text features [n, F_t] of their pair by each ridge; texts stay as they are."""
+    pairs = _LeastSquares(image, text)
+    for ridge in ridges:
+        yield Projection(pairs.solve(ridge), lambda x: np.asarray(x, np.float64), {"ridge": ridge})
 
 
 def logistic_regression(x: np.ndarray, labels: np.ndarray, penalty: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -249,7 +259,7 @@ def best_baselines(
         return score_of(projection.measured(val, all_modal=False, parallel=parallel))
 
     image, text = _pairs(train)
-    regressions = (ridge_image_to_text(image, text, r).scored(s) for r in ridges for s in (COSINE, ZSCORE))
+    regressions = (each.scored(s) for each in ridges_image_to_text(image, text, ridges) for s in (COSINE, ZSCORE))
     best = {PAIRS: _best_cca(train, ridges, dims, by_pairs), "ridge image to text": max(regressions, key=by_pairs)}
     if train.labels is not None:
         labels = train.labels.cpu().numpy()
@@ -305,7 +315,11 @@ def chance(data: Embeddings, map_ks: Sequence[int] = (50,), recall_ks: Sequence[
     # A query's relevant items are counted as `rank_classes` counts them, chunk by chunk and without similarities.
     for name, (_, _, labels, gallery_labels, own) in directions(data, data.image[:, :1], data.text[:, :1], True):
         classes, chunk = gallery_labels.float().T, max(1, CHUNK_ELEMENTS // len(gallery_labels))
-        relevant = torch.cat([((part.float() @ classes) > 0).sum(1) for part in labels.split(chunk)]).cpu().numpy()
+        relevant = (
+            torch.cat([((part.float() @ classes) > 0).sum(1, dtype=torch.int32) for part in labels.split(chunk)])
+            .cpu()
+            .numpy()
+        )
         size = len(gallery_labels) - (own is not None)
         relevant = relevant - ((labels.sum(1) > 0).cpu().numpy() if own is not None else 0)
         add_map(result, name, chance_ap(relevant, size), {k: chance_ap(relevant, size, k) for k in map_ks})

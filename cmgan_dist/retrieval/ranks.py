@@ -33,8 +33,10 @@ def relevant_ranks(blocks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[np.ndarr
 
     A block is (`similarity` float64 [n, G], whole numbers as `metrics.similarities` gives them, or LAST; `relevant`
     bool [n, G]). Ties rank by position. As many blocks as torch has threads are ranked at a time."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for hits in pool.map(lambda block: relevant_in_order(*block), blocks):
+    parts = list(blocks)
+    threads = min(torch.get_num_threads(), len(parts))
+    with ThreadPoolExecutor(max(threads, 1)) as pool:  # it starts none before it is asked
+        for hits in (pool.map if threads > 1 else map)(lambda part: relevant_in_order(*part), parts):
             yield from (np.flatnonzero(row) + 1 for row in hits)
 
 

@@ -83,7 +83,7 @@ def _canonical_heads(train: Embeddings) -> Iterator[tuple[tuple[float, float], C
     owner = train.text_owner
     rows = PairedRows(train.image[owner].double().numpy(), train.text.double().numpy())
     for ridges in itertools.product(IMAGE_RIDGES, TEXT_RIDGES):
-        found = rows.solve(ridges)
+        found = rows.solve(ridges, max(DIMS))
 
         def head(dims: int, power: float, found=found) -> PairHead:  # type: ignore[no-untyped-def]
             scale = found.correlation[:dims] ** power

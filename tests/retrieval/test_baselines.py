@@ -21,7 +21,7 @@ from cmgan_dist.retrieval.baselines import (
     chance,
     chance_ap,
     logistic_regression,
-    ridge_image_to_text,
+    ridges_image_to_text,
 )
 from cmgan_dist.retrieval.metrics import Embeddings, evaluate, rank_classes
 
@@ -95,7 +95,7 @@ def test_cca_with_a_ridge_and_a_power_is_that_of_its_equation() -> None:
 def test_ridge_equals_scikit_learn() -> None:
     data = features(200, 3)
     x, y = data.image.double().numpy(), data.text.double().numpy()
-    across = ridge_image_to_text(x, y, 0.3)
+    across = next(ridges_image_to_text(x, y, (0.3,)))
     theirs = Ridge(alpha=0.3 * x.var(0).mean() * len(x)).fit(x, y)
     np.testing.assert_allclose(across.image(x), theirs.predict(x), atol=1e-8)
     np.testing.assert_array_equal(across.text(y), y)
