@@ -93,7 +93,7 @@ def compare(expected: Losses, found: Losses, what: str, tolerance: float) -> flo
     for step, (left, right) in enumerate(zip(expected, found, strict=True)):
         assert left.keys() == right.keys()
         for name, value in left.items():
-            difference = abs(value - right[name]) / max(1, abs(value))
+            difference = 0.0 if value == right[name] else abs(value - right[name]) / max(1, abs(value))
             loss = name.startswith("loss/")
             assert difference <= tolerance * (1 if loss else 10), f"{what} step {step} {name}: {value} {right[name]}"
             worst = max(worst, difference) if loss else worst
