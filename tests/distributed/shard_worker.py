@@ -25,25 +25,29 @@ from cmgan_dist.training.step import StepInputs, build_step_inputs
 from tests.distributed.zero_worker import SMALL, Losses, compare
 from tests.toy import global_batch, part_of, small_config
 
-ROWS = 8
+ROWS = 24
 WORDS = ["red", "green", "blue", "dog", "boat", "tree"]
 OPTIONS = {"optim__accumulate": 2, "optim__clip": 0.5, "optim__weight_decay": 0.01}
 JOINT = {"optim__update": "joint", "loss__contrastive": 1.0}
 CASES: dict[str, tuple[str, str, dict[str, object]]] = {
     "reference": ("test_vit", "cnn", {}),
     "options": ("test_vit", "cnn", {**OPTIONS, "loss__r1": 1.0, "loss__r1_every": 2, "train__ema": 0.9}),
-    "joint": ("test_vit", "clip", {**JOINT, **OPTIONS}),
+    "joint": ("test_vit", "cnn", {"optim__update": "joint", **OPTIONS}),
+    "towers": ("test_vit", "clip", {**JOINT, "train__ema": 0.9}),
     "convolutions": ("test_efficientnet", "cnn", {"train__ema": 0.9}),
     "features": ("test_convnext", "", JOINT),
     "bf16": ("test_vit", "cnn", {"train__precision": "bf16", "train__reduce_precision": "bf16"}),
     "fp16": ("test_vit", "cnn", {"train__precision": "fp16", "optim__clip": 0.5}),
 }
 """Image backbone, text backbone and settings."""
-TOLERANCES = {"bf16": 5e-2, "fp16": 5e-2}
-"""Relative, of a loss; 1e-6 elsewhere. In few bits a difference of rounding grows from step to step."""
-
-KEY_BIAS = re.compile(r"qkv\.bias|in_proj_bias")
-"""Biases of keys, to which attention is blind: their gradients are zero but for rounding, of which Adam makes steps."""
+FEW_BITS = ("bf16", "fp16")
+"""Cases in which a last bit of a parameter rounds to another number now and then."""
+TOLERANCES = {"bf16": 5e-2, "fp16": 5e-2, "options": 1e-5, "joint": 1e-5}
+"""Relative, of a loss; 1e-6 elsewhere. Sums over parts and gradient norms are of another order than DDP's, and a
+difference of rounding grows from step to step."""
+NOISE = 1e-4
+"""Elements whose gradients are smaller, of the largest in the same optimiser, are not compared: Adam makes whole steps
+of a gradient that is zero but for rounding, as those of a key's bias and of what comes before a BatchNorm."""
 
 
 def setting(case: str, folder: str) -> tuple[Config, DataSpec]:
@@ -57,7 +61,8 @@ def setting(case: str, folder: str) -> tuple[Config, DataSpec]:
     elif text == "clip":
         config.model.text.name, config.model.text.weights = "open_clip:cmgan-tiny", folder
         config.model.text.trainable = config.model.text.checkpoint = True
-    config.optim.generator_lr = config.optim.discriminator_lr = 1e-4
+    rounds = bool(config.optim.clip)  # else gradients are the same to the bit
+    config.optim.generator_lr = config.optim.discriminator_lr = 1e-5 if rounds else 1e-3
     return config, DataSpec([str(c) for c in range(5)], "single", None, None if text else 5)
 
 
@@ -156,23 +161,29 @@ def check_what_is_left_out(config: Config, networks: Networks, parallel: Paralle
     assert not torch.equal(copies(networks)["generator/text_encoder.linear.weight"], after["generator/text_encoder.linear.weight"])
 
 
-def compare_all(expected: dict[str, Tensor], found: dict[str, Tensor], what: str, case: str) -> float:
-    """Check that all tensors are equal, backbones too, relative to the largest element of each; return the largest
-    difference. In few bits only step counts and loss scalers.
+def heard(name: str, tensors: dict[str, Tensor]) -> Tensor | None:
+    """Which elements of a tensor of a generator have gradients that are more than rounding; None: all."""
+    parameter = re.sub(r"^(optimizer/)?generator/|^ema/|/exp_avg(_sq)?$", "", name)
+    squares = {k: v for k, v in tensors.items() if k.startswith("optimizer/generator/") and k.endswith("/exp_avg_sq")}
+    own = squares.get(f"optimizer/generator/{parameter}/exp_avg_sq")
+    largest = max(float(v.max()) for v in squares.values())
+    return None if own is None else own > NOISE**2 * largest
 
-    Where gradients are clipped or accumulated they differ in the last bit, and Adam makes more of one that is nearly
-    0: in backbones, some of whose gradients are."""
+
+def compare_all(expected: dict[str, Tensor], found: dict[str, Tensor], what: str, case: str) -> float:
+    """Check that all tensors are equal within 1e-5 of the largest element of each, moments within 1e-4; return the
+    largest difference of a parameter or buffer. In few bits only step counts and loss scalers are compared."""
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     worst = 0.0
     for name, value in expected.items():
-        compared = case not in TOLERANCES and not KEY_BIAS.search(name)
-        if compared or name.endswith("/step") or "/scaler/" in name:
-            moment = name.startswith("optimizer/")
-            scale = float(value.abs().max()) or 1.0
-            scale = scale if moment else max(scale, SMALL)
-            worst = max(worst, difference := float((found[name] - value).abs().max()) / scale)
-            loose = moment or "_backbone." in name
-            assert difference <= 1e-6 * (10 if loose else 1), f"{what} {name}: {difference}"
+        if case in FEW_BITS and not name.endswith("/step") and "/scaler/" not in name:
+            continue
+        mask, apart = heard(name, expected), (found[name] - value).abs()
+        apart = apart if mask is None else apart * mask
+        scale, moment = float(value.abs().max()) or 1.0, name.startswith("optimizer/")
+        difference = float(apart.max()) / (scale if moment else max(scale, SMALL))
+        assert difference <= (1e-4 if moment else 1e-5), f"{what} {name}: {difference}"
+        worst = worst if moment else max(worst, difference)
     return worst
 
 

@@ -19,7 +19,7 @@ from tests.services import forked
 from tests.toy import ROOT, environment, final_state, lines, run_workers
 
 SLOW = pytest.mark.slow
-FAST = ("options", "joint", "fp16")
+FAST = ("options", "towers", "fp16")
 """Equality is tried over few steps in these, over 40 in the others."""
 
 
@@ -36,10 +36,10 @@ def test_sharded_equals_ddp_step_by_step_and_takes_over_its_checkpoints(case: st
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_clip_steps_and_four_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("case", "processes"), [("options", 2), ("towers", 2), ("options", 4)])
+def test_sharded_equals_ddp_over_many_steps(case: str, processes: int, tmp_path: Path) -> None:
     stored_clip(tmp_path)
-    for case, processes in (("joint", 2), ("options", 2), ("options", 4)):
-        assert f"{case}: sharded equals DDP" in run_workers("shard_worker.py", processes, case, "40", str(tmp_path))
+    assert f"{case}: sharded equals DDP" in run_workers("shard_worker.py", processes, case, "40", str(tmp_path))
 
 
 def sharded_words(data: Path, run: Path, *extra: str) -> list[str]:
