@@ -6,8 +6,9 @@ of several processes.
 `reference`: preset `reference` on features at full widths, alternate update. `backbone`: convnext_base (88 million
 parameters) trained on pictures of 64 x 64 with the layers of preset `features`, joint update. Both with 16 rows in all.
 
-Parameters (this process's share of them), what the optimiser holds (Adam's moments), and the highest that all tensors together come to in a batch,
-activations included; seconds of a batch, at best. Memory does not depend on who else uses the machine; seconds do.
+Parameters (this process's share of them), what the optimiser holds (Adam's moments), and the highest that all tensors
+together come to in a batch, activations included; seconds of a batch, at best. Memory does not depend on who else uses
+the machine; seconds do. Rows that are not asked for stay as they were measured.
 Writes bench/results/zero.json.
 """
 

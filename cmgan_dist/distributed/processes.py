@@ -1,8 +1,9 @@
 """What a process knows of the others: its rank, device and precision, and the collectives that training calls.
 
-This is the one file that names accelerate, as zero.py is the one that names deepspeed, shard.py FSDP2. Gradients of W processes with
-batch B equal those of one with W * B: DDP averages them, BatchNorm statistics are sums over all (`sync_norm`), and
-gathered tensors go through `Parallel.gather_differentiable`, whose backward adds up what every process asks of a row.
+This is the one file that names accelerate, as zero.py is the one that names deepspeed, and shard.py FSDP2. Gradients of
+W processes with batch B equal those of one with W * B: DDP averages them, BatchNorm statistics are sums over all
+(`sync_norm`), and gathered tensors go through `Parallel.gather_differentiable`, whose backward adds up what every
+process asks of a row.
 
 Shapes: W processes, B rows a process.
 """
@@ -147,7 +148,7 @@ class Parallel:
     def shard(self, backbone: nn.Module, probe: Any) -> None:
         """Divide a trained backbone's parameters among the processes, before `engine`; nothing with one process alone.
 
-        `probe`: an input of one row. Raises BadInput under DeepSpeed, or where the backbone cannot run so."""
+        `probe`: an input of one row. Raises BadInput under DeepSpeed."""
         if self.zero_config is not None:
             raise BadInput(
                 "train.shard_backbones is on, and DeepSpeed trains: leave DeepSpeed out (--config_file), or set it to "

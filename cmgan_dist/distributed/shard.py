@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cmgan_dist.distributed.engine import MOMENTS, Engine
 
-warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDP\w*(Backbone|Encoder|CNN)\) returned a view", UserWarning)
-# what takes the features of a whole backbone never writes into them
+_OF_BACKBONE = r"FSDP2-wrapped module \(FSDP\w*(Backbone|Encoder|CNN)\) returned a view"
+warnings.filterwarnings("ignore", _OF_BACKBONE, UserWarning)  # nothing writes into a backbone's features
 
 LARGEST, SMALLEST = 0.25, 0.01
 """What a block has at most and at least of a backbone's parameters: larger ones are looked into for blocks of their
@@ -177,9 +177,11 @@ class ShardedEngine(Engine):
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` of an engine of the same module returned, whole."""
-        shares = {}
-        for key, value in state.items():
-            like = self.sharded.get(key.rpartition("/")[0])
-            moment = like is not None and value.shape == like.shape and key.endswith(MOMENTS)
-            shares[key] = share_of_tensor(value, like).to_local() if moment else value  # type: ignore[arg-type, union-attr]
+        shares = dict(state)
+        for name, parameter in self.sharded.items():
+            for key in (f"{name}/{moment}" for moment in MOMENTS):
+                if key in state:
+                    share = share_of_tensor(state[key], parameter)
+                    assert isinstance(share, DTensor)
+                    shares[key] = share.to_local()
         super().load(shares)

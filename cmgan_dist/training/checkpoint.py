@@ -8,8 +8,8 @@ RUN/checkpoints/samples-000000012800/     other names in RUN/checkpoints are no 
 RUN/best/
     ...                       the generator that validated best (models/saved.py)
 
-Tensors are stored whole and by name, so a checkpoint knows nothing of the number of processes, DDP, sharding or ZeRO. No file of
-it is a pickle: reading one runs no code.
+Tensors are stored whole and by name, so a checkpoint knows nothing of the number of processes, DDP, sharding or
+ZeRO. No file of it is a pickle: reading one runs no code.
 """
 
 from __future__ import annotations
