@@ -1,12 +1,14 @@
-"""Memory and time of a batch under DeepSpeed ZeRO-1 and ZeRO-2, beside DDP, for each of several processes.
+"""Memory and time of a batch under DeepSpeed ZeRO-1 and ZeRO-2 and with sharded backbones (FSDP2), beside DDP, for each
+of several processes.
 
-    python -m bench.zero [--processes 2 4] [--batches 3] [--models reference backbone]
+    python -m bench.zero [--processes 2 4] [--batches 3] [--models reference backbone] [--kinds DDP FSDP2]
 
 `reference`: preset `reference` on features at full widths, alternate update. `backbone`: convnext_base (88 million
 parameters) trained on pictures of 64 x 64 with the layers of preset `features`, joint update. Both with 16 rows in all.
 
-Parameters, what the optimiser holds (Adam's moments), and the highest that all tensors together come to in a batch,
-activations included; seconds of a batch, at best. Memory does not depend on who else uses the machine; seconds do.
+Parameters (this process's share of them), what the optimiser holds (Adam's moments), and the highest that all tensors
+together come to in a batch, activations included; seconds of a batch, at best. Memory does not depend on who else uses
+the machine; seconds do. Rows that are not asked for stay as they were measured.
 Writes bench/results/zero.json.
 """
 
@@ -24,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.common import write_results
+from bench.common import RESULTS, write_results
 from cmgan_dist.config.cli import parse
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.presets import preset
@@ -40,13 +42,14 @@ from cmgan_dist.training.step import build_step_inputs
 
 ROWS, CLASSES = 16, 10
 MODELS = ("reference", "backbone")
-KINDS: dict[str, dict[str, object] | None] = {"DDP": None, "ZeRO-1": {"stage": 1}, "ZeRO-2": {"stage": 2}}
+STAGES: dict[str, dict[str, object]] = {"ZeRO-1": {"stage": 1}, "ZeRO-2": {"stage": 2}}
+KINDS = ("DDP", *STAGES, "FSDP2")
 MIB = 2**20
 
 
 @dataclass
 class Arguments:
-    """Measure memory and time of a batch under DDP, ZeRO-1 and ZeRO-2."""
+    """Measure memory and time of a batch under DDP, ZeRO-1, ZeRO-2 and FSDP2."""
 
     processes: tuple[int, ...] = (2, 4)
     """Numbers of processes on this machine."""
@@ -54,6 +57,8 @@ class Arguments:
     """Batches that are timed, after two that are not."""
     models: tuple[str, ...] = MODELS
     """What is trained: reference, backbone."""
+    kinds: tuple[str, ...] = KINDS
+    """How: DDP, ZeRO-1, ZeRO-2, or FSDP2 where a backbone is trained. What was measured before of the others stays."""
 
 
 def setting(model: str) -> tuple[Config, DataSpec]:
@@ -102,8 +107,8 @@ def worker(model: str, kind: str, batches: int) -> None:
     torch.set_num_threads(1)
     config, spec = setting(model)
     parallel = Parallel()
-    zero = KINDS[kind]
-    parallel.zero_config = None if zero is None else {"zero_optimization": zero}
+    parallel.zero_config = {"zero_optimization": STAGES[kind]} if kind in STAGES else None
+    config.train.shard_backbones = kind == "FSDP2"
     data, positions = batch_of(spec, ROWS // parallel.world, parallel.rank), itertools.count(step=ROWS)
 
     def step() -> float:
@@ -120,9 +125,9 @@ def worker(model: str, kind: str, batches: int) -> None:
         step()
     with traced() as training:
         step()
-    modules = [networks.generator, *networks.unwrapped.values()]
+    held = [p for engine in networks.engines.values() for p in engine.updated.values()]
     record = {
-        "parameters": sum(p.nbytes for m in modules for p in m.parameters()),
+        "parameters": sum(p.nbytes for p in held),
         "optimiser": sum(optimiser_bytes(engine) for engine in networks.engines.values()),
         "highest": allocated(building)[-1] + max(allocated(training)),
         "seconds": min(step() for _ in range(batches)),
@@ -162,14 +167,19 @@ def main() -> None:
         worker(sys.argv[2], sys.argv[3], int(sys.argv[4]))
         return
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.zero")
-    unknown = set(arguments.models) - set(MODELS)
+    unknown = {*arguments.models, *arguments.kinds} - {*MODELS, *KINDS}
     if unknown or arguments.batches < 1 or any(ROWS % n or n < 2 for n in arguments.processes):
-        raise BadInput(f"--models are {', '.join(MODELS)}, --processes 2, 4, 8 or 16, --batches from 1 on")
-    record = {
+        raise BadInput(
+            f"--models are {', '.join(MODELS)}, --kinds {', '.join(KINDS)}, --processes 2, 4, 8 or 16, --batches from "
+            "1 on"
+        )
+    before = json.loads((RESULTS / "zero.json").read_text())["each_process"]
+    record = before | {
         f"{model}, {processes} processes, {kind}": measure(model, kind, processes, arguments.batches)
         for model in arguments.models
         for processes in arguments.processes
-        for kind in KINDS
+        for kind in arguments.kinds
+        if kind != "FSDP2" or model == "backbone"
     }
     show(record)
     print(write_results("zero", {"rows": ROWS, "each_process": record}))

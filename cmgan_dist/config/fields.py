@@ -225,6 +225,9 @@ class TrainConfig:
     """fp32, or autocast to bf16 or fp16 (losses and statistics stay fp32; fp16 with a loss scaler per optimiser)."""
     reduce_precision: Annotated[Literal["fp32", "bf16"], Resumable] = "fp32"
     """In what gradients travel between processes; bf16 halves their bytes and rounds them."""
+    shard_backbones: Annotated[bool, Resumable] = False
+    """Divide trained backbones among the processes, parameters, gradients and moments (FSDP2); what trains is the
+    same. For backbones that do not fit; more is sent."""
     compile: Annotated[bool, Resumable] = False
     """torch.compile the networks: pays on GPUs with small batches, costs seconds to minutes at the start."""
     ema: Annotated[float, Range(0, 0.999999), Resumable] = 0.0

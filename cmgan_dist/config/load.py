@@ -40,6 +40,8 @@ def validate(config: Config) -> Config:
             f"train.compile is on with {name}, which takes gradients of gradients, and torch.compile has none: set "
             "train.compile to false"
         )
+    if config.train.shard_backbones:
+        _check_sharding(config)
     if not config.model.text.kernel_sizes:
         raise BadInput("model.text.kernel_sizes is empty: name the width of one convolution or more")
     return config
@@ -78,6 +80,18 @@ def _check_batch(config: Config) -> None:
             f"stream.logical_streams is {streams} and does not divide the {micro} samples of stream.global_batch"
             f"{f' / optim.accumulate {parts}' if parts > 1 else ''}"
         )
+
+
+def _check_sharding(config: Config) -> None:
+    """Raises BadInput when there is no trained backbone that can be sharded."""
+    image, text = config.model.image, config.model.text
+    if not (text.name == "cnn" or any(each.trainable and each.name != "features" for each in (image, text))):
+        raise BadInput(
+            "train.shard_backbones is on and no backbone is trained: set model.image.trainable or "
+            "model.text.trainable to true, or train.shard_backbones to false"
+        )
+    if config.train.compile:
+        raise BadInput("train.compile is on with train.shard_backbones, which it cannot take: set one to false")
 
 
 def _check_splits(config: Config) -> None:

@@ -1,7 +1,8 @@
 """How one module is trained: its optimiser, its loss scaler, its gradient clipping, and its part in the collectives.
 
-One engine owns each parameter. `Engine` is plain torch, with or without DDP around the module; `zero.ZeroEngine` is the
-same under DeepSpeed ZeRO. Their states have one form, named by parameter, so that either loads the other's.
+One engine owns each parameter. `Engine` is plain torch, with or without DDP around the module; `shard.ShardedEngine`
+is the same where backbones are sharded, `zero.ZeroEngine` under DeepSpeed ZeRO. Their states have one form, named by
+parameter, so that each loads the others'.
 """
 
 from __future__ import annotations
@@ -66,12 +67,15 @@ class Engine:
         there are several processes."""
         self.module, self.wrapped, self.settings = module, wrapped, settings
         self.named_parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.parameters = list(self.named_parameters.values())
-        self.vectors = [p for p in self.parameters if p.ndim == 1]
+        self.updated = dict(self.named_parameters)
+        """What the optimiser updates, by the names of the parameters."""
+        self.device = device
         self.scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE) if settings.fp16 else None
         self._build()
 
     def _build(self) -> None:
+        self.parameters = list(self.updated.values())
+        self.vectors = [p for p in self.parameters if p.ndim == 1]
         self.optimizer = adamw(self.parameters, self.settings)
 
     def set_rate(self, factor: float) -> None:
@@ -107,9 +111,12 @@ class Engine:
         out: dict[str, Tensor] = {}
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+            for found in self.scaler._per_optimizer_states[id(self.optimizer)]["found_inf_per_device"].values():
+                self._anywhere(found)
         if self.settings.clip or measure:
-            largest = self.settings.clip or float("inf")
-            out["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, largest)
+            out["gradient_norm"] = self._gradient_norm()
+        if self.settings.clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, out["gradient_norm"])
         if self.scaler is not None:
             scale = self.scaler._scale
             assert scale is not None, "no backward since the engine was made"
@@ -124,15 +131,22 @@ class Engine:
             grads = [p.grad for p in self.vectors if p.grad is not None]
             signs = [loss.detach().float(), *(g.sum() for g in grads)]
             bad = ~torch.isfinite(torch.stack(signs)).all()
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self._anywhere(bad.float())  # type: ignore[attr-defined]
             self.optimizer.step()
         return out
+
+    def _anywhere(self, flag: Tensor) -> Tensor:
+        """Return whether `flag` [] is 1 on any process, given that gradients are equal on all."""
+        return flag
+
+    def _gradient_norm(self) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def state(self) -> dict[str, Tensor]:
         """Return the optimiser's state by name: NAME/exp_avg, NAME/exp_avg_sq and NAME/step of each parameter NAME that
         was updated before, and scaler/* of the loss scaler where there is one."""
         out = {}
-        for name, parameter in self.named_parameters.items():
+        for name, parameter in self.updated.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 out[f"{name}/{key}"] = value
         return out | self._scaler_state()
@@ -141,7 +155,7 @@ class Engine:
         """Take over what `state` of an engine of the same module returned, `ZeroEngine` included.
 
         Parameters that `state` does not name begin anew."""
-        for name, parameter in self.named_parameters.items():
+        for name, parameter in self.updated.items():
             if f"{name}/step" in state:
                 made = {k: state[f"{name}/{k}"].to(parameter.device).clone() for k in MOMENTS}
                 step = state[f"{name}/step"].to(parameter.device, torch.float32).clone()

@@ -139,8 +139,9 @@ def take_zero_config() -> dict[str, Any] | None:
             config["zero_optimization"]["offload_optimizer"] = {"device": device}
     if stage not in (1, 2):
         raise BadInput(
-            f"{where} asks for ZeRO stage {stage}: set it to 1 or 2, or train without DeepSpeed (stage 3 takes "
-            "parameters apart that the losses of other modules go through)"
+            f"{where} asks for ZeRO stage {stage}: set it to 1 or 2, or train without DeepSpeed, where "
+            "train.shard_backbones=true divides trained backbones (stage 3 takes parameters apart that the losses of "
+            "other modules go through)"
         )
     return config
 

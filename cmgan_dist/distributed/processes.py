@@ -1,8 +1,9 @@
 """What a process knows of the others: its rank, device and precision, and the collectives that training calls.
 
-This is the one file that names accelerate, as zero.py is the one that names deepspeed. Gradients of W processes with
-batch B equal those of one with W * B: DDP averages them, BatchNorm statistics are sums over all (`sync_norm`), and
-gathered tensors go through `Parallel.gather_differentiable`, whose backward adds up what every process asks of a row.
+This is the one file that names accelerate, as zero.py is the one that names deepspeed, and shard.py FSDP2. Gradients of
+W processes with batch B equal those of one with W * B: DDP averages them, BatchNorm statistics are sums over all
+(`sync_norm`), and gathered tensors go through `Parallel.gather_differentiable`, whose backward adds up what every
+process asks of a row.
 
 Shapes: W processes, B rows a process.
 """
@@ -32,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cmgan_dist.distributed.engine import AdamSettings, Engine
 from cmgan_dist.distributed.join import JOIN_S, is_lost_process, join_torchrun, name_gloo_interface, take_zero_config
 from cmgan_dist.distributed.precision import autocast
+from cmgan_dist.distributed.shard import ShardedEngine, Turns, shard, sharded_names
 from cmgan_dist.distributed.sync_norm import synchronise_statistics
 from cmgan_dist.errors import BadInput, LostProcess
 from cmgan_dist.jobs import startup
@@ -127,6 +129,7 @@ class Parallel:
         if self.world != started:  # each would train alone and write over the others
             raise RuntimeError(f"{started} processes were started but accelerate joined {self.world}")
         self._signalled = False
+        self._turns = Turns(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -140,7 +143,27 @@ class Parallel:
         """How the processes share the work, in words for the log; "" for one process alone."""
         if self.zero_config is not None:
             return f"DeepSpeed ZeRO-{self.zero_config['zero_optimization']['stage']}"
-        return "DDP" if self.world > 1 else ""
+        sharded = ", backbones sharded by FSDP2" if self._turns.backbones else ""
+        return f"DDP{sharded}" if self.world > 1 else ""
+
+    def shard(self, backbone: nn.Module, probe: Any) -> None:
+        """Divide a trained backbone's parameters among the processes, before `engine`; nothing with one process alone.
+
+        `probe`: an input of one row. Raises BadInput under DeepSpeed."""
+        if self.zero_config is not None:
+            raise BadInput(
+                "train.shard_backbones is on, and DeepSpeed trains: leave DeepSpeed out (--config_file), or set it to "
+                "false",
+                everywhere=True,
+            )
+        if self.world > 1:
+            shard(backbone, self.device, self.reduce_precision)
+            self._turns.add(backbone, probe)
+
+    def finish_forwards(self) -> None:
+        """Run sharded backbones along with processes that have more to evaluate than this one; every process calls it,
+        with its generator in eval mode, once it has evaluated what is its own."""
+        self._turns.finish()
 
     def engine(self, module: nn.Module, settings: AdamSettings, parts: dict[str, nn.Module] | None = None) -> Engine:
         """Move `module` to the device, synchronise its BatchNorms and return the engine that trains it.
@@ -157,11 +180,13 @@ class Parallel:
 
             config = {"communication_data_type": self.reduce_precision} | self.zero_config
             return ZeroEngine(module, parts, settings, self.device, config)
-        return Engine(module, {name: self._wrap(part) for name, part in parts.items()}, settings, self.device)
+        kind = ShardedEngine if sharded_names(module) else Engine
+        return kind(module, {name: self._wrap(part) for name, part in parts.items()}, settings, self.device)
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sharded_names(module))
         wrapped = DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,

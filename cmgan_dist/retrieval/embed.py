@@ -140,6 +140,7 @@ def _embed_ranges(
                 columns = (image.feature, image.common, image.logits, text.feature, text.common, text.logits)
                 parts.append((*columns, batch.owner + len(keys), batch.labels))
                 keys += batch.keys
+        parallel.finish_forwards()
     gathered = parallel.gather_objects((parts, keys))
     before = list(itertools.accumulate((len(part_keys) for _, part_keys in gathered), initial=0))
     rows = [

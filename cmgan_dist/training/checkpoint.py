@@ -8,8 +8,8 @@ RUN/checkpoints/samples-000000012800/     other names in RUN/checkpoints are no 
 RUN/best/
     ...                       the generator that validated best (models/saved.py)
 
-Tensors are stored whole and by name, so a checkpoint knows nothing of the number of processes, DDP or ZeRO. No file of
-it is a pickle: reading one runs no code.
+Tensors are stored whole and by name, so a checkpoint knows nothing of the number of processes, DDP, sharding or
+ZeRO. No file of it is a pickle: reading one runs no code.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cmgan_dist.distributed.shard import whole_tensors
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import OtherVersion, parse_sealed, sealed_json, sha256_of, write_atomic
 
@@ -117,7 +118,8 @@ class Checkpointer:
         failed."""
         self.wait()
         names = share_of(tensors, self.rank, self.world)
-        mine = {name: tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in names}
+        found = whole_tensors(tensors, set(names))
+        mine = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in found}
         self._thread = threading.Thread(target=self._write, args=(replace(progress), mine), name="checkpoint")
         self._thread.start()
 

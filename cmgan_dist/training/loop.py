@@ -22,6 +22,7 @@ from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.handover import is_lost_worker, lost_worker
 from cmgan_dist.data.order import mix
 from cmgan_dist.distributed.join import is_lost_process
+from cmgan_dist.distributed.shard import load_tensors, whole_tensors
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
 from cmgan_dist.files import write_atomic
 from cmgan_dist.models.saved import BEST, read_model, save_model, stored_tensors
@@ -264,7 +265,7 @@ def keep_scoring(run: Run) -> None:
     if saved.scoring.spec.asked == asked_of(config.eval, bool(run.spec.data.classes)):
         return
     generator = run.networks.eval_generator
-    generator.load_state_dict(saved.tensors, strict=False)
+    load_tensors(generator, saved.tensors, strict=False)
     train = embed_sample(generator, run.stream.readers, SAMPLES, config, run.parallel)
     val = embed_split(generator, run.val_reader, config, run.parallel)
     if run.parallel.main:
@@ -291,12 +292,14 @@ def validate_now(run: Run) -> dict[str, float]:
     score, metrics = validation_of(embedded, config.eval, run.networks.multi_label, run.parallel)
     if progress.best is None or score > progress.best or config.train.select == "last":
         progress.best, progress.best_position = score, progress.position
+        held = stored_tensors(run.networks.eval_generator)
+        tensors = dict(whole_tensors(held, held if run.parallel.main else ()))
         if run.parallel.main:
             save_model(
                 run.folder / BEST,
                 run.spec,
                 run.config,
-                stored_tensors(run.networks.eval_generator),
+                tensors,
                 progress=dataclasses.asdict(progress),
                 vocabulary=run.vocabulary,
             )

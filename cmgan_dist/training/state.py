@@ -12,6 +12,7 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.distributed.engine import AdamSettings, Engine
 from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.distributed.shard import load_tensors
 from cmgan_dist.models.discriminators import NAMES, build_discriminators
 from cmgan_dist.models.generator import Generator, SingleModalityGenerator, build_generator
 from cmgan_dist.models.saved import check_shapes, stored_tensors
@@ -68,7 +69,9 @@ class Networks:
         return out
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors that a checkpoint holds, the optimisers' too; every process calls it, as ZeRO gathers."""
+        """Return all tensors that a checkpoint holds, the optimisers' too; every process calls it, as ZeRO gathers.
+
+        Those of sharded backbones are sharded still (`shard.whole_tensors`)."""
         out = self.model_tensors()
         for name, engine in self.engines.items():
             out |= {f"optimizer/{name}/{k}": v for k, v in engine.state().items()}
@@ -94,7 +97,7 @@ class Networks:
 
         check_shapes(self.model_tensors(), {k: v for k, v in tensors.items() if not k.startswith("optimizer/")}, where)
         for name, module in self.parts().items():
-            module.load_state_dict(under(f"{name}/"), strict=not isinstance(module, Generator))
+            load_tensors(module, under(f"{name}/"), strict=not isinstance(module, Generator))
         for name, engine in self.engines.items():
             engine.load(under(f"optimizer/{name}/"))
 
@@ -113,7 +116,12 @@ def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None
         generator.text_decoder.requires_grad_(False)
     if not config.loss.classification:
         generator.classifiers.requires_grad_(False)
-    average = copy.deepcopy(generator).requires_grad_(False).to(parallel.device) if config.train.ema else None
+    average = copy.deepcopy(generator).requires_grad_(False) if config.train.ema else None
+    if config.train.shard_backbones:
+        for each in [generator, average] if average else [generator]:
+            _shard_backbones(each, config, parallel)
+    if average is not None:
+        average.to(parallel.device)
     if config.train.compile:
         for module in (generator, *unwrapped.values()):
             module.compile()
@@ -133,6 +141,14 @@ def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None
     engines = {"generator": parallel.engine(generator, of_generator, parts)}
     engines |= {name: parallel.engine(unwrapped[name], of_discriminators) for name in NAMES}
     return Networks(generator, unwrapped, engines, average, multi_label=spec.label_kind == "multi")
+
+
+def _shard_backbones(generator: Generator, config: Config, parallel: Parallel) -> None:
+    size = config.model.image.image_size
+    if generator.image_backbone.trainable:
+        parallel.shard(generator.image_backbone, torch.zeros(1, 3, size, size, device=parallel.device))
+    if generator.text_backbone.trainable:
+        parallel.shard(generator.text_backbone, generator.text_backbone.tokenise(["a"], parallel.device))
 
 
 def update_average(average: Generator, generator: Generator, decay: float) -> None:

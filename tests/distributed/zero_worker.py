@@ -6,6 +6,7 @@ torchrun --nproc_per_node W tests/distributed/zero_worker.py CASE STEPS
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -93,7 +94,8 @@ def compare(expected: Losses, found: Losses, what: str, tolerance: float) -> flo
     for step, (left, right) in enumerate(zip(expected, found, strict=True)):
         assert left.keys() == right.keys()
         for name, value in left.items():
-            difference = abs(value - right[name]) / max(1, abs(value))
+            same = value == right[name] or (math.isnan(value) and math.isnan(right[name]))
+            difference = 0.0 if same else abs(value - right[name]) / max(1, abs(value))
             loss = name.startswith("loss/")
             assert difference <= tolerance * (1 if loss else 10), f"{what} step {step} {name}: {value} {right[name]}"
             worst = max(worst, difference) if loss else worst
