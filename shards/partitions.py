@@ -153,7 +153,8 @@ def _whole(part: Any) -> Any:
 def _kind(name: str) -> type[Readable]:
     """Return a class of bytes to be read, of this package."""
     module, _, kind = name.partition(":")
-    if module.partition(".")[0] != __name__.partition(".")[0]:
+    ours = module.partition(".")[0] == __name__.partition(".")[0]
+    found = getattr(importlib.import_module(module), kind, None) if ours else None
+    if not (isinstance(found, type) and hasattr(found, "size") and hasattr(found, "read")):
         raise ValueError(f"{name} is no kind of bytes to be read")
-    found: type[Readable] = getattr(importlib.import_module(module), kind)
     return found
