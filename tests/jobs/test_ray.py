@@ -82,10 +82,15 @@ def test_the_first_failing_task_raises_and_none_is_begun_behind_it(joined: str, 
         ray_map(refuse, [(n, tmp_path) for n in range(9)], title="refusing", address=joined)
     assert str(refused.value) == "2 is refused"
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2"}
+
+
+@pytest.mark.slow
+def test_what_is_no_bad_input_arrives_too(joined: str) -> None:
     with pytest.raises(ZeroDivisionError):
         ray_map(divide, [(1,), (0,)], title="dividing", address=joined)
 
 
+@pytest.mark.slow
 def test_the_task_of_a_killed_worker_is_done_by_another(
     joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
