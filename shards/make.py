@@ -95,9 +95,10 @@ def make_shard(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Ma
         # Read before the samples are: what changes between is found by the next run, and the shard made anew.
         source = content_sha256(pairs)
         ledger.write(path, ledger.Record(source, settings))
-        for name in (shard.name, index_name(shard.name)):
-            (output / name).unlink(missing_ok=True)
         info = write_shard(output, shard.name, samples())
+        if info is None:  # what an earlier run made of other pairs is not this shard
+            for name in (shard.name, index_name(shard.name)):
+                (output / name).unlink(missing_ok=True)
         ledger.write(path, _record(source, settings, output, info, left_out))
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror}") from None

@@ -314,6 +314,7 @@ class _Job:
             attribution=source.attribution,
             details={**self._settings, "fingerprint": fingerprint, "left_out": len(left_out)},
         )
+        remove_leftovers(self.options.output)  # of workers that were lost meanwhile
         write_manifest(self.options.output, manifest)
         finish_output(self.options.output)
         return Packed(manifest, source.notes, left_out, False)

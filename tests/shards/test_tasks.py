@@ -146,4 +146,5 @@ def test_a_ray_cluster_that_loses_a_node_makes_what_one_process_makes(tmp_path: 
         lose_node(cluster, second)
         made.result()
     run_shards(*words(table, tmp_path / "whole"))
-    assert files_of(shared) == files_of(tmp_path / "whole")
+    left = {path.name: path.read_bytes() for path in shared.iterdir() if not path.name.startswith(".")}
+    assert left == files_of(tmp_path / "whole")  # a worker of the lost node may live on for a moment

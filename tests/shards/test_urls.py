@@ -28,7 +28,7 @@ def rows_of(server: FaultyServer, query: str = "") -> list[dict[str, str]]:
 
 
 def build(table: Path | str, output: Path, *more: object) -> None:
-    options = ("--val", 0, "--test", 0, "--processes", 1, "--timeout-s", 0.5)
+    options = ("--val", 0, "--test", 0, "--processes", 1, "--timeout-s", 3)
     run_shards("build", "table", table, "--output", output, *options, *more)
 
 
@@ -39,7 +39,7 @@ def test_pictures_by_url_are_tried_again_and_fetched_once(server: FaultyServer, 
     assert len(samples_of(tmp_path / "out")) == 40
     assert samples_of(tmp_path / "out")[key_of(f"{server.url}/p/3.png")] == (["text 3"], ())
     fetched = server.requests.total()
-    assert fetched == 44
+    assert [server.requests[f"/p/{i}.png"] for i in (3, 7, 9)] == [3, 2, 2]
     build(table, tmp_path / "out")
     assert server.requests.total() == fetched  # what is behind a URL does not change
     build(table, tmp_path / "again")
