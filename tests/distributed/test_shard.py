@@ -20,6 +20,7 @@ from tests.toy import ROOT, environment, final_state, lines, run_workers
 
 SLOW = pytest.mark.slow
 FAST = ("options", "towers", "fp16")
+SHORT = (*FAST, "transformers")
 """Equality is tried over few steps in these, over 40 in the others."""
 
 
@@ -28,7 +29,7 @@ FAST = ("options", "towers", "fp16")
 def test_sharded_equals_ddp_step_by_step_and_takes_over_its_checkpoints(case: str, tmp_path: Path) -> None:
     """Each process holds half, what is not finite is left out, and unequal numbers of evaluation batches end."""
     stored_clip(tmp_path)
-    out = run_workers("shard_worker.py", 2, case, "4" if case in FAST else "40", str(tmp_path))
+    out = run_workers("shard_worker.py", 2, case, "4" if case in SHORT else "40", str(tmp_path))
     found = re.search(rf"{case}: sharded equals DDP on 2, (\d+) of (\d+) elements", out)
     assert found is not None
     assert int(found[1]) < 0.6 * int(found[2])
