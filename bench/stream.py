@@ -101,7 +101,7 @@ def need_of(name: str) -> tuple[str, str] | None:
 
 def find_absent(python: str) -> dict[str, str]:
     """Return why a contestant cannot take part, by name."""
-    absent = {}
+    absent: dict[str, str] = {}
     for start, (package, module) in NEEDS.items():
         probe = subprocess.run([python, "-c", f"import {module}"], capture_output=True, text=True, check=False)
         if probe.returncode:
