@@ -139,17 +139,17 @@ def test_the_waits_between_tries_are_kept(
     assert len({wait / longest for wait, longest in zip(waits, (10, 20, 30, 30), strict=True)}) > 1  # spread
 
 
-def test_garbage_of_the_parent_does_not_delay_a_child(make: Callable[..., CachedStore]) -> None:
+def test_garbage_of_the_parent_does_not_delay_a_child(server: FaultyServer, make: Callable[..., CachedStore]) -> None:
     # To collect a file system of fsspec closes its connections in its event loop, and waits 0.1 s for one that is gone.
     gc.disable()
     try:
         for _ in range(20):
-            make().read("manifest.json")
+            make().read("s-1.tar")
         store = make()
 
         def child(_: int) -> int:
             gc.collect()
-            store.read("manifest.json")
+            store.read("s-1.tar")
             return len(source_module.inherited)
 
         # Kept alive in the child, so that nothing waits for the parent's loop; without it the collection took 2 s.
