@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +16,7 @@ from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs import ledger
 from shards.extract import Options, extractor, feature_samples
-from shards.shard_file import put_shard
+from shards.shard_file import finished_record, put_shard
 
 Made = tuple[ShardInfo | None, list[str]]
 """What was written for a source (None when no sample was good), and a line for each sample left out."""
@@ -50,7 +49,7 @@ def make_shard(
             samples = feature_samples(extractor(options), judge, groups, source.name, left_out)
             info = put_shard(store, source.name, samples)
             _check_count(source, info, left_out)
-            write_record(store, record, _finished_record(source, settings, store, info, left_out))
+            write_record(store, record, finished_record(source.sha256, settings, info, store, left_out))
         except BadSample as error:
             raise BadInput(f"{error}: {_way_out(data)}") from None
         finally:
@@ -80,18 +79,6 @@ def _open_source(data: str, source: ShardInfo) -> int:
 def _way_out(data: str) -> str:
     """Return what is done about a shard that is damaged where it lies."""
     return "put it there anew" if "://" in data else f"see 'python -m shards verify {data}'"
-
-
-def _finished_record(
-    source: ShardInfo, settings: dict[str, Any], output: FileStore, info: ShardInfo | None, left_out: list[str]
-) -> ledger.Record:
-    """Return the record of a shard that was written, or of which no sample was good, and of the sidecar beside it."""
-    if info is None:
-        return ledger.Record(source.sha256, settings, True, None, left_out)
-    written = {name: value for name, value in asdict(info).items() if name in ledger.WRITTEN}
-    sidecar = index_name(info.name)
-    beside = {"name": sidecar, "samples": info.samples, "sha256": info.index_sha256, "bytes": output.size(sidecar)}
-    return ledger.Record(source.sha256, settings, True, written, left_out, [beside])
 
 
 def is_recorded(output: FileStore, source: ShardInfo, settings: dict[str, Any]) -> bool:

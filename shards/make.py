@@ -20,11 +20,12 @@ import numpy as np
 
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import LabelKind, ShardInfo
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.jobs import ledger
 from shards.pairs import RawPair, Readable
 from shards.plan import PlannedShard
-from shards.shard_file import Members, has_index, read_members, try_sample, write_shard
+from shards.shard_file import Members, finished_record, has_index, read_members, try_sample, write_shard
 from shards.urls import UrlBytes
 
 READ_AT_A_TIME = 16
@@ -99,7 +100,7 @@ def make_shard(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Ma
         if info is None:  # what an earlier run made of other pairs is not this shard
             for name in (shard.name, index_name(shard.name)):
                 (output / name).unlink(missing_ok=True)
-        ledger.write(path, _record(source, settings, output, info, left_out))
+        ledger.write(path, finished_record(source, settings, info, FileStore(str(output), "--output"), left_out))
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror}") from None
     finally:
@@ -125,18 +126,6 @@ def _read_ahead(
             yield from ((pair, future.result) for pair, future in waiting)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _record(
-    source: str, settings: dict[str, Any], output: Path, info: ShardInfo | None, left_out: list[str]
-) -> ledger.Record:
-    """Return the record of a shard that was written, or of which no pair was good, and of the sidecar beside it."""
-    if info is None:
-        return ledger.Record(source, settings, True, None, left_out)
-    written = {name: value for name, value in asdict(info).items() if name in ledger.WRITTEN}
-    beside = {"name": index_name(info.name), "samples": info.samples, "sha256": info.index_sha256}
-    beside["bytes"] = (output / index_name(info.name)).stat().st_size
-    return ledger.Record(source, settings, True, written, left_out, [beside])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from cmgan_dist.data.manifest import LabelKind, ShardInfo, check_shard_name
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
+from cmgan_dist.jobs.ledger import WRITTEN, Record
 from cmgan_dist.jobs.staging import staging
 from shards.pairs import RawPair, Readable
 from shards.scan import scan_shard
@@ -180,3 +182,17 @@ def has_index(output: Path, shard: ShardInfo) -> bool:
         return False
     same = shard.index_sha256 in ("", hashlib.sha256(data).hexdigest())
     return same and len(index) == shard.samples
+
+
+def finished_record(
+    source: str, settings: dict[str, Any], info: ShardInfo | None, output: FileStore, left_out: list[str]
+) -> Record:
+    """Return the record of a shard that was written, or of which no sample was good, and of the sidecar beside it.
+
+    `source`: SHA-256 of what it was made from; `settings`: how."""
+    if info is None:
+        return Record(source, settings, True, None, left_out)
+    written = {name: value for name, value in asdict(info).items() if name in WRITTEN}
+    sidecar = index_name(info.name)
+    beside = {"name": sidecar, "samples": info.samples, "sha256": info.index_sha256, "bytes": output.size(sidecar)}
+    return Record(source, settings, True, written, left_out, [beside])
