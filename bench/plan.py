@@ -115,11 +115,10 @@ def main() -> None:
         shutil.rmtree(words.folder, ignore_errors=True)
         found.append(measure(words.folder, rows, words.processes))
         print(found[-1], flush=True)
-        from bench.common import write_results  # with torch, whose memory is not that of a build
-
-        path = write_results("plan", {"processes": words.processes, "planned": found})
     shutil.rmtree(words.folder)
-    print(path)
+    from bench.common import write_results  # with torch, whose memory is not that of a build
+
+    print(write_results("plan", {"processes": words.processes, "planned": found}))
 
 
 if __name__ == "__main__":
