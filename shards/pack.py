@@ -82,7 +82,7 @@ class BuildCommand:
         if packed is None:
             return
         headline = f"already packed: {self.output}" if packed.was_complete else f"packed {self.output}"
-        print_summary(headline, packed.manifest, notes=packed.notes, left_out=packed.left_out)
+        print_summary(headline, packed.manifest, left_out=packed.left_out)
 
 
 @dataclass(kw_only=True)
@@ -221,7 +221,9 @@ class _Job:
     task: Task
 
     def run(self) -> Packed | None:
-        """Make what is not there. Raises BadInput as `pack` does."""
+        """Say what was taken and make what is not there. Raises BadInput as `pack` does."""
+        for note in self.source.notes:
+            print(shown(note), flush=True)
         output, overwrite, shards = self.options.output, self.options.overwrite, self.plan.shards
         own = [shards[i] for i in self.task.share(len(shards))]
         fingerprint = _fingerprint(self.source, shards, self._settings)

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from cmgan_dist.data.manifest import LabelKind
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadInput, BadSample, shown
 
 Together = Literal["images-and-texts", "images"]
 """What keeps pairs on one side of a split when it is equal; images: for captions that many pictures share."""
@@ -189,7 +189,15 @@ def split_shares(val: float | None, test: float | None, named: Collection[str]) 
     return shares
 
 
-FLAG = "--val 0.1 takes a tenth of train for it"
+def say_splits(named: Collection[str], draw: Draw) -> str:
+    """Return a line that says where the splits of a source are from, which names those in `named`."""
+    drawn = [f"{share:g} into {split}" for split, share in (("val", draw.val), ("test", draw.test)) if share]
+    parts = [f"the source names the splits {', '.join(named)}"] if named else []
+    of = "train" if named else "all"
+    return shown("; ".join([*parts, *[f"of {of} a hash puts {' and '.join(drawn)}"] * bool(drawn)]) or "all is train")
+
+
+FLAG = "add --val 0.1, or draw one later by 'python -m shards split'"
 """How a command that packs makes a split for validation."""
 
 

@@ -15,7 +15,7 @@ import tyro
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.files import parse_json
 from shards.pack import DrawCommand
-from shards.pairs import RawPair, RawPairs, make_key, missing_val
+from shards.pairs import RawPair, RawPairs, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
 from shards.sources.files import PlainFile, check_names
 
@@ -68,8 +68,12 @@ class CocoCommand(DrawCommand):
             details={"source": "coco", **asdict(draw), "without_caption": without},
             draw=draw,
             expected_splits=tuple(dict.fromkeys([*(named or ["train"]), *draw.splits])),
-            notes=[*[f"{without} pictures have no caption and were left out"] * bool(without)]
-            + missing_val([*named, *draw.splits]),
+            notes=[
+                f"{sum(len(file.captions) for file in files)} pictures with captions, no labels",
+                say_splits(dict.fromkeys(named), draw),
+                *[f"{without} pictures have no caption and were left out"] * bool(without),
+                *missing_val([*named, *draw.splits]),
+            ],
         )
 
 

@@ -18,7 +18,7 @@ from cmgan_dist.data.folder import walk_files
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS
 from cmgan_dist.errors import BadInput, shown
 from shards.pack import DrawCommand
-from shards.pairs import RawPair, RawPairs, make_key, missing_val
+from shards.pairs import RawPair, RawPairs, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
 from shards.scan import SPLIT_ALIASES
 from shards.sources.files import PlainFile, check_names, check_unicode
@@ -90,7 +90,12 @@ class FolderCommand(DrawCommand):
             details={"source": "folder", **asdict(draw)},
             draw=draw,
             expected_splits=(*(named or ("train",)), *draw.splits),
-            notes=[*_left_out(others), *missing_val([*named, *draw.splits])],
+            notes=[
+                f"{len(classes)} class folders are the labels" if classes else "no class folders: no labels",
+                say_splits(named, draw),
+                *_left_out(others),
+                *missing_val([*named, *draw.splits]),
+            ],
         )
 
 

@@ -24,7 +24,7 @@ from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs.cores import usable_cores
 from cmgan_dist.jobs.local import parallel_map
 from shards.pack import DrawCommand
-from shards.pairs import Draw, RawPair, RawPairs, Readable, make_key, missing_val
+from shards.pairs import RawPair, RawPairs, Readable, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
@@ -150,6 +150,7 @@ class TableCommand(DrawCommand):
         tables = tables_of(top)
         names = list(dict.fromkeys(name for path, _ in tables for name in column_names(path, text)))
         columns, said = self._columns(names), _Said()
+        print(_describe(columns, names), flush=True)
         rows.partitions = partitions_for(sum(about_rows(path) for path, _ in tables))
         units = _units(tables, usable_cores() if self.processes is None else self.processes)
         places = [Partitions(rows.folder, rows.partitions, i) for i in range(len(units))]
@@ -174,7 +175,7 @@ class TableCommand(DrawCommand):
             details={"source": "table", **asdict(draw)},
             draw=draw,
             expected_splits=(*(named or ["train"]), *draw.splits),
-            notes=[_describe(columns, names, named, draw), *missing_val([*named, *draw.splits])],
+            notes=[say_splits(named, draw), *missing_val([*named, *draw.splits])],
             left_out=said.left_out,
         )
 
@@ -236,7 +237,10 @@ class TableCommand(DrawCommand):
             if column is not None:
                 found[role] = column
             elif names and role in ("image", "text"):
-                raise BadInput(f"{table} has no {role} column that is recognised: name it with --{role}-column")
+                raise BadInput(
+                    f"{table} has no {role} column that is recognised: name it with --{role}-column; it has "
+                    f"{shown(', '.join(names))}{_other_delimiter(names)}"
+                )
         return found
 
 
@@ -291,19 +295,23 @@ def _parse_row(row: Row, columns: dict[str, str]) -> _Row:
     return _Row(cell("image", as_picture), cell("text", as_texts), labels, listed, split)
 
 
-def _describe(columns: dict[str, str], names: list[str], splits: list[str], draw: Draw) -> str:
+def _describe(columns: dict[str, str], names: list[str]) -> str:
     """Return a line that says which columns were taken for what, and which might have been."""
     taken = [f"{role} is column '{column}'" for role, column in columns.items()]
     if "label" not in columns:
         taken.append("no labels")
-    if "split" not in columns and splits:
-        taken.append(f"tables are splits by their names: {', '.join(splits)}")
-    elif "split" not in columns:
-        taken.append(f"a hash of the image puts {draw.val:g} into val and {draw.test:g} into test")
     known = {name for common in COMMON_NAMES.values() for name in common}
     passed = [name for name in names if name.lower() in known and name not in columns.values()]
     others = f"; not taken: {', '.join(passed)}" if passed else ""
     return shown("; ".join(taken) + others)
+
+
+def _other_delimiter(names: list[str]) -> str:
+    """Return the advice for a header that was read as a single column."""
+    if len(names) != 1:
+        return ""
+    found = next((mark for mark in (";", "\t", "|", ",") if mark in names[0]), "")
+    return f", a single column: if '{found}' is between its fields, pass --delimiter '{found}'" if found else ""
 
 
 def _check_spelling(classes: list[str]) -> None:

@@ -164,3 +164,17 @@ def test_a_table_without_val_gets_one_as_build_advises(folder: Path, capsys: pyt
     assert 0 < manifest.samples("val") < 20
     with pytest.raises(BadInput, match="there is a split 'test' already"):
         build(table, "--val", "0.3", "--test", "0.1")
+
+
+def test_a_header_of_another_delimiter_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("Bild;Beschreibung;Klasse\na.jpg;ein Hund;Tier\n")
+    with pytest.raises(BadInput, match=r"it has Bild;Beschreibung;Klasse, a single column: .* pass --delimiter ';'"):
+        run_shards("build", "table", tmp_path / "t.csv", "--output", tmp_path / "out")
+
+
+def test_building_to_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("image,text\na.jpg,a dog\n")
+    with pytest.raises(BadInput, match="--output is a URL, but this command writes to folders"):
+        run_shards("build", "table", "t.csv", "--output", "s3://bucket/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
