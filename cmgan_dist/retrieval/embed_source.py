@@ -30,7 +30,7 @@ from cmgan_dist.data.reader import ShardReader, open_data_set
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS, Sample
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import LocalStore
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadInput, BadSample, refuse_url
 from cmgan_dist.files import parse_json, sha256_of
 from cmgan_dist.models.generator import Modality
 from cmgan_dist.retrieval.embeddings import SourceIdentity
@@ -181,6 +181,7 @@ class PictureSource(Source):
 
     def __init__(self, kind: str, location: str, stream: StreamConfig) -> None:
         super().__init__(kind, location)
+        refuse_url(location, "--pictures")
         self.folder = Path(location)
         if not self.folder.is_dir():
             raise BadInput(f"--pictures {location} is no folder: name one with .jpg, .png or .webp files")
@@ -238,6 +239,7 @@ class TextSource(Source):
 
     def __init__(self, kind: str, location: str, stream: StreamConfig) -> None:
         super().__init__(kind, location)
+        refuse_url(location, "--texts")
         self.file = Path(location)
         self.is_jsonl = self.file.suffix.lower() == ".jsonl"
         if not self.file.is_file():
