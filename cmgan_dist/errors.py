@@ -25,8 +25,8 @@ CALLED: dict[str, str] = {}
 """Programs that sentences name, such as "launchers/index.py" -> what they are called where that is another name."""
 
 
-_USER_INFO = re.compile(r"(?<=://)[^/?\s'\"]*@")
-"""User and password in a URL."""
+_SECRETS = re.compile(r"\b([A-Za-z][\w+.-]+:/{1,2})(?:[^/?\s'\"]*@)?([^?\s'\"]*)(?:\?[^\s'\"]*[^\s'\",;):.])?")
+"""A URL, as such or as pathlib writes one, with one slash: what is between its groups, and behind, may be secret."""
 
 
 def _as_called(sentence: str) -> str:
@@ -65,10 +65,21 @@ class BadSample(ValueError):
     """One sample cannot be used. The message says why; the stream replaces the sample."""
 
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How a URL begins, also where pathlib has made one slash of two."""
+
+
+def refuse_url(path: object, what: str) -> None:
+    """Raise BadInput when a path that was given as `what` is a URL. It is not shown: it may be signed."""
+    if isinstance(path, str | os.PathLike) and _URL.match(os.fsdecode(path)):
+        raise BadInput(f"{what} is a URL where only a path on this machine is read or written: copy it here, name that")
+
+
 def _tell(sentence: str, aloud: bool = True) -> None:
     """Print an error to stderr, and leave it where torchrun, and DeepSpeed's launcher, look for what to end their own
     report with: the file TORCHELASTIC_ERROR_FILE. Not `aloud`: another process of the run prints the same."""
-    line = f"error: {shown(_USER_INFO.sub('', _as_called(sentence)))}"
+    public = _SECRETS.sub(r"\1\2", _as_called(sentence))
+    line = f"error: {shown(public)}"
     if aloud:
         print(line, file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -22,7 +23,7 @@ from cmgan_dist.config.fields import DATA_SEPARATOR, Config
 from cmgan_dist.config.load import load_config, validate
 from cmgan_dist.config.markers import range_of
 from cmgan_dist.config.presets import preset
-from cmgan_dist.errors import BadInput, shown
+from cmgan_dist.errors import BadInput, refuse_url, shown
 
 T = TypeVar("T")
 
@@ -100,9 +101,8 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
     arguments, prog = _flag_form(args), program_name(prog)
     try:
         with contextlib.redirect_stderr(errors):
-            if default is None:
-                return tyro.cli(cls, args=arguments, prog=prog, registry=_ranges_in_help())
-            return tyro.cli(cls, args=arguments, prog=prog, default=default, registry=_ranges_in_help())
+            base: dict[str, Any] = {} if default is None else {"default": default}
+            found: T = tyro.cli(cls, args=arguments, prog=prog, registry=_ranges_in_help(), **base)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -115,6 +115,17 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
         if wrong.startswith("Unrecognized options:") and "--" not in wrong:
             hint = _hint_for_word(wrong.partition(": ")[2].split(", ")[0], arguments)
         raise BadInput(f"{wrong}: {hint}see '{prog} --help'") from None
+    _refuse_urls(found, arguments)
+    return found
+
+
+def _refuse_urls(parsed: object, args: Sequence[str]) -> None:
+    """Raise BadInput when an argument that is a path is a URL: pathlib would make a path of it that nobody named."""
+    for field in dataclasses.fields(parsed) if dataclasses.is_dataclass(parsed) else ():
+        value, flag = getattr(parsed, field.name), f"--{field.name.replace('_', '-')}"
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, Path):
+                refuse_url(each, field.name.upper() if flag_value(args, flag) is None else flag)
 
 
 def _hint_for_word(word: str, arguments: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from cmgan_dist.config.fields import Config, micro_batch
 from cmgan_dist.config.paths import Setting, get_value, settings
 from cmgan_dist.config.presets import preset
 from cmgan_dist.config.safe_yaml import parse_yaml, read_text, shown_value
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, refuse_url
 
 LOSS_TERMS = ("intra", "inter", "modality", "classification", "contrastive", "class_contrastive")
 """Weights of the terms that train the generator."""
@@ -48,10 +48,11 @@ def validate(config: Config) -> Config:
 
 
 def check_places(config: Config) -> None:
-    """Raises BadInput when the config names no data or no output."""
+    """Raises BadInput when the config names no data or no output, or a URL as output."""
     for name in ("data", "output"):
         if not getattr(config, name):
             raise BadInput(f"--{name} is missing: name a folder, see {program_name('launchers/train.py')} --help")
+    refuse_url(config.output, "--output")
 
 
 def _check_numbers(path: str, value: Any, setting: Setting) -> None:

@@ -30,7 +30,7 @@ from cmgan_dist.config.fields import CONFIG_NAME, Config, ImageBackboneConfig, T
 from cmgan_dist.config.load import load_config, to_yaml
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.source import public_config
-from cmgan_dist.errors import BadInput, Unreadable
+from cmgan_dist.errors import BadInput, Unreadable, refuse_url
 from cmgan_dist.files import LATER, OtherVersion, commit_files, parse_sealed, sealed_json, sha256_of, write_atomic
 from cmgan_dist.models.backbone import ImageBackbone, PixelBackbone, TextBackbone
 from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone
@@ -252,6 +252,7 @@ def stored_tensors(generator: Generator) -> dict[str, Tensor]:
 
 def best_folder(run: str | Path) -> Path:
     """Return the folder with model.json: `run` itself or its best/. Raises BadInput when there is none."""
+    refuse_url(run, "run folder")
     run = Path(run)
     for folder in (run, run / BEST):
         if (folder / SPEC_NAME).is_file():

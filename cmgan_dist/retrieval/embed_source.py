@@ -23,15 +23,15 @@ import torch
 
 from cmgan_dist.config.fields import StreamConfig
 from cmgan_dist.data.batch import EvalBatch, eval_batches
-from cmgan_dist.data.folder import is_unicode, read_file, walk_files
+from cmgan_dist.data.folder import is_plain, is_unicode, read_file, walk_files
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.manifest import DataSpec, natural_splits
 from cmgan_dist.data.reader import ShardReader, open_data_set
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS, Sample
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import LocalStore
-from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.files import parse_json, sha256_of
+from cmgan_dist.errors import BadInput, BadSample, refuse_url
+from cmgan_dist.files import parse_json_once, sha256_of
 from cmgan_dist.models.generator import Modality
 from cmgan_dist.retrieval.embeddings import SourceIdentity
 
@@ -181,6 +181,7 @@ class PictureSource(Source):
 
     def __init__(self, kind: str, location: str, stream: StreamConfig) -> None:
         super().__init__(kind, location)
+        refuse_url(location, "--pictures")
         self.folder = Path(location)
         if not self.folder.is_dir():
             raise BadInput(f"--pictures {location} is no folder: name one with .jpg, .png or .webp files")
@@ -231,6 +232,7 @@ class PictureSource(Source):
 class TextSource(Source):
     """A UTF-8 file of one text a line, or ``.jsonl`` of ``{"key": ..., "text": ...}``; its parts are 10,000 lines each.
 
+    A key is a text of one line or a whole number.
     Lines end as on any system; blank ones at the end are no texts. The key of a text without one is the number of its
     line, from 1."""
 
@@ -238,6 +240,7 @@ class TextSource(Source):
 
     def __init__(self, kind: str, location: str, stream: StreamConfig) -> None:
         super().__init__(kind, location)
+        refuse_url(location, "--texts")
         self.file = Path(location)
         self.is_jsonl = self.file.suffix.lower() == ".jsonl"
         if not self.file.is_file():
@@ -305,11 +308,16 @@ class TextSource(Source):
             text: Any = line.decode("utf-8").removeprefix("\ufeff")
             key: Any = number
             if self.is_jsonl:
-                record = parse_json(text)
-                key, text = str(record.get("key", number)), record.get("text")
+                record = parse_json_once(text)
+                key, text = record.get("key", number), record.get("text")
         except (ValueError, RecursionError, AttributeError) as error:
             expected = "a JSON object" if self.is_jsonl else "UTF-8"
             raise BadSample(f"is not {expected} ({error})") from None
+        if isinstance(key, int) and not isinstance(key, bool):
+            key = str(key)
+        # half a character is stored as its escape, as in the names of files
+        if not isinstance(key, str) or not key or not is_plain(key.encode("utf-8", "backslashreplace").decode()):
+            raise BadSample(f"has the key {key!a}: write a text of one line, a whole number or none")
         if not isinstance(text, str) or not text.strip():
             raise BadSample("has no text")
         if not is_unicode(text):

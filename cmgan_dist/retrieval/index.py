@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmgan_dist.data.folder import check_output, checked_path
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, refuse_url
 from cmgan_dist.jobs.staging import staging
 from cmgan_dist.retrieval.index_files import (
     ENCODER_NAMES,
@@ -207,6 +207,7 @@ class Index:
         `verify`: compare the SHA-256 of every byte, about a second a GB. Without it sizes are compared, and all bytes
         of files up to 4 MiB and pieces of larger ones. Raises BadInput naming the file that is missing, cut, damaged,
         of another index or of another version."""
+        refuse_url(path, "index")
         folder = checked_path(path, "index")
         for last in (False, False, True):
             try:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cmgan_dist.config.fields import StreamConfig
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs import ledger
@@ -222,3 +223,30 @@ def test_class_names_that_are_not_utf8_come_back_as_they_were() -> None:
     manifest = EmbeddingManifest(model, 8, "float32", source, classes=["猫", "\ud800"])
     assert "猫" in manifest.to_json()
     assert EmbeddingManifest.from_json(manifest.to_json().encode(), "here") == manifest
+
+
+@pytest.mark.parametrize("key", ["null", '{"a": 1}', "1.0", "true", '""', '"\\u001b[2Jevil"', '"two\\nlines"'])
+def test_a_key_that_is_no_name_is_a_bad_sample(key: str, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(f'{{"key": {key}, "text": "a dog"}}\n{{"key": 7, "text": "a cat"}}\n')
+    found, left_out = texts_of(texts)
+    assert found == [("7", "a cat")]
+    assert len(left_out) == 1
+    assert left_out[0].startswith("line 1: has the key ")
+    assert left_out[0].isprintable()
+
+
+def test_a_text_given_twice_is_a_bad_sample(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"key": "a", "text": "first", "text": "second"}\n{"text": "a cat"}\n')
+    found, left_out = texts_of(texts)
+    assert found == [("2", "a cat")]
+    assert left_out == ["line 1: is not a JSON object (it has 'text' twice)"]
+
+
+def texts_of(file: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """Keys and texts of a file, and what was left out."""
+    source, left_out = embed_source.open_source("texts", str(file), StreamConfig()), list[str]()
+    reading = embed_source.Reading(batch=8, image_size=8, threads=1)
+    batches = [batch for part in source.parts(()) for batch in source.batches(part, reading, left_out)]
+    return [(sample.key, text) for batch in batches for sample in batch.samples for text in sample.texts], left_out

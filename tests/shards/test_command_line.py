@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cmgan_dist.errors import run_main
+from cmgan_dist.errors import BadInput, run_main
 from shards.__main__ import COMMANDS, SOURCES, main
 from tests.toy import ROOT, fill_folder, img2dataset, picture, run_shards, table_rows, write_members, write_table
 
@@ -193,3 +193,38 @@ def test_every_command_explains_its_flags(args: list[str], capsys: pytest.Captur
         main([*args, "--help"])
     assert not stop.value.code
     assert "--processes" in capsys.readouterr().out
+
+
+SIGNED = "http://user:SECRET@127.0.0.1:9/d?X-Amz-Signature=SECRET"
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["verify", SIGNED], "DATA"),
+        (["stats", SIGNED], "DATA"),
+        (["split", SIGNED, "--val", "0.1", "--output", "o"], "DATA"),
+        (["build", "folder", SIGNED, "--output", "o"], "INPUT"),
+        (["build", "coco", SIGNED, "--images", "i", "--output", "o"], "INPUT"),
+        (["build", "coco", "c.json", f"--images={SIGNED}", "--output", "o"], "--images"),
+        (["build", "folder", "i", "--output", SIGNED], "--output"),
+    ],
+)
+def test_a_url_in_place_of_a_path_is_refused_unshown(
+    args: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = error_of(capsys, *args)
+    assert error.startswith(f"error: {named} is a URL where only a path on this machine")
+    assert "SECRET" not in error
+
+
+@pytest.mark.parametrize("slashes", ["/", "//"])
+def test_no_sentence_shows_what_is_secret_in_a_url(slashes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise BadInput(
+            f"https:{slashes}user:SECRET@host/d?Signature=SECRET&b=1,SECRET: restore it, see s3:{slashes}b/c"
+        )
+
+    with pytest.raises(SystemExit):
+        run_main(fail)
+    assert capsys.readouterr().err == f"error: https:{slashes}host/d: restore it, see s3:{slashes}b/c\n"
