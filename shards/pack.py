@@ -32,7 +32,7 @@ from shards.make import Found, Made, Making, files_of_shard, find_shard, make_sh
 from shards.pairs import Draw, RawPairs, Together, split_shares
 from shards.partitions import Partitions
 from shards.plan import Plan, PlannedShard, plan_shards
-from shards.plan_files import planned, remove_plans
+from shards.plan_files import planned, remove_plans, were_renewed
 
 Result = TypeVar("Result")
 
@@ -195,7 +195,7 @@ def pack(options: BuildCommand) -> Packed | None:
     try:
         with (
             owning_in_turn(output, task.lock(LOCK)),
-            planned(output, options.stamp(), partial(plan_in, options=options)) as (source, plan),
+            planned(output, options.stamp(), partial(plan_in, options=options), options.processes) as (source, plan),
         ):
             return _Job(source, plan, options, task).run()
     finally:
@@ -289,10 +289,11 @@ class _Job:
         return {shard.name: one for shard, one in zip(todo, made, strict=True)}
 
     def _made_by_others(self, shards: list[PlannedShard]) -> dict[str, Made]:
-        """Return what other tasks made of their shards, by name; nothing is compared before all are there."""
+        """Return what other tasks made of their shards, by name; nothing is compared before all are there, nor what
+        the pairs hold now where all went by this plan."""
         if not all((self.options.output / record_name(shard.name)).exists() for shard in shards):
             return {}
-        found = self._find(shards, read_inputs=False)
+        found = self._find(shards, read_inputs=were_renewed(self.options.output))
         return {name: one.made for name, one in found.items() if one.made is not None}
 
     def _finish(self, fingerprint: str, made: dict[str, Made]) -> Packed:
