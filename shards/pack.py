@@ -23,6 +23,7 @@ from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest, natural_splits
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.files import write_atomic
+from cmgan_dist.jobs import ledger
 from cmgan_dist.jobs.local import parallel_map
 from cmgan_dist.jobs.lock import lock_name, owning, owning_in_turn
 from cmgan_dist.jobs.ranks import Task, find_task
@@ -32,7 +33,7 @@ from shards.make import Found, Made, Making, files_of_shard, find_shard, make_sh
 from shards.pairs import Draw, RawPairs, Together, split_shares
 from shards.partitions import Partitions
 from shards.plan import Plan, PlannedShard, plan_shards
-from shards.plan_files import planned, remove_plans
+from shards.plan_files import planned, remove_plans, were_renewed
 
 Result = TypeVar("Result")
 
@@ -51,7 +52,7 @@ class BuildCommand:
     output: Path
     """Folder for the shards and manifest.json."""
     overwrite: bool = False
-    """Replace another data set in the output folder."""
+    """Replace another data set in the output folder; of the same one, try again what was left out."""
     skip_bad: bool = False
     """Leave bad pairs out, count and list them, instead of stopping at the first."""
     shard_samples: int = 1000
@@ -195,7 +196,7 @@ def pack(options: BuildCommand) -> Packed | None:
     try:
         with (
             owning_in_turn(output, task.lock(LOCK)),
-            planned(output, options.stamp(), partial(plan_in, options=options)) as (source, plan),
+            planned(output, options.stamp(), partial(plan_in, options=options), options.processes) as (source, plan),
         ):
             return _Job(source, plan, options, task).run()
     finally:
@@ -229,12 +230,16 @@ class _Job:
         fingerprint = _fingerprint(self.source, shards, self._settings)
         old, found = _existing_manifest(output), self._find(own, read_inputs=True)
         made = {name: one.made for name, one in found.items() if one.made is not None}
+        is_same = old is not None and old.details.get("fingerprint") == fingerprint
+        if is_same and overwrite:  # pictures by URL may be there by now; without a manifest, such a start goes on
+            made = {name: one for name, one in made.items() if not one[1]}
         todo = [shard for shard in own if shard.name not in made]
-        if old is not None and not todo and old.details.get("fingerprint") == fingerprint:
-            return Packed(old, self.source.notes, [], True)
+        if old is not None and is_same and not todo:
+            return Packed(old, *self._left_out(), was_complete=True)
         if old is not None and any(one.other for one in found.values()) and not overwrite:
             raise _refuse(output)
-        keep = {name for shard in shards for name in files_of_shard(shard.name)}
+        again = {name for shard in todo if is_same and overwrite for name in files_of_shard(shard.name)}
+        keep = {name for shard in shards for name in files_of_shard(shard.name)} - again
         self._check_others(fingerprint)
         prepare_output(output, fingerprint, overwrite, keep)
         made |= self._make(todo)
@@ -244,6 +249,13 @@ class _Job:
             print(f"task {self.task} is done; {left} of {len(shards)} shards are left to other tasks")
             return None
         return self._finish(fingerprint, made)
+
+    def _left_out(self) -> tuple[list[str], list[str]]:
+        """Return the notes on a data set that is complete, and a line for each pair that its records leave out."""
+        records = [ledger.read(self.options.output / record_name(shard.name)) for shard in self.plan.shards]
+        packed = [line for record in records if record is not None for line in record.left_out]
+        way = ["pairs were left out when this was packed: --overwrite tries them again"] if packed else []
+        return [*self.source.notes, *way], [*self.source.left_out, *self.plan.left_out, *packed]
 
     def _check_others(self, fingerprint: str) -> None:
         """Raise BadInput where tasks of another data set are at work in the output."""
@@ -291,10 +303,11 @@ class _Job:
         return {shard.name: one for shard, one in zip(todo, made, strict=True)}
 
     def _made_by_others(self, shards: list[PlannedShard]) -> dict[str, Made]:
-        """Return what other tasks made of their shards, by name; nothing is compared before all are there."""
+        """Return what other tasks made of their shards, by name; nothing is compared before all are there, nor what
+        the pairs hold now where all went by this plan."""
         if not all((self.options.output / record_name(shard.name)).exists() for shard in shards):
             return {}
-        found = self._find(shards, read_inputs=False)
+        found = self._find(shards, read_inputs=were_renewed(self.options.output))
         return {name: one.made for name, one in found.items() if one.made is not None}
 
     def _finish(self, fingerprint: str, made: dict[str, Made]) -> Packed:

@@ -5,6 +5,7 @@ one picture become one sample, samples are sorted, and beside them go arrays of 
 
     pairs-PPPP.jsonl     the samples of partition P in their order
     starts-PPPP.npy      where each begins in that file, and where the last one ends
+    files-PPPP.jsonl     the files that its rows name, as they were (`seen.py`)
     PPPP.npz             ids, sizes, digests, sums of the lines, and splits as the source says them
 
 The partitions one after the other are the order of all samples. Cutting it into shards, and drawing splits
@@ -30,6 +31,7 @@ from cmgan_dist.jobs.local import parallel_map
 from shards.draw import Drawn, content_hashes, draw_splits
 from shards.pairs import Draw, RawPair, RawPairs
 from shards.partitions import Partitions, decode, encode, place_of
+from shards.seen import seen, seen_name
 from shards.shard_file import try_sample
 
 DRAWABLE = ("", "train")
@@ -183,8 +185,9 @@ def _merge(rows: Partitions, number: int, folder: Path, classes: list[str], draw
     ids, sizes, digests, codes, starts = list[int](), list[int](), list[bytes](), list[int](), [0]
     links, lines = list[tuple[int, int]](), list[bytes]()
     names = merged.splits
-    with open(folder / f"pairs-{number:04d}.jsonl", "wb") as file:
+    with open(folder / f"pairs-{number:04d}.jsonl", "wb") as file, open(folder / seen_name(number), "w") as files:
         for pair in _merge_rows(rows.read(number)):
+            files.writelines(seen(pair))
             read = partial(_measured, pair, draw)
             found = try_sample(read, pair.where, skip_bad, merged.left_out)
             if found is None:

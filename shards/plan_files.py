@@ -1,12 +1,14 @@
 """Where a plan lies while it is needed: on disk in the output, beside the shards.
 
-A plan that takes long is made once for all tasks and all starts, in ``.plan-STAMP``: the stamp is a hash of what the
-plan is made from, so tables that changed have another. Whoever comes second waits until it is made. What makes a
-shard of it reads the plan, so it stays until the data set is finished."""
+A plan that takes long is made once for all tasks and all starts, in ``.plan-STAMP``: the stamp is a hash of the tables
+and options that it is made from, so tables that changed have another. Whoever comes second waits until it is made, and
+uses it if the pictures are as they were; else a new plan lies beside it, in ``.plan-STAMP-1``. What makes a shard of a
+plan reads it, so each stays until the data set is finished."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import shutil
@@ -21,8 +23,9 @@ from cmgan_dist.files import parse_sealed, sealed_json, write_atomic
 from cmgan_dist.jobs.lock import owning_in_turn
 from shards.pairs import Draw, RawPairs
 from shards.plan import Plan, PlannedShard
+from shards.seen import is_current
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 PLAN_NAME = "plan.json"
 """Written last into the folder of a plan."""
 LOCK = "plan"
@@ -31,14 +34,15 @@ Make = Callable[[Path], tuple[RawPairs, Plan]]
 
 
 @contextlib.contextmanager
-def planned(output: Path, stamp: str, make: Make) -> Iterator[tuple[RawPairs, Plan]]:
-    """Give what a source says and the plan: the one of this stamp that is there, or one that is made.
+def planned(output: Path, stamp: str, make: Make, processes: int | None) -> Iterator[tuple[RawPairs, Plan]]:
+    """Give what a source says and the plan: the one of this stamp that is there and holds, or one that is made.
 
     Without a `stamp` the plan is this process's own, and removed at the end. Raises what `make` does."""
     if stamp:
-        with owning_in_turn(output, LOCK):
-            folder = output.absolute() / f".plan-{stamp[:16]}"
-            found = _load(folder) or _make(folder, make)
+        found = _find(output, stamp, processes)
+        if found is None:
+            with owning_in_turn(output, LOCK):  # who had it may have made the plan
+                found = _find(output, stamp, processes) or _make(_new_folder(output, stamp), make)
         yield found
         return
     name = f".{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"  # see jobs/staging.py
@@ -49,14 +53,39 @@ def planned(output: Path, stamp: str, make: Make) -> Iterator[tuple[RawPairs, Pl
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _plans(output: Path, stamp: str = "") -> list[Path]:
+    """Return the folders of plans, of one stamp or of all."""
+    return sorted(output.absolute().glob(f".plan-{stamp[:16]}*"))
+
+
+def were_renewed(output: Path) -> bool:
+    """Return whether tasks of the data set have worked by different plans, as something changed between them."""
+    return len(_plans(output)) > 1
+
+
+def _find(output: Path, stamp: str, processes: int | None) -> tuple[RawPairs, Plan] | None:
+    """Return the plan of this stamp whose files are as they were, None where there is none."""
+    loaded = ((folder, _load(folder)) for folder in _plans(output, stamp))
+    return next((found for folder, found in loaded if found is not None and is_current(folder, processes)), None)
+
+
+def _new_folder(output: Path, stamp: str) -> Path:
+    """Return a folder for a new plan; those that starts which were killed have left are removed, others may be read."""
+    for folder in _plans(output, stamp):
+        if _load(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    name = f".plan-{stamp[:16]}"
+    names = (f"{name}-{number}" if number else name for number in itertools.count())
+    return next(folder for folder in map(output.absolute().joinpath, names) if not folder.exists())
+
+
 def remove_plans(output: Path) -> None:
     """Remove the plans of a data set that is finished."""
-    for folder in output.glob(".plan-*"):
+    for folder in _plans(output):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make(folder: Path, make: Make) -> tuple[RawPairs, Plan]:
-    shutil.rmtree(folder, ignore_errors=True)  # left by a start that was killed
     try:
         source, plan = make(folder)
         record = {"version": PLAN_VERSION, "source": asdict(source), "plan": {**asdict(plan), "folder": ""}}

@@ -19,6 +19,7 @@ from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import LabelKind, ShardInfo, check_shard_name
+from cmgan_dist.data.sample import MOST_NUMBERS, parse_sample
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
@@ -33,7 +34,10 @@ Result = TypeVar("Result")
 
 
 def npy(array: np.ndarray, dtype: str = "float32") -> bytes:
-    """Return the ``.npy`` file of an array as `dtype`. Raises BadSample when a number is not finite in that type."""
+    """Return the ``.npy`` file of an array as `dtype`. Raises BadSample when a number is not finite in that type, and
+    when there are more than are read."""
+    if array.size > MOST_NUMBERS:
+        raise BadSample(f"its features of shape {array.shape} have {array.size} numbers, more than {MOST_NUMBERS}")
     with np.errstate(over="ignore"):
         array = np.ascontiguousarray(array, dtype=dtype)
     if not np.isfinite(array).all():
@@ -89,6 +93,7 @@ def read_members(pair: RawPair, label_kind: LabelKind, classes: int) -> list[tup
         fields["labels"] = labels
     if fields:
         members.append(("json", json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()))
+    parse_sample(pair.key, dict(members), labelled=label_kind != "none")  # what is read must be what is written
     return members
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cmgan_dist.data.sample import MOST_JSON_BYTES
 from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.files import parse_json, parse_json_once
 from shards.scan import SPLIT_ALIASES
@@ -93,8 +95,6 @@ def _naming_damage(path: Path) -> Iterator[None]:
         ) from None
     except UnicodeError as error:  # as of UTF-16 without a mark of its byte order
         raise BadInput(f"{path} is not of its --encoding ({error}): name its own, as utf-16-le or utf-8") from None
-    except csv.Error as error:
-        raise BadInput(f"{path} is not a whole table ({error})") from None
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise BadInput(f"{path} cannot be read ({error.strerror})") from None
@@ -115,10 +115,30 @@ def _names(path: Path, text: TextFormat) -> list[str]:
 def _fields(path: Path, text: TextFormat) -> Iterator[tuple[int, list[str]]]:
     """Give (number, fields) of the rows of a CSV or TSV, the header too."""
     delimiter = text.delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    csv.field_size_limit(MOST_JSON_BYTES)  # of all readers; the judge of samples has narrower ones
     with open(path, encoding=text.encoding, newline="") as file:
-        for number, fields in enumerate(csv.reader(file, delimiter=delimiter, strict=True), start=1):
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        for number in itertools.count(1):
+            line = rows.line_num + 1
+            try:
+                fields = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise _no_row(f"row {number} of {path}, from line {line} on,", str(error)) from None
             if fields:
                 yield number, fields
+
+
+def _no_row(where: str, said: str) -> BadInput:
+    """Return what is wrong with a row at which a CSV reader ends, in which all that follows may lie."""
+    if "field limit" in said:
+        return BadInput(
+            f"{where} has a field of more than {MOST_JSON_BYTES} characters: shorten it, or close its quote"
+        )
+    if "unexpected end" in said:
+        return BadInput(f"{where} is not whole ({said}): close the quote that opens there")
+    return BadInput(f"{where} is not whole ({said}): write a quote inside a text twice, in a text that is in quotes")
 
 
 def _csv(path: Path, text: TextFormat) -> Numbered:

@@ -89,3 +89,8 @@ def test_a_bad_sample_stops_or_is_noted() -> None:
 def test_features_are_finite(value: float, dtype: str) -> None:
     with pytest.raises(BadSample, match=rf"NaN or Inf, or numbers too large for {dtype}"):
         npy(np.array([1, value]), dtype)
+
+
+def test_no_array_is_written_that_is_not_read() -> None:
+    with pytest.raises(BadSample, match="more than 16777216"):
+        npy(np.broadcast_to(np.float32(0), (1 << 14, (1 << 10) + 1)))

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from cmgan_dist.errors import BadInput
-from tests.toy import run_shards
+from tests.toy import picture, run_shards, samples_of, write_table
 
 
 def build(table: Path, *args: object) -> None:
@@ -44,3 +44,42 @@ def test_values_and_class_names_that_cannot_be_read(tmp_path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata(record), path)
         with pytest.raises(BadInput, match=said):
             build(path)
+
+
+def test_texts_that_no_sample_may_have_are_named_or_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
+    long, many = [{"image": "a.png", "text": "word " * 320_000}], [{"image": "b.png", "text": "w" * 1000}] * 9000
+    for bad, said in ((long, "row 1 of t.jsonl: a.txt has more than 1 MiB"), (many, "b.json has more than 8 MiB")):
+        table = write_table(tmp_path / "t.jsonl", [*bad, {"image": "c.png", "text": "red"}])
+        with pytest.raises(BadInput, match=f"{said}; mend or remove it, or pass --skip-bad"):
+            build(table, "--val", 0, "--test", 0, "--overwrite")
+        build(table, "--val", 0, "--test", 0, "--skip-bad", "--overwrite")
+        assert set(samples_of(tmp_path / "out")) == {"c"}
+        assert said in capsys.readouterr().err
+
+
+def test_long_texts_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
+    rows = [{"image": "a.png", "text": "x" * 200_000}, {"image": "b.png", "text": "x" * 1_200_000}]
+    table = write_table(tmp_path / "t.csv", [*rows, {"image": "c.png", "text": "red"}])
+    build(table, "--val", 0, "--test", 0, "--skip-bad")
+    assert set(samples_of(tmp_path / "out")) == {"a", "c"}
+    assert "row 3 of t.csv: b.txt has more than 1 MiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('b.png,"blue\nc.png,green\n', r"row 4 of \S+t.csv, from line 5 on.*close the quote"),
+        ('b.png,"blue" or "green"\n', r"row 4 of \S+t.csv, from line 5 on.*write a quote inside a text twice"),
+        ("b.png," + "x" * (8 << 20) + "y\n", r"row 4 of \S+t.csv, from line 5 on.*more than 8388608.*shorten it"),
+    ],
+)
+def test_a_csv_that_is_not_whole_names_the_row_and_the_way(row: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f'image,text\na.png,"red\nand blue"\na.png,red\n{row}')
+    with pytest.raises(BadInput, match=said):
+        build(tmp_path / "t.csv", "--skip-bad")

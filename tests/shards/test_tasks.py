@@ -73,6 +73,39 @@ def test_a_plan_of_a_table_that_changed_is_not_used(tmp_path: Path) -> None:
         PlannedShard("a", "train", 0, "", [], "").read(tmp_path / "gone")
 
 
+def test_a_plan_of_pictures_that_changed_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = [{"image": f"{i}.png", "text": f"t {i}"} for i in range(40)]
+    table, shared = write_table(tmp_path / "t.jsonl", told), tmp_path / "shared"
+    for i in range(39):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    run_shards(*words(table, shared, "--task", "0/2", "--skip-bad"))
+    (tmp_path / "39.png").write_bytes(picture(39))  # it was missing
+    for i in range(0, 40, 2):  # equal pictures belong to one split
+        (tmp_path / f"{i}.png").write_bytes(picture(i + 1))
+    run_shards(*words(table, shared, "--task", "1/2", "--skip-bad"))
+    assert not (shared / "manifest.json").exists()  # what the first task made is of other pictures
+    run_shards(*words(table, shared, "--task", "0/2", "--skip-bad"))
+    assert "left out" not in capsys.readouterr().err
+    run_shards(*words(table, tmp_path / "whole", "--skip-bad"))
+    assert files_of(shared) == files_of(tmp_path / "whole")
+
+
+def test_what_a_task_made_of_a_picture_that_changed_in_its_place_is_made_anew(tmp_path: Path) -> None:
+    told = [{"image": f"{i}.png", "text": f"t {i}"} for i in range(40)]
+    table, shared = write_table(tmp_path / "t.jsonl", told), tmp_path / "shared"
+    for i in range(40):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    run_shards(*words(table, shared, "--task", "0/2"))
+    for i in range(40):  # behind what is decoded: no size and no split changes
+        data = (tmp_path / f"{i}.png").read_bytes()
+        (tmp_path / f"{i}.png").write_bytes(data[:-1] + b"?")
+    run_shards(*words(table, shared, "--task", "1/2"))
+    assert not (shared / "manifest.json").exists()
+    run_shards(*words(table, shared, "--task", "0/2"))
+    run_shards(*words(table, tmp_path / "whole"))
+    assert files_of(shared) == files_of(tmp_path / "whole")
+
+
 def test_tasks_of_another_data_set_do_not_destroy_what_is_being_made(tmp_path: Path) -> None:
     table, shared = make_table(tmp_path / "in", 60), tmp_path / "shared"
     other = make_table(tmp_path / "other", 40)

@@ -63,6 +63,30 @@ def test_a_dead_link_is_named_without_secrets_and_left_out_when_asked(
     assert server.queries == {"sig=secret"}
 
 
+def test_what_was_left_out_is_listed_again_and_tried_again_when_asked(
+    server: FaultyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, out = write_table(tmp_path / "t.csv", rows_of(server)), tmp_path / "out"
+    options = ("--retries", 0, "--skip-bad", "--shard-samples", 10)
+    server.faults = {"/p/5.png": ["404", "always"], "/p/6.png": ["404", "always"]}
+    build(table, out, *options)
+    first = capsys.readouterr().err
+    server.faults = {}
+    fetched = server.requests.total()
+    build(table, out, *options)
+    said = capsys.readouterr()
+    assert "already packed" in said.out
+    assert "--overwrite tries them again" in said.out
+    assert said.err == first
+    assert "left out 2 bad pairs" in first
+    assert server.requests.total() == fetched
+    build(table, out, *options, "--overwrite")
+    assert "left out" not in capsys.readouterr().err
+    assert server.requests.total() < fetched + 40  # shards without dead links stay
+    build(table, tmp_path / "fresh", *options)
+    assert files_of(out) == files_of(tmp_path / "fresh")
+
+
 def test_a_table_at_a_url_with_pictures_beside_it(server: FaultyServer, tmp_path: Path) -> None:
     rows = [{"image": f"p/{i}.png", "text": f"text {i}"} for i in range(40)]
     server.files["/t.csv"] = write_table(tmp_path / "t.csv", rows).read_bytes()
