@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection
@@ -77,13 +78,13 @@ class BuildCommand:
 
     def run(self) -> None:
         """Pack the source and print what was packed. Raises BadInput as `pack` does."""
-        if self.shard_samples < 1 or self.shard_mib <= 0:
-            raise BadInput("--shard-samples and --shard-mib must be positive")
+        if self.shard_samples < 1 or not 0 < self.shard_mib < math.inf:
+            raise BadInput("--shard-samples and --shard-mib must be positive, and finite")
         packed = pack(self)
         if packed is None:
             return
         headline = f"already packed: {self.output}" if packed.was_complete else f"packed {self.output}"
-        print_summary(headline, packed.manifest, left_out=packed.left_out)
+        print_summary(headline, packed.manifest, notes=packed.notes, left_out=packed.left_out)
 
 
 @dataclass(kw_only=True)
@@ -108,6 +109,7 @@ class Packed:
 
     manifest: Manifest
     notes: list[str]
+    """What the user should know of it at its end."""
     left_out: list[str]
     """A line for each pair left out."""
     was_complete: bool
@@ -255,7 +257,7 @@ class _Job:
         records = [ledger.read(self.options.output / record_name(shard.name)) for shard in self.plan.shards]
         packed = [line for record in records if record is not None for line in record.left_out]
         way = ["pairs were left out when this was packed: --overwrite tries them again"] if packed else []
-        return [*self.source.notes, *way], [*self.source.left_out, *self.plan.left_out, *packed]
+        return way, [*self.source.left_out, *self.plan.left_out, *packed]
 
     def _check_others(self, fingerprint: str) -> None:
         """Raise BadInput where tasks of another data set are at work in the output."""
@@ -332,4 +334,4 @@ class _Job:
         remove_leftovers(self.options.output)  # of workers that were lost meanwhile
         write_manifest(self.options.output, manifest)
         finish_output(self.options.output)
-        return Packed(manifest, source.notes, left_out, False)
+        return Packed(manifest, [], left_out, False)

@@ -7,14 +7,13 @@ from __future__ import annotations
 import heapq
 import logging
 import os
-import re
 import stat
 import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
-from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.errors import BadInput, BadSample, refuse_url, shown
 
 MOST_FILE_BYTES = 256 << 20
 """A larger file is not read: RGB of the largest picture that is decoded takes as much without any compression."""
@@ -60,14 +59,9 @@ KINDS = {
 """What a folder is that holds a file of this name."""
 
 
-_IS_URL = re.compile(r"[a-z][a-z0-9+.-]+:/+")
-"""A URL, of which Path leaves one slash."""
-
-
 def check_output(folder: Path, own: str, flag: str = "--output") -> None:
     """Raises BadInput when what is written to a folder, with its file `own` of KINDS, would mix with another kind."""
-    if _IS_URL.match(str(folder)):
-        raise BadInput(f"{flag} is a URL, but this command writes to folders: name a folder, and copy it there")
+    refuse_url(folder, flag)
     for name, kind in KINDS.items():
         if name != own and (folder / name).is_file():
             raise BadInput(f"{flag} {shown(str(folder))} is {kind}: name another folder ({name} lies in it)")

@@ -235,6 +235,10 @@ class RemoteSource:
         for n in range(1, self.tries + 1):
             try:
                 return once()
+            except BadInput:
+                raise
+            except ValueError:  # of yarl, aiohttp and idna; their words may hold what is secret in the URL
+                raise BadInput(f"{url} is no URL that can be asked for: check its host and port") from None
             except self.failures as error:
                 reason = self._curable(url, error)
                 level = logging.DEBUG if isinstance(error, RuntimeError) else logging.INFO

@@ -103,7 +103,8 @@ class FileStore:
         checked_path(url, flag)
         try:
             self.filesystem, path = fsspec.core.url_to_fs(url)
-            self.failures = failures_of(url.partition("://")[0])
+            # ValueError: of a URL that no server can be asked by
+            self.failures: tuple[type[Exception], ...] = (*failures_of(url.partition("://")[0]), ValueError)
         except (ValueError, ImportError) as error:
             named = f"{flag} {public_url(url)}"
             raise BadInput(f"{named} cannot be opened ({error}): use a folder or install what it needs") from None
@@ -111,6 +112,8 @@ class FileStore:
         self.path = str(path).rstrip("/")
         """Where the folder is in `filesystem`, without the protocol."""
         self.local = isinstance(self.filesystem, LocalFileSystem)
+        if url.partition("://")[0] in OBJECT_STORES and not self.path:
+            raise BadInput(f"{flag} {public_url(url)} names no bucket: name one, such as s3://BUCKET/FOLDER")
 
     def check_writable(self) -> None:
         """Raise BadInput when nothing can be written by the URL's protocol."""
@@ -245,4 +248,6 @@ def _reason(error: Exception) -> str:
         return "no answer in time"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, ValueError):
+        return "it is no URL that can be asked for"
     return describe(error, http_status(error))

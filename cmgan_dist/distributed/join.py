@@ -23,6 +23,16 @@ log = logging.getLogger(__name__)
 
 JOIN_S = 300.0
 """The least time, in seconds, to wait for the other processes at the start: nodes load packages at different speeds."""
+REPLACED = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+}
+"""Keys of a DeepSpeed configuration in whose place the run's own settings count."""
+REFUSED = {"scheduler", "amp", "prescale_gradients", "gradient_predivide_factor"}
+"""Keys by which DeepSpeed would train otherwise than the run's settings say."""
 _STORE_KEY = "cmgan_dist/store"
 """Where in torchrun's store the first process leaves the address of its own."""
 
@@ -122,7 +132,9 @@ def take_zero_config() -> dict[str, Any] | None:
         where = f"deepspeed_config_file {path}"
         try:
             config = _without_auto(parse_json(Path(path).read_bytes()))
-            stage = int(config["zero_optimization"]["stage"])
+            stage = config["zero_optimization"]["stage"]
+            if type(stage) is not int:
+                raise ValueError(f"its stage is {stage}, no whole number")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(
                 f"{where} cannot be used ({type(error).__name__}: {error}): give a JSON file with "
@@ -137,13 +149,30 @@ def take_zero_config() -> dict[str, Any] | None:
         device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
         if device != "none":
             config["zero_optimization"]["offload_optimizer"] = {"device": device}
+    if stage == 0:
+        raise BadInput(f"{where} asks for ZeRO stage 0, which is DDP: set it to 1 or 2, or train without DeepSpeed")
     if stage not in (1, 2):
         raise BadInput(
             f"{where} asks for ZeRO stage {stage}: set it to 1 or 2, or train without DeepSpeed, where "
             "train.shard_backbones=true divides trained backbones (stage 3 takes parameters apart that the losses of "
             "other modules go through)"
         )
-    return config
+    return _checked(config, where)
+
+
+def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a DeepSpeed configuration without what this project sets itself, which the log names.
+
+    Raises BadInput where it asks for what would change the training in silence."""
+    for key in REFUSED & config.keys():
+        raise BadInput(f"{where} has '{key}', which is not used here: drop it, and set optim.* or train.precision")
+    for key in ("fp16", "bf16"):
+        if not isinstance(config.get(key, {}), dict):
+            raise BadInput(f"{where} has a '{key}' that is no mapping: drop it, and set train.precision")
+    replaced = sorted(REPLACED & config.keys())
+    if replaced:
+        log.warning("%s: %s passed over: the run's own settings count", where, ", ".join(replaced))
+    return {key: value for key, value in config.items() if key not in REPLACED}
 
 
 def _without_auto(config: Any) -> Any:

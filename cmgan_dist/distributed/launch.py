@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmgan_dist.config.safe_yaml import parse_yaml, read_text
-from cmgan_dist.errors import EXIT_LOST, BadInput, run_main
+from cmgan_dist.errors import EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
+from cmgan_dist.jobs.startup import end_at_signals, settled
 
 if TYPE_CHECKING:  # torch takes seconds to import, and SLURM's launcher has no use for it
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 CONFIG_FLAG = "--config_file"
+PASSED_OVER = {"offload_param_device", "deepspeed_multinode_launcher", "zero3_init_flag", "zero3_save_16bit_model"}
+"""Keys of deepspeed_config that accelerate writes and that say nothing for ZeRO-1 and ZeRO-2."""
+PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""Signals that torchrun passes on to the processes before it ends."""
 
 
 def take(arguments: list[str], flag: str) -> str | None:
@@ -50,6 +55,8 @@ def zero_environment(path: str | None, flag: str = CONFIG_FLAG) -> dict[str, str
     config = parse_yaml(read_text(Path(path), where), where)
     if not isinstance(config, dict) or "distributed_type" not in config:
         raise BadInput(f"{where} has no distributed_type: see launchers/configs/")
+    if config["distributed_type"] == "FSDP":
+        raise BadInput(f"{where} asks for FSDP: train without it, by train.shard_backbones=true")
     if config["distributed_type"] != "DEEPSPEED":
         return {}
     names = {
@@ -60,6 +67,9 @@ def zero_environment(path: str | None, flag: str = CONFIG_FLAG) -> dict[str, str
     fields = config.get("deepspeed_config") or {}
     if not isinstance(fields, dict):
         raise BadInput(f"{where} has a deepspeed_config that is no mapping: see launchers/configs/")
+    other = sorted(set(map(str, fields)) - set(names) - PASSED_OVER)
+    if other:
+        raise BadInput(f"{where} has deepspeed_config.{other[0]}, which is not used: drop it (see launchers/configs/)")
     chosen = {f"ACCELERATE_DEEPSPEED_{names[k]}": str(fields[k]) for k in names if k in fields}
     return {"ACCELERATE_USE_DEEPSPEED": "true", **chosen}
 
@@ -67,14 +77,23 @@ def zero_environment(path: str | None, flag: str = CONFIG_FLAG) -> dict[str, str
 def main(words: Sequence[str]) -> int:
     """Start the processes that torchrun's command line `words` asks for and return the exit code of the first that
     failed (EXIT_LOST where a signal ended it), or 0. Raises BadInput as `zero_environment` does."""
+    end_at_signals()
     arguments = list(words)
     os.environ.update(zero_environment(take(arguments, CONFIG_FLAG)))
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would repeat which one failed
     try:
-        run.run(run.parse_args(arguments))
+        settled()  # torch's own handlers pass a signal on to the processes, which save
+        run.run(run.parse_args([f"--signals-to-handle={PASSED_ON}", *arguments]))
+    except SignalException as error:
+        name = signal.Signals(error.sigval).name
+        print(f"ended by {name}, which was passed on to all processes: start again to go on", file=sys.stderr)
+        return EXIT_SIGNALLED
+    except ValueError as error:  # of torchrun's options
+        raise BadInput(f"{error}: see torchrun --help") from None
     except ChildFailedError as error:
         failures = error.failures
         rank = min(failures, key=lambda rank: (_ended_by_launcher(failures[rank]), failures[rank].timestamp))

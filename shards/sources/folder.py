@@ -7,7 +7,6 @@ SPLIT is train, val or test (dev and validation are val). Images without a class
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -42,8 +41,7 @@ class FolderCommand(DrawCommand):
         """Put in the images of the folder. Raises BadInput when there are none or only some have a class, and when a
         folder cannot be read or named."""
         if not self.input.is_dir():
-            table = ": list its pictures in a table and build that" if re.match(r"\w+:/", str(self.input)) else ""
-            raise BadInput(f"input folder {self.input} does not exist{table}")
+            raise BadInput(f"input folder {self.input} does not exist: name another")
         if self.output.resolve() == self.input.resolve():
             raise BadInput(f"--output {self.output} is the input folder itself: name another folder")
         self.draw(())

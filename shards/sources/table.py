@@ -143,8 +143,8 @@ class TableCommand(DrawCommand):
     def pairs(self, rows: Partitions) -> RawPairs:
         """Put in the rows of the table. Raises BadInput naming the row or column that is wrong."""
         self.draw(())
-        if self.retries < 0 or not self.timeout_s > 0:
-            raise BadInput("--retries must be at least 0, and --timeout-s positive")
+        if not (0 <= self.retries <= 100 and 0.01 <= self.timeout_s <= 1e5):  # as stream.retries, stream.timeout_s
+            raise BadInput("--retries must be from 0 to 100, and --timeout-s from 0.01 to 100000")
         text, url = self._text_format(), str(self.input)
         top = fetch(url, rows.folder / "table", self.retries, self.timeout_s) if is_url(url) else Path(self.input)
         tables = tables_of(top)

@@ -98,3 +98,15 @@ def test_a_folder_that_cannot_be_used_is_a_sentence_with_its_flag(tmp_path: Path
             write()
     with pytest.raises(BadInput, match=r"--output .*file cannot be read .*: use another place"):
         store.read("a")
+
+
+def test_urls_that_no_store_can_be_asked_by_are_sentences(tmp_path: Path) -> None:
+    for url in ("s3://", "s3:///"):
+        with pytest.raises(BadInput, match=rf"--output {url} names no bucket: name one"):
+            FileStore(url, "--output")
+    with pytest.raises(BadInput, match=r"--output http\S+ cannot be read .*no URL that can be asked for"):
+        FileStore("http://127.0.0.1:99999/a", "--output").read("b")
+    with pytest.raises(
+        BadInput, match=r"99999/a/manifest\.json is no URL that can be asked for: check its host and port"
+    ):
+        open_store("http://127.0.0.1:99999/a", cache=str(tmp_path)).read("manifest.json")

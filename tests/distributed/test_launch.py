@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
-from tests.toy import ROOT, environment, torchrun
+from tests.toy import ROOT, environment, torchrun, wait_for
 
 pytestmark = pytest.mark.process
 OURS = [sys.executable, "-m", "cmgan_dist.distributed.launch", "--standalone", "--nproc_per_node", "2"]
@@ -71,6 +72,37 @@ def test_a_configuration_that_is_not_there_is_one_sentence(tmp_path: Path) -> No
         EXIT_BAD_INPUT,
         "error: --config_file none.yaml does not exist: check the path\n",
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_ours_passes_a_signal_on_and_ends_with_what_the_processes_do(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "wait.py"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "from os import environ\n"
+        "def save(*_):\n"
+        "    pathlib.Path(sys.argv[1], 'saved-' + environ['RANK']).touch()\n"
+        "    sys.exit(85)\n"
+        "for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):\n"
+        "    signal.signal(number, save)\n"
+        "pathlib.Path(sys.argv[1], 'ready-' + environ['RANK']).touch()\n"
+        "time.sleep(60)\n"
+    )
+    words = [*OURS, str(script), str(tmp_path)]
+    with subprocess.Popen(words, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, 90)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_SIGNALLED
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+    assert said.strip().splitlines()[-1].endswith("passed on to all processes: start again to go on")
+    assert "Traceback" not in said
+
+
+def test_options_of_torchrun_that_are_wrong_are_one_sentence(tmp_path: Path) -> None:
+    done = launch([*OURS[:-1], "abc"], "well", tmp_path)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert done.stderr.strip().splitlines() == ["error: Unsupported nproc_per_node value: abc: see torchrun --help"]
 
 
 def test_torchrun_ends_its_report_with_the_sentence(tmp_path: Path) -> None:

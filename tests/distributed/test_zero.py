@@ -104,6 +104,24 @@ def test_the_shipped_configurations_and_a_checkpoint_from_one_to_another(
         assert all(abs(a[k] - b[k]) < 1e-2 * max(1, abs(a[k])) for k in a if k.startswith("loss/"))
 
 
+def test_settings_that_are_the_run_s_own_are_passed_over_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "d.json"
+
+    def taken(**more: object) -> dict[str, object] | None:
+        file.write_text(json.dumps({"zero_optimization": {"stage": 1}, **more}))
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+        return take_zero_config()
+
+    assert taken(train_batch_size=64, gradient_clipping=1e-6) == {"zero_optimization": {"stage": 1}}
+    assert "gradient_clipping, train_batch_size passed over" in caplog.text
+    for key, value in (("scheduler", {}), ("amp", {"enabled": True}), ("prescale_gradients", True), ("fp16", True)):
+        with pytest.raises(BadInput, match=f"has (a )?'{key}'"):
+            taken(**{key: value})
+
+
 def test_a_stage_that_is_no_number_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "two")
@@ -117,6 +135,8 @@ def test_a_stage_that_is_no_number_is_one_sentence(monkeypatch: pytest.MonkeyPat
     [
         ({"stage": 3}, "asks for ZeRO stage 3: set it to 1 or 2"),
         ({"stage": "auto"}, "cannot be used"),
+        ({"stage": 2.7}, "its stage is 2.7, no whole number"),
+        ({"stage": 0}, "asks for ZeRO stage 0, which is DDP"),
         ({"stage": 2, "reduce_bucket_size": "large"}, "reduce_bucket_size 'large': "),
         ({"stage": 2, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "none"}}, ""),
     ],

@@ -99,6 +99,29 @@ def test_a_table_at_a_url_with_pictures_beside_it(server: FaultyServer, tmp_path
     assert not (tmp_path / "none").exists()
 
 
+MALFORMED = ["127.0.0.1:99999", "[::1", "127.0.0.1:abc", "user:word@", f"{'a' * 70}.com", "..a..", ""]
+"""Hosts that no server can be asked by."""
+
+
+def test_malformed_urls_are_left_out_and_named_when_asked(
+    server: FaultyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"url": f"http://{host}/a{i}.png", "caption": f"text {i}"} for i, host in enumerate(MALFORMED)]
+    for row in rows:
+        table = write_table(tmp_path / "one.csv", [row])
+        with pytest.raises(
+            BadInput, match=r"row 2 of one\.csv: http\S+ .*(is no URL that can be asked for|InvalidUrl)"
+        ):
+            build(table, tmp_path / "one", "--retries", 0)
+    build(write_table(tmp_path / "t.csv", rows_of(server) + rows), tmp_path / "out", "--skip-bad", "--retries", 0)
+    assert len(samples_of(tmp_path / "out")) == 40
+    said = capsys.readouterr().err
+    assert f"left out {len(MALFORMED)} bad pairs" in said
+    assert "word@" not in said
+    with pytest.raises(BadInput, match="is no URL that can be asked for"):
+        build("http://127.0.0.1:99999/t.csv", tmp_path / "none")
+
+
 def test_places_of_pictures_beside_a_table() -> None:
     assert joined("https://h/a/t.csv?x=1", "p/1.jpg") == "https://h/a/p/1.jpg"
     assert joined("s3://bucket/t.csv", "1.jpg") == "s3://bucket/1.jpg"
@@ -107,15 +130,17 @@ def test_places_of_pictures_beside_a_table() -> None:
     assert key_of("https://u:p@h/a/b.jpg?sig=1").startswith("b-")
 
 
-@pytest.mark.parametrize("words", [("--retries", -1), ("--timeout-s", 0)])
+@pytest.mark.parametrize(
+    "words", [("--retries", -1), ("--retries", 101), *(("--timeout-s", x) for x in (0, "inf", "nan"))]
+)
 def test_limits_that_make_no_sense_are_named(server: FaultyServer, tmp_path: Path, words: tuple[object, ...]) -> None:
     table = write_table(tmp_path / "t.csv", rows_of(server))
-    with pytest.raises(BadInput, match="--retries must be at least 0, and --timeout-s positive"):
+    with pytest.raises(BadInput, match=r"--retries must be from 0 to 100, and --timeout-s from 0\.01"):
         run_shards("build", "table", table, "--output", tmp_path / "out", *words)
 
 
-def test_a_folder_by_url_names_the_way(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="does not exist: list its pictures in a table"):
+def test_a_folder_by_url_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="INPUT is a URL where only a path on this machine is read"):
         run_shards("build", "folder", "s3://bucket/pictures", "--output", tmp_path / "out")
 
 

@@ -96,7 +96,11 @@ def test_deepspeed_is_asked_for_as_accelerate_launch_asks(name: str, tmp_path: P
 def test_a_file_that_is_no_accelerate_config(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("a: [")
     (tmp_path / "b.yaml").write_text("a: 1")
-    for name, sentence in (("a", "is not YAML"), ("b", "has no distributed_type"), ("c", "does not exist")):
+    (tmp_path / "d.yaml").write_text("distributed_type: FSDP")
+    (tmp_path / "e.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stag: 1}")
+    cases = (("a", "is not YAML"), ("b", "has no distributed_type"), ("c", "does not exist"))
+    cases += (("d", "asks for FSDP"), ("e", "has deepspeed_config.zero_stag, which is not used"))
+    for name, sentence in cases:
         with pytest.raises(BadInput, match=f"{name}.yaml {sentence}"):
             zero_environment(str(tmp_path / f"{name}.yaml"))
 
