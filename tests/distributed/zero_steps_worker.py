@@ -116,7 +116,7 @@ def each_process_keeps_its_share(parallel: Parallel) -> None:
             parameter = next(iter(group.named.values()))
             assert updated.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
         kept = [v for g in engine.groups for state in g.optimizer.state.values() for v in state.values() if v.ndim]
-        elements, whole = sum(v.numel() for v in kept), 2 * sum(p.numel() for p in engine.parameters)
+        elements, whole = sum(v.numel() for v in kept), 2 * sum(p.numel() for p in engine.named_parameters.values())
         assert 0 <= elements * parallel.world - whole <= 4 * parallel.world * len(engine.groups), (elements, whole)
     networks.release()
 

@@ -150,7 +150,7 @@ def test_a_shard_that_was_cut_between_two_files_is_told_of(tmp_path: Path) -> No
     path.write_bytes(path.read_bytes()[: starts[9]])
     cut = "train-000000.tar ends without a tar's end: if it was cut, get it again"
     assert cut in verify(data, processes=1).warnings
-    manifest, notes = IndexCommand(data, overwrite=True, processes=1).index()
+    manifest, notes = IndexCommand(str(data), overwrite=True, processes=1).index()
     assert manifest.splits["train"][0].samples == 9
     assert cut in notes
     assert any(line.startswith("train-000000.tar has 9 samples, the old manifest listed 40: restore") for line in notes)
