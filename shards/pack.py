@@ -25,8 +25,8 @@ from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_ma
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs import ledger
-from cmgan_dist.jobs.local import parallel_map
 from cmgan_dist.jobs.lock import lock_name, owning, owning_in_turn
+from cmgan_dist.jobs.machine import Share
 from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.jobs.staging import remove_leftovers
 from shards.assemble import assemble, print_summary, write_manifest
@@ -283,12 +283,8 @@ class _Job:
         """Return what `function` makes of shards: in processes of this machine, or of a Ray cluster."""
         output, counts = self.options.output.absolute(), [shard.samples for shard in shards]
         tasks = [(output, self.plan.folder, shard, self._how, *rest) for shard in shards]
-        processes, address = self.options.processes, self.options.ray
-        if address and tasks:
-            from cmgan_dist.jobs.ray import ray_map
-
-            return ray_map(function, tasks, title=title, unit_counts=counts, processes=processes, address=address)
-        return parallel_map(function, tasks, title=title, unit_counts=counts, processes=processes)
+        share = Share("cpu", self.options.processes, 1, self.options.ray)
+        return share.map(function, tasks, title=title, unit_counts=counts)
 
     def _find(self, shards: list[PlannedShard], *, read_inputs: bool) -> dict[str, Found]:
         """Return what earlier runs, or other tasks, left of some shards, by name."""

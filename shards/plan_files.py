@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import secrets
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_sealed, sealed_json, write_atomic
 from cmgan_dist.jobs.lock import owning_in_turn
+from cmgan_dist.jobs.staging import staging
 from shards.pairs import Draw, RawPairs
 from shards.plan import Plan, PlannedShard
 from shards.seen import is_current
@@ -45,12 +43,8 @@ def planned(output: Path, stamp: str, make: Make, processes: int | None) -> Iter
                 found = _find(output, stamp, processes) or _make(_new_folder(output, stamp), make)
         yield found
         return
-    name = f".{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"  # see jobs/staging.py
-    folder = output.absolute() / name
-    try:
+    with staging(output.absolute()) as folder:
         yield make(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _plans(output: Path, stamp: str = "") -> list[Path]:

@@ -38,8 +38,8 @@ class Share:
     ) -> list[Result]:
         """Return ``[function(*task) for task in tasks]``, made here or by the cluster; see `parallel_map`, `ray_map`.
 
-        On a cluster, paths in the tasks must be absolute. Raises as these do."""
-        if not self.cluster:
+        On a cluster, which is not joined for nothing, paths in the tasks must be absolute. Raises as these do."""
+        if not self.cluster or not tasks:
             return parallel_map(function, tasks, title=title, unit_counts=unit_counts, processes=self.processes)
         return ray_map(
             function,

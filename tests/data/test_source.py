@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import boto3
 import fsspec
 import pytest
 
@@ -18,6 +19,7 @@ from cmgan_dist.data.cache import CachedStore, open_store
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput, run_main
 from tests.services.faulty_server import FaultyServer
+from tests.services.object_store import running_s3
 from tests.toy import body_of, content_of, run_together, shard_of
 
 # ---------------------------------------------------------------------------------------------- tries
@@ -227,17 +229,11 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return point
 
 
-def test_s3_of_moto(s3: Callable[[str], None], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moto_server = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    server = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        s3(f"http://{host}:{port}")
+def test_s3_of_moto(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "BACKOFF_S", 0.02)
+    with running_s3("bucket"):
         monkeypatch.setattr(source_module, "BLOCK", 64_000)  # several ranges a shard
         client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
         for i in range(3):
             client.put_object(Bucket="bucket", Key=f"data/s-{i}.tar", Body=body_of(i))
         client.put_object(Bucket="bucket", Key="data/manifest.json", Body=b"{}")
@@ -255,8 +251,6 @@ def test_s3_of_moto(s3: Callable[[str], None], cache: Path, monkeypatch: pytest.
             BadInput, match=r"s3://bucket/data/s-2\.tar could not be read in 2 tries.*ended after 199000"
         ):
             store.open(shards[2])
-    finally:
-        server.stop()
 
 
 def test_s3_faults_are_retried_once_a_try(s3: Callable[[str], None], server: FaultyServer, cache: Path) -> None:

@@ -21,9 +21,9 @@ from cmgan_dist.distributed.shard import ShardedEngine, whole_tensors
 from cmgan_dist.models.vocabulary import Vocabulary
 from cmgan_dist.retrieval.embed import embed_items, evaluating
 from cmgan_dist.training.phases import phase_table, run_phase
-from cmgan_dist.training.state import Networks, build_networks, update_average
+from cmgan_dist.training.state import Networks, build_networks
 from cmgan_dist.training.step import StepInputs, build_step_inputs
-from tests.distributed.zero_worker import SMALL, Losses, compare, unfused
+from tests.distributed.zero_worker import SMALL, Losses, compare, step, unfused
 from tests.toy import global_batch, part_of, small_config
 
 ROWS = 24
@@ -98,15 +98,9 @@ def inputs_of(config: Config, step: int, networks: Networks, parallel: Parallel)
 def train(config: Config, parallel: Parallel, networks: Networks, first: int, stop: int) -> Losses:
     """Train the steps from `first` up to `stop`; return their losses."""
     out = []
-    for step in range(first, stop):
-        torch.manual_seed(step * parallel.world + parallel.rank)  # dropout
-        micro_batches, terms = inputs_of(config, step, networks, parallel), dict[str, Tensor]()
-        for phase in phase_table(config):
-            terms |= run_phase(phase, micro_batches, networks.engines, parallel.autocast, measure=True)
-        if networks.average is not None:
-            update_average(networks.average, networks.generator, config.train.ema)
-        measured = ("loss/", "scale/", "skipped/", "gradient_norm/")
-        out.append(parallel.mean({k: float(v) for k, v in terms.items() if k.startswith(measured)}))
+    for number in range(first, stop):
+        torch.manual_seed(number * parallel.world + parallel.rank)  # dropout
+        out.append(step(config, parallel, networks, inputs_of(config, number, networks, parallel)))
     return out
 
 

@@ -22,7 +22,7 @@ from cmgan_dist.distributed.engine import AdamSettings
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.training.phases import phase_table, run_phase
 from cmgan_dist.training.state import Networks, build_networks, update_average
-from cmgan_dist.training.step import build_step_inputs
+from cmgan_dist.training.step import StepInputs, build_step_inputs
 from tests.toy import global_batch, part_of, small_config
 
 ROWS = 24
@@ -70,20 +70,25 @@ def batch_of(config: Config, seed: int, parallel: Parallel) -> Batch:
     return part_of(batch, parallel.rank, parallel.world)
 
 
+def step(config: Config, parallel: Parallel, networks: Networks, micro_batches: list[StepInputs]) -> dict[str, float]:
+    """Train one step; return what was measured, means over the processes."""
+    terms: dict[str, Tensor] = {}
+    for phase in phase_table(config):
+        terms |= run_phase(phase, micro_batches, networks.engines, parallel.autocast, measure=True)
+    if networks.average is not None:
+        update_average(networks.average, networks.generator, config.train.ema)
+    measured = ("loss/", "scale/", "skipped/", "gradient_norm/")
+    return parallel.mean({k: float(v) for k, v in terms.items() if k.startswith(measured)})
+
+
 def train(config: Config, parallel: Parallel, networks: Networks, first: int, stop: int) -> Losses:
     """Train the steps from `first` up to `stop`; return their losses."""
     out = []
-    for step in range(first, stop):
-        batches = [batch_of(config, 100 * step + i, parallel) for i in range(config.optim.accumulate)]
-        position = step * ROWS
+    for number in range(first, stop):
+        batches = [batch_of(config, 100 * number + i, parallel) for i in range(config.optim.accumulate)]
+        position = number * ROWS
         micro_batches = [build_step_inputs(b, networks, config, parallel, position + i) for i, b in enumerate(batches)]
-        terms: dict[str, Tensor] = {}
-        for phase in phase_table(config):
-            terms |= run_phase(phase, micro_batches, networks.engines, parallel.autocast, measure=True)
-        if networks.average is not None:
-            update_average(networks.average, networks.generator, config.train.ema)
-        measured = ("loss/", "scale/", "skipped/", "gradient_norm/")
-        out.append(parallel.mean({k: float(v) for k, v in terms.items() if k.startswith(measured)}))
+        out.append(step(config, parallel, networks, micro_batches))
     return out
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
 from cmgan_dist.data import source
 from cmgan_dist.errors import BadInput
 from shards.urls import joined, key_of
 from tests.services.faulty_server import FaultyServer
+from tests.services.object_store import running_s3
 from tests.toy import files_of, picture, run_shards, samples_of, write_table
 
 
@@ -144,23 +146,12 @@ def test_a_folder_by_url_is_refused(tmp_path: Path) -> None:
         run_shards("build", "folder", "s3://bucket/pictures", "--output", tmp_path / "out")
 
 
-def test_pictures_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moto_server = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    server = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
-            monkeypatch.setenv(name, "us-east-1")
+def test_pictures_on_s3(tmp_path: Path) -> None:
+    with running_s3("bucket"):
         client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
         for i in range(3):
             client.put_object(Bucket="bucket", Key=f"p/{i}.png", Body=picture(i))
         rows = [{"url": f"s3://bucket/p/{i}.png", "caption": f"text {i}"} for i in range(3)]
         client.put_object(Bucket="bucket", Key="t.csv", Body=write_table(tmp_path / "t.csv", rows).read_bytes())
         build("s3://bucket/t.csv", tmp_path / "out", "--timeout-s", 10)
         assert samples_of(tmp_path / "out")[key_of("s3://bucket/p/1.png")] == (["text 1"], ())
-    finally:
-        server.stop()
