@@ -20,6 +20,7 @@ import numpy as np
 
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import LabelKind, ShardInfo
+from cmgan_dist.data.output import abandon_record, is_done, read_record, write_record
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.jobs import ledger
@@ -83,7 +84,8 @@ def make_shard(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Ma
     """Read the pairs of a shard from the folder `plan` and write it: its tar and sidecar, then its record.
 
     Raises BadInput on a bad pair, unless they are skipped, and when the shard cannot be written."""
-    path, settings, pairs = output / record_name(shard.name), how.settings(shard), shard.read(plan)
+    store, name = FileStore(str(output), "--output"), record_name(shard.name)
+    settings, pairs = how.settings(shard), shard.read(plan)
     left_out: list[str] = []
 
     def samples() -> Iterator[tuple[str, Members]]:
@@ -95,16 +97,14 @@ def make_shard(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Ma
     try:
         # Read before the samples are: what changes between is found by the next run, and the shard made anew.
         source = content_sha256(pairs)
-        ledger.write(path, ledger.Record(source, settings))
+        write_record(store, name, ledger.Record(source, settings))
         info = write_shard(output, shard.name, samples())
         if info is None:  # what an earlier run made of other pairs is not this shard
-            for name in (shard.name, index_name(shard.name)):
-                (output / name).unlink(missing_ok=True)
-        ledger.write(path, finished_record(source, settings, info, FileStore(str(output), "--output"), left_out))
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+            for other in (shard.name, index_name(shard.name)):
+                store.remove(other)
+        write_record(store, name, finished_record(source, settings, info, store, left_out))
     finally:
-        ledger.abandon(path)
+        abandon_record(store, name)
     return info, left_out
 
 
@@ -145,26 +145,26 @@ def find_shard(output: Path, plan: Path, shard: PlannedShard, how: Making, read_
 
     `plan`: folder of the plan; `read_inputs`: compare what the pairs hold now too, not only what was planned of them.
     Raises BadInput when a file is there and cannot be read."""
-    path = output / shard.name
+    path, store = output / shard.name, FileStore(str(output), "--output")
     try:
-        record = ledger.read(output / record_name(shard.name))
+        record = read_record(store, record_name(shard.name))
         if record is None or record.settings != how.settings(shard):
             return Found(other=path.exists())
         if not record.finished:
             return Found()
         if read_inputs and record.source != content_sha256(shard.read(plan)):
             return Found(other=True)
-        return _whole(record, output, path)
+        return _whole(record, store, path)
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from None
 
 
-def _whole(record: ledger.Record, output: Path, path: Path) -> Found:
-    """Return what a finished record says was made, if its files are that still. Raises OSError."""
+def _whole(record: ledger.Record, store: FileStore, path: Path) -> Found:
+    """Return what a finished record says was made, if its files are that still. Raises BadInput and OSError."""
     if record.written is None:
         return Found((None, record.left_out))
     info = ShardInfo(**record.written, index_sha256=record.beside[0]["sha256"])
-    if ledger.is_done(record, output) and has_index(output, info):
+    if is_done(store, record) and has_index(Path(store.path), info):
         return Found((info, record.left_out))
     said = f"{path} or its sidecar is not what its record says: it is made anew" if path.exists() else ""
     return Found(said=said)

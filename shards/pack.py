@@ -22,9 +22,10 @@ from typing import Any, TypeVar
 
 from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest, natural_splits
+from cmgan_dist.data.output import read_record
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.files import write_atomic
-from cmgan_dist.jobs import ledger
 from cmgan_dist.jobs.lock import lock_name, owning, owning_in_turn
 from cmgan_dist.jobs.machine import Share
 from cmgan_dist.jobs.ranks import Task, find_task
@@ -254,7 +255,8 @@ class _Job:
 
     def _left_out(self) -> tuple[list[str], list[str]]:
         """Return the notes on a data set that is complete, and a line for each pair that its records leave out."""
-        records = [ledger.read(self.options.output / record_name(shard.name)) for shard in self.plan.shards]
+        store = FileStore(str(self.options.output), "--output")
+        records = [read_record(store, record_name(shard.name)) for shard in self.plan.shards]
         packed = [line for record in records if record is not None for line in record.left_out]
         way = ["pairs were left out when this was packed: --overwrite tries them again"] if packed else []
         return way, [*self.source.left_out, *self.plan.left_out, *packed]

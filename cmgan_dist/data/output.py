@@ -64,3 +64,10 @@ def is_whole(store: FileStore, written: dict[str, object]) -> bool:
     Raises BadInput when it cannot be read."""
     name = str(written["name"])
     return store.size(name) == written["bytes"] and store.sha256(name) == written["sha256"]
+
+
+def is_done(store: FileStore, record: ledger.Record) -> bool:
+    """Return whether the job ended and what it wrote is there, the same to the byte.
+
+    Raises BadInput when a file cannot be read."""
+    return record.finished and all(is_whole(store, written) for written in record.files)

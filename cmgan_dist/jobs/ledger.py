@@ -6,10 +6,9 @@ knows whether it is whole, so it is made anew."""
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from cmgan_dist.files import parse_sealed, sealed_json, sha256_of, write_atomic
+from cmgan_dist.files import parse_sealed, sealed_json
 
 VERSION = 1
 WRITTEN = {"name", "samples", "bytes", "sha256"}
@@ -56,40 +55,3 @@ def parse(text: str | bytes) -> Record | None:
 def text_of(record: Record) -> str:
     """Return the text of a record's file; `parse` reads it."""
     return sealed_json({"version": VERSION, **asdict(record)})
-
-
-def read(path: Path) -> Record | None:
-    """Return the record at `path`, None when there is none or it is no record.
-
-    Raises OSError when it is there and cannot be read."""
-    try:
-        return parse(path.read_bytes())
-    except FileNotFoundError:
-        return None
-
-
-def write(path: Path, record: Record) -> None:
-    """Write a record: it is whole under its name or not there at all. Raises OSError when it cannot be written."""
-    write_atomic(path, text_of(record))
-
-
-def abandon(path: Path) -> None:
-    """Remove the record of a job that failed; one that is finished, because another process ended the job, stays."""
-    record = read(path)
-    if record is None or not record.finished:
-        path.unlink(missing_ok=True)
-
-
-def is_done(record: Record, folder: Path) -> bool:
-    """Return whether the job ended and what it wrote lies in `folder`, the same to the byte.
-
-    Raises OSError when a file is there and cannot be read."""
-
-    def is_whole(written: dict[str, Any]) -> bool:
-        path = folder / written["name"]
-        return path.stat().st_size == written["bytes"] and sha256_of(path) == written["sha256"]
-
-    try:
-        return record.finished and all(is_whole(written) for written in record.files)
-    except FileNotFoundError:
-        return False

@@ -35,7 +35,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def begun(output: Path) -> list[bool]:
     """Whether each shard with a record is finished."""
-    records = [ledger.read(path) for path in output.glob("*.features.json")]
+    records = [ledger.parse(path.read_bytes()) for path in output.glob("*.features.json")]
     return [record.finished for record in records if record is not None]
 
 

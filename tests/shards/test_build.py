@@ -18,11 +18,12 @@ import webdataset
 
 from cmgan_dist.data.index import ShardIndex
 from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.output import read_record
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import parse_sample
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput
-from cmgan_dist.jobs import ledger
 from shards.make import record_name
 from shards.pairs import make_key
 from shards.scan import scan_shard
@@ -145,7 +146,7 @@ def test_sidecars_of_another_version_are_written_anew(raw: Path, tmp_path: Path)
 def finished(output: Path) -> list[str]:
     """The tars whose records say that they are whole."""
     names = [path.name for path in output.glob("*.tar")]
-    records = {name: ledger.read(output / record_name(name)) for name in names}
+    records = {name: read_record(FileStore(str(output), "--output"), record_name(name)) for name in names}
     return [name for name, record in records.items() if record is not None and record.finished]
 
 

@@ -28,8 +28,10 @@ from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.output import read_record
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample, parse_sample
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs import ledger
@@ -295,7 +297,9 @@ def command_line(data: Path, output: Path, weights: Path) -> list[str]:
 
 def finished_tars(folder: Path) -> dict[str, int]:
     """Name -> time of the tars whose record says that they are finished."""
-    records = {path: ledger.read(folder / record_name(path.name)) for path in folder.glob("*.tar")}
+    records = {
+        path: read_record(FileStore(str(folder), "--output"), record_name(path.name)) for path in folder.glob("*.tar")
+    }
     return {path.name: path.stat().st_mtime_ns for path, record in records.items() if record and record.finished}
 
 
@@ -439,9 +443,9 @@ def test_a_tar_without_its_finished_record(
     out = data.parent / "out"
     before = files(out)
     record = out / "train-000000.features.json"
-    ended = ledger.read(record)
+    ended = ledger.parse(record.read_bytes())
     assert ended is not None
-    ledger.write(record, dataclasses.replace(ended, finished=False, written=None))
+    record.write_text(ledger.text_of(dataclasses.replace(ended, finished=False, written=None)))
     flip(out / "train-000000.tar")
     write_features(command(data, text_backbone="features"))
     assert files(out) == before
