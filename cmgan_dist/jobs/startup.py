@@ -48,12 +48,26 @@ def _wait(pipe: int) -> None:
         os._exit(EXIT_SIGNALLED)
 
 
+_blocked = threading.local()
+"""Signals that were blocked before this thread forked."""
+
+
+def _hold() -> None:
+    """Hold back what comes during a fork until it is settled whose it is."""
+    _blocked.before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
+
+
+def _let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _blocked.before)
+
+
 def _as_before() -> None:
     """In a fork, whose parent has the thread: a signal ends it, and does not reach the parent by the pipe."""
     if signal.getsignal(signal.SIGTERM) is _leave_to_the_pipe:
         signal.set_wakeup_fd(-1)
         for number in NUMBERS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _let_go()
 
 
-os.register_at_fork(after_in_child=_as_before)
+os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_as_before)

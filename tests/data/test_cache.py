@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cmgan_dist.config.fields import StreamConfig
-from cmgan_dist.data import cache as cache_module
+from cmgan_dist.data import shared_file
 from cmgan_dist.data.cache import PREFETCH_THREADS, CachedStore, open_store
 from cmgan_dist.data.manifest import ShardInfo
 from cmgan_dist.data.reader import ShardReader
@@ -170,7 +170,7 @@ def test_a_child_does_not_keep_the_lock_of_a_killed_parent(
 
     def parent() -> None:
         threading.Thread(target=store.open, args=[shard], daemon=True).start()
-        wait_for(lambda: bool(cache_module.held_locks))
+        wait_for(lambda: bool(shared_file.held_locks))
         time.sleep(0.1)
         pid = os.fork()
         if not pid:
