@@ -21,7 +21,7 @@ from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs.ray import resources
 from tune.options import Arguments
-from tune.record import Record, Recorder
+from tune.record import Record
 from tune.space import Space, clip, domains, mutable, outside_of
 
 MOST_FAILURES = 3
@@ -184,6 +184,7 @@ def run_tuner(
     from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 
     from tune.progress import ProgressCallback
+    from tune.recorder import Recorder
 
     if not numbers:
         return

@@ -18,7 +18,8 @@ from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.retrieval.index import Index
 from shards.__main__ import main
-from shards.features import FeaturesCommand, write_features
+from shards.feature_job import write_features
+from shards.features import FeaturesCommand
 from tests.retrieval.embed_cases import embedded, raw_run, whole
 from tests.services.faulty_server import FaultyServer
 from tests.services.object_store import running_s3

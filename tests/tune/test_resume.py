@@ -20,7 +20,8 @@ from tests.launchers.damage_cases import DAMAGES, Damage, Planted, forbidden, mi
 from tests.toy import make_features
 from tests.tune.search_cases import OBJECT_STORE, arguments, read
 from tune.progress import ProgressCallback
-from tune.record import VERSION, Record, Recorder, read_records
+from tune.record import VERSION, Record, read_records
+from tune.recorder import Recorder
 from tune.results import FAILED
 from tune.search import search
 from tune.space import SPACE, draw_settings
