@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 EXIT_DONE = 0
 """The command did all of its work."""
@@ -18,7 +20,7 @@ EXIT_LOST = 1
 EXIT_BAD_INPUT = 2
 """Input is wrong (BadInput)."""
 EXIT_SIGNALLED = 85
-"""Saved after SIGTERM, SIGUSR1 or Ctrl-C: start again with ``--resume auto``."""
+"""Ended by SIGTERM or Ctrl-C, and training by SIGUSR1 too, with what was done saved: start again to go on."""
 
 
 CALLED: dict[str, str] = {}
@@ -89,9 +91,23 @@ def _tell(sentence: str, aloud: bool = True) -> None:
             os.replace(f"{report}.part", report)  # a launcher that ends this process reads all or nothing
 
 
+def _raise_in_this_process(process: int) -> Callable[[int, FrameType | None], None]:
+    """Return a handler that is Ctrl-C's in `process`, and ends a fork of it as if there were none."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    return handler
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: bad input, and a file that cannot be read or written, end as one sentence on
-    stderr and exit code 2."""
+    stderr and exit code 2; Ctrl-C and SIGTERM as one and EXIT_SIGNALLED."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _raise_in_this_process(os.getpid()))
     try:
         code = main()
     except BadInput as error:
@@ -105,6 +121,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         reason = error.strerror or str(error)
         _tell(f"{named}{reason}: check the path, its permissions and the free space")
         code = EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted: what was written is whole; the same command goes on from it", file=sys.stderr, flush=True)
+        code = EXIT_SIGNALLED
     except LostProcess as error:
         _tell(str(error))
         os._exit(EXIT_LOST)  # what waits for the lost process, at exit too, would wait on

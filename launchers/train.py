@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cmgan_dist.errors import EXIT_DONE, BadInput, run_main
-from cmgan_dist.jobs.startup import end_at_signals
+from cmgan_dist.jobs.startup import ended_by_signals
 
 if TYPE_CHECKING:  # torch takes seconds to import: first come the cheap checks
     from cmgan_dist.training.run import Run
@@ -34,7 +34,11 @@ def train_and_report(run: Run) -> int:
 
 
 def main() -> int:
-    end_at_signals()
+    with ended_by_signals():
+        return _train()
+
+
+def _train() -> int:
     from cmgan_dist.config.cli import log_to_stderr, parse_arguments
     from cmgan_dist.config.load import check_places, to_yaml
 

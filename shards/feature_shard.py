@@ -53,7 +53,7 @@ def make_shard(
         except BadSample as error:
             raise BadInput(f"{error}: {_way_out(data)}") from None
         finally:
-            abandon_record(store, record)
+            abandon_record(store, record, source.name)
     return info, left_out
 
 

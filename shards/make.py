@@ -104,7 +104,7 @@ def make_shard(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Ma
                 store.remove(other)
         write_record(store, name, finished_record(source, settings, info, store, left_out))
     finally:
-        abandon_record(store, name)
+        abandon_record(store, name, shard.name)
     return info, left_out
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -252,7 +251,6 @@ def main() -> int:
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)]
     )
     arguments = parse(Arguments, join_data(sys.argv[1:]), prog="tune/search.py")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return search(arguments)
     except KeyboardInterrupt:

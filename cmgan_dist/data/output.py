@@ -49,12 +49,13 @@ def write_record(store: FileStore, name: str, record: ledger.Record) -> None:
     store.write(name, ledger.text_of(record))
 
 
-def abandon_record(store: FileStore, name: str) -> None:
-    """Remove the record of a job that failed; one that is finished, because another process ended the job, stays.
+def abandon_record(store: FileStore, name: str, file: str) -> None:
+    """Remove the record of a job that failed before its `file` was there; beside a file, it says whose that is.
 
-    Raises BadInput when that cannot be done."""
+    A record that is finished, because another process ended the job, stays. Raises BadInput when that cannot be
+    done."""
     record = read_record(store, name)
-    if record is None or not record.finished:
+    if (record is None or not record.finished) and store.size(file) is None:
         store.remove(name)
 
 

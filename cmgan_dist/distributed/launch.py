@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from cmgan_dist.config.safe_yaml import parse_yaml, read_text
 from cmgan_dist.errors import EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
-from cmgan_dist.jobs.startup import end_at_signals, settled
+from cmgan_dist.jobs.startup import ended_by_signals, settled
 
 if TYPE_CHECKING:  # torch takes seconds to import, and SLURM's launcher has no use for it
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -77,8 +77,11 @@ def zero_environment(path: str | None, flag: str = CONFIG_FLAG) -> dict[str, str
 def main(words: Sequence[str]) -> int:
     """Start the processes that torchrun's command line `words` asks for and return the exit code of the first that
     failed (EXIT_LOST where a signal ended it), or 0. Raises BadInput as `zero_environment` does."""
-    end_at_signals()
-    arguments = list(words)
+    with ended_by_signals():
+        return _launch(list(words))
+
+
+def _launch(arguments: list[str]) -> int:
     os.environ.update(zero_environment(take(arguments, CONFIG_FLAG)))
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -27,7 +28,10 @@ LINE_EVERY_S = 60.0
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is killed; it would wait for work for ever."""
+    """End this worker when its parent is killed; it would wait for work for ever. Ctrl-C is left to the parent, whose
+    SIGTERM lets it close what it has open."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     parent = parent_process()
     if parent is not None:
         sentinel = parent.sentinel
@@ -74,6 +78,10 @@ def parallel_map(
                 raise BadInput(
                     f"{title}: a worker process was killed (out of memory?); try fewer --processes"
                 ) from None
+            except KeyboardInterrupt:
+                for worker in active_children():  # the pool would wait for what has begun
+                    worker.terminate()
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)
 

@@ -5,10 +5,12 @@ processes may keep for minutes. The byte that the kernel's signal leaves in a pi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 from cmgan_dist.errors import EXIT_SIGNALLED
@@ -17,18 +19,28 @@ NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals by which people and schedulers end a run."""
 
 
-def end_at_signals() -> None:
-    """From now on a signal of NUMBERS ends the process at once with EXIT_SIGNALLED and a sentence, until `settled`.
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within it a signal of NUMBERS ends the process at once with EXIT_SIGNALLED and a sentence, until `settled`.
 
-    What is written is whole or not there whenever that happens, and locks end with the process."""
+    What is written is whole or not there whenever that happens, and locks end with the process. Handlers that were set
+    within stay."""
     if threading.current_thread() is not threading.main_thread():
+        yield
         return
     out, into = os.pipe()
     os.set_blocking(into, False)
-    for number in NUMBERS:
-        signal.signal(number, _leave_to_the_pipe)
+    before = {number: signal.signal(number, _leave_to_the_pipe) for number in NUMBERS}
     signal.set_wakeup_fd(into)
     threading.Thread(target=_wait, args=[out], daemon=True).start()
+    try:
+        yield
+    finally:
+        settled()
+        for number, handler in before.items():
+            if signal.getsignal(number) is _leave_to_the_pipe:
+                signal.signal(number, handler)
+        os.close(into)  # which ends the thread
 
 
 def settled() -> None:
@@ -41,11 +53,13 @@ def _leave_to_the_pipe(number: int, frame: FrameType | None) -> None:
 
 
 def _wait(pipe: int) -> None:
-    """End the process when a byte comes."""
-    number = os.read(pipe, 1)
-    if number:
-        print(f"{signal.Signals(number[0]).name} came before training began: start again", file=sys.stderr, flush=True)
-        os._exit(EXIT_SIGNALLED)
+    """End the process when the byte of one of NUMBERS comes; others, as of a child that ends, are passed over."""
+    while byte := os.read(pipe, 1):
+        if byte[0] in NUMBERS:
+            name = signal.Signals(byte[0]).name
+            print(f"{name} came before training began: start again", file=sys.stderr, flush=True)
+            os._exit(EXIT_SIGNALLED)
+    os.close(pipe)
 
 
 _blocked = threading.local()

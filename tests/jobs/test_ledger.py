@@ -78,8 +78,15 @@ def test_files_beside_must_be_whole_too(tmp_path: Path, store: FileStore, done: 
 def test_a_failed_job_leaves_no_record_but_anothers(tmp_path: Path, store: FileStore, done: Record) -> None:
     path = tmp_path / "a.json"
     write_record(store, "a.json", Record("source", SETTINGS))
-    abandon_record(store, "a.json")
+    abandon_record(store, "a.json", "b.tar")
     assert not path.exists()
     write_record(store, "a.json", done)
-    abandon_record(store, "a.json")
+    abandon_record(store, "a.json", "b.tar")
     assert read_record(store, "a.json") == done
+
+
+def test_a_file_beside_a_failed_job_stays_known_as_its_own(tmp_path: Path, store: FileStore) -> None:
+    write_record(store, "a.json", Record("source", SETTINGS))
+    (tmp_path / "b.tar").write_bytes(b"whole or not")
+    abandon_record(store, "a.json", "b.tar")
+    assert read_record(store, "a.json") == Record("source", SETTINGS)

@@ -16,9 +16,10 @@ from cmgan_dist.jobs.startup import NUMBERS
 from tests.toy import command, environment
 
 PROGRAM = """
-import os, signal, sys, time
-from cmgan_dist.jobs.startup import end_at_signals, settled
-end_at_signals()
+import os, signal, subprocess, sys, time
+from cmgan_dist.jobs.startup import ended_by_signals, settled
+within = ended_by_signals()
+within.__enter__()
 how = sys.argv[1]
 if how == "fork":
     codes = set()
@@ -30,6 +31,12 @@ if how == "fork":
         os.kill(child, signal.SIGTERM)
         codes.add(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     print(*codes, flush=True)
+if how == "child":
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    subprocess.run(["true"])
+    time.sleep(1)
+if how == "left":
+    within.__exit__(None, None, None)
 if how == "settled":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
     settled()
@@ -70,6 +77,17 @@ def test_a_fork_ends_alone_and_later_handlers_count() -> None:
     assert process.stdout.readline() == "ready\n"
     process.terminate()
     assert process.wait(60) == 7
+    process.communicate()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("how", "code"), [("child", 85), ("left", -signal.SIGTERM)])
+def test_a_child_that_ends_is_no_signal_and_nothing_stays_behind(how: str, code: int) -> None:
+    process = start(how)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    assert process.wait(60) == code
     process.communicate()
 
 
