@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.kernels_rivals import WIDTH, Run, by_hand, discriminator_runs, eager, step_of
 from cmgan_dist.config.fields import ModelConfig
+from cmgan_dist.kernels.dropout import dropout
 from cmgan_dist.models.discriminators import InterDiscriminator
 from cmgan_dist.models.generator import SharedLayers
 
@@ -45,6 +46,9 @@ def cpu(rounds: int, seconds: float) -> dict[str, Any]:
                 times = _turns(discriminator_runs(batch, features, "cpu", dtype), rounds, seconds)
                 row = {"batch": batch, "features": features, "dtype": str(dtype)[6:], "ms": times}
                 record["discriminator"].append(row)
+    record["dropout"] = [
+        {"batch": batch, "ms": _turns(_dropout_runs(batch, share=0.5), rounds, seconds)} for batch in (64, 1024)
+    ]
     record["discriminator step"] = []
     for batch in (64, 256):
         record["discriminator step"].append({"batch": batch, "ms": _turns(_loss_share(batch), rounds, seconds)})
@@ -67,6 +71,20 @@ def _turns(runs: dict[str, Run], rounds: int, seconds: float) -> dict[str, dict[
                 run()
             found[name].append((time.process_time() - start) / repeats[name] * 1e3)
     return {n: {"median": statistics.median(v), "min": min(v), "max": max(v)} for n, v in found.items()}
+
+
+def _dropout_runs(batch: int, share: float) -> dict[str, Run]:
+    """Dropout of a hidden layer: torch's, a comparison of uniform numbers, and ours."""
+    x, gradient = torch.randn(batch, WIDTH, requires_grad=True), torch.randn(batch, WIDTH)
+
+    def step(function: Callable[[Tensor], Tensor]) -> Run:
+        return lambda: torch.autograd.grad(function(x), x, gradient)
+
+    return {
+        "torch": step(lambda x: F.dropout(x, share)),
+        "uniform numbers": step(lambda x: x * (torch.rand(x.shape) >= share) / (1 - share)),
+        "ours": step(lambda x: dropout(x, share)),
+    }
 
 
 def _modality_runs(batch: int, dtype: torch.dtype) -> dict[str, Run]:

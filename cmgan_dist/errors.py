@@ -91,6 +91,11 @@ def _tell(sentence: str, aloud: bool = True) -> None:
             os.replace(f"{report}.part", report)  # a launcher that ends this process reads all or nothing
 
 
+def _is_first_process() -> bool:
+    """Return whether this is the process of a run that says what holds for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _raise_in_this_process(process: int) -> Callable[[int, FrameType | None], None]:
     """Return a handler that is Ctrl-C's in `process`, and ends a fork of it as if there were none."""
 
@@ -105,13 +110,14 @@ def _raise_in_this_process(process: int) -> Callable[[int, FrameType | None], No
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: bad input, and a file that cannot be read or written, end as one sentence on
-    stderr and exit code 2; Ctrl-C and SIGTERM as one and EXIT_SIGNALLED."""
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    stderr and exit code 2; Ctrl-C and SIGTERM as one and EXIT_SIGNALLED. By SIGTERM a launcher ends the processes that
+    it started, where another of them has failed: those end as it expects."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and "RANK" not in os.environ:
         signal.signal(signal.SIGTERM, _raise_in_this_process(os.getpid()))
     try:
         code = main()
     except BadInput as error:
-        _tell(str(error), aloud=not error.everywhere or os.environ.get("RANK", "0") == "0")
+        _tell(str(error), aloud=not error.everywhere or _is_first_process())
         code = EXIT_BAD_INPUT
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,7 +128,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         _tell(f"{named}{reason}: check the path, its permissions and the free space")
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted: what was written is whole; the same command goes on from it", file=sys.stderr, flush=True)
+        if _is_first_process():
+            print("interrupted: what was written is whole; the same command goes on from it", file=sys.stderr)
         code = EXIT_SIGNALLED
     except LostProcess as error:
         _tell(str(error))

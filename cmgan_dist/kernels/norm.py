@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmgan_dist.kernels.dispatch import use_triton
+from cmgan_dist.kernels.dropout import dropout
 from cmgan_dist.kernels.norm_torch import group_batch_norm
 
 
@@ -92,4 +93,4 @@ class GroupBatchNorm(nn.Module):
         )
         if self.slope != 1:
             x = F.leaky_relu(x, self.slope)
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return dropout(x, self.dropout, self.training)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.errors import BadInput
+from cmgan_dist.kernels.dropout import dropout
 from cmgan_dist.models.backbone import ImageBackbone, PixelBackbone, TextBackbone, TextInput, raw_texts
 from cmgan_dist.models.clip import ClipImageBackbone, ClipTextBackbone, is_open_clip
 from cmgan_dist.models.vocabulary import BOUND, PAD, Vocabulary, load_word_vectors
@@ -151,7 +152,7 @@ class SentenceCNN(TextBackbone):
             # Windows that touch a word start before the text ends; ReLU leaves nothing below 0, so 0 never wins.
             touched = F.pad(words, (k - 1, 0), value=True)
             pooled.append((maps * touched).amax(dim=2))
-        return F.dropout(torch.cat(pooled, dim=1), self.dropout, self.training).float()
+        return dropout(torch.cat(pooled, dim=1), self.dropout, self.training).float()
 
 
 # ---------------------------------------------------------------------------------------------- text: sentence encoder

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cmgan_dist.config.fields import ModelConfig
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput
+from cmgan_dist.kernels.dropout import dropout
 from cmgan_dist.kernels.norm import GroupBatchNorm
 from cmgan_dist.models.backbone import ImageBackbone, TextBackbone, TextInput
 from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone
@@ -145,7 +146,7 @@ class InputNorm(nn.Module):
             out: Tensor = self.norm(x, [len(x)])
             return out
         x = F.normalize(x.float(), dim=1) if self.kind == "l2" else x
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
 
 class Encoder(nn.Module):

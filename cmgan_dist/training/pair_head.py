@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmgan_dist.distributed.engine import AdamW
+from cmgan_dist.kernels.dropout import dropout
 from cmgan_dist.retrieval.cca import PairedRows
 from cmgan_dist.retrieval.metrics import Embeddings, pair_recall
 
@@ -29,8 +30,8 @@ DIMS, POWERS = (50, 100, 200, 384), (0.5, 1.0)
 EPOCHS, BATCH, CAPTIONS = 8, 512, 5
 """Of the refinement: passes, images a batch, and captions of an image that are drawn each time."""
 RATES = ((5e-4, 0.2, 0.05), (2e-4, 0.7, 0.1))
-"""Refinements: (learning rate, input dropout, temperature); the second, for few pairs, is tried where the first brings
-nothing."""
+"""Refinements: (learning rate, share of input dropout, temperature); the second, for few pairs, is tried where the
+first brings nothing."""
 DECAY = 1e-2
 
 
@@ -126,10 +127,10 @@ def fit_pair_head(train: Embeddings, val: Embeddings, seed: int, say: Callable[[
     say(f"pair head: CCA with ridges {ridges[0]:g} and {ridges[1]:g}: validation R@10 {best[0]:.4f}")
     start = make(widest, 0.5)
     unrefined = best[0]
-    for rate, dropout, temperature in RATES:
+    for rate, share, temperature in RATES:
         if best[0] > unrefined:
             break
-        for epoch, head in enumerate(_refined(start, train, seed, rate, dropout, temperature), 1):
+        for epoch, head in enumerate(_refined(start, train, seed, rate, share, temperature), 1):
             score = reached(head)
             if score > best[0]:
                 best = score, head
@@ -141,7 +142,7 @@ def fit_pair_head(train: Embeddings, val: Embeddings, seed: int, say: Callable[[
 
 
 def _refined(
-    start: PairHead, train: Embeddings, seed: int, rate: float, dropout: float, temperature: float
+    start: PairHead, train: Embeddings, seed: int, rate: float, share: float, temperature: float
 ) -> Iterator[PairHead]:
     """Train a copy of a head by `multi_positive_nce`, with a cosine schedule, and give it after every epoch."""
     rng, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -154,8 +155,7 @@ def _refined(
     steps = max(1, len(with_text) // batch)
 
     def dropped(x: Tensor) -> Tensor:
-        kept = torch.rand(x.shape, generator=random) >= dropout
-        return x * kept / (1 - dropout)
+        return dropout(x, share, generator=random)
 
     for epoch in range(EPOCHS):
         shuffled = rng.permutation(with_text)
