@@ -66,7 +66,9 @@ class Memory:
 
     def _watch(self) -> None:
         me = psutil.Process()
-        while not self.ended.wait(0.1):
+        over = False
+        while not over:
+            over = self.ended.wait(0.1)  # what ends within that is looked at once, at its end
             total = 0
             for one in [me, *me.children(recursive=True)]:
                 try:
