@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -181,6 +182,12 @@ def _without_auto(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     return {key: _without_auto(value) for key, value in config.items() if value != "auto"}
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of a collective's error, without gloo's place in its source and advice to programmers."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\] |\. This is typically caused by .*", "", line)
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -1,5 +1,5 @@
-"""Starts the processes of a run as torchrun does, with torchrun's options, and ends quietly: with the exit code of the
-process that failed first, which has said why, in place of a traceback of its own.
+"""Starts the processes of a run as torchrun does, with torchrun's options, and ends with the sentence and the exit
+code of the process that failed first, in place of a traceback of its own.
 
 python -m cmgan_dist.distributed.launch --standalone --nproc_per_node 2 [--config_file FILE] launchers/train.py ...
 
@@ -98,21 +98,38 @@ def _launch(arguments: list[str]) -> int:
     except ValueError as error:  # of torchrun's options
         raise BadInput(f"{error}: see torchrun --help") from None
     except ChildFailedError as error:
-        failures = error.failures
-        rank = min(failures, key=lambda rank: (_ended_by_launcher(failures[rank]), failures[rank].timestamp))
-        first = failures[rank]
-        if first.exitcode < 0:
-            print(f"error: process {rank} was ended by {first.signal_name()}: start again to go on", file=sys.stderr)
-            return EXIT_LOST
-        if rank and os.path.isfile(first.error_file) and not (0 in failures and os.path.isfile(failures[0].error_file)):
-            print(first.message, file=sys.stderr)  # the first process says what all find, but was ended before
-        return first.exitcode
+        return _end_with_cause(error.failures)
     return 0
+
+
+def _end_with_cause(failures: dict[int, ProcessFailure]) -> int:
+    """Print why the process that failed first did, unless that is the last on stderr already; return its exit code."""
+    rank = min(failures, key=lambda rank: (_ended_by_launcher(failures[rank]), failures[rank].timestamp))
+    cause, sentence = failures[rank], _sentence_of(rank, failures[rank])
+    if {_sentence_of(of, failure) for of, failure in failures.items() if _has_said(failure)} != {sentence}:
+        print(sentence, file=sys.stderr)
+    code: int = cause.error_file_data.get("code", cause.exitcode)
+    return code if code > 0 else EXIT_LOST
+
+
+def _sentence_of(rank: int, failure: ProcessFailure) -> str:
+    """Return in words why a process failed: its own, or what its exit code tells."""
+    if "said" in failure.error_file_data:
+        return failure.message
+    if failure.exitcode < 0:
+        return f"error: process {rank} was ended by {failure.signal_name()}: start again to go on"
+    return f"error: a process ended with exit code {failure.exitcode}, and has said why above"
+
+
+def _has_said(failure: ProcessFailure) -> bool:
+    """Return whether a process has said on stderr why it ended."""
+    said: bool = failure.error_file_data.get("said", failure.exitcode > 0)
+    return said
 
 
 def _ended_by_launcher(failure: ProcessFailure) -> bool:
     """Return whether this is how torchrun ends the others when a process has failed."""
-    return failure.exitcode == -signal.SIGTERM
+    return failure.exitcode in (-signal.SIGTERM, EXIT_SIGNALLED) and "said" not in failure.error_file_data
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from cmgan_dist.distributed.launch import zero_environment
-from cmgan_dist.errors import BadInput
-from launchers.slurm.node import combined, read_job
+from cmgan_dist.errors import BadInput, LostProcess, run_main
+from launchers.slurm.node import combined, failed_first, read_job
 from tests.services.slurm import free_port, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,19 @@ def test_jobs_meet_at_ports_that_nobody_holds() -> None:
 )
 def test_exit_code_of_a_node(codes: list[int], expected: int) -> None:
     assert combined(codes) == expected
+
+
+def test_the_rank_that_failed_first_is_not_one_that_followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rank 0 was seen first, and says that it lost another; rank 1 had failed before."""
+    for rank, error in ((0, LostProcess("lost")), (1, BadInput("no"))):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank)))
+        monkeypatch.setattr(os, "_exit", sys.exit)
+        with pytest.raises(SystemExit):
+            run_main(Mock(side_effect=error))
+    now = time.time()
+    assert failed_first({0: now, 1: now + 3}, tmp_path) == 1
+    assert failed_first({0: now, 2: now + 3}, tmp_path) == 2
+    assert failed_first({0: now, 2: now + 30}, tmp_path) == 0  # the launcher has ended it
 
 
 @pytest.mark.process
