@@ -37,6 +37,7 @@ from cmgan_dist.distributed.join import (
     join_torchrun,
     name_gloo_interface,
     reason_of,
+    say_unused,
     take_zero_config,
 )
 from cmgan_dist.distributed.precision import autocast
@@ -101,9 +102,7 @@ class Parallel:
         reached, and BadInput for a DeepSpeed configuration that is not supported."""
         self.zero_config = take_zero_config()
         """DeepSpeed's configuration, or None where plain torch trains."""
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if asked != "no" and asked != precision:
-            log.warning("accelerate's --mixed_precision %s is not used: train.precision is %s", asked, precision)
+        say_unused(precision)
         name_gloo_interface()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         joining = InitProcessGroupKwargs(timeout=timedelta(seconds=max(timeout_s, JOIN_S)))

@@ -32,7 +32,8 @@ from typing import IO
 from cmgan_dist.config.cli import parse_arguments
 from cmgan_dist.config.fields import Config, micro_batch
 from cmgan_dist.config.load import check_places
-from cmgan_dist.distributed.launch import take, zero_environment
+from cmgan_dist.distributed.launch import take
+from cmgan_dist.distributed.launch_config import launch_environment
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
 from launchers.train import train_and_report
 
@@ -85,7 +86,7 @@ def read_job(words: Sequence[str]) -> Job:
         if not given.isdecimal() or int(given) < 1:
             raise BadInput(f"{FLAG} is {given}, expected a whole number from 1 on")
         processes = int(given)
-    environment = zero_environment(take(arguments, "--accelerate-config"), "--accelerate-config")
+    environment = launch_environment(take(arguments, "--accelerate-config"), "--accelerate-config")
     config, chosen = parse_arguments(arguments)
     check_places(config)
     task = os.environ.get("SLURM_ARRAY_TASK_ID")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cmgan_dist.distributed.join import say_unused
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
 from tests.toy import ROOT, environment, torchrun, train_words, wait_for
 
@@ -154,6 +155,50 @@ def test_a_configuration_that_is_not_there_is_one_sentence(tmp_path: Path) -> No
         EXIT_BAD_INPUT,
         "error: --config_file none.yaml does not exist: check the path\n",
     )
+
+
+UNUSED = """
+distributed_type: DEEPSPEED
+mixed_precision: bf16
+num_processes: 2
+dynamo_config: {dynamo_backend: INDUCTOR}
+deepspeed_config: {zero_stage: 1, gradient_accumulation_steps: 4, gradient_clipping: 1.0}
+"""
+
+
+def test_what_a_configuration_says_and_is_not_used_is_logged_as_under_accelerate(tmp_path: Path) -> None:
+    file, script = tmp_path / "accelerate.yaml", tmp_path / "say.py"
+    file.write_text(UNUSED)
+    script.write_text("from cmgan_dist.distributed.join import say_unused\nsay_unused('fp16')\n")
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    said = []
+    for start in (OURS, accelerate):
+        words = [*start, "--config_file", str(file), str(script)]
+        done = subprocess.run(
+            words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        )
+        said.append([line for line in done.stderr.splitlines() if "is not used: set" in line])
+    assert said[0] == [
+        "accelerate's mixed_precision bf16 is not used: set train.precision",
+        "accelerate's dynamo_backend inductor is not used: set train.compile",
+        "accelerate's gradient_accumulation_steps 4 is not used: set optim.accumulate",
+        "accelerate's gradient_clipping 1.0 is not used: set optim.clip",
+    ]
+    assert set(said[1]) == set(said[0]) - {said[0][1]}  # accelerate itself loses dynamo's under DeepSpeed
+
+
+def test_processes_that_only_the_configuration_counts_are_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(UNUSED)
+    done = launch([*OURS[:-2], "--config_file", str(file)], "well", tmp_path)
+    assert (done.returncode, done.stderr.startswith("error: --config_file ")) == (EXIT_BAD_INPUT, True)
+    assert "has num_processes 2: say it as --nproc_per_node" in done.stderr
+
+
+def test_sharding_by_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(BadInput, match="asks for FSDP, which is not used"):
+        say_unused("fp32")
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from cmgan_dist.distributed.launch import zero_environment
+from cmgan_dist.distributed.launch_config import launch_environment
 from cmgan_dist.errors import BadInput, LostProcess, run_main
 from launchers.slurm.node import combined, failed_first, read_job
 from tests.services.slurm import free_port, wait_for
@@ -100,9 +100,9 @@ def test_deepspeed_is_asked_for_as_accelerate_launch_asks(name: str, tmp_path: P
     launch += ["--num_processes", "1", "--main_process_port", str(free_port()), str(script)]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=True)
     theirs = json.loads(done.stdout.splitlines()[-1])
-    for key, value in zero_environment(str(file)).items():
+    for key, value in launch_environment(str(file)).items():
         assert theirs[key] == value
-    assert theirs.get("ACCELERATE_USE_DEEPSPEED", "false") == zero_environment(str(file)).get(
+    assert theirs.get("ACCELERATE_USE_DEEPSPEED", "false") == launch_environment(str(file)).get(
         "ACCELERATE_USE_DEEPSPEED", "false"
     )
 
@@ -112,11 +112,15 @@ def test_a_file_that_is_no_accelerate_config(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("a: 1")
     (tmp_path / "d.yaml").write_text("distributed_type: FSDP")
     (tmp_path / "e.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stag: 1}")
+    (tmp_path / "f.yaml").write_text("distributed_type: DEEPSPED")
+    (tmp_path / "g.yaml").write_text("distributed_type: MULTI_GPU\ndeepspeed_config: {zero_stage: 1}")
+    (tmp_path / "h.yaml").write_text("distributed_type: MULTI_GPU\nuse_cpu: false\ngpu_ids: 0,1")
     cases = (("a", "is not YAML"), ("b", "has no distributed_type"), ("c", "does not exist"))
     cases += (("d", "asks for FSDP"), ("e", "has deepspeed_config.zero_stag, which is not used"))
+    cases += (("f", "has distributed_type DEEPSPED"), ("g", "has a deepspeed_config, and"), ("h", "has gpu_ids, which"))
     for name, sentence in cases:
         with pytest.raises(BadInput, match=f"{name}.yaml {sentence}"):
-            zero_environment(str(tmp_path / f"{name}.yaml"))
+            launch_environment(str(tmp_path / f"{name}.yaml"))
 
 
 @pytest.mark.process
