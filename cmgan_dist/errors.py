@@ -22,6 +22,10 @@ EXIT_BAD_INPUT = 2
 EXIT_SIGNALLED = 85
 """Ended by SIGTERM or Ctrl-C, and training by SIGUSR1 too, with what was done saved: start again to go on."""
 
+FOLLOWS_S = 10
+"""Longer than a process that fails is seen later than those that lose it, and less than the 30 s after which torchrun
+kills those that do not end."""
+
 
 CALLED: dict[str, str] = {}
 """Programs that sentences name, such as "launchers/index.py" -> what they are called where that is another name."""
@@ -77,18 +81,33 @@ def refuse_url(path: object, what: str) -> None:
         raise BadInput(f"{what} is a URL where only a path on this machine is read or written: copy it here, name that")
 
 
-def _tell(sentence: str, aloud: bool = True) -> None:
-    """Print an error to stderr, and leave it where torchrun, and DeepSpeed's launcher, look for what to end their own
-    report with: the file TORCHELASTIC_ERROR_FILE. Not `aloud`: another process of the run prints the same."""
-    public = _SECRETS.sub(r"\1\2", _as_called(sentence))
-    line = f"error: {shown(public)}"
+def _tell(sentence: str, code: int, *, aloud: bool = True, follows: bool = False) -> None:
+    """Print an error to stderr, and leave it for launchers as `leave_report` does.
+
+    Not `aloud`: another process of the run prints the same."""
+    line = f"error: {_public(sentence)}"
     if aloud:
         print(line, file=sys.stderr, flush=True)
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report:
+    leave_report(line, code, said=aloud, follows=follows)
+
+
+def _public(sentence: str) -> str:
+    """Return a sentence as it may be shown: in one line, without what is secret in URLs."""
+    return shown(_SECRETS.sub(r"\1\2", _as_called(sentence)))
+
+
+def leave_report(line: str, code: int, *, said: bool = True, follows: bool = False) -> None:
+    """Leave the last words of this process, which ends with `code`, in the file TORCHELASTIC_ERROR_FILE.
+
+    There torchrun, DeepSpeed's launcher and ours look for what to end their own report with.
+    `said`: they are on stderr already. `follows`: something that befell another process brought them about. Launchers
+    take the earliest report for the cause, so one that follows is dated FOLLOWS_S later."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        report = {"message": line, "timestamp": int(time.time()) + FOLLOWS_S * follows, "code": code, "said": said}
         with contextlib.suppress(OSError):  # it has been said; the report alone would end without it
-            Path(f"{report}.part").write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
-            os.replace(f"{report}.part", report)  # a launcher that ends this process reads all or nothing
+            Path(f"{path}.part").write_text(json.dumps(report))
+            os.replace(f"{path}.part", path)  # a launcher that ends this process reads all or nothing
 
 
 def _is_first_process() -> bool:
@@ -117,22 +136,26 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except BadInput as error:
-        _tell(str(error), aloud=not error.everywhere or _is_first_process())
         code = EXIT_BAD_INPUT
+        _tell(str(error), code, aloud=not error.everywhere or _is_first_process())
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_LOST
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or str(error)
-        _tell(f"{named}{reason}: check the path, its permissions and the free space")
         code = EXIT_BAD_INPUT
+        _tell(f"{named}{reason}: check the path, its permissions and the free space", code)
     except KeyboardInterrupt:
+        code, line = EXIT_SIGNALLED, "interrupted: what was written is whole; the same command goes on from it"
         if _is_first_process():
-            print("interrupted: what was written is whole; the same command goes on from it", file=sys.stderr)
-        code = EXIT_SIGNALLED
+            print(line, file=sys.stderr, flush=True)
+        leave_report(line, code, follows=True)
     except LostProcess as error:
-        _tell(str(error))
+        _tell(str(error), EXIT_LOST, follows=True)
         os._exit(EXIT_LOST)  # what waits for the lost process, at exit too, would wait on
+    except Exception as error:  # a bug, whose traceback ends with this
+        leave_report(f"error: {_public(f'{type(error).__name__}: {error}')}", EXIT_LOST)
+        raise
     sys.stdout.flush()
     sys.exit(code or EXIT_DONE)

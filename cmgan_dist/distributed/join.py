@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -33,6 +34,13 @@ REPLACED = {
 """Keys of a DeepSpeed configuration in whose place the run's own settings count."""
 REFUSED = {"scheduler", "amp", "prescale_gradients", "gradient_predivide_factor"}
 """Keys by which DeepSpeed would train otherwise than the run's settings say."""
+SET_HERE = {
+    "ACCELERATE_MIXED_PRECISION": ("no", "train.precision"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "train.compile"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "optim.accumulate"),
+    "ACCELERATE_GRADIENT_CLIPPING": ("none", "optim.clip"),
+}
+"""Variables by which accelerate hands on settings of its own -> the value of none, and the field that counts here."""
 _STORE_KEY = "cmgan_dist/store"
 """Where in torchrun's store the first process leaves the address of its own."""
 
@@ -120,6 +128,21 @@ def join_torchrun(timeout_s: float) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
 
 
+def say_unused(precision: str) -> None:
+    """Log, on the first process, which settings of accelerate are not used; `precision`: the run's own.
+
+    Raises BadInput where accelerate asks for another way to divide the model."""
+    for name in ("FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise BadInput(
+                f"accelerate asks for {name}, which is not used: train without, by train.shard_backbones=true"
+            )
+    for variable, (none, field) in SET_HERE.items():
+        asked, what = os.environ.get(variable, none).lower(), variable.removeprefix("ACCELERATE_").lower()
+        if asked not in (none, precision) and os.environ.get("RANK", "0") == "0":
+            log.warning("accelerate's %s %s is not used: set %s", what, asked, field)
+
+
 def take_zero_config() -> dict[str, Any] | None:
     """Return the DeepSpeed configuration that `accelerate launch` was given, or None without DeepSpeed.
 
@@ -181,6 +204,12 @@ def _without_auto(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     return {key: _without_auto(value) for key, value in config.items() if value != "auto"}
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of a collective's error, without gloo's place in its source and advice to programmers."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\] |\. This is typically caused by .*", "", line)
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -1,31 +1,29 @@
-"""Starts the processes of a run as torchrun does, with torchrun's options, and ends quietly: with the exit code of the
-process that failed first, which has said why, in place of a traceback of its own.
+"""Starts the processes of a run as torchrun does, with torchrun's options, and ends with the sentence and the exit
+code of the process that failed first, in place of a traceback of its own.
 
 python -m cmgan_dist.distributed.launch --standalone --nproc_per_node 2 [--config_file FILE] launchers/train.py ...
 
---config_file: accelerate's, such as launchers/configs/zero2.yaml, of which the part about DeepSpeed is taken.
+--config_file: accelerate's, such as launchers/configs/zero2.yaml, of which the part about DeepSpeed is taken. How many
+processes and machines there are torchrun's options say.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cmgan_dist.config.safe_yaml import parse_yaml, read_text
+from cmgan_dist.distributed.launch_config import CONFIG_FLAG, launch_config, launch_environment
 from cmgan_dist.errors import EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
 from cmgan_dist.jobs.startup import ended_by_signals, settled
 
 if TYPE_CHECKING:  # torch takes seconds to import, and SLURM's launcher has no use for it
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-CONFIG_FLAG = "--config_file"
-PASSED_OVER = {"offload_param_device", "deepspeed_multinode_launcher", "zero3_init_flag", "zero3_save_16bit_model"}
-"""Keys of deepspeed_config that accelerate writes and that say nothing for ZeRO-1 and ZeRO-2."""
 PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """Signals that torchrun passes on to the processes before it ends."""
 
@@ -45,44 +43,18 @@ def take(arguments: list[str], flag: str) -> str | None:
     return None
 
 
-def zero_environment(path: str | None, flag: str = CONFIG_FLAG) -> dict[str, str]:
-    """Return the variables by which `accelerate launch --config_file PATH` asks for DeepSpeed: {} for DDP or no file.
-
-    `flag` is what named the file. Raises BadInput naming the file and the key."""
-    if path is None:
-        return {}
-    where = f"{flag} {path}"
-    config = parse_yaml(read_text(Path(path), where), where)
-    if not isinstance(config, dict) or "distributed_type" not in config:
-        raise BadInput(f"{where} has no distributed_type: see launchers/configs/")
-    if config["distributed_type"] == "FSDP":
-        raise BadInput(f"{where} asks for FSDP: train without it, by train.shard_backbones=true")
-    if config["distributed_type"] != "DEEPSPEED":
-        return {}
-    names = {
-        "zero_stage": "ZERO_STAGE",
-        "offload_optimizer_device": "OFFLOAD_OPTIMIZER_DEVICE",
-        "deepspeed_config_file": "CONFIG_FILE",
-    }
-    fields = config.get("deepspeed_config") or {}
-    if not isinstance(fields, dict):
-        raise BadInput(f"{where} has a deepspeed_config that is no mapping: see launchers/configs/")
-    other = sorted(set(map(str, fields)) - set(names) - PASSED_OVER)
-    if other:
-        raise BadInput(f"{where} has deepspeed_config.{other[0]}, which is not used: drop it (see launchers/configs/)")
-    chosen = {f"ACCELERATE_DEEPSPEED_{names[k]}": str(fields[k]) for k in names if k in fields}
-    return {"ACCELERATE_USE_DEEPSPEED": "true", **chosen}
-
-
 def main(words: Sequence[str]) -> int:
     """Start the processes that torchrun's command line `words` asks for and return the exit code of the first that
-    failed (EXIT_LOST where a signal ended it), or 0. Raises BadInput as `zero_environment` does."""
+    failed (EXIT_LOST where a signal ended it), or 0. Raises BadInput as `launch_config` does."""
     with ended_by_signals():
         return _launch(list(words))
 
 
 def _launch(arguments: list[str]) -> int:
-    os.environ.update(zero_environment(take(arguments, CONFIG_FLAG)))
+    path = take(arguments, CONFIG_FLAG)
+    os.environ.update(launch_environment(path))
+    if path is not None:
+        _check_processes(path, arguments)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -98,21 +70,46 @@ def _launch(arguments: list[str]) -> int:
     except ValueError as error:  # of torchrun's options
         raise BadInput(f"{error}: see torchrun --help") from None
     except ChildFailedError as error:
-        failures = error.failures
-        rank = min(failures, key=lambda rank: (_ended_by_launcher(failures[rank]), failures[rank].timestamp))
-        first = failures[rank]
-        if first.exitcode < 0:
-            print(f"error: process {rank} was ended by {first.signal_name()}: start again to go on", file=sys.stderr)
-            return EXIT_LOST
-        if rank and os.path.isfile(first.error_file) and not (0 in failures and os.path.isfile(failures[0].error_file)):
-            print(first.message, file=sys.stderr)  # the first process says what all find, but was ended before
-        return first.exitcode
+        return _end_with_cause(error.failures)
     return 0
+
+
+def _check_processes(path: str, arguments: Sequence[str]) -> None:
+    """Raises BadInput where a configuration file asks for several processes that torchrun's options do not."""
+    asked = launch_config(path).get("num_processes", 1)
+    counted = any(re.match("--nproc[-_]per[-_]node(=|$)", word) for word in arguments)
+    if asked not in (None, 1, -1) and not counted:
+        raise BadInput(f"{CONFIG_FLAG} {path} has num_processes {asked}: say it as --nproc_per_node, a machine's share")
+
+
+def _end_with_cause(failures: dict[int, ProcessFailure]) -> int:
+    """Print why the process that failed first did, unless that is the last on stderr already; return its exit code."""
+    rank = min(failures, key=lambda rank: (_ended_by_launcher(failures[rank]), failures[rank].timestamp))
+    cause, sentence = failures[rank], _sentence_of(rank, failures[rank])
+    if {_sentence_of(of, failure) for of, failure in failures.items() if _has_said(failure)} != {sentence}:
+        print(sentence, file=sys.stderr)
+    code: int = cause.error_file_data.get("code", cause.exitcode)
+    return code if code > 0 else EXIT_LOST
+
+
+def _sentence_of(rank: int, failure: ProcessFailure) -> str:
+    """Return in words why a process failed: its own, or what its exit code tells."""
+    if "said" in failure.error_file_data:
+        return failure.message
+    if failure.exitcode < 0:
+        return f"error: process {rank} was ended by {failure.signal_name()}: start again to go on"
+    return f"error: a process ended with exit code {failure.exitcode}, and has said why above"
+
+
+def _has_said(failure: ProcessFailure) -> bool:
+    """Return whether a process has said on stderr why it ended."""
+    said: bool = failure.error_file_data.get("said", failure.exitcode > 0)
+    return said
 
 
 def _ended_by_launcher(failure: ProcessFailure) -> bool:
     """Return whether this is how torchrun ends the others when a process has failed."""
-    return failure.exitcode == -signal.SIGTERM
+    return failure.exitcode in (-signal.SIGTERM, EXIT_SIGNALLED) and "said" not in failure.error_file_data
 
 
 if __name__ == "__main__":

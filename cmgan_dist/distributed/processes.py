@@ -31,7 +31,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from cmgan_dist.distributed.engine import AdamSettings, Engine
-from cmgan_dist.distributed.join import JOIN_S, is_lost_process, join_torchrun, name_gloo_interface, take_zero_config
+from cmgan_dist.distributed.join import (
+    JOIN_S,
+    is_lost_process,
+    join_torchrun,
+    name_gloo_interface,
+    reason_of,
+    say_unused,
+    take_zero_config,
+)
 from cmgan_dist.distributed.precision import autocast
 from cmgan_dist.distributed.shard import ShardedEngine, Turns, shard, sharded_names
 from cmgan_dist.distributed.sync_norm import synchronise_statistics
@@ -94,9 +102,7 @@ class Parallel:
         reached, and BadInput for a DeepSpeed configuration that is not supported."""
         self.zero_config = take_zero_config()
         """DeepSpeed's configuration, or None where plain torch trains."""
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if asked != "no" and asked != precision:
-            log.warning("accelerate's --mixed_precision %s is not used: train.precision is %s", asked, precision)
+        say_unused(precision)
         name_gloo_interface()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         joining = InitProcessGroupKwargs(timeout=timedelta(seconds=max(timeout_s, JOIN_S)))
@@ -114,7 +120,7 @@ class Parallel:
             if isinstance(error, RuntimeError) and not is_lost_process(error):
                 raise
             raise LostProcess(
-                f"process {os.environ.get('RANK', '0')} could not join the others ({str(error).splitlines()[0]}): look "
+                f"process {os.environ.get('RANK', '0')} could not join the others ({reason_of(error)}): look "
                 "into their logs; where their network interface is wrong, set GLOO_SOCKET_IFNAME"
             ) from error
         self._timeout = timedelta(seconds=timeout_s)

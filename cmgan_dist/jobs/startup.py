@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from cmgan_dist.errors import EXIT_SIGNALLED
+from cmgan_dist.errors import EXIT_SIGNALLED, leave_report
 
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals by which people and schedulers end a run."""
@@ -56,8 +56,9 @@ def _wait(pipe: int) -> None:
     """End the process when the byte of one of NUMBERS comes; others, as of a child that ends, are passed over."""
     while byte := os.read(pipe, 1):
         if byte[0] in NUMBERS:
-            name = signal.Signals(byte[0]).name
-            print(f"{name} came before training began: start again", file=sys.stderr, flush=True)
+            line = f"{signal.Signals(byte[0]).name} came before training began: start again"
+            print(line, file=sys.stderr, flush=True)
+            leave_report(line, EXIT_SIGNALLED, follows=True)
             os._exit(EXIT_SIGNALLED)
     os.close(pipe)
 

@@ -105,7 +105,7 @@ class Checkpointer:
         self.newest: int | None = None
         """The position of the last checkpoint that was written here, or that the run goes on from."""
         self._thread: threading.Thread | None = None
-        self._error: str | None = None
+        self._error: str | RuntimeError | None = None
 
     def path(self, position: int) -> Path:
         """Return the folder of the checkpoint at `position` samples."""
@@ -124,12 +124,15 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the last save is on disk. Raises BadInput, on every process, when it could not be written."""
+        """Wait until the last save is on disk. Raises BadInput, on every process, when it could not be written, and the
+        collective's error where another process was lost meanwhile."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
+            if isinstance(error, RuntimeError):
+                raise error
             raise BadInput(
                 f"a checkpoint could not be written to {self.folder} ({error}): free space there, or make it writable, "
                 "and start again; the earlier checkpoints are whole"
@@ -151,8 +154,10 @@ class Checkpointer:
             self._error = self._write_aside(aside, mine, progress)
             if self._error is None and self.rank == 0:
                 self._give_name(aside, final)
-        except (OSError, RuntimeError) as error:  # the disk, or a process that is gone
+        except OSError as error:
             self._error = str(error)
+        except RuntimeError as error:  # of a process that is gone
+            self._error = error
         if self._error is None:
             self.newest = progress.position
         elif self.rank == 0:

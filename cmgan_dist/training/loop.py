@@ -21,7 +21,7 @@ from cmgan_dist.config.fields import Config, micro_batch
 from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.handover import is_lost_worker, lost_worker
 from cmgan_dist.data.order import mix
-from cmgan_dist.distributed.join import is_lost_process
+from cmgan_dist.distributed.join import is_lost_process, reason_of
 from cmgan_dist.distributed.shard import load_tensors, whole_tensors
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
 from cmgan_dist.files import write_atomic
@@ -87,7 +87,7 @@ def _run_training(run: Run) -> int:
                 raise
             raise LostProcess(
                 f"process {parallel.rank} lost another process at sample {progress.position} "
-                f"({str(error).splitlines()[0]}): start again to go on from the last checkpoint in {run.folder}"
+                f"({reason_of(error)}): start again to go on from the last checkpoint in {run.folder}"
             ) from error
         if progress.position < total:
             recorder.say(f"saved at sample {progress.position} of {total} after a signal: start again to go on")

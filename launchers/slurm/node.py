@@ -17,12 +17,14 @@ They hold it back until they can act on it.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -30,7 +32,8 @@ from typing import IO
 from cmgan_dist.config.cli import parse_arguments
 from cmgan_dist.config.fields import Config, micro_batch
 from cmgan_dist.config.load import check_places
-from cmgan_dist.distributed.launch import take, zero_environment
+from cmgan_dist.distributed.launch import take
+from cmgan_dist.distributed.launch_config import launch_environment
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
 from launchers.train import train_and_report
 
@@ -83,7 +86,7 @@ def read_job(words: Sequence[str]) -> Job:
         if not given.isdecimal() or int(given) < 1:
             raise BadInput(f"{FLAG} is {given}, expected a whole number from 1 on")
         processes = int(given)
-    environment = zero_environment(take(arguments, "--accelerate-config"), "--accelerate-config")
+    environment = launch_environment(take(arguments, "--accelerate-config"), "--accelerate-config")
     config, chosen = parse_arguments(arguments)
     check_places(config)
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
@@ -137,7 +140,7 @@ def say(text: str) -> None:
     print(f"{os.environ.get('SLURMD_NODENAME', 'here')}: {text}", file=sys.stderr, flush=True)
 
 
-def start(job: Job, node: int, local_rank: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+def start(job: Job, node: int, local_rank: int, log: IO[bytes], reports: Path) -> subprocess.Popen[bytes]:
     rank = node * job.processes + local_rank
     values = {
         "RANK": rank,
@@ -145,6 +148,7 @@ def start(job: Job, node: int, local_rank: int, log: IO[bytes]) -> subprocess.Po
         "LOCAL_RANK": local_rank,
         "LOCAL_WORLD_SIZE": job.processes,
         "GROUP_RANK": node,
+        "TORCHELASTIC_ERROR_FILE": reports / str(rank),
         "PYTHONUNBUFFERED": 1,
     }
     command = [sys.executable, "-m", "launchers.slurm.node", "rank", *job.arguments]
@@ -157,6 +161,23 @@ def describe(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
+def note_failures(ranks: Mapping[int, subprocess.Popen[bytes]], ended: dict[int, float]) -> None:
+    """Add to `ended` the time at which ranks are first seen to have failed."""
+    for rank, process in ranks.items():
+        if process.poll() not in (None, EXIT_DONE, EXIT_SIGNALLED):
+            ended.setdefault(rank, time.time())
+
+
+def failed_first(ended: Mapping[int, float], reports: Path) -> int:
+    """Return which rank failed first, by when it was seen to have `ended` or, before that, by its own report."""
+
+    def date(rank: int) -> float:
+        report = reports / str(rank)
+        return float(json.loads(report.read_bytes())["timestamp"]) if report.exists() else ended[rank]
+
+    return min(ended, key=date)
+
+
 def combined(codes: Sequence[int]) -> int:
     """Return the launcher's exit code. One process that saved means that all did."""
     for code in (EXIT_SIGNALLED, EXIT_BAD_INPUT):
@@ -166,7 +187,12 @@ def combined(codes: Sequence[int]) -> int:
 
 
 def run(job: Job) -> int:
-    """Start this node's processes, pass signals on, and see that all end when one fails."""
+    """Start this node's processes, pass signals on, and see that all end when one fails; say which failed first."""
+    with tempfile.TemporaryDirectory() as reports:
+        return _run(job, Path(reports))
+
+
+def _run(job: Job, reports: Path) -> int:
     node = integer("SLURM_NODEID", 0)
     gpus = os.environ.get("SLURM_GPUS_ON_NODE")
     if gpus is not None and int(gpus) < job.processes:
@@ -181,10 +207,9 @@ def run(job: Job) -> int:
         with open(job.log(first + local_rank), "ab") as log:
             log.write(header.encode())
             log.flush()
-            ranks[first + local_rank] = start(job, node, local_rank, log)
-    deadline: float | None = None
-    failed: int | None = None
-    signalled = False
+            ranks[first + local_rank] = start(job, node, local_rank, log, reports)
+    ended: dict[int, float] = {}
+    signalled = killed = False
     while any(process.poll() is None for process in ranks.values()):
         info = signal.sigtimedwait(watched, 1.0)
         if info is not None and info.si_signo in STOP and not signalled:
@@ -192,18 +217,18 @@ def run(job: Job) -> int:
             say(f"{signal.Signals(info.si_signo).name}: saving")
             for process in ranks.values():
                 process.send_signal(signal.SIGINT)
-        for rank, process in ranks.items():
-            code = process.poll()
-            if code not in (None, EXIT_DONE, EXIT_SIGNALLED) and failed is None:
-                failed, deadline = rank, time.monotonic() + PATIENCE
-                assert code is not None
-                say(f"error: rank {rank} {describe(code)}; the end of {job.log(rank)}:\n{tail(job.log(rank))}")
-        if deadline is not None and time.monotonic() > deadline:
+        note_failures(ranks, ended)
+        if ended and not killed and time.time() > min(ended.values()) + PATIENCE:
+            killed = True
             for rank, process in ranks.items():
                 if process.poll() is None:
-                    say(f"rank {rank} did not end after rank {failed} had failed: killed")
+                    say(f"rank {rank} did not end after another had failed: killed")
                     process.kill()
-            deadline = None
+    note_failures(ranks, ended)
+    if ended:
+        first_failed = failed_first(ended, reports)
+        why = describe(ranks[first_failed].returncode)
+        say(f"error: rank {first_failed} {why}; the end of {job.log(first_failed)}:\n{tail(job.log(first_failed))}")
     code = combined([process.returncode for process in ranks.values()])
     if first == 0 and code in (EXIT_DONE, EXIT_SIGNALLED):
         say(tail(job.log(0), 1))

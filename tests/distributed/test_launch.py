@@ -6,12 +6,14 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cmgan_dist.distributed.join import say_unused
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
-from tests.toy import ROOT, environment, torchrun, wait_for
+from tests.toy import ROOT, environment, torchrun, train_words, wait_for
 
 pytestmark = pytest.mark.process
 OURS = [sys.executable, "-m", "cmgan_dist.distributed.launch", "--standalone", "--nproc_per_node", "2"]
@@ -29,11 +31,52 @@ def main():
     time.sleep(60 if case in ("second", "killed") else 0)
 run_main(main)
 """
+LOST = """
+import os, signal, sys, torch, torch.distributed as dist
+from cmgan_dist.errors import BadInput, LostProcess, run_main
+from cmgan_dist.jobs.startup import ended_by_signals
+def fail(case):
+    if case == "input":
+        raise BadInput("shard x.tar is damaged: write it again")
+    if case == "disk":
+        raise OSError(28, "No space left on device", "x.tar")
+    if case == "bug":
+        raise KeyError("bug")
+    if case == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise BadInput("checkpoint x cannot be read here", everywhere=True)
+def main():
+    rank, case = int(os.environ["RANK"]), sys.argv[1]
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if rank == 1:
+        fail(case)
+    if case == "start":
+        with ended_by_signals():
+            signal.pause()
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        raise LostProcess(f"process 0 lost another process ({error})")
+run_main(main)
+"""
+CAUSES = [
+    ("input", EXIT_BAD_INPUT, "error: shard x.tar is damaged: write it again"),
+    (
+        "disk",
+        EXIT_BAD_INPUT,
+        "error: x.tar: No space left on device: check the path, its permissions and the free space",
+    ),
+    ("bug", EXIT_LOST, "error: KeyError: 'bug'"),
+    ("killed", EXIT_LOST, "error: process 1 was ended by SIGKILL: start again to go on"),
+    ("start", EXIT_BAD_INPUT, "error: checkpoint x cannot be read here"),
+]
+"""What befalls process 1 alone, and how the launcher ends by it; in `start` before the others listen to each other."""
 
 
-def launch(command: list[str], case: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def launch(command: list[str], case: str, tmp_path: Path, text: str = WRONG) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "wrong.py"
-    script.write_text(WRONG)
+    script.write_text(text)
     words = [*command, str(script), case]
     return subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
@@ -52,7 +95,47 @@ def test_ours_ends_with_the_sentence_and_the_exit_code(case: str, code: int, las
     """`second`: of a process that is not the first, which says what all find."""
     done = launch(OURS, case, tmp_path)
     assert done.returncode == code
-    assert done.stderr.strip().splitlines() == ([last] if last else [])
+    found = [line for line in done.stderr.splitlines() if not line.startswith("interrupted: ")]  # by the launcher
+    assert found == ([last] if last else [])
+    assert done.stderr.endswith(last and f"{last}\n")
+
+
+@pytest.mark.parametrize(("case", "code", "last"), CAUSES)
+def test_ours_ends_with_the_cause_and_not_with_what_followed(case: str, code: int, last: str, tmp_path: Path) -> None:
+    done = launch(OURS, case, tmp_path, LOST)
+    *_, before, sentence = done.stderr.strip().splitlines()
+    assert (done.returncode, sentence) == (code, last)
+    assert case == "start" or "error: process 0 lost another process" in before
+
+
+@pytest.mark.parametrize("case", ["input", "bug", "start"])
+def test_torchrun_takes_the_cause_for_the_root_cause(case: str, tmp_path: Path) -> None:
+    done = launch(torchrun(2), case, tmp_path, LOST)
+    sentence = next(last for of, _, last in CAUSES if of == case)
+    assert done.stderr.strip().splitlines()[-2] == f"  traceback : {sentence}"
+
+
+@pytest.mark.slow
+def test_an_error_on_one_process_in_mid_run_is_the_last_sentence(
+    feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import os, sys\n"
+        "from cmgan_dist.errors import run_main\n"
+        "from cmgan_dist.training import loop\n"
+        "from launchers.train import main\n"
+        "def full(*_):\n"
+        "    raise OSError(28, 'No space left on device', 'x')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    loop.record_batch = full\n"
+        "run_main(main)\n"
+    )
+    words = [*OURS, str(script), *train_words(feature_data(), tmp_path / "run")[1:]]
+    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "error: process 0 lost another process at sample" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: x: No space left on device")
 
 
 @pytest.mark.parametrize("config", ["zero2.yaml", "ddp.yaml"])
@@ -72,6 +155,50 @@ def test_a_configuration_that_is_not_there_is_one_sentence(tmp_path: Path) -> No
         EXIT_BAD_INPUT,
         "error: --config_file none.yaml does not exist: check the path\n",
     )
+
+
+UNUSED = """
+distributed_type: DEEPSPEED
+mixed_precision: bf16
+num_processes: 2
+dynamo_config: {dynamo_backend: INDUCTOR}
+deepspeed_config: {zero_stage: 1, gradient_accumulation_steps: 4, gradient_clipping: 1.0}
+"""
+
+
+def test_what_a_configuration_says_and_is_not_used_is_logged_as_under_accelerate(tmp_path: Path) -> None:
+    file, script = tmp_path / "accelerate.yaml", tmp_path / "say.py"
+    file.write_text(UNUSED)
+    script.write_text("from cmgan_dist.distributed.join import say_unused\nsay_unused('fp16')\n")
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    said = []
+    for start in (OURS, accelerate):
+        words = [*start, "--config_file", str(file), str(script)]
+        done = subprocess.run(
+            words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        )
+        said.append([line for line in done.stderr.splitlines() if "is not used: set" in line])
+    assert said[0] == [
+        "accelerate's mixed_precision bf16 is not used: set train.precision",
+        "accelerate's dynamo_backend inductor is not used: set train.compile",
+        "accelerate's gradient_accumulation_steps 4 is not used: set optim.accumulate",
+        "accelerate's gradient_clipping 1.0 is not used: set optim.clip",
+    ]
+    assert set(said[1]) == set(said[0]) - {said[0][1]}  # accelerate itself loses dynamo's under DeepSpeed
+
+
+def test_processes_that_only_the_configuration_counts_are_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(UNUSED)
+    done = launch([*OURS[:-2], "--config_file", str(file)], "well", tmp_path)
+    assert (done.returncode, done.stderr.startswith("error: --config_file ")) == (EXIT_BAD_INPUT, True)
+    assert "has num_processes 2: say it as --nproc_per_node" in done.stderr
+
+
+def test_sharding_by_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(BadInput, match="asks for FSDP, which is not used"):
+        say_unused("fp32")
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])

@@ -11,7 +11,7 @@ import torch
 
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import validate
-from cmgan_dist.distributed.launch import zero_environment
+from cmgan_dist.distributed.launch_config import launch_environment
 from cmgan_dist.errors import BadInput
 from tests.distributed.shard_worker import CASES
 from tests.models.clip_cases import stored_clip
@@ -81,7 +81,7 @@ def test_a_run_goes_on_with_and_without_sharding_and_is_evaluated(
 
 @pytest.mark.process
 def test_sharding_under_deepspeed_is_refused(raw_data: Callable[..., Path], tmp_path: Path) -> None:
-    zero = zero_environment(str(ROOT / "launchers" / "configs" / "zero2.yaml"))
+    zero = launch_environment(str(ROOT / "launchers" / "configs" / "zero2.yaml"))
     words = sharded_words(raw_data(), tmp_path / "run", "train.epochs=1", "train.shard_backbones=true")
     done = forked.run(words, {**environment(), **zero}, 2)
     assert done.returncode == 2, done.stderr[-3000:]

@@ -13,7 +13,7 @@ import pytest
 
 from cmgan_dist.config.presets import PRESETS
 from cmgan_dist.distributed.join import take_zero_config
-from cmgan_dist.distributed.launch import zero_environment
+from cmgan_dist.distributed.launch_config import launch_environment
 from cmgan_dist.errors import BadInput
 from tests.distributed.zero_worker import CASES, STAGES
 from tests.services import forked
@@ -34,7 +34,7 @@ def launch(
     Forked it has the environment that `accelerate launch` gives (tests/slurm/test_node.py compares the two)."""
     file, words = str(ROOT / "launchers" / "configs" / config), train_words(data, run, *extra)
     if not fresh:
-        return forked.run(words, {**environment(), **zero_environment(file)}, processes, timeout=400)
+        return forked.run(words, {**environment(), **launch_environment(file)}, processes, timeout=400)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
     command += ["--num_processes", str(processes), *words]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400, check=False)
@@ -71,7 +71,7 @@ def test_every_preset_trains_under_deepspeed(
     data = raw_data() if preset == "raw" else feature_data(label_kind="none" if preset == "pairs" else "single")
     words = [str(ROOT / "launchers" / "train.py"), "--preset", preset, *sizes]
     words += ["--data", str(data), "--output", str(tmp_path / "run")]
-    zero = zero_environment(str(ROOT / "launchers" / "configs" / "zero2.yaml"))
+    zero = launch_environment(str(ROOT / "launchers" / "configs" / "zero2.yaml"))
     for epochs in (1, 2):
         done = forked.run([*words, f"train.epochs={epochs}"], {**environment(), **zero})
         assert done.returncode == 0, done.stderr[-3000:]

@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from cmgan_dist.distributed.launch import zero_environment
-from cmgan_dist.errors import BadInput
-from launchers.slurm.node import combined, read_job
+from cmgan_dist.distributed.launch_config import launch_environment
+from cmgan_dist.errors import BadInput, LostProcess, run_main
+from launchers.slurm.node import combined, failed_first, read_job
 from tests.services.slurm import free_port, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +77,19 @@ def test_exit_code_of_a_node(codes: list[int], expected: int) -> None:
     assert combined(codes) == expected
 
 
+def test_the_rank_that_failed_first_is_not_one_that_followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rank 0 was seen first, and says that it lost another; rank 1 had failed before."""
+    for rank, error in ((0, LostProcess("lost")), (1, BadInput("no"))):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank)))
+        monkeypatch.setattr(os, "_exit", sys.exit)
+        with pytest.raises(SystemExit):
+            run_main(Mock(side_effect=error))
+    now = time.time()
+    assert failed_first({0: now, 1: now + 3}, tmp_path) == 1
+    assert failed_first({0: now, 2: now + 3}, tmp_path) == 2
+    assert failed_first({0: now, 2: now + 30}, tmp_path) == 0  # the launcher has ended it
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "launchers" / "configs").glob("*.yaml")))
 def test_deepspeed_is_asked_for_as_accelerate_launch_asks(name: str, tmp_path: Path) -> None:
@@ -86,9 +100,9 @@ def test_deepspeed_is_asked_for_as_accelerate_launch_asks(name: str, tmp_path: P
     launch += ["--num_processes", "1", "--main_process_port", str(free_port()), str(script)]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=True)
     theirs = json.loads(done.stdout.splitlines()[-1])
-    for key, value in zero_environment(str(file)).items():
+    for key, value in launch_environment(str(file)).items():
         assert theirs[key] == value
-    assert theirs.get("ACCELERATE_USE_DEEPSPEED", "false") == zero_environment(str(file)).get(
+    assert theirs.get("ACCELERATE_USE_DEEPSPEED", "false") == launch_environment(str(file)).get(
         "ACCELERATE_USE_DEEPSPEED", "false"
     )
 
@@ -98,11 +112,15 @@ def test_a_file_that_is_no_accelerate_config(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("a: 1")
     (tmp_path / "d.yaml").write_text("distributed_type: FSDP")
     (tmp_path / "e.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stag: 1}")
+    (tmp_path / "f.yaml").write_text("distributed_type: DEEPSPED")
+    (tmp_path / "g.yaml").write_text("distributed_type: MULTI_GPU\ndeepspeed_config: {zero_stage: 1}")
+    (tmp_path / "h.yaml").write_text("distributed_type: MULTI_GPU\nuse_cpu: false\ngpu_ids: 0,1")
     cases = (("a", "is not YAML"), ("b", "has no distributed_type"), ("c", "does not exist"))
     cases += (("d", "asks for FSDP"), ("e", "has deepspeed_config.zero_stag, which is not used"))
+    cases += (("f", "has distributed_type DEEPSPED"), ("g", "has a deepspeed_config, and"), ("h", "has gpu_ids, which"))
     for name, sentence in cases:
         with pytest.raises(BadInput, match=f"{name}.yaml {sentence}"):
-            zero_environment(str(tmp_path / f"{name}.yaml"))
+            launch_environment(str(tmp_path / f"{name}.yaml"))
 
 
 @pytest.mark.process

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cmgan_dist.distributed.join import is_lost_process, reason_of
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_json, sealed_json, sha256_of
 from cmgan_dist.training.checkpoint import Checkpointer, Progress, latest, read_checkpoint, share_of
@@ -216,6 +217,22 @@ def test_a_full_disk_is_said_and_leaves_the_one_before(
     checkpointer.save(Progress(128), tensors(128))  # there is space again
     checkpointer.wait()
     assert position_of(tmp_path) == 128
+
+
+def test_a_process_that_is_lost_while_a_checkpoint_is_written_is_no_fault_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("[/gloo/pair.cc:1] Connection closed by peer. This is typically caused by a crash")
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gone)
+    checkpointer = Checkpointer(tmp_path, 3, world=2)
+    checkpointer.save(Progress(64), tensors(64))
+    with pytest.raises(RuntimeError) as lost:
+        checkpointer.wait()
+    assert is_lost_process(lost.value)
+    assert reason_of(lost.value) == "Connection closed by peer"
+    assert latest(tmp_path) is None
 
 
 def test_processes_share_the_tensors_evenly() -> None:
