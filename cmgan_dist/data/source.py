@@ -178,6 +178,11 @@ class RemoteSource:
         and `timeout_s` for the first byte, and the waits between tries."""
         return self.tries * 2 * self.timeout_s + sum(self._longest_wait(n) for n in range(1, self.tries))
 
+    @property
+    def silent_s(self) -> float:
+        """The most seconds for which a source that works gives nothing: an object store gives whole blocks."""
+        return self.dead_after_s + (0 if self.package == "aiohttp" else BLOCK / LEAST_BYTES_S)
+
     def location(self, name: str) -> str:
         """Return the file's URL without secrets, for messages."""
         return f"{self.place}/{name}"
