@@ -9,6 +9,7 @@ ends in one sentence that names the URL without its signature, user and password
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import logging
 import os
@@ -108,6 +109,11 @@ def describe(error: Exception, state: int | None) -> str:
     if isinstance(error, TimeoutError):
         return "nothing came within stream.timeout_s"
     return " ".join(f"{type(error).__name__} {error}".split())
+
+
+def _is_beyond_the_end(error: Exception) -> bool:
+    """Return whether an object store says so of a range: by HTTP 416, or EINVAL, which s3fs makes of that."""
+    return getattr(error, "errno", None) == errno.EINVAL or http_status(error) == 416
 
 
 class _Pace:
@@ -211,7 +217,12 @@ class RemoteSource:
         at = 0
         while size is None or at < size:
             stop = at + BLOCK if size is None else min(at + BLOCK, size)
-            block = sync(files.loop, files._cat_file, url, start=at, end=stop, timeout=limit)
+            try:
+                block = sync(files.loop, files._cat_file, url, start=at, end=stop, timeout=limit)
+            except self.failures as error:
+                if size is None and _is_beyond_the_end(error):
+                    return
+                raise
             yield block
             at = stop
             if size is None and len(block) < BLOCK:
