@@ -250,8 +250,12 @@ class FileStore:
             raise self._unwritable(error, name) from None
 
     def put(self, folder: Path, name: str) -> None:
-        """Copy the files of a local folder to `name`, file by file. Raises BadInput when that cannot be written."""
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        """Copy the files of a local folder to `name`, file by file. Raises BadInput when that cannot be written, or
+        there is none."""
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        if not files:
+            raise BadInput(f"{folder} has no file that could be copied to {self.location(name)}: restore it")
+        for file in files:
             self.put_file(file, f"{name}/{file.relative_to(folder).as_posix()}")
 
     def _unreadable(self, error: Exception, name: str = "") -> BadInput:
