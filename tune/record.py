@@ -5,6 +5,7 @@ a new experiment of Tune's, told of what is known."""
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_sealed
 from tune.results import ENDED, FAILED, STOPPED, UNFINISHED, TrialResult
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 FOLDER = "records"
@@ -81,8 +84,14 @@ class Record:
         )
 
 
+def record_path(experiment: str, number: int) -> str:
+    """Return where in OUTPUT the record of a trial lies."""
+    return f"{FOLDER}/{experiment}/{number:06d}.json"
+
+
 def read_records(output: FileStore, experiment: str) -> dict[int, Record]:
-    """Return what is known of an experiment's trials, by their numbers.
+    """Return what is known of an experiment's trials, by their numbers. One that goes on from a folder which is gone
+    begins anew.
 
     Raises BadInput naming the file that is damaged."""
     found = {}
@@ -97,7 +106,16 @@ def read_records(output: FileStore, experiment: str) -> dict[int, Record]:
                 f"{output.location(path)} is damaged ({error}): restore it, or remove it, and its trial begins anew"
             ) from None
         found[record.number] = record
+        if not record.finished and is_gone(output, record):
+            log.warning("%s is gone: its trial begins anew", output.location(record.checkpoint))
+            record.checkpoint, record.reached, record.validations = "", 0, []
     return found
+
+
+def is_gone(output: FileStore, record: Record) -> bool:
+    """Return whether the folder of a trial's checkpoint is not there any more. Raises BadInput when it cannot be
+    read."""
+    return bool(record.checkpoint) and not output.names(record.checkpoint)
 
 
 def _checked(record: Record) -> Record:

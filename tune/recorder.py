@@ -10,7 +10,7 @@ from ray.tune import Callback
 
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.files import sealed_json
-from tune.record import FOLDER, VERSION, Record
+from tune.record import VERSION, Record, record_path
 
 
 class Recorder(Callback):
@@ -40,7 +40,7 @@ class Recorder(Callback):
 
     def _write(self, record: Record) -> None:
         text = sealed_json({"version": VERSION, **dataclasses.asdict(record)})
-        self.output.write(f"{FOLDER}/{self.experiment}/{record.number:06d}.json", text)
+        self.output.write(record_path(self.experiment, record.number), text)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -29,12 +29,13 @@ from cmgan_dist.config.paths import get_value
 from cmgan_dist.data.source import public_config, public_data, public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main
+from cmgan_dist.files import parse_json
 from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.ray import start_ray
 from tune.confirm import best_config, confirm, test_scores
 from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base
 from tune.record import VERSION as RECORDS
-from tune.record import Record, read_records
+from tune.record import Record, is_gone, read_records, record_path
 from tune.results import Confirmed, TrialResult, importance, ranked, show_mean, show_table, trials_json
 from tune.space import Space, check_space, domains, draw_settings, load_space, outside_of
 from tune.tuner import (
@@ -193,16 +194,35 @@ def confirm_best(plan: Plan, outcome: Outcome) -> None:
 
 
 def keep_best(plan: Plan, outcome: Outcome) -> None:
-    """Copy the best run to OUTPUT/best and, unless --no-test is given, read the test split for it."""
+    """Copy the best run to OUTPUT/best and, unless --no-test is given, read the test split for it.
+
+    Raises BadInput when the run is gone."""
     runs = [record for record in outcome.runs[outcome.best] if record.checkpoint]
-    if not runs:
+    gone = [record for record in runs if is_gone(plan.output, record)]
+    if not runs or (gone and not plan.arguments.test and is_kept(plan.output, outcome.best)):
         return
+    if gone:
+        experiment = "confirm" if outcome.confirmed else "search"
+        records = ", ".join(plan.output.location(record_path(experiment, record.number)) for record in gone)
+        raise BadInput(
+            f"{plan.output.location(gone[0].checkpoint)}, a run of the best trial, is gone: restore it, or remove "
+            f"{records}, and --resume trains it again"
+        )
     with contextlib.ExitStack() as stack:  # of a remote output, local copies
         folders = [stack.enter_context(run_of(plan.output, run)) for run in runs]
         plan.output.put(folders[0], "best")
         if plan.arguments.test:
             scores = test_scores(folders, plan.arguments.test_split)
             outcome.test = {"name": outcome.best, "seeds": len(runs), "scores": scores}
+
+
+def is_kept(output: FileStore, best: str) -> bool:
+    """Return whether OUTPUT/best holds the run of the trial `best`, as an earlier start has told."""
+    try:
+        told = parse_json(output.read("trials.json"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("best") == best and bool(output.names("best"))
 
 
 def write_outcome(plan: Plan, outcome: Outcome, slots: int) -> None:

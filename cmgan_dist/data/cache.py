@@ -4,6 +4,7 @@ The folder is one per node, and all its processes share it (ranks, DataLoader wo
 
     CACHE/<sha256>.tar       a whole, verified shard. Named by content: two URLs of one shard share it
     CACHE/.part-<sha256>     a shard on its way. The file is also the lock: who holds flock on it downloads, others wait
+                             as long as bytes come
     CACHE/.lock              held while room is made, so that the sum of all files stays within the bound
     CACHE/.manifest-<hash>   the manifest of a URL, which one process of a node fetches and the others find
 
@@ -32,7 +33,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -40,7 +41,7 @@ from urllib.parse import unquote
 
 from cmgan_dist.data.folder import MOST_FILE_BYTES
 from cmgan_dist.data.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, ShardInfo
-from cmgan_dist.data.shared_file import COPY_FRESH_S, FAILED, digest_of, is_at, locked, read_once
+from cmgan_dist.data.shared_file import COPY_FRESH_S, FAILED, Patience, digest_of, is_at, locked, read_once
 from cmgan_dist.data.source import PACKAGES, BadBody, RemoteSource, public_url
 from cmgan_dist.data.store import LocalStore, ShardStore
 from cmgan_dist.errors import BadInput
@@ -55,6 +56,10 @@ PREFETCH_THREADS = 8
 """Shards that a process fetches at a time in the background."""
 COPY = ".manifest-"
 """Starts the name of a manifest's copy."""
+PART = ".part-"
+"""Starts the name of a shard on its way."""
+GRACE_S = 10.0
+"""Seconds that another process has, beyond what its source may take, for what is not the source's."""
 
 
 def open_store(
@@ -130,6 +135,8 @@ class CachedStore(ShardStore):
         """Raises BadInput when the folder cannot be used."""
         _make_cache_folder(folder)
         self.source, self.folder, self.cache_bytes = source, folder, cache_bytes
+        self.patience_s = source.silent_s + GRACE_S
+        """Seconds for which others that fetch are waited for without a sign of their work."""
         self._verified: set[tuple[str, int]] = set()
         self._fetched: set[str] = set()
         """sha256 of each shard that this process has fetched."""
@@ -154,14 +161,15 @@ class CachedStore(ShardStore):
             return self.source.read(name, MOST_FILE_BYTES)
         path = self.folder / f"{COPY}{digest_of(f'{self.source.base}{self.source.query}'.encode()).hex()}"
         try:
-            return read_once(path, lambda: self.source.read(name, MOST_MANIFEST_BYTES))
+            return read_once(path, lambda: self.source.read(name, MOST_MANIFEST_BYTES), self.patience_s)
         except OSError as error:
             raise BadInput(f"cache folder {self.folder} cannot be used ({error}): set stream.cache") from None
 
     def open(self, shard: ShardInfo) -> int:
         """Return a descriptor for reading the whole shard, which is fetched when it is not in the folder.
 
-        The caller closes it. Raises BadInput when it cannot be fetched or kept."""
+        The caller closes it. Raises BadInput when it cannot be fetched or kept, or another process that fetches it
+        hangs."""
         url = self.location(shard.name)
         if shard.bytes < 1 or not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # it becomes a file name
             raise BadInput(
@@ -178,7 +186,7 @@ class CachedStore(ShardStore):
             while True:
                 if (file := self.cached(shard)) is not None:
                     return file
-                with locked(aside) as part:
+                with locked(aside, Patience(self.patience_s)) as part:
                     if not is_at(part, aside):  # another was first, and has renamed or given up the file of this lock
                         note = os.pread(part, 4096, 0)
                         if note.startswith(FAILED):
@@ -251,7 +259,7 @@ class CachedStore(ShardStore):
         return self.folder / f"{shard.sha256}.tar"
 
     def _aside(self, shard: ShardInfo) -> Path:
-        return self.folder / f".part-{shard.sha256}"
+        return self.folder / f"{PART}{shard.sha256}"
 
     def cached(self, shard: ShardInfo) -> int | None:
         """Return a descriptor of the cached shard, or None when it is not there. A damaged file is removed."""
@@ -299,7 +307,7 @@ class CachedStore(ShardStore):
         self._note_fetched(shard)
         os.fsync(part)
         file = os.open(aside, os.O_RDONLY)  # before others can see, and evict, the file
-        with locked(self.folder / ".lock"):  # a count during a rename could miss the file
+        with self._counting():  # a count during a rename could miss the file
             os.rename(aside, self._path(shard))
         self._verified.add((shard.sha256, os.fstat(file).st_ino))
         return file
@@ -318,15 +326,41 @@ class CachedStore(ShardStore):
 
     def _make_room(self, shard: ShardInfo, part: int) -> None:
         """Take the shard's bytes from the bound and from the disk, so that no later write can fail for want of them."""
+        patience = Patience(COPY_FRESH_S + self.patience_s)
         while True:
-            with locked(self.folder / ".lock"):
+            with self._counting():
                 os.ftruncate(part, 0)
                 while (used := self._used()) + shard.bytes > self.cache_bytes and self._evict():
                     pass
                 if used + shard.bytes <= self.cache_bytes:
                     self._with_space(shard, partial(os.posix_fallocate, part, 0, shard.bytes))
                     return
-            time.sleep(0.05)  # the rest is being downloaded by others: evictable when they are done
+                self._check_foreign(shard)
+            self._wait_for_others(patience)  # the rest is being downloaded by others: evictable when they are done
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Hold the lock under which room is made."""
+        with locked(self.folder / ".lock", Patience(self.patience_s)) as file:
+            os.utime(file)  # a sign for those who wait
+            yield
+
+    def _check_foreign(self, shard: ShardInfo) -> None:
+        """Raise BadInput when files that are not this cache's leave no room for the shard."""
+        entries = ((entry, stat) for entry, stat in self._entries() if not entry.name.startswith((COPY, PART)))
+        foreign = sum(stat.st_size for entry, stat in entries if not entry.name.endswith(".tar"))
+        if foreign + shard.bytes > self.cache_bytes:
+            least = rounded_up((foreign + shard.bytes) / 2**30)
+            raise BadInput(
+                f"cache folder {self.folder} has {foreign} bytes in files that are no shards, which leave no room for "
+                f"{self.location(shard.name)}: move them away, or set stream.cache_gib to {least} or more"
+            )
+
+    def _wait_for_others(self, patience: Patience) -> None:
+        """Wait a moment for those whose files fill the folder. Raises BadInput, naming one, when all hang."""
+        found = ((entry, stat) for entry, stat in self._entries() if entry.name.startswith((COPY, PART)))
+        last = max(((stat.st_mtime_ns, entry.path) for entry, stat in found if stat.st_size), default=None)
+        patience.wait(Path(last[1]) if last else self.folder, last)
 
     def _entries(self) -> list[tuple[os.DirEntry[str], os.stat_result]]:
         entries = []
@@ -340,8 +374,8 @@ class CachedStore(ShardStore):
         used = 0
         for entry, stat in self._entries():
             old = entry.name.startswith(COPY) and time.time() - stat.st_mtime > COPY_FRESH_S
-            if old or entry.name.startswith(".part-"):
-                with contextlib.suppress(BlockingIOError), locked(Path(entry.path), wait=False):
+            if old or entry.name.startswith(PART):
+                with contextlib.suppress(BlockingIOError), locked(Path(entry.path), None):
                     os.unlink(entry.path)  # who opened it just now sees that it is gone, and makes another
                     continue
             used += stat.st_size

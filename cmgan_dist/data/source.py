@@ -9,6 +9,7 @@ ends in one sentence that names the URL without its signature, user and password
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import logging
 import os
@@ -110,6 +111,11 @@ def describe(error: Exception, state: int | None) -> str:
     return " ".join(f"{type(error).__name__} {error}".split())
 
 
+def _is_beyond_the_end(error: Exception) -> bool:
+    """Return whether an object store says so of a range: by HTTP 416, or EINVAL, which s3fs makes of that."""
+    return getattr(error, "errno", None) == errno.EINVAL or http_status(error) == 416
+
+
 class _Pace:
     """How fast a body comes."""
 
@@ -178,6 +184,11 @@ class RemoteSource:
         and `timeout_s` for the first byte, and the waits between tries."""
         return self.tries * 2 * self.timeout_s + sum(self._longest_wait(n) for n in range(1, self.tries))
 
+    @property
+    def silent_s(self) -> float:
+        """The most seconds for which a source that works gives nothing: an object store gives whole blocks."""
+        return self.dead_after_s + (0 if self.package == "aiohttp" else BLOCK / LEAST_BYTES_S)
+
     def location(self, name: str) -> str:
         """Return the file's URL without secrets, for messages."""
         return f"{self.place}/{name}"
@@ -206,7 +217,12 @@ class RemoteSource:
         at = 0
         while size is None or at < size:
             stop = at + BLOCK if size is None else min(at + BLOCK, size)
-            block = sync(files.loop, files._cat_file, url, start=at, end=stop, timeout=limit)
+            try:
+                block = sync(files.loop, files._cat_file, url, start=at, end=stop, timeout=limit)
+            except self.failures as error:
+                if size is None and _is_beyond_the_end(error):
+                    return
+                raise
             yield block
             at = stop
             if size is None and len(block) < BLOCK:

@@ -13,18 +13,23 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from cmgan_dist.data.folder import KINDS, check_output, checked_path, read_file
 from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo, manifest_path, read_manifest
-from cmgan_dist.data.source import BLOCK, describe, failures_of, http_status, public_url
+from cmgan_dist.data.source import BLOCK, LEAST_BYTES_S, describe, failures_of, http_status, public_url
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import write_atomic
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs")
 """Protocols of stores that know no folders."""
+ANSWER_S = 60.0
+"""Seconds in which an object store has to answer, beside the time that bytes may take at LEAST_BYTES_S."""
+LIST_S = 300.0
+"""Seconds in which it has to list a folder: a million names come within that."""
 
 
 class ShardStore(ABC):
@@ -94,7 +99,8 @@ class FileStore:
     """A folder for reading and writing: a local path, or a URL of any protocol that fsspec knows (s3://, gs://).
 
     A file is seen whole or not at all: in a folder because it gets its name by a rename, in an object store because
-    that shows an object when all of it has arrived."""
+    that shows an object when all of it has arrived. An object store that does not answer within ANSWER_S, or gives or
+    takes less than LEAST_BYTES_S, is as good as dead."""
 
     def __init__(self, url: str, flag: str) -> None:
         """`flag`: the flag or field that named the folder, for messages. The folder need not exist yet.
@@ -112,7 +118,8 @@ class FileStore:
         self.path = str(path).rstrip("/")
         """Where the folder is in `filesystem`, without the protocol."""
         self.local = isinstance(self.filesystem, LocalFileSystem)
-        if url.partition("://")[0] in OBJECT_STORES and not self.path:
+        self.objects = url.partition("://")[0] in OBJECT_STORES
+        if self.objects and not self.path:
             raise BadInput(f"{flag} {public_url(url)} names no bucket: name one, such as s3://BUCKET/FOLDER")
 
     def check_writable(self) -> None:
@@ -135,10 +142,25 @@ class FileStore:
                 raise BadInput(f"{self.flag} {public_url(self.url)} is {kind}: name another place ({name} lies in it)")
         return None
 
+    def _ask(
+        self, method: str, *arguments: object, seconds: float | None = None, size: int = 0, **options: object
+    ) -> Any:
+        """Call a method of the file system; one of an object store may take `seconds` (ANSWER_S), and longer
+        for `size` bytes.
+
+        Raises what the file system raises, and TimeoutError."""
+        if self.objects:
+            options["timeout"] = (seconds or ANSWER_S) + size / LEAST_BYTES_S
+        return getattr(self.filesystem, method)(*arguments, **options)
+
+    def _size_to_read(self, name: str) -> int:
+        """Return the bytes of a file of an object store, of which the time to read it depends, else 0."""
+        return int(self._ask("size", f"{self.path}/{name}")) if self.objects else 0
+
     def read(self, name: str) -> bytes:
         """Return a whole file. Raises FileNotFoundError when there is none, BadInput when it cannot be read."""
         try:
-            found: bytes = self.filesystem.cat_file(f"{self.path}/{name}")
+            found: bytes = self._ask("cat_file", f"{self.path}/{name}", size=self._size_to_read(name))
         except FileNotFoundError:
             raise
         except self.failures as error:
@@ -147,12 +169,14 @@ class FileStore:
 
     def sha256(self, name: str) -> str | None:
         """Return the SHA-256 of a file's bytes, None when there is none. Raises BadInput when it cannot be read."""
+        if (size := self.size(name)) is None:
+            return None
         try:
-            with self.filesystem.open(f"{self.path}/{name}", "rb") as file:
-                digest = hashlib.sha256()
-                while block := file.read(BLOCK):
-                    digest.update(block)
-                return digest.hexdigest()
+            digest = hashlib.sha256()
+            for at in range(0, size, BLOCK):
+                span = {"start": at, "end": min(at + BLOCK, size)}
+                digest.update(self._ask("cat_file", f"{self.path}/{name}", size=BLOCK, **span))
+            return digest.hexdigest()
         except FileNotFoundError:
             return None
         except self.failures as error:
@@ -161,7 +185,7 @@ class FileStore:
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to the local `path`. Raises BadInput when it cannot be read, or `path` not be written."""
         try:
-            self.filesystem.get_file(f"{self.path}/{name}", str(path))
+            self._ask("get_file", f"{self.path}/{name}", str(path), size=self._size_to_read(name))
         except self.failures as error:
             raise self._unreadable(error, name) from None
 
@@ -169,18 +193,19 @@ class FileStore:
         """Write a file in one step, text as UTF-8: a reader sees the old file or the new one, whole.
 
         Raises BadInput when it cannot be written."""
+        content = data.encode() if isinstance(data, str) else data
         try:
             if self.local:
-                write_atomic(f"{self.path}/{name}", data)
+                write_atomic(f"{self.path}/{name}", content)
             else:
-                self.filesystem.pipe_file(self._target(name), data.encode() if isinstance(data, str) else data)
+                self._ask("pipe_file", self._target(name), content, size=len(content))
         except self.failures as error:
             raise self._unwritable(error, name) from None
 
     def _target(self, name: str) -> str:
         """Return where a file goes, with the folders above it made; object stores have none, and their buckets stay."""
         target = f"{self.path}/{name}"
-        if self.url.partition("://")[0] not in OBJECT_STORES:
+        if not self.objects:
             self.filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
         return target
 
@@ -188,7 +213,7 @@ class FileStore:
         """Return the bytes of a file, None when there is none. Raises BadInput when that cannot be found out."""
         try:
             self.filesystem.invalidate_cache()  # other processes write too
-            return int(self.filesystem.size(f"{self.path}/{name}"))
+            return int(self._ask("size", f"{self.path}/{name}"))
         except FileNotFoundError:
             return None
         except self.failures as error:
@@ -201,7 +226,7 @@ class FileStore:
         folder = f"{self.path}/{below}" if below else self.path
         try:
             self.filesystem.invalidate_cache()
-            found = self.filesystem.find(folder)
+            found = self._ask("find", folder, seconds=LIST_S)
         except FileNotFoundError:
             return []
         except self.failures as error:
@@ -211,7 +236,7 @@ class FileStore:
     def remove(self, name: str) -> None:
         """Remove a file, if it is there. Raises BadInput when it cannot be removed."""
         try:
-            self.filesystem.rm_file(f"{self.path}/{name}")
+            self._ask("rm_file", f"{self.path}/{name}")
         except FileNotFoundError:
             return
         except self.failures as error:
@@ -220,13 +245,17 @@ class FileStore:
     def put_file(self, path: Path, name: str) -> None:
         """Copy a local file to `name`. Raises BadInput when that cannot be written."""
         try:
-            self.filesystem.put_file(str(path), self._target(name))
+            self._ask("put_file", str(path), self._target(name), size=path.stat().st_size)
         except self.failures as error:
             raise self._unwritable(error, name) from None
 
     def put(self, folder: Path, name: str) -> None:
-        """Copy the files of a local folder to `name`, file by file. Raises BadInput when that cannot be written."""
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        """Copy the files of a local folder to `name`, file by file. Raises BadInput when that cannot be written, or
+        there is none."""
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        if not files:
+            raise BadInput(f"{folder} has no file that could be copied to {self.location(name)}: restore it")
+        for file in files:
             self.put_file(file, f"{name}/{file.relative_to(folder).as_posix()}")
 
     def _unreadable(self, error: Exception, name: str = "") -> BadInput:
@@ -245,7 +274,7 @@ class FileStore:
 def _reason(error: Exception) -> str:
     """Return in words what failed, without a URL that may be signed."""
     if isinstance(error, TimeoutError):
-        return "no answer in time"
+        return "no whole answer in time"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, ValueError):

@@ -20,10 +20,10 @@ from tests.launchers.damage_cases import DAMAGES, Damage, Planted, forbidden, mi
 from tests.toy import make_features
 from tests.tune.search_cases import OBJECT_STORE, arguments, read
 from tune.progress import ProgressCallback
-from tune.record import VERSION, Record, read_records
+from tune.record import VERSION, Record, read_records, record_path
 from tune.recorder import Recorder
 from tune.results import FAILED
-from tune.search import search
+from tune.search import keep_best, search
 from tune.space import SPACE, draw_settings
 
 ROWS = [{"validation": k, "epoch": k, "score": 0.1 * k, "best": 0.1 * k, "step_s": 1.0} for k in (1, 2, 3)]
@@ -160,3 +160,37 @@ def test_a_trial_whose_process_died_too_often_is_recorded_and_tried_again(output
     result = {**record.last, "node": "n", "done": True, "failed": "it diverged"}
     recorder.on_trial_result(1, [trial], trial, result)
     assert read_records(output, "search")[1].finished
+
+
+def test_a_trial_whose_folder_is_gone_begins_anew(
+    output: FileStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / record_path("search", 1)
+    cut_short = parse_sealed(path.read_bytes(), VERSION) | {"done": False}
+    path.write_text(sealed_json({"version": VERSION, **cut_short}))
+    whole, anew = read_records(output, "search").values()
+    assert (whole.finished, whole.checkpoint, len(whole.validations)) == (True, "search/one/checkpoint_0", 3)
+    assert (anew.values, anew.checkpoint, anew.validations, anew.reached) == (whole.values, "", [], 0)
+    assert f"{tmp_path}/search/one/checkpoint_0 is gone: its trial begins anew" in caplog.text
+    output.write("search/one/checkpoint_0/config.yaml", "")
+    assert read_records(output, "search")[1].checkpoint == "search/one/checkpoint_0"
+
+
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_a_best_run_that_is_gone_is_a_sentence_whose_advice_works(
+    output: FileStore, tmp_path: Path, confirmed: bool
+) -> None:
+    plan: Any = SimpleNamespace(output=output, arguments=SimpleNamespace(test=False))
+    outcome: Any = SimpleNamespace(best="1", runs={"1": [read_records(output, "search")[1]]}, confirmed=confirmed)
+    record = tmp_path / record_path("confirm" if confirmed else "search", 1)
+    with pytest.raises(BadInput, match=rf"checkpoint_0, a run of the best trial, is gone: .* remove {record}, and"):
+        keep_best(plan, outcome)
+    output.write("search/one/checkpoint_0/best/model.json", "one")  # restored
+    keep_best(plan, outcome)
+    assert output.read("best/best/model.json") == b"one"
+    output.remove("search/one/checkpoint_0/best/model.json")
+    output.write("trials.json", '{"best": "1"}')
+    keep_best(plan, outcome)  # what is there is that run
+    output.write("trials.json", '{"best": "0"}')
+    with pytest.raises(BadInput, match="is gone"):
+        keep_best(plan, outcome)
