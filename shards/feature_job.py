@@ -6,7 +6,6 @@ last, so a run that was killed goes on behind the last shard whose record agrees
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
@@ -129,7 +128,7 @@ def _sources(command: FeatureOptions, data: ShardStore, manifest: Manifest) -> l
     """Return the shards of a data set. Raises BadInput when one is missing, or the output is the data set itself."""
     output = FileStore(command.output, "--output")
     output.check_output(MANIFEST_NAME)
-    if _real(command.output) == _real(command.data):
+    if output.is_at(command.data):
         raise BadInput(f"--output {public_url(command.output)} is the data set itself: name another place")
     sources = [shard for shards in manifest.splits.values() for shard in shards]
     data.check(sources)
@@ -140,12 +139,6 @@ def _sources(command: FeatureOptions, data: ShardStore, manifest: Manifest) -> l
         if asked != "features" and stored == "features":
             print(f"the {side} of {public_url(command.data)} are features already: copied as they are")
     return sources
-
-
-def _real(place: str) -> str:
-    """Return a path without links, or a URL, so that one place has one name."""
-    path = place.removeprefix("file://")
-    return path.rstrip("/") if "://" in path else os.path.realpath(path)
 
 
 def _remove(output: FileStore, shard: str) -> None:

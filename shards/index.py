@@ -19,7 +19,7 @@ from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
-from shards.pack import LOCK
+from shards.output import LOCK
 from shards.pairs import drawing, missing_val
 from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, foreign_files, scan_shard
 from shards.shard_file import tar_names

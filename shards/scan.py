@@ -5,7 +5,6 @@ Legend: a shard's *damage* is where its tar breaks off; a sample's *fault* is wh
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -174,34 +173,39 @@ def _rest(reader: _HashingReader, name: str, end: int) -> str:
 
 
 def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None = None) -> ShardScan:
-    """Read the tar at `path` to its end; `name` is the shard's in the manifest. With `decode`, every image is decoded.
+    """Read the tar at `path` to its end, as `scan_file` does. Raises BadInput when the file cannot be read."""
+    try:
+        with _opened(path) as file:
+            return scan_file(file, name, decode, judge)
+    except OSError as error:
+        raise BadInput(f"cannot read shard {path}: {error.strerror}") from None
+
+
+def scan_file(file: BinaryIO, name: str, decode: bool = False, judge: Judge | None = None) -> ShardScan:
+    """Read a tar to its end; `name` is the shard's in the manifest. With `decode`, every image is decoded.
 
     `judge`: of the data set, where that is known; the index does not depend on it.
 
-    A tar that breaks off is no error: the scan says where. Raises BadInput when the file cannot be read."""
+    A tar that breaks off is no error: the scan says where. Raises OSError when the file cannot be read."""
     offsets: list[int] = []
     layouts: list[Layout] = []
     samples: list[SampleFacts] = []
     foreign: list[str] = []
     damage, ended = "", True
+    reader = _HashingReader(file)
     try:
-        with _opened(path) as file:
-            reader = _HashingReader(file)
-            try:
-                for group in iter_groups(cast(BinaryIO, reader), name, foreign):
-                    offsets.append(group[0].start)
-                    layouts.append(Layout.of(group))
-                    samples.append(sample_facts(group, decode=decode, judge=judge))
-                # The walk ends at a zero block, which belongs to no sample, or at the end of the file.
-                end, ended = reader.position - reader.last, reader.last > 0
-                damage = _rest(reader, name, end)
-            except BadSample as error:
-                damage, end = str(error), reader.position
-                _rest(reader, name, end)
-    except OSError as error:
-        raise BadInput(f"cannot read shard {path}: {error.strerror}") from None
+        for group in iter_groups(cast(BinaryIO, reader), name, foreign):
+            offsets.append(group[0].start)
+            layouts.append(Layout.of(group))
+            samples.append(sample_facts(group, decode=decode, judge=judge))
+        # The walk ends at a zero block, which belongs to no sample, or at the end of the file.
+        end, ended = reader.position - reader.last, reader.last > 0
+        damage = _rest(reader, name, end)
+    except BadSample as error:
+        damage, end = str(error), reader.position
+        _rest(reader, name, end)
     index = ShardIndex.build(offsets, end, [facts.labels for facts in samples], layouts)
     sidecar = hashlib.sha256(index.to_bytes()).hexdigest()
-    info = ShardInfo(name, len(samples), os.path.getsize(path), reader.digest.hexdigest(), sidecar)
+    info = ShardInfo(name, len(samples), reader.position, reader.digest.hexdigest(), sidecar)
     first = min(foreign, key=lambda name: not name.endswith(NOT_REGULAR), default="")
     return ShardScan(info, index, samples, damage, len(foreign), first, ended)
