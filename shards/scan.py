@@ -19,6 +19,7 @@ from cmgan_dist.data.sample import BadLabel, Sample, parse_sample
 from cmgan_dist.data.tar import NOT_REGULAR, Member, iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.models.vocabulary import split_words
+from shards.same_text import compared
 
 SPLIT_ALIASES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -50,8 +51,7 @@ class SampleFacts:
     caption_lengths: list[tuple[int, int]] = field(default_factory=list)
     """(characters, words) of each text; words as the model's vocabulary counts them."""
     text_digests: list[bytes] = field(default_factory=list)
-    """Of the words of each text, whatever their case, accents' form and punctuation; of feature values where it has
-    such."""
+    """Of each text as it is compared (`same_text.py`); of feature values where it has such."""
 
 
 @dataclass
@@ -151,11 +151,8 @@ def _measure(sample: Sample, facts: SampleFacts) -> None:
         facts.text_dim = sample.texts.shape[1]
         facts.text_digests = [_digest(row.tobytes()) for row in sample.texts]
     else:
-        words = [split_words(text) for text in sample.texts]
-        facts.caption_lengths = [(len(text), len(found)) for text, found in zip(sample.texts, words, strict=True)]
-        facts.text_digests = [
-            _digest((" ".join(found) or text.strip()).encode()) for text, found in zip(sample.texts, words, strict=True)
-        ]
+        facts.caption_lengths = [(len(text), len(split_words(text))) for text in sample.texts]
+        facts.text_digests = [_digest(compared(text).encode()) for text in sample.texts]
 
 
 def _digest(data: bytes) -> bytes:

@@ -33,6 +33,7 @@ from shards.assemble import assemble, print_summary
 from shards.groups import linked_groups, links_of_equal
 from shards.output import LOCK, finish_output, prepare_output
 from shards.pairs import split_shares
+from shards.same_text import compared
 from shards.shard_file import Members, put_shard
 
 TRAIN = "train"
@@ -110,8 +111,7 @@ def _digests(sample: Sample, texts_too: bool) -> list[bytes]:
     if texts_too and isinstance(sample.texts, np.ndarray):
         found += [b"text" + row.tobytes() for row in sample.texts]
     elif texts_too:
-        lines = [line.strip() for text in sample.texts for line in text.splitlines()]
-        found += [b"text" + line.encode() for line in lines if line]
+        found += [b"text" + compared(text).encode() for text in sample.texts]
     return [hashlib.sha256(each).digest()[:16] for each in found]
 
 

@@ -175,5 +175,6 @@ def _shared_texts(scans: list[tuple[str, ShardScan]]) -> Iterator[str]:
     for (split, other), keys in shared.items():
         yield (
             f"{len(keys)} samples of split '{split}' have a text that split '{other}' has too, but for case and "
-            f"punctuation; the first is {keys[0][0]}, as {keys[0][1]}: 'python -m shards split' draws splits without"
+            f"punctuation; the first is {keys[0][0]}, as {keys[0][1]}: leave them out of one, or draw that split from "
+            "train by 'python -m shards split', which keeps such on one side"
         )
