@@ -15,7 +15,7 @@ from cmgan_dist.data.folder import open_regular
 from cmgan_dist.data.index import Layout, ShardIndex
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
-from cmgan_dist.data.sample import BadLabel, Sample, parse_sample
+from cmgan_dist.data.sample import BadLabel, Sample, parse_sample, sources_of
 from cmgan_dist.data.tar import NOT_REGULAR, Member, iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.models.vocabulary import split_words
@@ -36,9 +36,11 @@ class SampleFacts:
     members: tuple[str, ...]
     """Extensions, in the tar's order."""
     labels: tuple[int, ...] = ()
-    """Class indices as its JSON says, () where it has none or says what is none."""
+    """Class indices as its JSON or ``.cls`` says, () where it has none or says what is none."""
     label_fault: str = ""
-    """Why what its JSON says is no label; a fault where the data set has labels."""
+    """Why what these say is no label; a fault where the data set has labels."""
+    sources: tuple[str, str, str] = ("", "", "")
+    """What image, texts and labels are taken from, where it can be used and no data set is known."""
     fault: str = ""
     image_digest: bytes = b""
     """sha256 of the encoded image or of the feature values."""
@@ -119,6 +121,8 @@ def sample_facts(group: list[Member], *, decode: bool, judge: Judge | None = Non
             if judge.labelled and facts.label_fault:
                 raise BadSample(facts.label_fault)
             judge.check(sample)
+        else:
+            facts.sources = sources_of(members_of(group))
         if decode and isinstance(sample.image, bytes):
             from cmgan_dist.data.image import check_image  # torch takes seconds to import, and --help waits
 
