@@ -85,7 +85,7 @@ def measure(folder: Path, rows: int, processes: int) -> dict[str, float]:
     write_table(table, rows)
     memory_before = psutil.Process().memory_full_info()
     base = memory_before.rss + memory_before.swap
-    command = TableCommand(input=str(table), output=output, processes=processes)
+    command = TableCommand(input=str(table), output=str(output), processes=processes)
     begun, used = time.monotonic(), os.times()
     with Memory() as memory:
         plan = plan_in(folder / "plan", command)[1]

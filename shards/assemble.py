@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo
+from cmgan_dist.data.manifest import LabelKind, Manifest, ShardInfo
 from cmgan_dist.errors import BadInput, shown
-from cmgan_dist.files import write_atomic
 
 
 def assemble(
@@ -52,16 +50,6 @@ def assemble(
     except ValueError as error:
         raise BadInput(f"{shown(name)} cannot be described: {shown(str(error))}: rename it") from None
     return manifest
-
-
-def write_manifest(output: Path, manifest: Manifest) -> None:
-    """Write the manifest, which makes the folder a data set: the shards and sidecars must be there.
-
-    Raises BadInput when it cannot be written."""
-    try:
-        write_atomic(output / MANIFEST_NAME, manifest.to_json())
-    except OSError as error:
-        raise BadInput(f"cannot write {output / MANIFEST_NAME}: {error.strerror}") from None
 
 
 def print_summary(

@@ -6,7 +6,6 @@ for nothing, and no equal ones are missed. What is in memory is what is equal to
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +14,11 @@ import numpy as np
 
 from shards.groups import components
 from shards.pairs import Draw, RawPair, Together
+from shards.same_text import compared
 from shards.shard_file import read_texts
 
 LINKS_AT_ONCE = 4_000_000
 """Hashes that are compared at a time."""
-
-
-def normalised(text: str) -> str:
-    """Return a text as it is compared: in NFKC, without case, single spaces between words."""
-    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
 def _hash(*parts: bytes) -> int:
@@ -40,8 +35,7 @@ def content_hashes(pair: RawPair, together: Together) -> list[int]:
         return found
     if isinstance(pair.texts, np.ndarray):
         return found + [_hash(b"text", row.tobytes()) for row in np.atleast_2d(pair.texts)]
-    lines = [line for text in read_texts(pair.texts) for line in text.splitlines()]
-    return found + [_hash(b"text", normalised(line).encode()) for line in lines if line.strip()]
+    return found + [_hash(b"text", compared(text).encode()) for text in read_texts(pair.texts)]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Frozen backbones over the samples of a shard.
 
-The way of a sample: members -> parse, decode (threads) -> batch -> backbones -> image.npy, text.npy and the label JSON.
+The way of a sample: members -> parse, decode (threads) -> batch -> backbones -> image.npy, text.npy and the labels.
 What is not converted is copied as it is.
 
 Shapes: n images and m texts of a batch, F_i and F_t the sizes of their features."""
@@ -126,6 +126,8 @@ def _feature_members(
             fields.pop("texts", None)
         if fields:
             made.append(("json", json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()))
+    if "cls" in members:
+        made.append(("cls", members["cls"]))
     return made
 
 

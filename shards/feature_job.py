@@ -6,10 +6,8 @@ last, so a run that was killed goes on behind the last shard whose record agrees
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 import typing
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,7 @@ from cmgan_dist.data.reader import open_data_set
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore, ShardStore
 from cmgan_dist.errors import BadInput
-from cmgan_dist.jobs.cores import usable_cores
+from cmgan_dist.jobs.local import threaded_map
 from cmgan_dist.jobs.machine import Share, absolute, find_share
 from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.models.backbone import PixelBackbone
@@ -129,7 +127,7 @@ def _sources(command: FeatureOptions, data: ShardStore, manifest: Manifest) -> l
     """Return the shards of a data set. Raises BadInput when one is missing, or the output is the data set itself."""
     output = FileStore(command.output, "--output")
     output.check_output(MANIFEST_NAME)
-    if _real(command.output) == _real(command.data):
+    if output.is_at(command.data):
         raise BadInput(f"--output {public_url(command.output)} is the data set itself: name another place")
     sources = [shard for shards in manifest.splits.values() for shard in shards]
     data.check(sources)
@@ -138,14 +136,8 @@ def _sources(command: FeatureOptions, data: ShardStore, manifest: Manifest) -> l
         ("texts", command.text_backbone, manifest.text),
     ):
         if asked != "features" and stored == "features":
-            print(f"the {side} of {public_url(command.data)} are features already: copied as they are")
+            print(f"the {side} of {public_url(command.data)} are features already: copied as they are", flush=True)
     return sources
-
-
-def _real(place: str) -> str:
-    """Return a path without links, or a URL, so that one place has one name."""
-    path = place.removeprefix("file://")
-    return path.rstrip("/") if "://" in path else os.path.realpath(path)
 
 
 def _remove(output: FileStore, shard: str) -> None:
@@ -176,6 +168,7 @@ class _Plan:
     sources: list[ShardInfo]
     """All its shards."""
     task: Task
+    data: ShardStore
     options: Options
     share: Share
     made: Extractor
@@ -199,15 +192,18 @@ def _find_done(plan: _Plan, sources: list[ShardInfo]) -> dict[str, Made]:
                 _remove(plan.output, shard.name)
             return None
 
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        found = zip(sources, pool.map(find, sources), strict=True)
-        return {shard.name: made for shard, made in found if made is not None}
+    found = zip(sources, threaded_map(find, sources, title="comparing finished shards"), strict=True)
+    return {shard.name: made for shard, made in found if made is not None}
 
 
 def _make_shards(plan: _Plan, todo: list[ShardInfo]) -> dict[str, Made]:
     """Make the shards of `todo` and print the rate; returns what was made of each, by name."""
     # Until the new manifest is written, the folder is not a data set.
     plan.output.remove(MANIFEST_NAME)
+    count, done = sum(shard.samples for shard in todo), len(plan.task.share(len(plan.sources))) - len(todo)
+    print(f"{done} shards are there already, {len(todo)} are to be made of {count} samples", flush=True)
+    for line in warnings_of(plan.made.text, plan.data, plan.sources):
+        print(f"warning: {line}", flush=True)
     begun, judge = time.monotonic(), Judge.of(plan.manifest)
     data, output = absolute(plan.command.data), absolute(plan.command.output)
     made = plan.share.map(
@@ -217,8 +213,7 @@ def _make_shards(plan: _Plan, todo: list[ShardInfo]) -> dict[str, Made]:
         unit_counts=[shard.samples for shard in todo],
     )
     seconds = time.monotonic() - begun
-    count = sum(shard.samples for shard in todo)
-    print(f"{count} samples in {seconds:.0f} s, {count / seconds:.1f} samples/s")
+    print(f"{count} samples in {seconds:.0f} s, {count / seconds:.1f} samples/s", flush=True)
     return {shard.name: one for shard, one in zip(todo, made, strict=True)}
 
 
@@ -234,9 +229,7 @@ def write_features(command: FeatureOptions) -> Manifest | None:
     # This process needs their checksum and sizes only, where others work.
     made = extractor(dataclasses.replace(options, device="cpu") if share.cluster else options)
     output = FileStore(command.output, "--output")
-    plan = _Plan(command, manifest, sources, task, options, share, made, settings_of(made), output)
-    for line in warnings_of(made.text, data, sources):
-        print(f"warning: {line}")
+    plan = _Plan(command, manifest, sources, task, data, options, share, made, settings_of(made), output)
     with owning_output(output, task.lock("features")):
         return _write_share(plan)
 

@@ -10,6 +10,7 @@ from cmgan_dist.data.index import index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
 from cmgan_dist.data.output import abandon_record, is_whole, read_record, write_record
+from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore, LocalStore
 from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.errors import BadInput, BadSample
@@ -78,7 +79,7 @@ def _open_source(data: str, source: ShardInfo) -> int:
 
 def _way_out(data: str) -> str:
     """Return what is done about a shard that is damaged where it lies."""
-    return "put it there anew" if "://" in data else f"see 'python -m shards verify {data}'"
+    return f"see 'python -m shards verify {public_url(data)}'"
 
 
 def is_recorded(output: FileStore, source: ShardInfo, settings: dict[str, Any]) -> bool:

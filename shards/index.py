@@ -14,12 +14,13 @@ from cmgan_dist.data.folder import is_plain, walk_files
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo, load_manifest, natural_splits
 from cmgan_dist.data.output import owning_output
+from cmgan_dist.data.sample import MEMBERS
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
-from shards.pack import LOCK
+from shards.output import LOCK
 from shards.pairs import drawing, missing_val
 from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, foreign_files, scan_shard
 from shards.shard_file import tar_names
@@ -37,6 +38,22 @@ def split_of_shard(name: str) -> str:
         stem[: len(alias)] for alias in SPLIT_ALIASES if stem == alias or stem.startswith((f"{alias}-", f"{alias}_"))
     ]
     return next((SPLIT_ALIASES[word] for word in words if word in SPLIT_ALIASES), "train")
+
+
+def _taken(samples: list[SampleFacts], kind: LabelKind) -> str:
+    """Return a line that says what images, texts and labels are taken from, and what is left out."""
+    images, texts, labels = (Counter(facts.sources[i] for facts in samples if facts.sources[i]) for i in range(3))
+    left = Counter(f".{each}" for facts in samples for each in facts.members if each not in MEMBERS)
+    counts = [(images, "images are"), (texts, "texts are of")] + [(labels, "labels are")] * (kind != "none")
+    parts = [f"{what} {_listed(found)}" for found, what in counts if found]
+    if kind == "none":
+        parts.append(f"labels of {_listed(labels)} are not taken (--label-kind)" if labels else "no labels")
+    return "; ".join([*parts, *[f"not taken: {_listed(left)}"] * bool(left)])
+
+
+def _listed(counts: Counter[str]) -> str:
+    """Return names with their counts, the most frequent ones first."""
+    return ", ".join(f"{name} ({count})" for name, count in counts.most_common(12))
 
 
 def label_kind_of(samples: list[SampleFacts]) -> LabelKind:
@@ -78,7 +95,8 @@ def _one_kind(what: str, samples: list[SampleFacts], dims: list[int | None]) -> 
 class IndexCommand:
     """Write manifest.json and an index beside each tar, for WebDataset shards made elsewhere.
 
-    Splits: by sub-folder (val/00000.tar) or name (val-00000.tar), else train. Labels are read from KEY.json."""
+    Splits: by sub-folder (val/00000.tar) or name (val-00000.tar), else train. Labels are read from KEY.json
+    and, as numbers, from KEY.cls."""
 
     data: tyro.conf.Positional[str]
     """Folder or URL (s3, gs) of tars, searched to its depth; a URL's tars are read where this runs, and stay."""
@@ -141,6 +159,7 @@ class IndexCommand:
         image_dim = _one_kind("images", good, [facts.image_dim for facts in good])
         text_dim = _one_kind("texts", good, [facts.text_dim for facts in good])
         kind = self.label_kind or label_kind_of(good)
+        print(shown(_taken(good, kind)), flush=True)
         if kind != "none":
             check_labels(good, kind)
         splits = {split: [s.info for s in scans if split_of_shard(s.info.name) == split] for split in _splits(scans)}

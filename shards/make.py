@@ -22,11 +22,11 @@ from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import LabelKind, ShardInfo
 from cmgan_dist.data.output import abandon_record, is_done, read_record, write_record
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadSample
 from cmgan_dist.jobs import ledger
 from shards.pairs import RawPair, Readable
 from shards.plan import PlannedShard
-from shards.shard_file import Members, finished_record, has_index, read_members, try_sample, write_shard
+from shards.shard_file import Members, finished_record, has_index, put_shard, read_members, try_sample
 from shards.urls import UrlBytes
 
 READ_AT_A_TIME = 16
@@ -80,11 +80,12 @@ def _identity(part: Readable | tuple[str, ...] | np.ndarray) -> object:
         return f"bad: {error}"
 
 
-def make_shard(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Made:
+def make_shard(output: str, plan: Path, shard: PlannedShard, how: Making) -> Made:
     """Read the pairs of a shard from the folder `plan` and write it: its tar and sidecar, then its record.
 
-    Raises BadInput on a bad pair, unless they are skipped, and when the shard cannot be written."""
-    store, name = FileStore(str(output), "--output"), record_name(shard.name)
+    `output`: folder or URL. Raises BadInput on a bad pair, unless they are skipped, and when the shard cannot be
+    written."""
+    store, name = FileStore(output, "--output"), record_name(shard.name)
     settings, pairs = how.settings(shard), shard.read(plan)
     left_out: list[str] = []
 
@@ -98,7 +99,7 @@ def make_shard(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Ma
         # Read before the samples are: what changes between is found by the next run, and the shard made anew.
         source = content_sha256(pairs)
         write_record(store, name, ledger.Record(source, settings))
-        info = write_shard(output, shard.name, samples())
+        info = put_shard(store, shard.name, samples())
         if info is None:  # what an earlier run made of other pairs is not this shard
             for other in (shard.name, index_name(shard.name)):
                 store.remove(other)
@@ -140,31 +141,29 @@ class Found:
     """What the user should know of it."""
 
 
-def find_shard(output: Path, plan: Path, shard: PlannedShard, how: Making, read_inputs: bool) -> Found:
+def find_shard(output: str, plan: Path, shard: PlannedShard, how: Making, read_inputs: bool) -> Found:
     """Return what an earlier run, or another task, made of a shard, and whether it was damaged since.
 
-    `plan`: folder of the plan; `read_inputs`: compare what the pairs hold now too, not only what was planned of them.
+    `output`: folder or URL; `plan`: folder of the plan; `read_inputs`: compare what the pairs hold now too, not only
+    what was planned of them.
     Raises BadInput when a file is there and cannot be read."""
-    path, store = output / shard.name, FileStore(str(output), "--output")
-    try:
-        record = read_record(store, record_name(shard.name))
-        if record is None or record.settings != how.settings(shard):
-            return Found(other=path.exists())
-        if not record.finished:
-            return Found()
-        if read_inputs and record.source != content_sha256(shard.read(plan)):
-            return Found(other=True)
-        return _whole(record, store, path)
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+    store = FileStore(output, "--output")
+    record = read_record(store, record_name(shard.name))
+    if record is None or record.settings != how.settings(shard):
+        return Found(other=store.size(shard.name) is not None)
+    if not record.finished:
+        return Found()
+    if read_inputs and record.source != content_sha256(shard.read(plan)):
+        return Found(other=True)
+    return _whole(record, store, shard.name)
 
 
-def _whole(record: ledger.Record, store: FileStore, path: Path) -> Found:
-    """Return what a finished record says was made, if its files are that still. Raises BadInput and OSError."""
+def _whole(record: ledger.Record, store: FileStore, name: str) -> Found:
+    """Return what a finished record says was made, if its files are that still. Raises BadInput."""
     if record.written is None:
         return Found((None, record.left_out))
     info = ShardInfo(**record.written, index_sha256=record.beside[0]["sha256"])
-    if is_done(store, record) and has_index(Path(store.path), info):
+    if is_done(store, record) and has_index(store, info):
         return Found((info, record.left_out))
-    said = f"{path} or its sidecar is not what its record says: it is made anew" if path.exists() else ""
-    return Found(said=said)
+    said = f"{store.location(name)} or its sidecar is not what its record says: it is made anew"
+    return Found(said=said if store.size(name) is not None else "")

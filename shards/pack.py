@@ -8,11 +8,9 @@ JSON keys are sorted, and the plan is made before the work is shared out to proc
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -20,39 +18,41 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cmgan_dist.data.folder import check_output
-from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest, natural_splits
+from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, natural_splits
 from cmgan_dist.data.output import read_record
+from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
-from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.lock import lock_name, owning, owning_in_turn
-from cmgan_dist.jobs.machine import Share
+from cmgan_dist.jobs.machine import Share, absolute
 from cmgan_dist.jobs.ranks import Task, find_task
-from cmgan_dist.jobs.staging import remove_leftovers
-from shards.assemble import assemble, print_summary, write_manifest
+from shards.assemble import assemble, print_summary
 from shards.make import Found, Made, Making, files_of_shard, find_shard, make_shard, record_name
+from shards.output import (
+    LOCK,
+    PACKING_NAME,
+    being_packed,
+    existing_manifest,
+    find_work,
+    finish_output,
+    leave_work,
+    prepare_output,
+    refuse,
+)
 from shards.pairs import Draw, RawPairs, Together, split_shares
 from shards.partitions import Partitions
 from shards.plan import Plan, PlannedShard, plan_shards
-from shards.plan_files import planned, remove_plans, were_renewed
+from shards.plan_files import planned, were_renewed
 
 Result = TypeVar("Result")
-
-PACKING_NAME = ".packing"
-"""Marks an output that is not complete; holds the fingerprint of what is being packed."""
-LOCK = "build"
-"""What is owned of an output while a data set is written there."""
-OUTPUT_PATTERN = re.compile(r".+-\d{6,}\.(tar|index\.npz|build\.json)|\.packing")
-"""Every file that packing leaves in its folder, the manifest apart."""
 
 
 @dataclass(kw_only=True)
 class BuildCommand:
     """Options that every source shares."""
 
-    output: Path
-    """Folder for the shards and manifest.json."""
+    output: str
+    """Folder or URL (s3, gs) for the shards and manifest.json."""
     overwrite: bool = False
     """Replace another data set in the output folder; of the same one, try again what was left out."""
     skip_bad: bool = False
@@ -68,6 +68,9 @@ class BuildCommand:
     say it by themselves. Whoever finds all shards made writes the manifest."""
     ray: str = ""
     """"auto" or HOST:PORT of a Ray cluster, whose nodes see the source and --output: they write the shards."""
+    work: Path | None = None
+    """Folder for the plan of an --output that is a URL (None: in the user's cache); tasks that see it share the plan,
+    and all nodes of a Ray cluster must."""
 
     def stamp(self) -> str:
         """Return a hash of all that the plan is made from, "" where nothing less than planning tells."""
@@ -84,7 +87,8 @@ class BuildCommand:
         packed = pack(self)
         if packed is None:
             return
-        headline = f"already packed: {self.output}" if packed.was_complete else f"packed {self.output}"
+        place = public_url(self.output)
+        headline = f"already packed: {place}" if packed.was_complete else f"packed {place}"
         print_summary(headline, packed.manifest, notes=packed.notes, left_out=packed.left_out)
 
 
@@ -120,51 +124,6 @@ class Packed:
 # ---------------------------------------------------------------------------------------------- the whole output
 
 
-def _existing_manifest(output: Path) -> Manifest | None:
-    try:
-        return load_manifest(output)
-    except BadInput:
-        return None
-
-
-def prepare_output(output: Path, fingerprint: str, overwrite: bool, keep: Collection[str] = ()) -> None:
-    """Make the folder and room in it for the plan with this fingerprint, until `finish_output`.
-
-    `keep`: files that stay where the folder holds this plan, or one that was not finished. Raises BadInput rather than
-    replace another data set unasked, and when the folder cannot be written."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        _make_room(output, fingerprint, overwrite, keep)
-    except OSError as error:
-        raise BadInput(f"cannot write into the output folder {output}: {error.strerror}") from None
-
-
-def finish_output(output: Path) -> None:
-    """Say that the folder is complete: its manifest is written."""
-    (output / PACKING_NAME).unlink(missing_ok=True)
-
-
-def _refuse(output: Path) -> BadInput:
-    return BadInput(f"{output} holds another data set: name a new folder, or pass --overwrite to replace it")
-
-
-def _make_room(output: Path, fingerprint: str, overwrite: bool, keep: Collection[str]) -> None:
-    packing = output / PACKING_NAME
-    interrupted = packing.read_text() if packing.exists() else ""
-    occupied = (output / MANIFEST_NAME).exists() or (not interrupted and any(output.glob("*.tar")))
-    old = _existing_manifest(output)
-    same = fingerprint in (interrupted, old.details.get("fingerprint") if old else "")
-    if occupied and not same and not overwrite:
-        raise _refuse(output)
-    # The manifest goes first: until the new one is written, the folder is not a data set.
-    (output / MANIFEST_NAME).unlink(missing_ok=True)
-    for path in output.iterdir():
-        if OUTPUT_PATTERN.fullmatch(path.name) and path.name not in keep:
-            path.unlink(missing_ok=True)
-    remove_leftovers(output)
-    write_atomic(packing, fingerprint)
-
-
 def _fingerprint(source: RawPairs, shards: list[PlannedShard], settings: dict[str, Any]) -> str:
     digests = [[shard.name, shard.digest] for shard in shards]
     described = [digests, settings, source.name, source.label_kind, source.classes, source.attribution]
@@ -194,25 +153,20 @@ def pack(options: BuildCommand) -> Packed | None:
     Returns what was made, None while other tasks have shards to make. Where another process makes the same share, this
     waits for it. Raises BadInput on a bad pair (unless `skip_bad`), an empty split, or an output that holds another
     data set."""
-    output, task, is_new = options.output, find_task(options.task), not options.output.exists()
-    check_output(output, MANIFEST_NAME)
+    output, task = FileStore(options.output, "--output"), find_task(options.task)
+    output.check_writable()
+    output.check_output(MANIFEST_NAME)
+    work = find_work(output, options.work, options.ray)
+    is_new, stamp = not work.exists(), options.stamp()
+    is_shared = bool(stamp) and (output.local or options.work is not None)
     try:
         with (
-            owning_in_turn(output, task.lock(LOCK)),
-            planned(output, options.stamp(), partial(plan_in, options=options), options.processes) as (source, plan),
+            owning_in_turn(work, task.lock(LOCK)),
+            planned(work, stamp, partial(plan_in, options=options), options.processes) as (source, plan),
         ):
-            return _Job(source, plan, options, task).run()
+            return _Job(source, plan, options, task, output, work, is_shared).run()
     finally:
-        _tidy(output, is_new)
-
-
-def _tidy(output: Path, is_new: bool) -> None:
-    """Remove the plans of a finished data set that nobody reads any more, and a new folder that is empty."""
-    if (output / MANIFEST_NAME).exists() and not any(output.glob(lock_name(f"{LOCK}*"))):
-        remove_plans(output)
-    if is_new:
-        with contextlib.suppress(OSError):  # there is something in it, or nothing could be made
-            output.rmdir()
+        leave_work(output, work, keep=is_shared, is_new=is_new)
 
 
 @dataclass
@@ -223,24 +177,30 @@ class _Job:
     plan: Plan
     options: BuildCommand
     task: Task
+    output: FileStore
+    work: Path
+    """Folder for locks and plans."""
+    is_shared: bool
+    """Whether other tasks go by the plans in `work`; else each has made its own."""
 
     def run(self) -> Packed | None:
         """Say what was taken and make what is not there. Raises BadInput as `pack` does."""
         for note in self.source.notes:
             print(shown(note), flush=True)
-        output, overwrite, shards = self.options.output, self.options.overwrite, self.plan.shards
+        output, overwrite, shards = self.output, self.options.overwrite, self.plan.shards
         own = [shards[i] for i in self.task.share(len(shards))]
         fingerprint = _fingerprint(self.source, shards, self._settings)
-        old, found = _existing_manifest(output), self._find(own, read_inputs=True)
+        old, found = existing_manifest(output), self._find(own, read_inputs=True)
         made = {name: one.made for name, one in found.items() if one.made is not None}
         is_same = old is not None and old.details.get("fingerprint") == fingerprint
         if is_same and overwrite:  # pictures by URL may be there by now; without a manifest, such a start goes on
             made = {name: one for name, one in made.items() if not one[1]}
         todo = [shard for shard in own if shard.name not in made]
         if old is not None and is_same and not todo:
+            output.remove(PACKING_NAME)  # of a run that was killed behind its manifest
             return Packed(old, *self._left_out(), was_complete=True)
         if old is not None and any(one.other for one in found.values()) and not overwrite:
-            raise _refuse(output)
+            raise refuse(output)
         again = {name for shard in todo if is_same and overwrite for name in files_of_shard(shard.name)}
         keep = {name for shard in shards for name in files_of_shard(shard.name)} - again
         self._check_others(fingerprint)
@@ -255,19 +215,17 @@ class _Job:
 
     def _left_out(self) -> tuple[list[str], list[str]]:
         """Return the notes on a data set that is complete, and a line for each pair that its records leave out."""
-        store = FileStore(str(self.options.output), "--output")
-        records = [read_record(store, record_name(shard.name)) for shard in self.plan.shards]
+        records = [read_record(self.output, record_name(shard.name)) for shard in self.plan.shards]
         packed = [line for record in records if record is not None for line in record.left_out]
         way = ["pairs were left out when this was packed: --overwrite tries them again"] if packed else []
         return way, [*self.source.left_out, *self.plan.left_out, *packed]
 
     def _check_others(self, fingerprint: str) -> None:
         """Raise BadInput where tasks of another data set are at work in the output."""
-        output, packing = self.options.output, self.options.output / PACKING_NAME
-        if packing.exists() and packing.read_text() != fingerprint:
-            names = {path.name for path in output.glob(lock_name(f"{LOCK}*"))} - {lock_name(self.task.lock(LOCK))}
+        if being_packed(self.output) not in ("", fingerprint):
+            names = {path.name for path in self.work.glob(lock_name(f"{LOCK}*"))} - {lock_name(self.task.lock(LOCK))}
             for name in sorted(names):
-                with owning(output, name.removeprefix(".").removesuffix(".lock")):
+                with owning(self.work, name.removeprefix(".").removesuffix(".lock")):
                     pass  # nobody has it
 
     @property
@@ -283,15 +241,15 @@ class _Job:
         self, function: Callable[..., Result], title: str, shards: list[PlannedShard], *rest: object
     ) -> list[Result]:
         """Return what `function` makes of shards: in processes of this machine, or of a Ray cluster."""
-        output, counts = self.options.output.absolute(), [shard.samples for shard in shards]
+        output, counts = absolute(self.options.output), [shard.samples for shard in shards]
         tasks = [(output, self.plan.folder, shard, self._how, *rest) for shard in shards]
         share = Share("cpu", self.options.processes, 1, self.options.ray)
         return share.map(function, tasks, title=title, unit_counts=counts)
 
     def _find(self, shards: list[PlannedShard], *, read_inputs: bool) -> dict[str, Found]:
         """Return what earlier runs, or other tasks, left of some shards, by name."""
-        output = self.options.output
-        there = [shard for shard in shards if any((output / name).exists() for name in files_of_shard(shard.name))]
+        names = self.output.own_names() if shards else set()
+        there = [shard for shard in shards if not names.isdisjoint(files_of_shard(shard.name))]
         found = self._each(find_shard, "comparing", there, read_inputs)
         for said in (one.said for one in found if one.said):
             print(shown(said))
@@ -305,9 +263,10 @@ class _Job:
     def _made_by_others(self, shards: list[PlannedShard]) -> dict[str, Made]:
         """Return what other tasks made of their shards, by name; nothing is compared before all are there, nor what
         the pairs hold now where all went by this plan."""
-        if not all((self.options.output / record_name(shard.name)).exists() for shard in shards):
+        names = self.output.own_names() if shards else set()
+        if not names.issuperset(record_name(shard.name) for shard in shards):
             return {}
-        found = self._find(shards, read_inputs=were_renewed(self.options.output))
+        found = self._find(shards, read_inputs=not self.is_shared or were_renewed(self.work))
         return {name: one.made for name, one in found.items() if one.made is not None}
 
     def _finish(self, fingerprint: str, made: dict[str, Made]) -> Packed:
@@ -329,7 +288,5 @@ class _Job:
             attribution=source.attribution,
             details={**self._settings, "fingerprint": fingerprint, "left_out": len(left_out)},
         )
-        remove_leftovers(self.options.output)  # of workers that were lost meanwhile
-        write_manifest(self.options.output, manifest)
-        finish_output(self.options.output)
+        finish_output(self.output, manifest)
         return Packed(manifest, [], left_out, False)

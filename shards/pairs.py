@@ -208,6 +208,4 @@ def missing_val(splits: Collection[str], way: str = FLAG) -> list[str]:
 
 def drawing(data: Path | str) -> str:
     """Return how a split for validation is drawn from the data set in the folder, or at the URL, `data`."""
-    if "://" in str(data):
-        return "'python -m shards split' of a copy in a folder draws one"
     return f"'python -m shards split {data} --val 0.1 --output NEW' draws one"

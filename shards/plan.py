@@ -54,9 +54,18 @@ class PlannedShard:
 
     def read(self, folder: Path) -> list[RawPair]:
         """Return the pairs, in their order. `folder`: of the plan. Raises BadInput when that is gone or damaged."""
-        found, sums = list[RawPair](), hashlib.sha256()
         if not folder.exists():
             raise BadInput(f"{folder} was removed, as another process has finished the data set: start again")
+        try:
+            return self._read(folder)
+        except OSError as error:
+            raise BadInput(
+                f"the plan in {folder} cannot be read ({error.strerror}): remove that folder and start again"
+            ) from None
+
+    def _read(self, folder: Path) -> list[RawPair]:
+        """Do what `read` says. Raises OSError too."""
+        found, sums = list[RawPair](), hashlib.sha256()
         for number, first, end in self.pieces:
             starts = np.load(folder / f"starts-{number:04d}.npy", mmap_mode="r")
             splits = np.load(folder / f"splits-{number:04d}.npy", mmap_mode="r")[first:end]

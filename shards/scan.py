@@ -5,7 +5,6 @@ Legend: a shard's *damage* is where its tar breaks off; a sample's *fault* is wh
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -16,10 +15,11 @@ from cmgan_dist.data.folder import open_regular
 from cmgan_dist.data.index import Layout, ShardIndex
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
-from cmgan_dist.data.sample import BadLabel, Sample, parse_sample
+from cmgan_dist.data.sample import BadLabel, Sample, parse_sample, sources_of
 from cmgan_dist.data.tar import NOT_REGULAR, Member, iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.models.vocabulary import split_words
+from shards.same_text import compared
 
 SPLIT_ALIASES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -36,9 +36,11 @@ class SampleFacts:
     members: tuple[str, ...]
     """Extensions, in the tar's order."""
     labels: tuple[int, ...] = ()
-    """Class indices as its JSON says, () where it has none or says what is none."""
+    """Class indices as its JSON or ``.cls`` says, () where it has none or says what is none."""
     label_fault: str = ""
-    """Why what its JSON says is no label; a fault where the data set has labels."""
+    """Why what these say is no label; a fault where the data set has labels."""
+    sources: tuple[str, str, str] = ("", "", "")
+    """What image, texts and labels are taken from, where it can be used and no data set is known."""
     fault: str = ""
     image_digest: bytes = b""
     """sha256 of the encoded image or of the feature values."""
@@ -51,8 +53,7 @@ class SampleFacts:
     caption_lengths: list[tuple[int, int]] = field(default_factory=list)
     """(characters, words) of each text; words as the model's vocabulary counts them."""
     text_digests: list[bytes] = field(default_factory=list)
-    """Of the words of each text, whatever their case, accents' form and punctuation; of feature values where it has
-    such."""
+    """Of each text as it is compared (`same_text.py`); of feature values where it has such."""
 
 
 @dataclass
@@ -120,6 +121,8 @@ def sample_facts(group: list[Member], *, decode: bool, judge: Judge | None = Non
             if judge.labelled and facts.label_fault:
                 raise BadSample(facts.label_fault)
             judge.check(sample)
+        else:
+            facts.sources = sources_of(members_of(group))
         if decode and isinstance(sample.image, bytes):
             from cmgan_dist.data.image import check_image  # torch takes seconds to import, and --help waits
 
@@ -152,11 +155,8 @@ def _measure(sample: Sample, facts: SampleFacts) -> None:
         facts.text_dim = sample.texts.shape[1]
         facts.text_digests = [_digest(row.tobytes()) for row in sample.texts]
     else:
-        words = [split_words(text) for text in sample.texts]
-        facts.caption_lengths = [(len(text), len(found)) for text, found in zip(sample.texts, words, strict=True)]
-        facts.text_digests = [
-            _digest((" ".join(found) or text.strip()).encode()) for text, found in zip(sample.texts, words, strict=True)
-        ]
+        facts.caption_lengths = [(len(text), len(split_words(text))) for text in sample.texts]
+        facts.text_digests = [_digest(compared(text).encode()) for text in sample.texts]
 
 
 def _digest(data: bytes) -> bytes:
@@ -174,34 +174,39 @@ def _rest(reader: _HashingReader, name: str, end: int) -> str:
 
 
 def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None = None) -> ShardScan:
-    """Read the tar at `path` to its end; `name` is the shard's in the manifest. With `decode`, every image is decoded.
+    """Read the tar at `path` to its end, as `scan_file` does. Raises BadInput when the file cannot be read."""
+    try:
+        with _opened(path) as file:
+            return scan_file(file, name, decode, judge)
+    except OSError as error:
+        raise BadInput(f"cannot read shard {path}: {error.strerror}") from None
+
+
+def scan_file(file: BinaryIO, name: str, decode: bool = False, judge: Judge | None = None) -> ShardScan:
+    """Read a tar to its end; `name` is the shard's in the manifest. With `decode`, every image is decoded.
 
     `judge`: of the data set, where that is known; the index does not depend on it.
 
-    A tar that breaks off is no error: the scan says where. Raises BadInput when the file cannot be read."""
+    A tar that breaks off is no error: the scan says where. Raises OSError when the file cannot be read."""
     offsets: list[int] = []
     layouts: list[Layout] = []
     samples: list[SampleFacts] = []
     foreign: list[str] = []
     damage, ended = "", True
+    reader = _HashingReader(file)
     try:
-        with _opened(path) as file:
-            reader = _HashingReader(file)
-            try:
-                for group in iter_groups(cast(BinaryIO, reader), name, foreign):
-                    offsets.append(group[0].start)
-                    layouts.append(Layout.of(group))
-                    samples.append(sample_facts(group, decode=decode, judge=judge))
-                # The walk ends at a zero block, which belongs to no sample, or at the end of the file.
-                end, ended = reader.position - reader.last, reader.last > 0
-                damage = _rest(reader, name, end)
-            except BadSample as error:
-                damage, end = str(error), reader.position
-                _rest(reader, name, end)
-    except OSError as error:
-        raise BadInput(f"cannot read shard {path}: {error.strerror}") from None
+        for group in iter_groups(cast(BinaryIO, reader), name, foreign):
+            offsets.append(group[0].start)
+            layouts.append(Layout.of(group))
+            samples.append(sample_facts(group, decode=decode, judge=judge))
+        # The walk ends at a zero block, which belongs to no sample, or at the end of the file.
+        end, ended = reader.position - reader.last, reader.last > 0
+        damage = _rest(reader, name, end)
+    except BadSample as error:
+        damage, end = str(error), reader.position
+        _rest(reader, name, end)
     index = ShardIndex.build(offsets, end, [facts.labels for facts in samples], layouts)
     sidecar = hashlib.sha256(index.to_bytes()).hexdigest()
-    info = ShardInfo(name, len(samples), os.path.getsize(path), reader.digest.hexdigest(), sidecar)
+    info = ShardInfo(name, len(samples), reader.position, reader.digest.hexdigest(), sidecar)
     first = min(foreign, key=lambda name: not name.endswith(NOT_REGULAR), default="")
     return ShardScan(info, index, samples, damage, len(foreign), first, ended)

@@ -177,11 +177,11 @@ def tar_names(output: FileStore) -> list[str]:
     return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
 
 
-def has_index(output: Path, shard: ShardInfo) -> bool:
+def has_index(output: FileStore, shard: ShardInfo) -> bool:
     """Return whether the sidecar of a shard can be read, is the one listed, and has as many samples as the shard."""
     name = index_name(shard.name)
     try:
-        data = (output / name).read_bytes()
+        data = output.read(name)
         index = ShardIndex.from_bytes(data, name)
     except (FileNotFoundError, BadInput):
         return False

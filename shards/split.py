@@ -8,27 +8,33 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import tyro
 
-from cmgan_dist.data.folder import check_output, open_regular
+from cmgan_dist.data.cache import open_store
+from cmgan_dist.data.folder import open_regular
 from cmgan_dist.data.judge import Judge
-from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
+from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from cmgan_dist.data.output import owning_output
+from cmgan_dist.data.reader import open_data_set
 from cmgan_dist.data.sample import Sample
+from cmgan_dist.data.source import public_url
+from cmgan_dist.data.store import FileStore, LocalStore
 from cmgan_dist.data.tar import iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.jobs.local import parallel_map
-from cmgan_dist.jobs.lock import owning
-from shards.assemble import assemble, print_summary, write_manifest
+from shards.assemble import assemble, print_summary
 from shards.groups import linked_groups, links_of_equal
-from shards.pack import LOCK, finish_output, prepare_output
+from shards.output import LOCK, finish_output, prepare_output
 from shards.pairs import split_shares
-from shards.shard_file import Members, write_shard
+from shards.same_text import compared
+from shards.shard_file import Members, put_shard
 
 TRAIN = "train"
 """The split from which others are drawn."""
@@ -42,10 +48,10 @@ class SplitCommand:
 
     Samples with an equal picture or an equal text stay together, so that nothing that is trained on is measured on."""
 
-    data: tyro.conf.Positional[Path]
-    """Folder with manifest.json and tars."""
-    output: Path
-    """Folder for the new data set; the old one stays as it is."""
+    data: tyro.conf.Positional[str]
+    """Folder or URL with manifest.json and tars."""
+    output: str
+    """Folder or URL (s3, gs) for the new data set; the old one stays as it is."""
     val: float = 0.1
     """Share of the training split for a split "val"; 0 makes none."""
     test: float = 0.0
@@ -61,30 +67,42 @@ class SplitCommand:
 
     def run(self) -> None:
         """Write the new data set and print its sizes. Raises BadInput as `split` does."""
-        print_summary(f"wrote {self.output}", split(self))
+        print_summary(f"wrote {public_url(self.output)}", split(self))
 
 
-def _samples(path: Path, name: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+_source = lru_cache(maxsize=1)(open_store)
+
+
+def _samples(data: str, shard: ShardInfo) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield key and members of each sample of a shard. Raises BadInput where it is damaged."""
-    key = ""
+    place, key = _source(data).location(shard.name), ""
     try:
-        with open_regular(path) as file:
-            for group in iter_groups(file, name):
+        with _opened(data, shard) as file:
+            for group in iter_groups(file, shard.name):
                 key = f" sample {shown(group[0].key)}"
                 yield group[0].key, members_of(group)
                 key = ""
     except BadSample as error:
-        raise BadInput(f"{path}{key}: {error}: {_see_verify(path, name)}") from None
+        raise BadInput(f"{place}{key}: {error}: {_see_verify(data)}") from None
     except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}): restore it") from None
+        raise BadInput(f"{place} cannot be read ({error.strerror}): restore it") from None
 
 
-def _see_verify(path: Path, name: str) -> str:
-    """Return what to do about the shard `name` of a data set, which lies at `path`."""
-    data = str(path).removesuffix(f"/{name}")
-    return (
-        f"mend or remove what 'python -m shards verify {data}' lists, then 'python -m shards index --overwrite {data}'"
-    )
+def _opened(data: str, shard: ShardInfo) -> BinaryIO:
+    """Open a shard; one at a URL is fetched and compared with its manifest. Raises BadInput, BadSample and OSError."""
+    store = _source(data)
+    if isinstance(store, LocalStore):
+        return open_regular(store.folder / shard.name)
+    descriptor = store.open(shard)
+    os.lseek(descriptor, 0, os.SEEK_SET)  # who fetched it has read it
+    return os.fdopen(descriptor, "rb")
+
+
+def _see_verify(data: str) -> str:
+    """Return what to do about a shard of a data set that is damaged."""
+    place = public_url(data)
+    listed = f"mend or remove what 'python -m shards verify {place}' lists"
+    return listed if "://" in place else f"{listed}, then 'python -m shards index --overwrite {place}'"
 
 
 def _digests(sample: Sample, texts_too: bool) -> list[bytes]:
@@ -93,19 +111,19 @@ def _digests(sample: Sample, texts_too: bool) -> list[bytes]:
     if texts_too and isinstance(sample.texts, np.ndarray):
         found += [b"text" + row.tobytes() for row in sample.texts]
     elif texts_too:
-        lines = [line.strip() for text in sample.texts for line in text.splitlines()]
-        found += [b"text" + line.encode() for line in lines if line]
+        found += [b"text" + compared(text).encode() for text in sample.texts]
     return [hashlib.sha256(each).digest()[:16] for each in found]
 
 
-def _facts(path: Path, name: str, texts_too: bool, judge: Judge) -> list[tuple[str, list[bytes]]]:
+def _facts(data: str, shard: ShardInfo, texts_too: bool, judge: Judge) -> list[tuple[str, list[bytes]]]:
     """Return key and digests of each sample of a shard. Raises BadInput where one cannot be used."""
     facts = []
-    for key, members in _samples(path, name):
+    for key, members in _samples(data, shard):
         try:
             facts.append((key, _digests(judge.read(key, members), texts_too)))
         except BadSample as error:
-            raise BadInput(f"{path} sample {shown(key)}: {error}: {_see_verify(path, name)}") from None
+            place = _source(data).location(shard.name)
+            raise BadInput(f"{place} sample {shown(key)}: {error}: {_see_verify(data)}") from None
     return facts
 
 
@@ -138,26 +156,26 @@ def drawn(keys: Sequence[str], groups: list[list[int]], shares: dict[str, float]
     return out
 
 
-def _write(data: Path, output: Path, name: str, places: list[Place]) -> ShardInfo | None:
-    """Write a shard of samples from one or more shards of `data`, whose order in them is that of `places`."""
+def _write(data: str, output: str, name: str, sources: dict[str, ShardInfo], places: list[Place]) -> ShardInfo | None:
+    """Write a shard of samples from shards of `data`, `sources` by name, whose order in them is that of `places`."""
 
     def samples() -> Iterator[tuple[str, Members]]:
         for source, of_source in itertools.groupby(places, key=lambda place: place[0]):
             wanted = {position for _, position in of_source}
-            for position, (key, members) in enumerate(_samples(data / source, source)):
+            for position, (key, members) in enumerate(_samples(data, sources[source])):
                 if position in wanted:
                     yield key, list(members.items())
 
-    return write_shard(output, name, samples())
+    return put_shard(FileStore(output, "--output"), name, samples())
 
 
 def _plan(command: SplitCommand, manifest: Manifest, shares: dict[str, float]) -> dict[str, dict[str, list[Place]]]:
     """Return split -> new shard -> its samples."""
     counts = {shard.name: shard.samples for shards in manifest.splits.values() for shard in shards}
     texts_too, judge = command.together != "images", Judge.of(manifest)
-    tasks = [(command.data / s.name, s.name, texts_too, judge) for s in manifest.splits[TRAIN]]
+    tasks = [(command.data, shard, texts_too, judge) for shard in manifest.splits[TRAIN]]
     facts = parallel_map(_facts, tasks, title="comparing", processes=command.processes)
-    places = [(task[1], i) for task, of_shard in zip(tasks, facts, strict=True) for i in range(len(of_shard))]
+    places = [(task[1].name, i) for task, of_shard in zip(tasks, facts, strict=True) for i in range(len(of_shard))]
     keys = [key for of_shard in facts for key, _ in of_shard]
     chosen = drawn(keys, grouped([digests for of_shard in facts for _, digests in of_shard]), shares)
     gone = {places[i] for positions in chosen.values() for i in positions}
@@ -176,12 +194,13 @@ def split(command: SplitCommand) -> Manifest:
 
     Raises BadInput when there is such a split already, no group fits into a share, a shard is damaged, or the output
     holds another data set, or is written by another process."""
-    manifest, output = load_manifest(command.data), command.output
+    _, manifest = open_data_set(command.data)
+    output, place = FileStore(command.output, "--output"), public_url(command.data)
     if TRAIN not in manifest.splits:
-        raise BadInput(f"{command.data} has no split '{TRAIN}' to draw from: it has {', '.join(manifest.splits)}")
-    if output.resolve() == command.data.resolve():
-        raise BadInput(f"--output {output} is the data set itself: name another folder")
-    check_output(output, MANIFEST_NAME)
+        raise BadInput(f"{place} has no split '{TRAIN}' to draw from: it has {', '.join(manifest.splits)}")
+    if output.is_at(command.data):
+        raise BadInput(f"--output {public_url(command.output)} is the data set itself: name another place")
+    output.check_output(MANIFEST_NAME)
     if command.shard_samples < 1:
         raise BadInput(f"--shard-samples is {command.shard_samples}: it must be at least 1")
     val, test = split_shares(command.val, command.test, manifest.splits)
@@ -192,7 +211,7 @@ def split(command: SplitCommand) -> Manifest:
     asked = [manifest.to_json(), shares, command.together, command.shard_samples]
     fingerprint = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     details = {**manifest.details, "split": {**shares, "together": command.together}, "fingerprint": fingerprint}
-    with owning(output, LOCK):
+    with owning_output(output, LOCK):
         return _written(command, manifest, plan, details)
 
 
@@ -200,11 +219,15 @@ def _written(
     command: SplitCommand, manifest: Manifest, plan: dict[str, dict[str, list[Place]]], details: dict[str, Any]
 ) -> Manifest:
     """Write the shards of a plan and their manifest, which is returned. Raises BadInput as `split` does."""
-    output = command.output
+    output = FileStore(command.output, "--output")
     prepare_output(output, details["fingerprint"], command.overwrite)
-    tasks = [(command.data, output, name, places) for shards in plan.values() for name, places in shards.items()]
+    infos_of = {shard.name: shard for shards in manifest.splits.values() for shard in shards}
+    tasks = []
+    for name, places in ((name, places) for shards in plan.values() for name, places in shards.items()):
+        sources = {source: infos_of[source] for source, _ in places}
+        tasks.append((command.data, command.output, name, sources, places))
     written = parallel_map(
-        _write, tasks, title="splitting", unit_counts=[len(task[3]) for task in tasks], processes=command.processes
+        _write, tasks, title="splitting", unit_counts=[len(task[4]) for task in tasks], processes=command.processes
     )
     infos = iter(written)
     made = assemble(
@@ -217,6 +240,5 @@ def _written(
         attribution=manifest.attribution,
         details=details,
     )
-    write_manifest(output, made)
-    finish_output(output)
+    finish_output(output, made)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import textwrap
@@ -9,6 +10,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.cache import open_store
 from cmgan_dist.data.judge import Judge
-from cmgan_dist.data.manifest import Manifest, load_manifest
+from cmgan_dist.data.manifest import Manifest, ShardInfo
+from cmgan_dist.data.reader import ShardReader, open_data_set
 from cmgan_dist.data.sample import Sample
-from cmgan_dist.data.tar import iter_samples
+from cmgan_dist.data.source import public_url
+from cmgan_dist.data.store import LocalStore
 from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import print_sizes
-from shards.scan import SampleFacts, scan_shard
+from shards.scan import SampleFacts, ShardScan, scan_file, scan_shard
 
 GRID_SIDE = 224
 """Side of a picture in the grid, in pixels: the square in its centre."""
@@ -40,10 +44,10 @@ MOST_CELLS = 400
 class StatsCommand:
     """Print classes, sizes and caption lengths of each split, and draw a grid of pictures with their texts."""
 
-    data: tyro.conf.Positional[Path]
-    """Folder with manifest.json and tars."""
+    data: tyro.conf.Positional[str]
+    """Folder or URL (http, s3, gs) with manifest.json and tars."""
     picture: Path | None = None
-    """Where the grid is written (None: DATA/stats.png)."""
+    """Where the grid is written (None: DATA/stats.png, of a URL stats.png here)."""
     rows: int = 4
     """Rows of the grid."""
     columns: int = 6
@@ -59,11 +63,11 @@ class StatsCommand:
             raise BadInput(
                 f"--rows {self.rows} and --columns {self.columns} are more than {MOST_CELLS} pictures: give fewer"
             )
-        manifest = load_manifest(self.data)
+        store, manifest = open_data_set(self.data)
         facts, bad = read_facts(self.data, manifest, self.processes)
         print_sizes(manifest)
         if bad:
-            print(f"{bad}: 'python -m shards verify {self.data}' lists them")
+            print(f"{bad}: 'python -m shards verify {public_url(self.data)}' lists them")
         console = Console()
         if manifest.classes:
             console.print(class_table(manifest, facts))
@@ -73,24 +77,37 @@ class StatsCommand:
         if manifest.image == "features":
             print(f"no picture grid: the images are features of size {manifest.image_dim}")
             return
-        picture = self.picture or self.data / "stats.png"
+        picture = self.picture or (store.folder if isinstance(store, LocalStore) else Path()) / "stats.png"
         missing = draw_grid(self.data, manifest, self.rows, self.columns, picture)
         print(f"wrote {picture}")
         if missing:
             print(describe_missing(missing))
 
 
-def read_facts(data: Path, manifest: Manifest, processes: int | None) -> tuple[dict[str, list[SampleFacts]], str]:
+_source = lru_cache(maxsize=1)(open_store)
+
+
+def _scan(data: str, shard: ShardInfo, decode: bool, judge: Judge) -> ShardScan:
+    """Scan a shard; one at a URL comes through the cache. Raises BadInput when it cannot be read."""
+    store = _source(data)
+    if isinstance(store, LocalStore):
+        return scan_shard(store.folder / shard.name, shard.name, decode, judge)
+    with open(store.open(shard), "rb") as file:
+        file.seek(0)  # who fetched it has read it
+        return scan_file(file, shard.name, decode, judge)
+
+
+def read_facts(data: str, manifest: Manifest, processes: int | None) -> tuple[dict[str, list[SampleFacts]], str]:
     """Return split -> facts of its usable samples, and a line on the others, '' where there are none.
 
     Raises BadInput when a shard is missing or damaged."""
     listed = [(split, shard) for split, shards in manifest.splits.items() for shard in shards]
-    tasks = [(data / shard.name, shard.name, manifest.image == "encoded", Judge.of(manifest)) for _, shard in listed]
+    tasks = [(data, shard, manifest.image == "encoded", Judge.of(manifest)) for _, shard in listed]
     facts: dict[str, list[SampleFacts]] = {split: [] for split in manifest.splits}
-    scans = parallel_map(scan_shard, tasks, title="reading", processes=processes)
+    scans = parallel_map(_scan, tasks, title="reading", processes=processes)
     for (split, _), scan in zip(listed, scans, strict=True):
         if scan.damage:
-            raise BadInput(f"{scan.damage}: 'python -m shards verify {data}' says what else is wrong")
+            raise BadInput(f"{scan.damage}: 'python -m shards verify {public_url(data)}' says what else is wrong")
         facts[split] += [one for one in scan.samples if not one.fault]
     bad = [one for scan in scans for one in scan.samples if one.fault]
     if not bad:
@@ -132,17 +149,19 @@ def length_table(facts: dict[str, list[SampleFacts]]) -> Table:
     return table
 
 
-def choose_samples(data: Path, manifest: Manifest, count: int) -> list[tuple[str, Sample]]:
-    """Return about `count` (split, sample) for the grid, the same ones on every call, the classes in turn."""
-    places, judge = [], Judge.of(manifest)
-    for split, shards in manifest.splits.items():
-        for shard in shards:
-            index = ShardIndex.from_bytes(
-                (data / index_name(shard.name)).read_bytes(), index_name(shard.name), str(data)
-            )
+def choose_samples(data: str, manifest: Manifest, count: int) -> list[tuple[str, Sample]]:
+    """Return about `count` (split, sample) for the grid, the same ones on every call, the classes in turn.
+
+    Raises BadInput when a sidecar is missing or not its shard's."""
+    opened = (_source(data), manifest)
+    readers = {split: ShardReader(data, split, opened=opened) for split in manifest.splits if manifest.samples(split)}
+    places = []
+    for split, reader in readers.items():
+        for number, shard in enumerate(reader.shards):
+            index = reader.index(number)
             for i in range(len(index)):
                 order = hashlib.sha256(f"{shard.name} {i}".encode()).digest()
-                places.append((order, index.labels(i)[:1], split, shard.name, index.offsets[i : i + 2]))
+                places.append((order, index.labels(i)[:1], split, (number, i)))
     places.sort(key=lambda place: place[0])
     seen: Counter[tuple[int, ...]] = Counter()
     turns = []
@@ -151,19 +170,14 @@ def choose_samples(data: Path, manifest: Manifest, count: int) -> list[tuple[str
         seen[place[1]] += 1
     turns.sort(key=lambda turn: turn[:2])
     chosen = []
-    for _, _, (_, _, split, name, (start, end)) in turns[:count]:
-        with open(data / name, "rb") as file:
-            file.seek(int(start))
-            try:
-                key, _, members = next(iter_samples(io.BytesIO(file.read(int(end - start))), name))
-                sample = judge.read(key, members)
-                if isinstance(sample.image, bytes):
-                    from cmgan_dist.data.image import check_image  # torch takes seconds to import, and --help waits
+    for _, _, (_, _, split, at) in turns[:count]:
+        with contextlib.suppress(BadSample):  # verify names it; the grid goes on without it
+            sample = readers[split].read(*at)
+            if isinstance(sample.image, bytes):
+                from cmgan_dist.data.image import check_image  # torch takes seconds to import, and --help waits
 
-                    check_image(sample.image)
-            except (BadSample, StopIteration):
-                continue  # verify names it; the grid goes on without it
-        chosen.append((split, sample))
+                check_image(sample.image)
+            chosen.append((split, sample))
     return chosen
 
 
@@ -196,7 +210,7 @@ def describe_missing(characters: list[str]) -> str:
     return f"no installed font has {len(characters)} characters, drawn as boxes ({shown(few)}): install {font}"
 
 
-def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: Path) -> list[str]:
+def draw_grid(data: str, manifest: Manifest, rows: int, columns: int, picture: Path) -> list[str]:
     """Write a PNG of rows x columns pictures with their first text; returns the characters that no font has.
 
     Raises BadInput when the picture cannot be written or a sidecar is missing."""
@@ -204,12 +218,7 @@ def draw_grid(data: Path, manifest: Manifest, rows: int, columns: int, picture: 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    try:
-        samples = choose_samples(data, manifest, rows * columns)
-    except FileNotFoundError as error:
-        raise BadInput(
-            f"{error.filename} is missing: write it with 'python -m shards index --overwrite {data}'"
-        ) from None
+    samples = choose_samples(data, manifest, rows * columns)
     columns = max(1, min(columns, len(samples)))
     rows = max(1, min(rows, -(-len(samples) // columns)))  # no more cells than pictures fill
     captions = [_caption(manifest, split, sample) for split, sample in samples]

@@ -93,13 +93,8 @@ def fetch(url: str, folder: Path, retries: int, timeout_s: float) -> Path:
     start, name = _split(url)
     host, path = _host(start, retries, timeout_s), folder / posixpath.basename(public_url(url))
     folder.mkdir(parents=True, exist_ok=True)
-
-    def once() -> None:
-        with open(path, "wb") as file:
-            file.writelines(host.blocks(name))
-
     try:
-        host.retrying(name, once)
+        host.copy(name, path)
     except BadInput as error:
         raise BadInput(f"{reason(error)}: check the URL, or raise --retries or --timeout-s") from None
     return path

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import tyro
 
-from cmgan_dist.data.folder import read_file, walk_files
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
-from cmgan_dist.data.manifest import ShardInfo, load_manifest
+from cmgan_dist.data.manifest import ShardInfo
+from cmgan_dist.data.source import public_url
 from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.jobs.local import parallel_map
-from shards.pack import PACKING_NAME
+from shards.data_files import DataFiles
 from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
 
 FOUND_PROBLEMS = 1
@@ -41,8 +41,8 @@ class VerifyCommand:
 
     Exit code 0: clean. 1: problems found, a line each. 2: not a data set."""
 
-    data: tyro.conf.Positional[Path]
-    """Folder with manifest.json and tars."""
+    data: tyro.conf.Positional[str]
+    """Folder or URL (http, s3, gs) with manifest.json and tars."""
     decode: bool = True
     """Decode every image; without, only the bytes are checked."""
     processes: int | None = None
@@ -56,22 +56,19 @@ class VerifyCommand:
         for line in report.warnings:
             print(f"warning: {shown(line)}")
         print(
-            f"{self.data}: {report.samples} samples in {report.shards} shards, "
+            f"{public_url(self.data)}: {report.samples} samples in {report.shards} shards, "
             f"{len(report.problems)} problems, {len(report.warnings)} warnings"
         )
         return FOUND_PROBLEMS if report.problems else 0
 
 
-def verify(data: Path, *, decode: bool = True, processes: int | None = None) -> Report:
-    """Check the data set in the folder `data`. Raises BadInput when it has no readable manifest."""
-    manifest = load_manifest(data)
+def verify(data: str | Path, *, decode: bool = True, processes: int | None = None) -> Report:
+    """Check the data set in the folder, or at the URL, `data`. Raises BadInput when it has no readable manifest."""
+    files = DataFiles(str(data))
+    manifest = files.manifest()
     report = Report()
     listed = [(split, shard) for split, shards in manifest.splits.items() for shard in shards]
-    present = [(split, shard) for split, shard in listed if (data / shard.name).is_file()]
-    for split, shard in listed:
-        if (split, shard) not in present:
-            report.problems.append(f"{shard.name} is in the manifest but not in the folder")
-    report.problems += _stray_files(data, {shard.name for _, shard in listed})
+    report.problems += _stray_files(files, {shard.name for _, shard in listed})
     report.problems += [
         f"split '{split}' has no samples"
         for split, shards in manifest.splits.items()
@@ -79,37 +76,45 @@ def verify(data: Path, *, decode: bool = True, processes: int | None = None) -> 
     ]
     if not listed:
         report.problems.append("the manifest lists no shards")
-    tasks = [(data / shard.name, shard.name, decode, Judge.of(manifest)) for _, shard in present]
-    scans = parallel_map(scan_shard, tasks, title="verifying", processes=processes)
-    for (_, shard), scan in zip(present, scans, strict=True):
-        report.problems += _shard_problems(data, shard, scan)
+    tasks = [(str(data), shard.name, decode, Judge.of(manifest)) for _, shard in listed]
+    found = parallel_map(_scan, tasks, title="verifying", processes=processes)
+    scanned = [(split, shard, scan) for (split, shard), scan in zip(listed, found, strict=True) if scan is not None]
+    absent = [shard.name for (_, shard), scan in zip(listed, found, strict=True) if scan is None]
+    report.problems[:0] = [f"{name} is in the manifest but not in the {files.kind}" for name in absent]
+    for _, shard, scan in scanned:
+        report.problems += _shard_problems(files, shard, scan)
         report.warnings += foreign_files(scan)
         for facts in scan.samples:
             if facts.fault:
                 report.problems.append(f"{shard.name}: {_sample_problem(facts)}")
-    report.samples = sum(len(scan.samples) for scan in scans)
-    report.shards = len(scans)
-    of_splits = [(split, scan) for (split, _), scan in zip(present, scans, strict=True)]
+    report.samples = sum(len(scan.samples) for _, _, scan in scanned)
+    report.shards = len(scanned)
+    of_splits = [(split, scan) for split, _, scan in scanned]
     _find_duplicates(of_splits, report)
     report.warnings += _shared_texts(of_splits)
     return report
 
 
-def _stray_files(data: Path, listed: set[str]) -> Iterator[str]:
+def _scan(data: str, name: str, decode: bool, judge: Judge) -> ShardScan | None:
+    """Scan a shard, None where there is none. Raises BadInput when it cannot be read."""
+    files = DataFiles(data)
+    with files.local(name) as path:
+        return None if path is None else scan_shard(path, name, decode, judge)
+
+
+def _stray_files(files: DataFiles, listed: set[str]) -> Iterator[str]:
     """Give a line for each shard, sidecar and leftover that the manifest does not list.
 
     Raises BadInput naming a folder that cannot be read."""
     known = listed | {index_name(name) for name in listed}
-    for name in walk_files(data, ["tar", "npz"]):
+    for name in files.names(["tar", "npz"]):
         if name.endswith((".tar", ".index.npz")) and name not in known:
-            yield f"{name} is in the folder but not in the manifest"
-    leftovers = [path.relative_to(data).as_posix() for path in data.rglob("*.tmp")]
-    packing = [PACKING_NAME] if (data / PACKING_NAME).exists() else []
-    for name in sorted(leftovers + packing):
+            yield f"{name} is in the {files.kind} but not in the manifest"
+    for name in files.leftovers():
         yield f"{name} is left from a run that did not end"
 
 
-def _shard_problems(data: Path, listed: ShardInfo, scan: ShardScan) -> Iterator[str]:
+def _shard_problems(files: DataFiles, listed: ShardInfo, scan: ShardScan) -> Iterator[str]:
     """Give a line for each thing wrong with a shard's file, its entry in the manifest and its sidecar."""
     name = listed.name
     if scan.info.bytes != listed.bytes:
@@ -120,13 +125,12 @@ def _shard_problems(data: Path, listed: ShardInfo, scan: ShardScan) -> Iterator[
         yield scan.damage
     if scan.info.samples != listed.samples:
         yield f"{name} has {scan.info.samples} samples, the manifest says {listed.samples}"
-    sidecar = data / index_name(name)
-    if not sidecar.is_file():
-        yield f"{index_name(name)} is missing: write it with 'python -m shards index --overwrite {data}'"
-        return
     try:
-        data_of_index = read_file(sidecar)
-        index = ShardIndex.from_bytes(data_of_index, index_name(name), str(data))
+        data_of_index = files.read(index_name(name))
+        if data_of_index is None:
+            yield f"{index_name(name)} is missing: write it with 'python -m shards index --overwrite {files.place}'"
+            return
+        index = ShardIndex.from_bytes(data_of_index, index_name(name), files.place)
     except (BadInput, BadSample) as error:
         yield str(error) if isinstance(error, BadInput) else f"{index_name(name)} {error}"
         return
@@ -171,5 +175,6 @@ def _shared_texts(scans: list[tuple[str, ShardScan]]) -> Iterator[str]:
     for (split, other), keys in shared.items():
         yield (
             f"{len(keys)} samples of split '{split}' have a text that split '{other}' has too, but for case and "
-            f"punctuation; the first is {keys[0][0]}, as {keys[0][1]}: 'python -m shards split' draws splits without"
+            f"punctuation; the first is {keys[0][0]}, as {keys[0][1]}: leave them out of one, or draw that split from "
+            "train by 'python -m shards split', which keeps such on one side"
         )

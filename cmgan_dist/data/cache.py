@@ -86,9 +86,12 @@ def open_store(
             f"{public_url(data)}: protocol '{protocol}' is unknown, use a folder, file, http, https, s3 or gs"
         )
     source = RemoteSource(data, retries=retries, timeout_s=timeout_s)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(cache) if cache else Path(home) / "cmgan_dist" / "shards"
-    return CachedStore(source, folder, cache_bytes=cache_bytes)
+    return CachedStore(source, Path(cache) if cache else own_cache("shards"), cache_bytes=cache_bytes)
+
+
+def own_cache(name: str) -> Path:
+    """Return the folder of that name in this project's part of the user's cache; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmgan_dist" / name
 
 
 def rounded_up(value: float) -> str:

@@ -5,12 +5,14 @@ Members of the sample KEY (everything else is ignored; an array is taken before 
     KEY.jpg | KEY.png | KEY.webp     the image, encoded        or  KEY.image.npy  [F_i] image features
     KEY.txt                          one text, UTF-8           or  KEY.text.npy   [F_t] or [captions, F_t] features
     KEY.json                         "texts": [...] for several texts; "label": int or "labels": [int, ...]
+    KEY.cls                          a label, where the JSON has none
 """
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from tokenize import TokenError
@@ -26,7 +28,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Members that are an encoded image; of several, the first in this order is taken."""
 IMAGE_MEMBERS = ("image.npy", *IMAGE_EXTENSIONS)
 TEXT_MEMBERS = ("text.npy", "txt")
-MEMBERS = frozenset((*IMAGE_MEMBERS, *TEXT_MEMBERS, "json"))
+MEMBERS = frozenset((*IMAGE_MEMBERS, *TEXT_MEMBERS, "json", "cls"))
 """Extensions of what a sample is made of."""
 MOST_NUMBERS = 1 << 24
 """Numbers of the largest array of features: 64 MiB as float32."""
@@ -64,6 +66,27 @@ def parse_labels(record: dict[str, Any]) -> tuple[int, ...]:
     if len(set(found)) > 1:
         raise BadLabel(f'"label" is {_brief(record["label"])} and "labels" is {_brief(record["labels"])}: keep one')
     return found[0] if found else ()
+
+
+def _labels_of(key: str, members: dict[str, bytes], record: dict[str, Any]) -> tuple[int, ...]:
+    """Return the class indices of a sample: those of its JSON record, else that of its ``.cls``. Raises BadLabel."""
+    found = parse_labels(record)
+    if found or "cls" not in members:
+        return found
+    text = members["cls"][:100].decode(errors="backslashreplace").strip()
+    if not re.fullmatch(r"-?[0-9]{1,20}", text):
+        raise BadLabel(f"{key}.cls holds {_brief(text)}, expected the number of a class")
+    return _class_indices(int(text))
+
+
+def sources_of(members: dict[str, bytes]) -> tuple[str, str, str]:
+    """Return what image, texts and labels of a good sample are taken from, such as ``.txt`` or ``"texts" in .json``;
+    "" for labels where there are none."""
+    record = _parse_record("", members["json"]) if "json" in members else {}
+    image = next(f".{each}" for each in IMAGE_MEMBERS if each in members)
+    texts = ".text.npy" if "text.npy" in members else '"texts" in .json' if "texts" in record else ".txt"
+    named = [f'"{name}" in .json' for name in ("label", "labels") if record.get(name) is not None]
+    return image, texts, named[0] if named else ".cls" * ("cls" in members)
 
 
 def _class_indices(value: Any) -> tuple[int, ...]:
@@ -207,4 +230,4 @@ def parse_sample(key: str, members: dict[str, bytes], *, labelled: bool = True) 
     named = shown(key)
     record = _parse_record(named, members["json"]) if "json" in members else {}
     image, texts = _parse_image(named, members), _parse_texts(named, members, record)
-    return Sample(key, image, texts, parse_labels(record) if labelled else ())
+    return Sample(key, image, texts, _labels_of(named, members, record) if labelled else ())

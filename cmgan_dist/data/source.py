@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -84,6 +85,10 @@ def public_data(data: str) -> str:
 def public_config(config: Config) -> Config:
     """Return a config that may be written down: its data without what is secret in them."""
     return dataclasses.replace(config, data=public_data(config.data))
+
+
+class NotThere(BadInput):
+    """A source says that it has no such file."""
 
 
 class BadBody(Exception):
@@ -206,6 +211,15 @@ class RemoteSource:
 
         return self.retrying(name, once)
 
+    def copy(self, name: str, path: Path) -> None:
+        """Copy a file, as it is there now, to a local path. Raises BadInput as `retrying` does."""
+
+        def once() -> None:
+            with open(path, "wb") as file:
+                file.writelines(self.blocks(name))
+
+        self.retrying(name, once)
+
     def blocks(self, name: str, size: int | None = None) -> Generator[bytes]:
         """Yield the bytes of a file, of `size` bytes if that is known, as they come: one request by HTTP, one for each
         BLOCK from an object store. This is one try and raises what the backend raises: call it under `retrying`."""
@@ -276,7 +290,7 @@ class RemoteSource:
         """Return in words what failed. Raises BadInput when another try cannot cure it."""
         state = http_status(error)
         if isinstance(error, FileNotFoundError) or state in (404, 410):
-            raise BadInput(f"{url} does not exist: check the URL, or run 'python -m shards index'") from None
+            raise NotThere(f"{url} does not exist: check the URL, or run 'python -m shards index'") from None
         if isinstance(error, PermissionError) or "Forbidden" in str(error) or state in (401, 403):
             raise BadInput(
                 f"{url} may not be read ({describe(error, state)}): check the credentials; a run and an index keep "

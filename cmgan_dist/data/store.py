@@ -133,6 +133,10 @@ class FileStore:
         """Return the file's path or URL, for messages."""
         return f"{public_url(self.url)}/{name}"
 
+    def is_at(self, place: str) -> bool:
+        """Return whether the folder is the one that `place` names, a path or a URL, links followed."""
+        return _real(self.url) == _real(place)
+
     def check_output(self, own: str) -> None:
         """Raises BadInput as `folder.check_output` does, of a URL too."""
         if self.local:
@@ -233,6 +237,19 @@ class FileStore:
             raise self._unreadable(error) from None
         return sorted(path[len(folder) + 1 :] for path in found)
 
+    def own_names(self) -> set[str]:
+        """Return the names of what lies in the folder itself, not below; none when there is no folder.
+
+        Raises BadInput when they cannot be listed."""
+        try:
+            self.filesystem.invalidate_cache()
+            found = os.listdir(self.path) if self.local else self.filesystem.ls(self.path, detail=False)
+        except FileNotFoundError:
+            return set()
+        except self.failures as error:
+            raise self._unreadable(error) from None
+        return {path.rstrip("/").rpartition("/")[2] for path in found}
+
     def remove(self, name: str) -> None:
         """Remove a file, if it is there. Raises BadInput when it cannot be removed."""
         try:
@@ -269,6 +286,12 @@ class FileStore:
     def _failed(self, what: str, error: Exception, name: str) -> BadInput:
         reason = f"{name}: {_reason(error)}" if name else _reason(error)
         return BadInput(f"{self.flag} {public_url(self.url)} cannot be {what} ({reason}): use another place")
+
+
+def _real(place: str) -> str:
+    """Return a path without links, or a URL, so that one place has one name."""
+    path = place.removeprefix("file://")
+    return path.rstrip("/") if "://" in path else os.path.realpath(path)
 
 
 def _reason(error: Exception) -> str:

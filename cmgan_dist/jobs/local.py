@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs.cores import usable_cores
 
+Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]
 """Says how many more units are done."""
@@ -90,6 +91,18 @@ def _on_success(advance: Advance, count: int) -> Callable[[Future[Any]], None]:
     return lambda future: advance(0 if future.cancelled() else count)
 
 
+def threaded_map(function: Callable[[Task], Result], tasks: Sequence[Task], *, title: str) -> list[Result]:
+    """Return ``[function(task) for task in tasks]``, made in a thread for each core, with the same progress.
+
+    Raises what the first failing task raised, in the order of the tasks."""
+    found = []
+    with ThreadPoolExecutor(usable_cores()) as pool, progress_of(title, len(tasks)) as advance:
+        for result in pool.map(function, tasks):
+            found.append(result)
+            advance(1)
+    return found
+
+
 @contextlib.contextmanager
 def progress_of(title: str, total: int | None) -> Iterator[Advance]:
     """Give a function that is told how many more of `total` units (None: nobody knows) are done; any thread may call
@@ -126,7 +139,7 @@ def progress_of(title: str, total: int | None) -> Iterator[Advance]:
 def progress_line(title: str, done: int, total: int | None, seconds: float) -> str:
     """Return what is told of work of which `done` of `total` units took `seconds`."""
     if not done:
-        return f"{title}: 0" + (f" of {total}" if total is not None else "")
+        return f"{title}: 0" + (f" of {total}" if total is not None else "") + f" after {seconds / 60:.0f} min"
     rate = done / seconds
     if total is None:
         return f"{title}: {done}, {rate:.1f} a second"

@@ -10,7 +10,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs import ledger
-from cmgan_dist.jobs.cores import usable_cores
+from cmgan_dist.jobs.local import threaded_map
 from cmgan_dist.jobs.machine import Share, absolute, find_share
 from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.models.saved import MODEL_NAME, Saved, load_backbone, read_model
@@ -161,8 +160,7 @@ def remove_foreign(plan: Plan) -> None:
 
 def find_todo(plan: Plan, parts: Sequence[Part]) -> list[Part]:
     """Return which of the parts have no whole embeddings yet. Raises BadInput as `is_done` does."""
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        done = list(pool.map(lambda part: is_done(plan, part), parts))
+    done = threaded_map(lambda part: is_done(plan, part), parts, title="comparing finished parts")
     return [part for part, is_whole in zip(parts, done, strict=True) if not is_whole]
 
 
@@ -221,14 +219,16 @@ def _embed_owned(plan: Plan, options: EmbedOptions) -> EmbeddingSet | None:
 def _embed_parts(plan: Plan, todo: Sequence[Part]) -> None:
     """Embed parts in the processes of this machine and print the rate."""
     plan.store.remove(MANIFEST_NAME)  # until it is written anew, the folder is no whole set
+    count, done = sum(part.items for part in todo), len(plan.share) - len(todo)
+    print(f"{done} parts are there already, {len(todo)} are to be made of {count} samples", flush=True)
     begun = time.monotonic()
     job = dataclasses.replace(plan.job, run=absolute(plan.job.run), output=absolute(plan.job.output))
     left_out = plan.machines.map(
         embed_part, [(job, part) for part in todo], title="embedding", unit_counts=[part.items for part in todo]
     )
     worker_of.cache_clear()  # of this process, where it was the only one
-    seconds, count = time.monotonic() - begun, sum(part.items for part in todo)
-    print(f"{count} samples in {seconds:.0f} s, {count / seconds:.1f} samples/s")
+    seconds = time.monotonic() - begun
+    print(f"{count} samples in {seconds:.0f} s, {count / seconds:.1f} samples/s", flush=True)
     lines = [line for part in left_out for line in part]
     if lines:
         print(f"left out {len(lines)} bad samples:", file=sys.stderr)

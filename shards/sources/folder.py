@@ -15,6 +15,7 @@ import tyro
 
 from cmgan_dist.data.folder import walk_files
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from shards.pack import DrawCommand
 from shards.pairs import RawPair, RawPairs, make_key, missing_val, say_splits
@@ -42,10 +43,12 @@ class FolderCommand(DrawCommand):
         folder cannot be read or named."""
         if not self.input.is_dir():
             raise BadInput(f"input folder {self.input} does not exist: name another")
-        if self.output.resolve() == self.input.resolve():
+        output = FileStore(self.output, "--output")
+        folder = Path(output.path).resolve() if output.local else None
+        if folder == self.input.resolve():
             raise BadInput(f"--output {self.output} is the input folder itself: name another folder")
         self.draw(())
-        splits = _split_folders(self.input, self.output)
+        splits = _split_folders(self.input, folder)
         others: list[str] = []
         images = list(_images(self.input, splits, others))
         if not images:
@@ -97,10 +100,10 @@ class FolderCommand(DrawCommand):
         )
 
 
-def _split_folders(top: Path, output: Path) -> dict[str, str]:
+def _split_folders(top: Path, output: Path | None) -> dict[str, str]:
     """Return the names of the sub-folders with their splits when every one, `output` apart, is named
     after a split, else {}."""
-    found = (path for path in top.iterdir() if path.is_dir() and path.resolve() != output.resolve())
+    found = (path for path in top.iterdir() if path.is_dir() and path.resolve() != output)
     folders = sorted(path.name for path in found if not path.name.startswith("."))
     named = {name: SPLIT_ALIASES[name.lower()] for name in folders if name.lower() in SPLIT_ALIASES}
     return named if len(named) == len(folders) else {}

@@ -56,7 +56,7 @@ COMMON_NAMES = {
 """Column names that are recognised, in this order, whatever their case."""
 
 
-NOT_OF_THE_PLAN = ("output", "overwrite", "processes", "task", "ray")
+NOT_OF_THE_PLAN = ("output", "overwrite", "processes", "task", "ray", "work")
 """Options that change no plan."""
 
 

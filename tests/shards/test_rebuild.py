@@ -71,8 +71,8 @@ def test_an_interrupted_build_whose_inputs_changed_does_not_mix(
 ) -> None:
     out = tmp_path / "out"
 
-    def interrupted(output: Path, plan: Path, shard: PlannedShard, how: Making) -> Made:
-        if len(list(output.glob("*.tar"))) == 4:
+    def interrupted(output: str, plan: Path, shard: PlannedShard, how: Making) -> Made:
+        if len(list(out.glob("*.tar"))) == 4:
             raise KeyboardInterrupt
         return make_shard(output, plan, shard, how)
 

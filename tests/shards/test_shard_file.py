@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cmgan_dist.data.index import index_name
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
 from shards.scan import scan_shard
@@ -32,9 +33,9 @@ def test_a_shard_is_its_tar_and_its_sidecar(tmp_path: Path) -> None:
     with open(tmp_path / NAME, "rb") as file:
         read = [(key, list(members)) for key, _, members in iter_samples(file, NAME)]
     assert read == [(f"part/{i}", ["image.npy", "txt", "json"]) for i in range(4)]
-    assert has_index(tmp_path, info)
+    assert has_index(FileStore(str(tmp_path), "folder"), info)
     (tmp_path / index_name(NAME)).unlink()
-    assert not has_index(tmp_path, info)
+    assert not has_index(FileStore(str(tmp_path), "folder"), info)
 
 
 def test_a_shard_may_lie_in_a_folder(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_nothing_is_lost_and_nothing_equal_lies_on_both_sides(
     data = raw_data(counts=counts) if kind == "raw" else feature_data(splits={"train": [30, 30], "test": [8]})
     together = "images" if kind == "raw" else "images-and-texts"  # the toy's captions are few
     made = [
-        split(SplitCommand(data, tmp_path / f"out{n}", val=0.2, together=together, processes=n))  # type: ignore[arg-type]
+        split(SplitCommand(str(data), str(tmp_path / f"out{n}"), val=0.2, together=together, processes=n))  # type: ignore[arg-type]
         for n in (1, 2)
     ]
     assert made[0].to_json() == made[1].to_json()
@@ -78,7 +78,7 @@ def test_nothing_is_lost_and_nothing_equal_lies_on_both_sides(
 def test_samples_with_equal_texts_stay_together(feature_data: Callable[..., Path], tmp_path: Path) -> None:
     data = feature_data(splits={"train": [40]}, captions=1)
     samples = everything(data)
-    split(SplitCommand(data, tmp_path / "out", val=0.3, processes=1))
+    split(SplitCommand(str(data), str(tmp_path / "out"), val=0.3, processes=1))
     sides: dict[object, set[str]] = {}
     for name, _, texts, _ in everything(tmp_path / "out").values():
         sides.setdefault(texts, set()).add(name)
@@ -100,10 +100,10 @@ def test_what_cannot_be_is_said(
     options: dict[str, Any], said: str, feature_data: Callable[..., Path], tmp_path: Path
 ) -> None:
     data = feature_data(splits={"train": [30], "test": [6]})
-    chosen = {"output": tmp_path / "out", **options}
-    chosen["output"] = data if chosen["output"] == "data" else chosen["output"]
+    chosen = {"output": str(tmp_path / "out"), **options}
+    chosen["output"] = str(data) if chosen["output"] == "data" else chosen["output"]
     with pytest.raises(BadInput, match=said):
-        split(SplitCommand(data, **chosen))
+        split(SplitCommand(str(data), **chosen))
 
 
 def test_the_way_that_a_missing_split_names_leads_out(
@@ -132,4 +132,4 @@ def test_a_sample_that_cannot_be_used_is_named(bad: dict[str, bytes], reason: st
     write_members(tmp_path / "data/train-0.tar", dict(sorted((members | bad).items())))
     run_shards("index", tmp_path / "data", "--processes", 1)
     with pytest.raises(BadInput, match=rf"train-0\.tar sample 0: .*{reason}.*shards verify {tmp_path}/data'"):
-        split(SplitCommand(tmp_path / "data", tmp_path / "out", val=0.5, processes=1))
+        split(SplitCommand(str(tmp_path / "data"), str(tmp_path / "out"), val=0.5, processes=1))

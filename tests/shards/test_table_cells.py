@@ -170,11 +170,3 @@ def test_a_header_of_another_delimiter_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("Bild;Beschreibung;Klasse\na.jpg;ein Hund;Tier\n")
     with pytest.raises(BadInput, match=r"it has Bild;Beschreibung;Klasse, a single column: .* pass --delimiter ';'"):
         run_shards("build", "table", tmp_path / "t.csv", "--output", tmp_path / "out")
-
-
-def test_building_to_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "t.csv").write_text("image,text\na.jpg,a dog\n")
-    with pytest.raises(BadInput, match="--output is a URL where only a path on this machine"):
-        run_shards("build", "table", "t.csv", "--output", "s3://bucket/out")
-    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]

@@ -46,6 +46,9 @@ def test_what_is_unfit_is_printed_before_the_work(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert "100.0% of 141 texts are longer than the 5 tokens" in line
     assert "25.0% of their tokens are cut off: raise --max-tokens" in line
+    run_shards("features", data, "--output", tmp_path / "out", *words)
+    assert "warning: " not in (said := capsys.readouterr().out)  # nothing is made of the texts
+    assert said.startswith("already written: ")
 
 
 def test_texts_of_another_script_are_told_of(folder: Path, raw_data: Callable[..., Path]) -> None:
