@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cmgan_dist.errors import BadInput
 
 RESULTS = Path(__file__).parent / "results"
@@ -66,6 +64,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, torch version and commit of this run."""
+    import torch  # takes seconds, and is for the results alone
+
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
