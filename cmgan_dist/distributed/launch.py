@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from cmgan_dist.distributed.launch_config import CONFIG_FLAG, launch_config, launch_environment
 from cmgan_dist.errors import EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
-from cmgan_dist.jobs.startup import ended_by_signals, settled
+from cmgan_dist.jobs.startup import ended_by_signals
 
 if TYPE_CHECKING:  # torch takes seconds to import, and SLURM's launcher has no use for it
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -46,7 +46,7 @@ def take(arguments: list[str], flag: str) -> str | None:
 def main(words: Sequence[str]) -> int:
     """Start the processes that torchrun's command line `words` asks for and return the exit code of the first that
     failed (EXIT_LOST where a signal ended it), or 0. Raises BadInput as `launch_config` does."""
-    with ended_by_signals():
+    with ended_by_signals():  # until torch has processes, and handlers that pass a signal on to them, which save
         return _launch(list(words))
 
 
@@ -61,7 +61,6 @@ def _launch(arguments: list[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would repeat which one failed
     try:
-        settled()  # torch's own handlers pass a signal on to the processes, which save
         run.run(run.parse_args([f"--signals-to-handle={PASSED_ON}", *arguments]))
     except SignalException as error:
         name = signal.Signals(error.sigval).name

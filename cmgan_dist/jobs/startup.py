@@ -55,7 +55,7 @@ def _leave_to_the_pipe(number: int, frame: FrameType | None) -> None:
 def _wait(pipe: int) -> None:
     """End the process when the byte of one of NUMBERS comes; others, as of a child that ends, are passed over."""
     while byte := os.read(pipe, 1):
-        if byte[0] in NUMBERS:
+        if byte[0] in NUMBERS and signal.getsignal(byte[0]) is _leave_to_the_pipe:  # else it has a handler by now
             line = f"{signal.Signals(byte[0]).name} came before training began: start again"
             print(line, file=sys.stderr, flush=True)
             leave_report(line, EXIT_SIGNALLED, follows=True)

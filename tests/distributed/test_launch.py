@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from cmgan_dist.distributed.join import say_unused
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
+from tests.services.slurm import free_port
 from tests.toy import ROOT, environment, torchrun, train_words, wait_for
 
 pytestmark = pytest.mark.process
@@ -224,6 +226,18 @@ def test_ours_passes_a_signal_on_and_ends_with_what_the_processes_do(number: int
     assert len(list(tmp_path.glob("saved-*"))) == 2
     assert said.strip().splitlines()[-1].endswith("passed on to all processes: start again to go on")
     assert "Traceback" not in said
+
+
+def test_a_launcher_that_waits_for_another_machine_ends_at_a_signal(tmp_path: Path) -> None:
+    words = [*OURS[:3], "--nnodes", "2", "--node_rank", "1", "--master_addr", "127.0.0.1"]
+    words += ["--master_port", str(free_port()), "none.py"]
+    with subprocess.Popen(words, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: "torch" in Path(f"/proc/{process.pid}/maps").read_text(), 60)
+        time.sleep(3)  # it has come to wait
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == EXIT_SIGNALLED
+    assert said.splitlines()[-1] == "SIGTERM came before training began: start again"
 
 
 def test_options_of_torchrun_that_are_wrong_are_one_sentence(tmp_path: Path) -> None:

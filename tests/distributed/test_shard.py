@@ -20,7 +20,7 @@ from tests.toy import ROOT, environment, final_state, lines, run_workers
 
 SLOW = pytest.mark.slow
 FAST = ("options", "towers", "fp16")
-SHORT = (*FAST, "transformers")
+SHORT = (*FAST, "transformers", "features")
 """Equality is tried over few steps in these, over 40 in the others."""
 
 
