@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import psutil
 import pytest
 
 from cmgan_dist.data import source
 from cmgan_dist.errors import BadInput
-from shards.urls import joined, key_of
+from shards.urls import MOST_HOSTS, UrlBytes, joined, key_of
 from tests.services.faulty_server import FaultyServer
 from tests.services.object_store import running_s3
-from tests.toy import files_of, picture, run_shards, samples_of, write_table
+from tests.toy import files_of, picture, run_shards, samples_of, wait_for, write_table
 
 
 @pytest.fixture
@@ -155,3 +156,29 @@ def test_pictures_on_s3(tmp_path: Path) -> None:
         client.put_object(Bucket="bucket", Key="t.csv", Body=write_table(tmp_path / "t.csv", rows).read_bytes())
         build("s3://bucket/t.csv", tmp_path / "out", "--timeout-s", 10)
         assert samples_of(tmp_path / "out")[key_of("s3://bucket/p/1.png")] == (["text 1"], ())
+
+
+def test_a_url_without_a_files_name_is_said_at_once(server: FaultyServer, tmp_path: Path) -> None:
+    for url in (f"{server.url}/dir/", server.url, f"{server.url}/?table=1"):
+        with pytest.raises(BadInput, match=r"^http://\S+ names no file: give that of a table, such as"):
+            build(url, tmp_path / "out")
+    assert not server.requests
+
+
+def test_connections_to_servers_are_few_whatever_their_number(tmp_path: Path) -> None:
+    servers = [FaultyServer() for _ in range(MOST_HOSTS + 20)]
+    ports = {int(server.url.rpartition(":")[2]) for server in servers}
+
+    def connected() -> int:
+        ends = (connection.raddr for connection in psutil.Process().net_connections("tcp") if connection.raddr)
+        return sum(end.port in ports for end in ends)
+
+    try:
+        for server in servers:
+            server.files = {"/1.png": b"bytes"}
+            assert UrlBytes(f"{server.url}/1.png", 0, 3.0).read() == b"bytes"
+        wait_for(lambda: connected() <= MOST_HOSTS)
+        assert UrlBytes(f"{servers[0].url}/1.png", 0, 3.0).read() == b"bytes"  # one that was forgotten
+    finally:
+        for server in servers:
+            server.close()
