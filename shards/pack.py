@@ -24,7 +24,7 @@ from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest, natural_splits
 from cmgan_dist.data.output import read_record
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import BadInput, shown
+from cmgan_dist.errors import BadInput, Unreadable, shown
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.lock import lock_name, owning, owning_in_turn
 from cmgan_dist.jobs.machine import Share
@@ -123,6 +123,8 @@ class Packed:
 def _existing_manifest(output: Path) -> Manifest | None:
     try:
         return load_manifest(output)
+    except Unreadable:
+        raise
     except BadInput:
         return None
 
