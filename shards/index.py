@@ -17,7 +17,7 @@ from cmgan_dist.data.output import owning_output
 from cmgan_dist.data.sample import MEMBERS
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import BadInput, shown
+from cmgan_dist.errors import BadInput, Unreadable, shown
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
 from shards.output import LOCK
@@ -211,6 +211,8 @@ class IndexCommand:
             raise BadInput(f"{path} exists already: pass --overwrite to write it anew")
         try:
             return load_manifest(store.path) if store.local else Manifest.from_json(store.read(MANIFEST_NAME), path)
+        except Unreadable:
+            raise
         except BadInput as error:
             said = str(error).rpartition(": ")[0]
             if self.classes is None and self.label_kind != "none":

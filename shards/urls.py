@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import posixpath
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from fsspec.implementations.http import HTTPFileSystem
 
 from cmgan_dist.data.folder import MOST_FILE_BYTES
 from cmgan_dist.data.source import PACKAGES, RemoteSource, public_url
 from cmgan_dist.errors import BadInput, BadSample
 
+MOST_HOSTS = 32
+"""Servers with which a process keeps connections: each is an open file."""
 USUAL_BYTES = 100_000
 """What a picture by URL is planned with: nobody asks a server for the sizes of all."""
 
@@ -24,13 +31,27 @@ def is_url(name: str) -> bool:
 class _Host(RemoteSource):
     """All files of one server, or of one bucket; a file's name may have a query."""
 
+    def __init__(self, start: str, *, retries: int, timeout_s: float) -> None:
+        super().__init__(start, retries=retries, timeout_s=timeout_s)
+        weakref.finalize(self, _hang_up, self._connections).atexit = False
+
     def location(self, name: str) -> str:
         """Return the file's URL without secrets, for messages."""
         return public_url(f"{self.place}/{name}")
 
 
-@functools.cache
+def _hang_up(connections: dict[int, Any]) -> None:
+    """End the connections that this process has by HTTP, when nobody uses them any more: fsspec's own end of them waits
+    for the collector of circles."""
+    connection = connections.get(os.getpid())
+    session = getattr(connection and connection.filesystem, "_session", None)
+    if connection is not None and isinstance(connection.filesystem, HTTPFileSystem) and session is not None:
+        connection.filesystem.close_session(connection.filesystem.loop, session)
+
+
+@functools.lru_cache(MOST_HOSTS)
 def _host(start: str, retries: int, timeout_s: float) -> _Host:
+    """Return a server's files; whoever reads from one that is forgotten ends that first."""
     return _Host(start, retries=retries, timeout_s=timeout_s)
 
 
@@ -68,8 +89,7 @@ class UrlBytes:
 
 def reason(error: BadInput) -> str:
     """Return what was wrong with a source, without what to do where a run of training reads it."""
-    said = str(error).replace("stream.timeout_s", "--timeout-s")
-    return said.partition(": check ")[0].replace("could not be read in", "was not read in")
+    return str(error).partition(": check ")[0].replace("could not be read in", "was not read in")
 
 
 def key_of(url: str) -> str:
@@ -91,8 +111,19 @@ def joined(table: str, path: str) -> str:
 def fetch(url: str, folder: Path, retries: int, timeout_s: float) -> Path:
     """Bring the file at a URL into a folder and return its path. Raises BadInput when it cannot be had."""
     start, name = _split(url)
-    host, path = _host(start, retries, timeout_s), folder / posixpath.basename(public_url(url))
+    host, file_name = _host(start, retries, timeout_s), posixpath.basename(name.partition("?")[0])
+    if not file_name:
+        raise BadInput(f"{public_url(url)} names no file: give that of a table, such as https://HOST/table.csv")
     folder.mkdir(parents=True, exist_ok=True)
+<<<<<<< HEAD
+=======
+    path = folder / file_name
+
+    def once() -> None:
+        with open(path, "wb") as file:
+            file.writelines(host.blocks(name))
+
+>>>>>>> 0996fc1837081d2f4aed1126c4ad3c03492ed2f1
     try:
         host.copy(name, path)
     except BadInput as error:

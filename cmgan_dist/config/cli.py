@@ -106,8 +106,8 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip(" │╭╮╰╯─") for line in errors.getvalue().splitlines()]
-        text = " ".join(line for line in lines[1:] if line)
+        lines = [line.strip(" │╭╮╰╯─|+") for line in errors.getvalue().splitlines()]
+        text = " ".join(line for line in lines[1:] if line.strip("-"))  # a frame, where the locale has no lines
         sentence = text.split("Argument helptext:")[0].split("For full helptext")[0].strip(" ─.")
         wrong, _, close = sentence.partition(" Perhaps you meant:")
         flags = re.findall(r"--[\w.-]+", close)

@@ -58,6 +58,8 @@ COPY = ".manifest-"
 """Starts the name of a manifest's copy."""
 PART = ".part-"
 """Starts the name of a shard on its way."""
+ELSEWHERE = "name another by stream.cache of a run, elsewhere by XDG_CACHE_HOME"
+"""What a sentence says of another cache folder."""
 GRACE_S = 10.0
 """Seconds that another process has, beyond what its source may take, for what is not the source's."""
 
@@ -102,7 +104,7 @@ def rounded_up(value: float) -> str:
 
 def _make_cache_folder(folder: Path) -> None:
     """Make the folder. Raises BadInput when it cannot be written or its locks do not hold between descriptors (NFS)."""
-    advice = "set stream.cache to a folder on a disk of this node"
+    advice = f"{ELSEWHERE}, on a disk of this node"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as one, open(one.name, "r+b") as other:
@@ -166,7 +168,7 @@ class CachedStore(ShardStore):
         try:
             return read_once(path, lambda: self.source.read(name, MOST_MANIFEST_BYTES), self.patience_s)
         except OSError as error:
-            raise BadInput(f"cache folder {self.folder} cannot be used ({error}): set stream.cache") from None
+            raise BadInput(f"cache folder {self.folder} cannot be used ({error}): {ELSEWHERE}") from None
 
     def open(self, shard: ShardInfo) -> int:
         """Return a descriptor for reading the whole shard, which is fetched when it is not in the folder.
@@ -200,7 +202,7 @@ class CachedStore(ShardStore):
                     else:
                         return self._download(shard, part)
         except OSError as error:  # the source's own errors have become BadInput
-            raise BadInput(f"cache folder {self.folder} cannot be used ({error}): set stream.cache") from None
+            raise BadInput(f"cache folder {self.folder} cannot be used ({error}): {ELSEWHERE}") from None
 
     def prefetch(self, shards: Sequence[ShardInfo]) -> None:
         """Start fetching shards that are needed soon, in this order, in the background. Never raises, never waits.
@@ -410,5 +412,5 @@ class CachedStore(ShardStore):
                     continue
                 raise BadInput(
                     f"cache folder {self.folder} cannot take the {shard.bytes} bytes of {self.location(shard.name)} "
-                    f"({error.strerror}): free space, or set stream.cache to a folder on another disk"
+                    f"({error.strerror}): free space, or {ELSEWHERE}"
                 ) from None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cmgan_dist.data.folder import is_plain, is_unicode, read_file
-from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.errors import BadInput, BadSample, Unreadable, shown
 from cmgan_dist.files import parse_json_once
 
 MANIFEST_NAME = "manifest.json"
@@ -165,10 +165,13 @@ def load_manifest(data: str | os.PathLike[str]) -> Manifest:
 
 
 def read_manifest(path: Path) -> bytes:
-    """Return the bytes of a manifest in a folder. Raises BadInput when it is too large or cannot be read."""
+    """Return the bytes of a manifest in a folder. Raises BadInput when it is too large or no file, Unreadable when the
+    system does not give it."""
     try:
         return read_file(path, MOST_MANIFEST_BYTES)
     except BadSample as error:
+        if isinstance(error.__context__, OSError):
+            raise Unreadable(f"{path} {error}: make it readable, or restore it") from None
         raise BadInput(f"{path} {error}: {_write_anew(str(path))}") from None
 
 

@@ -76,7 +76,7 @@ class Patience:
         if now - self._since > self.seconds:
             raise Held(
                 f"{path} is kept by {holder_of(path)}, of whose work nothing was seen for {self.seconds:.0f} s: end "
-                "that process, or let the cache be another folder (stream.cache)"
+                "that process"
             )
         if not self._told and now - self._since > TOLD_AFTER_S:
             log.warning("waiting for %s, which keeps %s", holder_of(path), path)

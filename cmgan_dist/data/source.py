@@ -112,7 +112,7 @@ def describe(error: Exception, state: int | None) -> str:
     if state is not None:
         return f"HTTP {state}"
     if isinstance(error, TimeoutError):
-        return "nothing came within stream.timeout_s"
+        return "nothing came in time"
     return " ".join(f"{type(error).__name__} {error}".split())
 
 
@@ -277,7 +277,7 @@ class RemoteSource:
                 time.sleep(self._longest_wait(n) * random.uniform(0.5, 1.0))  # spread: many processes fail at once
         raise BadInput(
             f"{url} could not be read in {self.tries} tries and {time.monotonic() - began:.1f} s, "
-            f"the last one: {reason}: check the source, or raise stream.retries"
+            f"the last one: {reason}: check the source, and start again"
         )
 
     def close(self) -> None:

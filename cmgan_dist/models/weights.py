@@ -75,6 +75,10 @@ def read_weights(weights: str) -> dict[str, Tensor]:
             "give a .pth or .safetensors file, 'hub' or 'package:NAME'"
         )
     try:
+        path.open("rb").close()  # safetensors calls all that it may not read missing
+    except OSError as error:
+        raise BadInput(f"model.image.weights: {path} cannot be read ({error.strerror}): make it readable") from None
+    try:
         _check_sums(path)
         state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
         if not all(isinstance(value, Tensor) for value in state.values()):

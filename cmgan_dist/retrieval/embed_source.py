@@ -13,6 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -265,7 +266,29 @@ class TextSource(Source):
         for first, start, stop in zip(range(0, lines, TEXTS), starts, [*starts[1:], end], strict=False):
             name = f"texts-{first // TEXTS:06d}"
             found.append(Part(name, "", name, min(TEXTS, lines - first), (start, min(stop, end), first, version)))
+        if self.is_jsonl:
+            self._check_keys(found)
         return found
+
+    def _keys(self, parts: Sequence[Part]) -> Iterator[tuple[int, str]]:
+        """Yield the number and the key of each line that is a text."""
+        for part in parts:
+            for number, line in enumerate(self._bytes(part).splitlines(), part.place[2] + 1):
+                with suppress(BadSample):
+                    yield number, self._parse(line, str(number))[0]
+
+    def _check_keys(self, parts: Sequence[Part]) -> None:
+        """Raise BadInput, naming both lines, where two texts have one key. Hashes take less memory than all keys."""
+        hashes, counts = np.unique(
+            np.fromiter((_hash(key) for _, key in self._keys(parts)), np.uint64), return_counts=True
+        )
+        twice, lines = set(hashes[counts > 1].tolist()), dict[str, int]()
+        for number, key in self._keys(parts) if twice else ():
+            if _hash(key) in twice and lines.setdefault(key, number) != number:
+                raise BadInput(
+                    f"--texts {self.file} has the key {key!a} in lines {lines[key]} and {number}: give each text its "
+                    "own (a text without one has the number of its line)"
+                )
 
     def _unreadable(self, error: OSError) -> BadInput:
         return BadInput(f"--texts {self.file} cannot be read ({error.strerror}): restore it")
@@ -323,6 +346,10 @@ class TextSource(Source):
         if not is_unicode(text):
             raise BadSample("has half a character, a lone surrogate, in its text")
         return key, text.strip()
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _version(descriptor: int) -> tuple[int, int]:

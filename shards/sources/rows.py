@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cmgan_dist.data.sample import MOST_JSON_BYTES
@@ -40,12 +40,17 @@ class TextFormat:
     """A codec of Python; this one is UTF-8 with or without a mark at its beginning."""
 
 
+def check_ending(name: str) -> None:
+    """Raise BadInput unless a path, or a URL without its query, ends like a table."""
+    if PurePosixPath(name).suffix.lower() not in ENDINGS:
+        raise BadInput(f"{name} is not a table that can be read: expected {', '.join(ENDINGS)}")
+
+
 def column_names(path: Path, text: TextFormat) -> list[str]:
     """Return the columns of a table, in their order; of JSONL, the fields that any row has.
 
     Raises BadInput when the file is missing, of another kind or encoding or damaged, or has a column twice."""
-    if path.suffix.lower() not in ENDINGS:
-        raise BadInput(f"{path} is not a table that can be read: expected {', '.join(ENDINGS)}")
+    check_ending(str(path))
     if not path.is_file():
         raise BadInput(f"table {path} does not exist")
     with _naming_damage(path):

@@ -29,7 +29,7 @@ from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
 from shards.sources.files import PlainFile, check_names, check_unicode
-from shards.sources.rows import Row, TextFormat, about_rows, column_names, read_rows, tables_of
+from shards.sources.rows import Row, TextFormat, about_rows, check_ending, column_names, read_rows, tables_of
 from shards.urls import UrlBytes, fetch, is_url, joined, key_of
 
 Value = TypeVar("Value")
@@ -146,7 +146,7 @@ class TableCommand(DrawCommand):
         if not (0 <= self.retries <= 100 and 0.01 <= self.timeout_s <= 1e5):  # as stream.retries, stream.timeout_s
             raise BadInput("--retries must be from 0 to 100, and --timeout-s from 0.01 to 100000")
         text, url = self._text_format(), str(self.input)
-        top = fetch(url, rows.folder / "table", self.retries, self.timeout_s) if is_url(url) else Path(self.input)
+        top = self._fetched(rows.folder / "table") if is_url(url) else Path(self.input)
         tables = tables_of(top)
         names = list(dict.fromkeys(name for path, _ in tables for name in column_names(path, text)))
         columns, said = self._columns(names), _Said()
@@ -178,6 +178,13 @@ class TableCommand(DrawCommand):
             notes=[say_splits(named, draw), *missing_val([*named, *draw.splits])],
             left_out=said.left_out,
         )
+
+    def _fetched(self, folder: Path) -> Path:
+        """Return a copy in `folder` of the table at a URL. Raises BadInput when it is none, or cannot be had."""
+        url = str(self.input)
+        if not public_url(url).endswith("/"):  # `fetch` says that it names no file
+            check_ending(public_url(url))
+        return fetch(url, folder, self.retries, self.timeout_s)
 
     def _text_format(self) -> TextFormat:
         if len(self.delimiter) > 1 or self.delimiter in ('"', "\n", "\r"):

@@ -309,7 +309,7 @@ def test_a_full_disk_evicts_and_then_is_a_sentence(
         assert content_of(store, shard_of(i)) == body_of(i)
     assert len(list(cache.glob("*.tar"))) == 2
     room[0] = 0
-    with pytest.raises(BadInput, match=r"cannot take the 200000 bytes of http.* \(No space left.*stream\.cache"):
+    with pytest.raises(BadInput, match=r"cannot take the 200000 bytes of http.* \(No space left.*XDG_CACHE_HOME"):
         store.open(shard_of(5))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.synchronize  # noqa: F401 - `as_nobody` may not read it where Python is root's
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,3 +111,26 @@ def as_nobody(place: Path) -> Iterator[None]:
         os.seteuid(0)
         for parent in opened:
             parent.chmod(0o700)
+
+
+def damaged(
+    whole: Path, place: Path, name: str, damage: Damage, read: Callable[[Path], tuple[int, str]]
+) -> tuple[int, str]:
+    """Damage the last file `name` of a copy of `whole` at `place`, and read it: what `toy.call` returns.
+
+    It must be done without, or refused in one sentence, and nothing may be run or left half written."""
+    shutil.copytree(whole, place)
+    paths = sorted(place.glob(name))
+    assert paths
+    damage(paths[-1])
+    with as_nobody(place) if damage is forbidden else contextlib.nullcontext():
+        code, error = read(place)
+    print(code, error)
+    assert not list(place.rglob(TRACE))
+    assert code in (0, 2)
+    assert error.count("error: ") == (code == 2), error
+    assert len(error) < 700
+    if damage is forbidden and code == 2:
+        assert "Permission denied" in error
+    assert not [path for path in place.rglob("*.tmp") if "earlier" not in str(path)]
+    return code, error

@@ -16,7 +16,8 @@ from cmgan_dist.data.cache import open_store
 from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.data.stream import Stream
 from cmgan_dist.errors import BadInput
-from launchers import evaluate, train
+from launchers import embed, evaluate, search, train
+from launchers import index as build_index
 from shards.__main__ import main as shards
 from tests.services.faulty_server import FaultyServer
 from tests.toy import (
@@ -27,7 +28,9 @@ from tests.toy import (
     fill_folder,
     make_features,
     make_raw,
+    save_untrained,
     shard_of,
+    small_config,
 )
 
 Case = Callable[[Path], None]
@@ -272,3 +275,35 @@ def test_word_vectors_of_another_size(tmp_path: Path) -> None:
     given += ["model.image.image_size=32", "model.text.name=cnn", f"model.text.weights={tmp_path / 'words.txt'}"]
     size = said_by(train.main, r"model\.text\.word_dim is \d+ but .*: set it to (\d+)", *given)[1]
     assert call(train.main, *map(str, given), f"model.text.word_dim={size}") == (0, "")
+
+
+def older(path: Path) -> None:
+    path.write_text(re.sub(r'"version": \d+', '"version": 0', path.read_text()))
+
+
+@pytest.mark.parametrize("damage", [older, lambda path: path.write_bytes(b"{"), lambda path: path.unlink()])
+def test_what_is_damaged_is_embedded_and_indexed_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    """Sentences on embeddings and indexes say "embed again" and "index again": the commands that made them."""
+    data, run, vectors, index = (tmp_path / name for name in ("data", "run", "vectors", "index"))
+    save_untrained(run, make_features(data), small_config(8))
+    commands = {
+        "embed": (embed.main, [str(run), "--data", str(data), "--output", str(vectors), "--processes=1"]),
+        "index": (build_index.main, [str(vectors), "--output", str(index)]),
+        "search": (search.main, [str(index), "a dog", "--run", str(run)]),
+    }
+    for main, words in commands.values():
+        assert call(main, *words)[0] in (0, 2)
+    damaged = [
+        (path, r"embed again|launchers/embed\.py", "index", "embed")
+        for path in vectors.iterdir()
+        if path.suffix == ".json"
+    ]
+    damaged += [(path, r"index again|launchers/index\.py", "search", "index") for path in index.glob("*.json")]
+    for path, sentence, reader, maker in damaged:
+        damage(path)
+        main, words = commands[reader]
+        said_by(main, sentence, *words)
+        main, words = commands[maker]
+        assert call(main, *words) == (0, ""), path
+        main, words = commands[reader]
+        assert path.name not in call(main, *words)[1]

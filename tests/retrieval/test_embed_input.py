@@ -244,6 +244,21 @@ def test_a_text_given_twice_is_a_bad_sample(tmp_path: Path) -> None:
     assert left_out == ["line 1: is not a JSON object (it has 'text' twice)"]
 
 
+@pytest.mark.parametrize("second", ['"key": "a", ', '"key": "1", ', '"key": 1, '])
+def test_two_texts_of_one_key_are_refused_naming_both_lines(
+    second: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed_source, "TEXTS", 3)  # the lines lie in two parts
+    texts, first = tmp_path / "texts.jsonl", '"key": "a", ' if "a" in second else ""
+    lines = [f'{{{first}"text": "x"}}', "no JSON", '{"key": "b", "text": "y"}', f'{{{second}"text": "z"}}']
+    texts.write_text("\n".join(lines))
+    with pytest.raises(BadInput, match=rf"{texts} has the key '[a1]' in lines 1 and 4: give each text its own"):
+        texts_of(texts)
+    lines[3] = '{"key": "own", "text": "z"}'
+    texts.write_text("\n".join(lines))
+    assert texts_of(texts)[0] == [("a" if first else "1", "x"), ("b", "y"), ("own", "z")]
+
+
 def texts_of(file: Path) -> tuple[list[tuple[str, str]], list[str]]:
     """Keys and texts of a file, and what was left out."""
     source, left_out = embed_source.open_source("texts", str(file), StreamConfig()), list[str]()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
+import psutil
 import pytest
 
 from cmgan_dist.data import source
 from cmgan_dist.errors import BadInput
-from shards.urls import joined, key_of
+from shards.urls import MOST_HOSTS, UrlBytes, joined, key_of
 from tests.services.faulty_server import FaultyServer
 from tests.services.object_store import running_s3
-from tests.toy import files_of, picture, run_shards, samples_of, write_table
+from tests.toy import files_of, picture, run_shards, samples_of, wait_for, write_table
 
 
 @pytest.fixture
@@ -155,3 +158,46 @@ def test_pictures_on_s3(tmp_path: Path) -> None:
         client.put_object(Bucket="bucket", Key="t.csv", Body=write_table(tmp_path / "t.csv", rows).read_bytes())
         build("s3://bucket/t.csv", tmp_path / "out", "--timeout-s", 10)
         assert samples_of(tmp_path / "out")[key_of("s3://bucket/p/1.png")] == (["text 1"], ())
+
+
+def test_a_url_without_a_files_name_is_said_at_once(server: FaultyServer, tmp_path: Path) -> None:
+    for url in (f"{server.url}/dir/", f"{server.url}/", f"{server.url}/?table=1.csv"):
+        with pytest.raises(BadInput, match=r"^http://\S+ names no file: give that of a table, such as"):
+            build(url, tmp_path / "out")
+    for url in (server.url, f"{server.url}/table?name=table.csv"):
+        with pytest.raises(BadInput, match=r"^http://\S+ is not a table that can be read: expected .csv"):
+            build(url, tmp_path / "out")
+    assert not server.requests
+
+
+class KeepingAlive(BaseHTTPRequestHandler):
+    """Answers every request and ends no connection."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "5")
+        self.end_headers()
+        self.wfile.write(b"bytes")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_connections_to_servers_are_few_whatever_their_number() -> None:
+    server = ThreadingHTTPServer(("0.0.0.0", 0), KeepingAlive)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def connected() -> int:
+        ends = (connection.raddr for connection in psutil.Process().net_connections("tcp") if connection.raddr)
+        return sum(end.port == server.server_port for end in ends)
+
+    try:
+        for host in [*range(1, MOST_HOSTS + 20), 1]:  # the last is one that was forgotten
+            assert UrlBytes(f"http://127.0.0.{host}:{server.server_port}/1.png", 0, 3.0).read() == b"bytes"
+        assert connected() > 0
+        wait_for(lambda: connected() <= MOST_HOSTS)
+    finally:
+        server.shutdown()
+        server.server_close()
