@@ -22,12 +22,7 @@ from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, natural
 from cmgan_dist.data.output import read_record
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
-<<<<<<< HEAD
 from cmgan_dist.errors import BadInput, shown
-=======
-from cmgan_dist.errors import BadInput, Unreadable, shown
-from cmgan_dist.files import write_atomic
->>>>>>> 0996fc1837081d2f4aed1126c4ad3c03492ed2f1
 from cmgan_dist.jobs.lock import lock_name, owning, owning_in_turn
 from cmgan_dist.jobs.machine import Share, absolute
 from cmgan_dist.jobs.ranks import Task, find_task
@@ -129,56 +124,6 @@ class Packed:
 # ---------------------------------------------------------------------------------------------- the whole output
 
 
-<<<<<<< HEAD
-=======
-def _existing_manifest(output: Path) -> Manifest | None:
-    try:
-        return load_manifest(output)
-    except Unreadable:
-        raise
-    except BadInput:
-        return None
-
-
-def prepare_output(output: Path, fingerprint: str, overwrite: bool, keep: Collection[str] = ()) -> None:
-    """Make the folder and room in it for the plan with this fingerprint, until `finish_output`.
-
-    `keep`: files that stay where the folder holds this plan, or one that was not finished. Raises BadInput rather than
-    replace another data set unasked, and when the folder cannot be written."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        _make_room(output, fingerprint, overwrite, keep)
-    except OSError as error:
-        raise BadInput(f"cannot write into the output folder {output}: {error.strerror}") from None
-
-
-def finish_output(output: Path) -> None:
-    """Say that the folder is complete: its manifest is written."""
-    (output / PACKING_NAME).unlink(missing_ok=True)
-
-
-def _refuse(output: Path) -> BadInput:
-    return BadInput(f"{output} holds another data set: name a new folder, or pass --overwrite to replace it")
-
-
-def _make_room(output: Path, fingerprint: str, overwrite: bool, keep: Collection[str]) -> None:
-    packing = output / PACKING_NAME
-    interrupted = packing.read_text() if packing.exists() else ""
-    occupied = (output / MANIFEST_NAME).exists() or (not interrupted and any(output.glob("*.tar")))
-    old = _existing_manifest(output)
-    same = fingerprint in (interrupted, old.details.get("fingerprint") if old else "")
-    if occupied and not same and not overwrite:
-        raise _refuse(output)
-    # The manifest goes first: until the new one is written, the folder is not a data set.
-    (output / MANIFEST_NAME).unlink(missing_ok=True)
-    for path in output.iterdir():
-        if OUTPUT_PATTERN.fullmatch(path.name) and path.name not in keep:
-            path.unlink(missing_ok=True)
-    remove_leftovers(output)
-    write_atomic(packing, fingerprint)
-
-
->>>>>>> 0996fc1837081d2f4aed1126c4ad3c03492ed2f1
 def _fingerprint(source: RawPairs, shards: list[PlannedShard], settings: dict[str, Any]) -> str:
     digests = [[shard.name, shard.digest] for shard in shards]
     described = [digests, settings, source.name, source.label_kind, source.classes, source.attribution]

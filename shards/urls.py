@@ -115,15 +115,7 @@ def fetch(url: str, folder: Path, retries: int, timeout_s: float) -> Path:
     if not file_name:
         raise BadInput(f"{public_url(url)} names no file: give that of a table, such as https://HOST/table.csv")
     folder.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
-=======
     path = folder / file_name
-
-    def once() -> None:
-        with open(path, "wb") as file:
-            file.writelines(host.blocks(name))
-
->>>>>>> 0996fc1837081d2f4aed1126c4ad3c03492ed2f1
     try:
         host.copy(name, path)
     except BadInput as error:
