@@ -343,9 +343,9 @@ def test_a_missing_flag_is_one_sentence_without_a_frame_in_any_locale() -> None:
     words = [sys.executable, "-m", "shards", "split", "data"]
     plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     said = subprocess.run(words, env=plain, capture_output=True, text=True).stderr
-    assert said.startswith("error: Missing from python -m shards split: --output PATH Folder for the new data set"), (
-        said
-    )
+    assert said.startswith(
+        "error: Missing from python -m shards split: --output STR Folder or URL (s3, gs) for the new data set"
+    ), said
     assert "---" not in said
 
 
