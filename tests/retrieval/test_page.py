@@ -30,6 +30,9 @@ PASTE = """(data) => {
   carried.items.add(new File([bytes], "picture.png", { type: "image/png" }));
   document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData: carried, bubbles: true, cancelable: true }));
 }"""
+PATIENCE_MS = 30_000
+"""The process that decodes uploads imports for seconds, on a machine that others load for more."""
+expect.set_options(timeout=PATIENCE_MS)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def opened(browser: Browser, address: str, width: int = 1280, scheme: str = "lig
     """A page, and what went wrong on it: console errors, exceptions, and requests to another host."""
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)  # type: ignore[arg-type]
     page, wrong = context.new_page(), []
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(PATIENCE_MS)
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     host = urlsplit(address).netloc
