@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -115,24 +116,42 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _raise_in_this_process(process: int) -> Callable[[int, FrameType | None], None]:
-    """Return a handler that is Ctrl-C's in `process`, and ends a fork of it as if there were none."""
+def _interrupted() -> int:
+    """Say that the command was interrupted; returns its exit code."""
+    line = "interrupted: what was written is whole; the same command goes on from it"
+    if _is_first_process():
+        print(line, file=sys.stderr, flush=True)
+    leave_report(line, EXIT_SIGNALLED, follows=True)
+    return EXIT_SIGNALLED
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == process:
+
+class _Interruption:
+    """What the first Ctrl-C or SIGTERM does: KeyboardInterrupt in this process, whose end the next ones do not disturb.
+    A fork is ended as if there were no handler."""
+
+    def __init__(self) -> None:
+        self.process, self.seen = os.getpid(), False
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and "RANK" not in os.environ:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.seen:
+            self.seen = True
             raise KeyboardInterrupt
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-
-    return handler
 
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: bad input, and a file that cannot be read or written, end as one sentence on
     stderr and exit code 2; Ctrl-C and SIGTERM as one and EXIT_SIGNALLED. By SIGTERM a launcher ends the processes that
     it started, where another of them has failed: those end as it expects."""
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and "RANK" not in os.environ:
-        signal.signal(signal.SIGTERM, _raise_in_this_process(os.getpid()))
+    interruption = _Interruption()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding than UTF-8
     try:
         code = main()
     except BadInput as error:
@@ -147,15 +166,15 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = EXIT_BAD_INPUT
         _tell(f"{named}{reason}: check the path, its permissions and the free space", code)
     except KeyboardInterrupt:
-        code, line = EXIT_SIGNALLED, "interrupted: what was written is whole; the same command goes on from it"
-        if _is_first_process():
-            print(line, file=sys.stderr, flush=True)
-        leave_report(line, code, follows=True)
+        code = _interrupted()
     except LostProcess as error:
         _tell(str(error), EXIT_LOST, follows=True)
         os._exit(EXIT_LOST)  # what waits for the lost process, at exit too, would wait on
     except Exception as error:  # a bug, whose traceback ends with this
+        if interruption.seen:  # a library that was cut off while it was imported
+            sys.exit(_interrupted())
         leave_report(f"error: {_public(f'{type(error).__name__}: {error}')}", EXIT_LOST)
         raise
-    sys.stdout.flush()
+    if sys.stdout is not None:  # as it is where the caller has closed it
+        sys.stdout.flush()
     sys.exit(code or EXIT_DONE)

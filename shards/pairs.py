@@ -45,6 +45,8 @@ class FileBytes:
             return os.stat(self.path).st_size
         except OSError as error:
             raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
+        except ValueError:
+            raise BadSample(f"{self.path} cannot be read (no file has such a name)") from None
 
     def identity(self) -> str:
         """Return the SHA-256 of the file. Raises BadSample when it cannot be read."""
@@ -57,6 +59,8 @@ class FileBytes:
                 return file.read()
         except OSError as error:
             raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
+        except ValueError:
+            raise BadSample(f"{self.path} cannot be read (no file has such a name)") from None
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,14 @@ class PlannedShard:
             raise BadInput(f"{folder} was removed, as another process has finished the data set: start again")
         try:
             return self._read(folder)
+        except BadInput:
+            raise
         except OSError as error:
             raise BadInput(
                 f"the plan in {folder} cannot be read ({error.strerror}): remove that folder and start again"
             ) from None
+        except (ValueError, EOFError, IndexError, TypeError):
+            raise _damaged(folder) from None
 
     def _read(self, folder: Path) -> list[RawPair]:
         """Do what `read` says. Raises OSError too."""
@@ -77,7 +81,7 @@ class PlannedShard:
             sums.update(b"".join(hashlib.sha256(line).digest() for line in chosen))
             found += self._decoded(chosen)
         if sums.hexdigest() != self.sums:
-            raise BadInput(f"the plan in {folder} was damaged: remove that folder and start again")
+            raise _damaged(folder)
         return found
 
     def _decoded(self, lines: list[bytes]) -> Iterator[RawPair]:
@@ -108,6 +112,10 @@ class Merged:
     image_dims: set[int | None] = field(default_factory=set)
     text_dims: set[int | None] = field(default_factory=set)
     left_out: list[str] = field(default_factory=list)
+
+
+def _damaged(folder: Path) -> BadInput:
+    return BadInput(f"the plan in {folder} was damaged: remove that folder and start again")
 
 
 def _split_names(folder: Path) -> list[str]:

@@ -213,8 +213,8 @@ def run_tuner(
 
 def _unused(output: FileStore, name: str) -> str:
     """Return a name for Tune's own folder in OUTPUT that no start before has used: NAME, NAME-2, ..."""
-    names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
-    return next(each for each in names if not output.filesystem.exists(f"{output.path}/{each}"))
+    names, taken = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2))), output.own_names()
+    return next(each for each in names if each not in taken)
 
 
 @contextlib.contextmanager

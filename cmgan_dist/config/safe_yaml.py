@@ -57,6 +57,8 @@ def parse_yaml(text: str, where: str) -> Any:
         if root is None:
             return None
         if _count(root, {}) <= MOST_VALUES:
+            if (key := _twice(root)) is not None:
+                raise BadInput(f"{where} has {shown_value(key)} twice in one place: keep one of them")
             return loader.construct_document(root)
     except RecursionError:
         raise BadInput(f"{where} is nested too deeply: write settings only") from None
@@ -65,6 +67,15 @@ def parse_yaml(text: str, where: str) -> Any:
     except (ValueError, KeyError, AttributeError) as error:  # PyYAML on 2026-99-99, !!bool x, !!timestamp x
         raise BadInput(f"{where} has a value that is not of its type ({error}): mend it") from None
     raise BadInput(f"{where} holds more than {MOST_VALUES} values, aliases written out: keep to the settings")
+
+
+def _twice(node: yaml.Node) -> str | None:
+    """Return a key that stands twice in one mapping, in `node` or below it, None where there is none."""
+    parts = node.value if isinstance(node.value, list) else []
+    keys = [item[0].value for item in parts if isinstance(item, tuple) and isinstance(item[0], yaml.ScalarNode)]
+    doubled = next((key for key in keys if keys.count(key) > 1), None)
+    below = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
+    return doubled if doubled is not None else next((key for part in below if (key := _twice(part)) is not None), None)
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:

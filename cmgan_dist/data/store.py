@@ -243,7 +243,7 @@ class FileStore:
         Raises BadInput when they cannot be listed."""
         try:
             self.filesystem.invalidate_cache()
-            found = os.listdir(self.path) if self.local else self.filesystem.ls(self.path, detail=False)
+            found = os.listdir(self.path) if self.local else self._ask("ls", self.path, seconds=LIST_S, detail=False)
         except FileNotFoundError:
             return set()
         except self.failures as error:

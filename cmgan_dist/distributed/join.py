@@ -30,10 +30,26 @@ REPLACED = {
     "gradient_accumulation_steps",
     "gradient_clipping",
     "optimizer",
+    "communication_data_type",
 }
 """Keys of a DeepSpeed configuration in whose place the run's own settings count."""
-REFUSED = {"scheduler", "amp", "prescale_gradients", "gradient_predivide_factor"}
-"""Keys by which DeepSpeed would train otherwise than the run's settings say."""
+USED = {
+    "zero_optimization",
+    "fp16",
+    "bf16",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "flops_profiler",
+    "comms_logger",
+}
+"""Other keys of one; by those that are in neither DeepSpeed would train otherwise than the run's settings say, or not
+heed them."""
+UNUSED_IN_ZERO = ("offload_param", "zero_quantized", "zero_hpz", "mics_")
+"""How keys of zero_optimization begin that ZeRO-1 and ZeRO-2 do not heed."""
 SET_HERE = {
     "ACCELERATE_MIXED_PRECISION": ("no", "train.precision"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "train.compile"),
@@ -187,8 +203,16 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a DeepSpeed configuration without what this project sets itself, which the log names.
 
     Raises BadInput where it asks for what would change the training in silence."""
-    for key in REFUSED & config.keys():
+    for key in sorted(map(str, config.keys() - USED - REPLACED)):
         raise BadInput(f"{where} has '{key}', which is not used here: drop it, and set optim.* or train.precision")
+    for key, value in config["zero_optimization"].items():
+        is_set = value is True or value not in (None, False, 1, -1, {"device": "none"})
+        if str(key).startswith(UNUSED_IN_ZERO) and is_set:
+            raise BadInput(f"{where} has zero_optimization.{key}, which stages 1 and 2 do not heed: drop it")
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    device = offload.get("device", "none") if isinstance(offload, dict) else offload
+    if device not in ("none", "cpu", None):
+        raise BadInput(f"{where} offloads the optimizer to {device!r}: set its device to cpu or none")
     for key in ("fp16", "bf16"):
         if not isinstance(config.get(key, {}), dict):
             raise BadInput(f"{where} has a '{key}' that is no mapping: drop it, and set train.precision")

@@ -184,8 +184,10 @@ class Parallel:
         if self.zero_config is not None:
             from cmgan_dist.distributed.zero import ZeroEngine  # seconds to import, and only here
 
-            config = {"communication_data_type": self.reduce_precision} | self.zero_config
-            return ZeroEngine(module, parts, settings, self.device, config)
+            config = self.zero_config | {"communication_data_type": self.reduce_precision}
+            engine = ZeroEngine(module, parts, settings, self.device, config)
+            dist.set_timeout(self._timeout, engine.process_group)  # DeepSpeed's own, which would wait half an hour
+            return engine
         kind = ShardedEngine if sharded_names(module) else Engine
         return kind(module, {name: self._wrap(part) for name, part in parts.items()}, settings, self.device)
 

@@ -35,6 +35,7 @@ if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 
@@ -69,11 +70,10 @@ class _Group:
         model = nn.ParameterList(named.values())
         try:
             self.engine, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=own)
-        except ValidationError as error:
-            first = error.errors()[0]
+        except (ValidationError, DeepSpeedConfigError, ValueError, AssertionError) as error:
             raise BadInput(
-                f"DeepSpeed's configuration has {'.'.join(map(str, first['loc']))} {first['input']!r}: {first['msg']}; "
-                "correct it in the file of --config_file, or in its deepspeed_config_file (see launchers/configs/)"
+                f"DeepSpeed's configuration {_reason(error)}; correct it in the file of --config_file, or in its "
+                "deepspeed_config_file (see launchers/configs/)"
             ) from None
         self._share_parameters()
         self.norm = self.zero.scaled_global_norm
@@ -137,6 +137,15 @@ class _Group:
         del self.engine, self.zero, self.norm
 
 
+def _reason(error: Exception) -> str:
+    """Return what DeepSpeed has against its configuration, in words."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        return f"has {place} {first['input']!r}: {first['msg']}" if place else f"is refused: {first['msg']}"
+    return f"is refused: {(str(error).splitlines() or [type(error).__name__])[0]}"
+
+
 class ZeroEngine(Engine):
     """An engine whose optimiser state (stage 1), or that and the gradients (stage 2), is divided among the processes
     (Rajbhandari et al., SC 2020)."""
@@ -163,6 +172,12 @@ class ZeroEngine(Engine):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         self.config = config
         super().__init__(module, parts, settings, device)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The process group that DeepSpeed reduces in, one for all engines of a process."""
+        found: dist.ProcessGroup = self.groups[0].zero.dp_process_group
+        return found
 
     def _build(self) -> None:
         self.groups: list[_Group] = []

@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 Advance = Callable[[int], None]
 """Says how many more units are done."""
 LINE_EVERY_S = 60.0
+ENDING_S = 3.0
+"""Seconds that a worker has to close what it has open."""
 
 
 def _end_with_parent() -> None:
@@ -42,6 +44,17 @@ def _end_with_parent() -> None:
             os._exit(1)
 
         threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_workers() -> None:
+    """End the workers of this process: by SIGTERM, and who does not heed it within ENDING_S by SIGKILL."""
+    workers, deadline = active_children(), time.monotonic() + ENDING_S
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
 
 
 def parallel_map(
@@ -80,8 +93,7 @@ def parallel_map(
                     f"{title}: a worker process was killed (out of memory?); try fewer --processes"
                 ) from None
             except KeyboardInterrupt:
-                for worker in active_children():  # the pool would wait for what has begun
-                    worker.terminate()
+                _end_workers()  # the pool would wait for what has begun
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,7 @@ def owning(folder: Path, name: str) -> Iterator[None]:
     written."""
     path = folder / lock_name(name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(folder, path)
+        descriptor = _made_and_locked(folder, path)
     except OSError as error:
         raise BadInput(
             f"{folder} cannot be written ({error.strerror}): name a folder that is yours, or make it writable"
@@ -97,6 +96,15 @@ def owning_in_turn(folder: Path, name: str) -> Iterator[None]:
                     print(f"{str(error).partition(': wait')[0]}: waiting for that", file=sys.stderr, flush=True)
                 said = True
         yield
+
+
+def _made_and_locked(folder: Path, path: Path) -> int:
+    """Return what `_locked` does of a folder that is made when need be; who ends its work there may just remove it."""
+    for _ in range(100):
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            return _locked(folder, path)
+    return _locked(folder, path)
 
 
 def _locked(folder: Path, path: Path) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 
 import tyro
 
+from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.errors import BadInput, shown
-from cmgan_dist.files import parse_json
+from cmgan_dist.files import parse_json_once
 from shards.pack import DrawCommand
 from shards.pairs import RawPair, RawPairs, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
@@ -92,6 +93,8 @@ class _File:
             name = image.get("file_name")
             if not isinstance(name, str) or not name or not isinstance(image.get("id"), int | str):
                 raise BadInput(f"{path}: image {number} has no id or no file_name: mend or remove it")
+            if not Path(name).name or "\0" in name or not is_unicode(name):
+                raise BadInput(f"{path}: image {number} has the file_name {shown(name)}, which no file has: mend it")
             if by_id.setdefault(image["id"], name) != name or name in self.captions:
                 raise BadInput(f"{path}: image {number}, {shown(name)}, stands twice: remove one")
             self.captions[name] = []
@@ -122,7 +125,7 @@ class _File:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        record = parse_json(path.read_bytes())
+        record = parse_json_once(path.read_bytes())
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}): name an annotation file") from None
     except ValueError as error:

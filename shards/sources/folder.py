@@ -101,12 +101,17 @@ class FolderCommand(DrawCommand):
 
 
 def _split_folders(top: Path, output: Path | None) -> dict[str, str]:
-    """Return the names of the sub-folders with their splits when every one, `output` apart, is named
-    after a split, else {}."""
+    """Return the names of the sub-folders with their splits when they are named after splits, `output` and what a Mac
+    leaves in an archive apart, else {}. Raises BadInput at another one beside two or more splits."""
     found = (path for path in top.iterdir() if path.is_dir() and path.resolve() != output)
-    folders = sorted(path.name for path in found if not path.name.startswith("."))
+    folders = sorted(path.name for path in found if not path.name.startswith(".") and path.name != "__MACOSX")
     named = {name: SPLIT_ALIASES[name.lower()] for name in folders if name.lower() in SPLIT_ALIASES}
-    return named if len(named) == len(folders) else {}
+    stray = [name for name in folders if name not in named]
+    if stray and len(set(named.values())) > 1:
+        raise BadInput(
+            f"{top / stray[0]} stands beside the split folders {', '.join(named)}: move it away, or into one of them"
+        )
+    return {} if stray else named
 
 
 def _left_out(others: list[str]) -> list[str]:

@@ -117,9 +117,16 @@ def test_settings_that_are_the_run_s_own_are_passed_over_or_refused(
 
     assert taken(train_batch_size=64, gradient_clipping=1e-6) == {"zero_optimization": {"stage": 1}}
     assert "gradient_clipping, train_batch_size passed over" in caplog.text
-    for key, value in (("scheduler", {}), ("amp", {"enabled": True}), ("prescale_gradients", True), ("fp16", True)):
+    refused: dict[str, object] = {"scheduler": {}, "amp": {}, "prescale_gradients": True, "fp16": True}
+    refused |= {"elasticity": {}, "torch_autocast": {"enabled": True}, "zero_optimisation": {}, "data_types": {}}
+    for key, value in refused.items():
         with pytest.raises(BadInput, match=f"has (a )?'{key}'"):
             taken(**{key: value})
+    for key, value in {"offload_param": {"device": "cpu"}, "zero_quantized_gradients": True}.items():
+        with pytest.raises(BadInput, match=f"has zero_optimization.{key}, which stages 1 and 2 do not heed"):
+            taken(zero_optimization={"stage": 2, key: value})
+    with pytest.raises(BadInput, match="offloads the optimizer to 'nvme': set its device to cpu or none"):
+        taken(zero_optimization={"stage": 2, "offload_optimizer": {"device": "nvme"}})
 
 
 def test_a_stage_that_is_no_number_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +145,7 @@ def test_a_stage_that_is_no_number_is_one_sentence(monkeypatch: pytest.MonkeyPat
         ({"stage": 2.7}, "its stage is 2.7, no whole number"),
         ({"stage": 0}, "asks for ZeRO stage 0, which is DDP"),
         ({"stage": 2, "reduce_bucket_size": "large"}, "reduce_bucket_size 'large': "),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}, "configuration is refused: Assertion"),
         ({"stage": 2, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "none"}}, ""),
     ],
 )

@@ -1,0 +1,42 @@
+"""Inputs that are ambiguous, or that no file system takes: each is one sentence that names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cmgan_dist.config.safe_yaml import parse_yaml
+from cmgan_dist.errors import BadInput, BadSample
+from shards.pairs import FileBytes
+from tests.toy import build_folder, fill_folder, run_shards
+
+SPLITS = [f"{split}/{name}{i}" for split in ("train", "val", "test") for name in ("a", "b") for i in range(3)]
+
+
+def test_a_folder_beside_those_of_splits_is_named(tmp_path: Path) -> None:
+    raw = fill_folder(tmp_path / "raw", [name.replace("/a", "/a/x").replace("/b", "/b/x") for name in SPLITS])
+    (raw / "__MACOSX").mkdir()
+    manifest = build_folder(raw, tmp_path / "out")
+    assert (manifest.classes, manifest.samples("train"), manifest.samples("test")) == (["a", "b"], 6, 6)
+    (raw / "unused").mkdir()
+    with pytest.raises(BadInput, match=r"unused stands beside the split folders test, train, val: move it away"):
+        build_folder(raw, tmp_path / "other")
+
+
+def test_a_key_that_stands_twice_is_named() -> None:
+    with pytest.raises(BadInput, match=r"c.yaml has 'lr' twice in one place: keep one"):
+        parse_yaml("optim:\n  lr: 1\n  b: [1, {x: 2}]\n  lr: 2\n", "c.yaml")
+    assert parse_yaml("a: {lr: 1}\nb: {lr: 2}\n", "c.yaml") == {"a": {"lr": 1}, "b": {"lr": 2}}
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", ".", "\ud800.png"])
+def test_a_name_that_no_file_has_is_a_sentence(name: str, tmp_path: Path) -> None:
+    record = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "x"}]}
+    (tmp_path / "captions.json").write_text(json.dumps(record))
+    with pytest.raises(BadInput, match=r"image 0 has the file_name .* which no file has"):
+        run_shards("build", "coco", tmp_path / "captions.json", "--images", tmp_path, "--output", tmp_path / "out")
+    if name != ".":
+        with pytest.raises(BadSample, match="no file has such a name"):
+            FileBytes(name).size()
