@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from typing import Any, BinaryIO
 
-from cmgan_dist.data.cache import open_store
+from cmgan_dist.data.cache import kept_store
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
@@ -21,7 +20,6 @@ from shards.shard_file import finished_record, put_shard
 
 Made = tuple[ShardInfo | None, list[str]]
 """What was written for a source (None when no sample was good), and a line for each sample left out."""
-_source = lru_cache(maxsize=1)(open_store)
 
 
 class MadeOtherwise(BadInput):
@@ -41,8 +39,7 @@ def make_shard(
     Raises BadInput when the source is not what its manifest says, at a bad sample unless the options skip them, and
     when a file cannot be written."""
     store, record = FileStore(output, "--output"), record_name(source.name)
-    with open(_open_source(data, source), "rb") as raw:
-        raw.seek(0)  # who fetched it has read it
+    with _opened(data, source) as raw:
         left_out: list[str] = []
         try:
             write_record(store, record, ledger.Record(source.sha256, settings))
@@ -68,13 +65,13 @@ def _check_count(source: ShardInfo, info: ShardInfo | None, left_out: list[str])
         )
 
 
-def _open_source(data: str, source: ShardInfo) -> int:
-    """Return a descriptor of a shard that features are made of. Raises BadInput when it is not what its manifest says;
+def _opened(data: str, source: ShardInfo) -> BinaryIO:
+    """Open a shard that features are made of. Raises BadInput when it is not what its manifest says;
     a remote one is compared when it is fetched."""
-    store = _source(data)
+    store = kept_store(data)
     if isinstance(store, LocalStore) and sha256_of(store.location(source.name)) != source.sha256:
         raise BadInput(f"{store.location(source.name)} is not what its manifest says: {_way_out(data)}")
-    return store.open(source)
+    return store.file(source)
 
 
 def _way_out(data: str) -> str:

@@ -8,16 +8,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import tyro
 
-from cmgan_dist.data.cache import open_store
+from cmgan_dist.data.cache import kept_store
 from cmgan_dist.data.folder import open_regular
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
@@ -70,12 +68,9 @@ class SplitCommand:
         print_summary(f"wrote {public_url(self.output)}", split(self))
 
 
-_source = lru_cache(maxsize=1)(open_store)
-
-
 def _samples(data: str, shard: ShardInfo) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield key and members of each sample of a shard. Raises BadInput where it is damaged."""
-    place, key = _source(data).location(shard.name), ""
+    place, key = kept_store(data).location(shard.name), ""
     try:
         with _opened(data, shard) as file:
             for group in iter_groups(file, shard.name):
@@ -90,12 +85,10 @@ def _samples(data: str, shard: ShardInfo) -> Iterator[tuple[str, dict[str, bytes
 
 def _opened(data: str, shard: ShardInfo) -> BinaryIO:
     """Open a shard; one at a URL is fetched and compared with its manifest. Raises BadInput, BadSample and OSError."""
-    store = _source(data)
+    store = kept_store(data)
     if isinstance(store, LocalStore):
         return open_regular(store.folder / shard.name)
-    descriptor = store.open(shard)
-    os.lseek(descriptor, 0, os.SEEK_SET)  # who fetched it has read it
-    return os.fdopen(descriptor, "rb")
+    return store.file(shard)
 
 
 def _see_verify(data: str) -> str:
@@ -122,7 +115,7 @@ def _facts(data: str, shard: ShardInfo, texts_too: bool, judge: Judge) -> list[t
         try:
             facts.append((key, _digests(judge.read(key, members), texts_too)))
         except BadSample as error:
-            place = _source(data).location(shard.name)
+            place = kept_store(data).location(shard.name)
             raise BadInput(f"{place} sample {shown(key)}: {error}: {_see_verify(data)}") from None
     return facts
 

@@ -10,7 +10,6 @@ import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cmgan_dist.data.cache import open_store
+from cmgan_dist.data.cache import kept_store
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import Manifest, ShardInfo
 from cmgan_dist.data.reader import ShardReader, open_data_set
@@ -84,16 +83,12 @@ class StatsCommand:
             print(describe_missing(missing))
 
 
-_source = lru_cache(maxsize=1)(open_store)
-
-
 def _scan(data: str, shard: ShardInfo, decode: bool, judge: Judge) -> ShardScan:
     """Scan a shard; one at a URL comes through the cache. Raises BadInput when it cannot be read."""
-    store = _source(data)
+    store = kept_store(data)
     if isinstance(store, LocalStore):
         return scan_shard(store.folder / shard.name, shard.name, decode, judge)
-    with open(store.open(shard), "rb") as file:
-        file.seek(0)  # who fetched it has read it
+    with store.file(shard) as file:
         return scan_file(file, shard.name, decode, judge)
 
 
@@ -153,7 +148,7 @@ def choose_samples(data: str, manifest: Manifest, count: int) -> list[tuple[str,
     """Return about `count` (split, sample) for the grid, the same ones on every call, the classes in turn.
 
     Raises BadInput when a sidecar is missing or not its shard's."""
-    opened = (_source(data), manifest)
+    opened = (kept_store(data), manifest)
     readers = {split: ShardReader(data, split, opened=opened) for split in manifest.splits if manifest.samples(split)}
     places = []
     for split, reader in readers.items():

@@ -56,9 +56,9 @@ def parse_yaml(text: str, where: str) -> Any:
         root = loader.get_single_node()
         if root is None:
             return None
-        if _count(root, {}) <= MOST_VALUES:
-            if (key := _twice(root)) is not None:
-                raise BadInput(f"{where} has {shown_value(key)} twice in one place: keep one of them")
+        fits = _count(root, {}) <= MOST_VALUES
+        doubled = _twice(root) if fits else None
+        if fits and doubled is None:
             return loader.construct_document(root)
     except RecursionError:
         raise BadInput(f"{where} is nested too deeply: write settings only") from None
@@ -66,16 +66,27 @@ def parse_yaml(text: str, where: str) -> Any:
         raise BadInput(f"{where} is not YAML ({' '.join(str(error).split())}): mend it") from None
     except (ValueError, KeyError, AttributeError) as error:  # PyYAML on 2026-99-99, !!bool x, !!timestamp x
         raise BadInput(f"{where} has a value that is not of its type ({error}): mend it") from None
+    if doubled is not None:
+        raise BadInput(f"{where} has {shown_value(doubled)} twice in one place: keep one of them")
     raise BadInput(f"{where} holds more than {MOST_VALUES} values, aliases written out: keep to the settings")
 
 
 def _twice(node: yaml.Node) -> str | None:
     """Return a key that stands twice in one mapping, in `node` or below it, None where there is none."""
-    parts = node.value if isinstance(node.value, list) else []
-    keys = [item[0].value for item in parts if isinstance(item, tuple) and isinstance(item[0], yaml.ScalarNode)]
-    doubled = next((key for key in keys if keys.count(key) > 1), None)
-    below = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
-    return doubled if doubled is not None else next((key for part in below if (key := _twice(part)) is not None), None)
+    seen = set[str]()
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            return str(key.value)
+        if isinstance(key, yaml.ScalarNode):
+            seen.add(key.value)
+    return next((found for part in _parts(node) if (found := _twice(part)) is not None), None)
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    """Return the nodes in a node: keys and values of a mapping, items of a sequence."""
+    parts = getattr(node, "value", None)
+    found = parts if isinstance(parts, list) else []
+    return [part for item in found for part in (item if isinstance(item, tuple) else (item,))]
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
@@ -85,7 +96,5 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
         below = getattr(node, "value", None)
         if isinstance(below, str) and len(below) > MOST_DIGITS and node.tag.endswith((":int", ":float")):
             raise ValueError(f"a number of {len(below)} characters")
-        parts = below if isinstance(below, list) else []
-        nodes = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
-        known[id(node)] = 1 + sum(_count(part, known) for part in nodes)
+        known[id(node)] = 1 + sum(_count(part, known) for part in _parts(node))
     return known[id(node)]

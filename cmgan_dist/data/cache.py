@@ -34,7 +34,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
@@ -89,6 +89,10 @@ def open_store(
         )
     source = RemoteSource(data, retries=retries, timeout_s=timeout_s)
     return CachedStore(source, Path(cache) if cache else own_cache("shards"), cache_bytes=cache_bytes)
+
+
+kept_store = lru_cache(maxsize=1)(open_store)
+"""`open_store` for a process that reads one shard after another of one data set."""
 
 
 def own_cache(name: str) -> Path:

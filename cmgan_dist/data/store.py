@@ -13,7 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -52,6 +52,12 @@ class ShardStore(ABC):
     @abstractmethod
     def open(self, shard: ShardInfo) -> int:
         """Return a descriptor for reading the whole shard; the caller closes it. Raises BadInput when there is none."""
+
+    def file(self, shard: ShardInfo) -> BinaryIO:
+        """Return the whole shard as a file at its start; the caller closes it. Raises BadInput when there is none."""
+        descriptor = self.open(shard)
+        os.lseek(descriptor, 0, os.SEEK_SET)  # who has fetched it has read it
+        return os.fdopen(descriptor, "rb")
 
     def prefetch(self, shards: Sequence[ShardInfo]) -> None:  # noqa: B027 - nothing to do for a local folder
         """Start fetching shards that are needed soon, in this order, in the background. Never raises, never waits."""

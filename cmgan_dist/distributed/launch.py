@@ -15,9 +15,9 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cmgan_dist.distributed.launch_config import CONFIG_FLAG, launch_config, launch_environment
+from cmgan_dist.distributed.launch_config import CONFIG_FLAG, environment_of, launch_config
 from cmgan_dist.errors import EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
 from cmgan_dist.jobs.startup import ended_by_signals
 
@@ -52,9 +52,10 @@ def main(words: Sequence[str]) -> int:
 
 def _launch(arguments: list[str]) -> int:
     path = take(arguments, CONFIG_FLAG)
-    os.environ.update(launch_environment(path))
     if path is not None:
-        _check_processes(path, arguments)
+        config = launch_config(path)
+        _check_processes(path, config, arguments)
+        os.environ.update(environment_of(config))
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -73,9 +74,9 @@ def _launch(arguments: list[str]) -> int:
     return 0
 
 
-def _check_processes(path: str, arguments: Sequence[str]) -> None:
+def _check_processes(path: str, config: dict[str, Any], arguments: Sequence[str]) -> None:
     """Raises BadInput where a configuration file asks for several processes that torchrun's options do not."""
-    asked = launch_config(path).get("num_processes", 1)
+    asked = config.get("num_processes", 1)
     counted = any(re.match("--nproc[-_]per[-_]node(=|$)", word) for word in arguments)
     if asked not in (None, 1, -1) and not counted:
         raise BadInput(f"{CONFIG_FLAG} {path} has num_processes {asked}: say it as --nproc_per_node, a machine's share")

@@ -67,11 +67,13 @@ def launch_config(path: str, flag: str = CONFIG_FLAG) -> dict[str, Any]:
 
 
 def launch_environment(path: str | None, flag: str = CONFIG_FLAG) -> dict[str, str]:
-    """Return the variables by which `accelerate launch --config_file PATH` tells its processes what to do: whether
-    DeepSpeed trains, and what the processes log that they do not use; {} for no file. Raises as `launch_config`."""
-    if path is None:
-        return {}
-    config = launch_config(path, flag)
+    """Return `environment_of` a configuration file, {} for no file. Raises as `launch_config`."""
+    return {} if path is None else environment_of(launch_config(path, flag))
+
+
+def environment_of(config: dict[str, Any]) -> dict[str, str]:
+    """Return the variables by which `accelerate launch` tells its processes what a configuration asks for: whether
+    DeepSpeed trains, and what the processes log that they do not use."""
     dynamo = config.get("dynamo_config") or {}
     backend = (dynamo.get("dynamo_backend") or dynamo.get("backend")) if isinstance(dynamo, dict) else dynamo
     asked = {"MIXED_PRECISION": config.get("mixed_precision"), "DYNAMO_BACKEND": backend}

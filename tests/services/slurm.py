@@ -235,6 +235,32 @@ class Cluster:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
         return done.stdout.strip()
 
+    def submit_array(self, *words: str, output: Path, **variables: str) -> str:
+        """Submit an array by sbatch's `words`, whose tasks write to `output`/TASK.out; returns the job's number.
+
+        `variables`: more of the environment that the tasks get."""
+        usual = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            ["sbatch", f"--output={output}/%a.out", *words],
+            env={**self.environment, **usual, **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return done.stdout.split()[-1]
+
+    def check_array(self, job: str, tasks: range, requeued: int, output: Path, seconds: float) -> dict[str, str]:
+        """Wait up to `seconds` for the end of an array; returns what each task wrote.
+
+        Every one must have completed, and the one that was `requeued` have begun once more."""
+        wait_for("end of the array", lambda: self.run("squeue", "-h") == "", seconds)
+        said = {path.stem: path.read_text() for path in output.glob("*.out")}
+        states = {task: self.job(f"{job}_{task}") for task in tasks}
+        assert {state["JobState"] for state in states.values()} == {"COMPLETED"}, said
+        assert states[requeued]["Restarts"] == "1"
+        return said
+
     def job(self, job: str) -> dict[str, str]:
         """`scontrol show job`, one name and value each."""
         text = self.run("scontrol", "--oneliner", "show", "job", job)

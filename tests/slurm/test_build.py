@@ -3,7 +3,6 @@ one process."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,27 +21,13 @@ def test_an_array_builds_what_one_process_does(cluster: Cluster, tmp_path: Path)
     table, shared = write_table(tmp_path / "t.jsonl", told), tmp_path / "shared"  # type: ignore[arg-type]
     words = ["table", str(table), "--shard-samples", "4", "--processes", "1", "--val", "0.2"]
     run_shards("build", *words, "--output", tmp_path / "alone")
-    done = subprocess.run(
-        ["sbatch", "--array=1-3", f"--output={tmp_path}/%a.out", str(ROOT / "launchers" / "slurm" / "build.sbatch")]
-        + [*words, "--output", str(shared)],
-        env={
-            **cluster.environment,
-            **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CMGAN_ROOT": str(ROOT)},
-            "CMGAN_PYTHON": sys.executable,
-        },
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    job = done.stdout.split()[-1]
+    script = str(ROOT / "launchers" / "slurm" / "build.sbatch")
+    command = ["--array=1-3", script, *words, "--output", str(shared)]
+    python = {"CMGAN_ROOT": str(ROOT), "CMGAN_PYTHON": sys.executable}
+    job = cluster.submit_array(*command, output=tmp_path, **python)
     wait_for("a shard", lambda: any(shared.glob("*.build.json")), 200)
     cluster.run("scontrol", "requeue", f"{job}_2")
-    wait_for("end of the array", lambda: cluster.run("squeue", "-h") == "", 300)
-    said = {path.stem: path.read_text() for path in tmp_path.glob("*.out")}
-    states = {task: cluster.job(f"{job}_{task}") for task in (1, 2, 3)}
-    assert {state["JobState"] for state in states.values()} == {"COMPLETED"}, said
-    assert states[2]["Restarts"] == "1"
+    said = cluster.check_array(job, range(1, 4), 2, tmp_path, 300)
     assert "left to other tasks" in "".join(said.values()), said
     left = {name: data for name, data in files_of(shared).items() if not name.endswith(".lock")}
     assert left == files_of(tmp_path / "alone")

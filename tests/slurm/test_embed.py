@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.retrieval.embed_cases import files, whole
-from tests.services.slurm import Cluster, wait_for
+from tests.services.slurm import Cluster
 from tests.toy import make_features, save_untrained, small_config
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("nodes_are_back")]
@@ -32,21 +31,9 @@ def test_an_array_embeds_what_one_process_does(cluster: Cluster, tmp_path: Path)
     script = tmp_path / "embed.sh"
     script.write_text(JOB)
     command = [sys.executable, str(ROOT / "launchers" / "embed.py"), str(tmp_path / "run"), "--data", str(data)]
-    done = subprocess.run(
-        ["sbatch", "--requeue", "--array=2-4", f"--output={tmp_path}/%a.out", str(script), *command]
-        + ["--output", str(shared), "--processes", "1"],
-        env={**cluster.environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    job = done.stdout.split()[-1]
-    wait_for("end of the array", lambda: cluster.run("squeue", "-h") == "", 200)
-    said = {path.stem: path.read_text() for path in tmp_path.glob("*.out")}
-    states = {task: cluster.job(f"{job}_{task}") for task in (2, 3, 4)}
-    assert {state["JobState"] for state in states.values()} == {"COMPLETED"}, said
-    assert states[4]["Restarts"] == "1"
+    words = ["--requeue", "--array=2-4", str(script), *command, "--output", str(shared), "--processes", "1"]
+    job = cluster.submit_array(*words, output=tmp_path, PYTHONPATH=str(ROOT))
+    said = cluster.check_array(job, range(2, 5), 4, tmp_path, 200)
     assert sum(f"wrote {shared}: 149 images and 298 texts in 8 shards" in text for text in said.values()) == 1, said
     assert sum("are left to other tasks" in text for text in said.values()) == 2, said
     assert files(shared) == files(alone)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,27 +32,13 @@ def test_an_array_makes_the_features_that_one_process_does(cluster: Cluster, tmp
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     chosen = {"image_backbone": "test_efficientnet", "image_weights": str(weights), "image_size": 48}
     write_features(FeaturesCommand(str(data), str(alone), processes=1, **chosen))  # type: ignore[arg-type]
-    done = subprocess.run(
-        ["sbatch", "--array=1-3", f"--output={tmp_path}/%a.out", str(ROOT / "launchers" / "slurm" / "features.sbatch")]
-        + [str(data), "--output", str(shared), "--processes", "1", *options],
-        env={
-            **cluster.environment,
-            **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CMGAN_ROOT": str(ROOT)},
-            "CMGAN_PYTHON": sys.executable,
-        },
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    job = done.stdout.split()[-1]
+    script = str(ROOT / "launchers" / "slurm" / "features.sbatch")
+    command = ["--array=1-3", script, str(data), "--output", str(shared), "--processes", "1", *options]
+    python = {"CMGAN_ROOT": str(ROOT), "CMGAN_PYTHON": sys.executable}
+    job = cluster.submit_array(*command, output=tmp_path, **python)
     wait_for("a task that runs", lambda: cluster.job(f"{job}_2").get("JobState") == "RUNNING", 100)
     time.sleep(1.0)
     cluster.run("scontrol", "requeue", f"{job}_2")
-    wait_for("end of the array", lambda: cluster.run("squeue", "-h") == "", 300)
-    said = {path.stem: path.read_text() for path in tmp_path.glob("*.out")}
-    states = {task: cluster.job(f"{job}_{task}") for task in (1, 2, 3)}
-    assert {state["JobState"] for state in states.values()} == {"COMPLETED"}, said
-    assert states[2]["Restarts"] == "1"
+    said = cluster.check_array(job, range(1, 4), 2, tmp_path, 300)
     assert "left to other tasks" in "".join(said.values()), said
     assert files(shared) == files(alone)
