@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process, util
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import EXIT_LOST, BadInput
 from cmgan_dist.jobs.cores import usable_cores
 
 Task = TypeVar("Task")
@@ -44,6 +44,16 @@ def _end_with_parent() -> None:
             os._exit(1)
 
         threading.Thread(target=watch, daemon=True).start()
+
+
+def _in_worker(function: Callable[..., Result], task: tuple[Any, ...]) -> Result:
+    """Return ``function(*task)``. Where SIGTERM ends it, the worker ends with it: its pool would take SystemExit for the
+    task's result, and give it the next one."""
+    try:
+        return function(*task)
+    except SystemExit:
+        util._exit_function()  # type: ignore[attr-defined]  # what libraries left to it, such as semaphores
+        os._exit(EXIT_LOST)
 
 
 def _end_workers() -> None:
@@ -83,7 +93,7 @@ def parallel_map(
                 advance(count)
             return results
         with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_end_with_parent) as pool:
-            futures = [pool.submit(function, *task) for task in tasks]
+            futures = [pool.submit(_in_worker, function, task) for task in tasks]
             for future, count in zip(futures, counts, strict=True):
                 future.add_done_callback(_on_success(advance, count))
             try:
