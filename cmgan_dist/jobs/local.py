@@ -47,8 +47,8 @@ def _end_with_parent() -> None:
 
 
 def _in_worker(function: Callable[..., Result], task: tuple[Any, ...]) -> Result:
-    """Return ``function(*task)``. Where SIGTERM ends it, the worker ends with it: its pool would take SystemExit for the
-    task's result, and give it the next one."""
+    """Return ``function(*task)``. Where SIGTERM ends it, the worker ends too: its pool would take SystemExit for the
+    task's result, and give it the next task."""
     try:
         return function(*task)
     except SystemExit:
