@@ -20,7 +20,7 @@ import re
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -53,6 +53,8 @@ class Progress:
     """The position at which the best score was reached."""
     bad_samples: int = 0
     """Samples that were replaced so far, on all processes."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """skipped/PHASE in fp16: steps left out so far. Not changed in place, since a save may be under way."""
     epoch_samples: int = 0
     """Samples in an epoch."""
     data: str = ""

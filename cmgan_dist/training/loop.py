@@ -195,7 +195,7 @@ def run_phases(
 
 
 def record_batch(run: Run, micro_batches: list[StepInputs], terms: dict[str, Tensor], clock: Clock | None) -> None:
-    """Average over the processes what the batch that has just ended measured, and count its bad samples.
+    """Average over the processes what the batch that has just ended measured, and count bad samples and skipped steps.
 
     With a `clock`, write a line of metrics.jsonl. Every process calls it."""
     progress, parallel = run.progress, run.parallel
@@ -203,13 +203,15 @@ def record_batch(run: Run, micro_batches: list[StepInputs], terms: dict[str, Ten
     stats = {k: sum(float(inputs.stats[k]) for inputs in micro_batches) / parts for k in names}
     values = parallel.mean({"bad": float(run.bad), **{k: float(v) for k, v in terms.items()}, **stats})
     progress.bad_samples += round(values.pop("bad") * parallel.world)
-    run.bad = 0
+    counts = {k: progress.skipped.get(k, 0) + round(float(v)) for k, v in run.skipped.items()}
+    progress.skipped = progress.skipped | counts
+    run.bad, run.skipped = 0, {}
     if clock is None:
         return
     began = (progress.position - run.config.stream.global_batch) / progress.epoch_samples
     factor = rate(run.config.optim, began, run.config.train.epochs)
     values |= {"lr": run.config.optim.generator_lr * factor, "bad_samples": progress.bad_samples}
-    values |= {k: float(v) for k, v in run.skipped.items()}
+    values |= {k: float(v) for k, v in progress.skipped.items()}
     values |= {"samples_per_s": run.recorder.rate(progress.position), **clock.take(), "memory_gib": parallel.memory()}
     run.recorder.line("train", progress.position, values, progress.epoch_samples)
 

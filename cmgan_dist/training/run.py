@@ -141,7 +141,7 @@ class Run:
     bad: int = 0
     """Samples replaced on this process since the last log line."""
     skipped: dict[str, Tensor | float] = field(default_factory=dict)
-    """skipped/PHASE in fp16: steps left out since the start of this process."""
+    """skipped/PHASE in fp16: steps left out since the last log line."""
 
     @property
     def epoch(self) -> float:

@@ -95,11 +95,20 @@ class Networks:
         def under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
+        tensors = self._with_average(tensors)
         check_shapes(self.model_tensors(), {k: v for k, v in tensors.items() if not k.startswith("optimizer/")}, where)
         for name, module in self.parts().items():
             load_tensors(module, under(f"{name}/"), strict=not isinstance(module, Generator))
         for name, engine in self.engines.items():
             engine.load(under(f"optimizer/{name}/"))
+
+    def _with_average(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a checkpoint's tensors as of a run with `train.ema` as it is now: an average that begins here begins
+        with the generator, and one that ends here is left out."""
+        if self.average is None:
+            return {k: v for k, v in tensors.items() if not k.startswith("ema/")}
+        of_generator = {k: v for k, v in tensors.items() if k.startswith("generator/")}
+        return {k.replace("generator/", "ema/", 1): v for k, v in of_generator.items()} | tensors
 
 
 def build_networks(config: Config, spec: DataSpec, vocabulary: Vocabulary | None, parallel: Parallel) -> Networks:

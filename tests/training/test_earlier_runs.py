@@ -13,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from cmgan_dist.config.paths import settings
 from cmgan_dist.files import sha256_of
 from cmgan_dist.training.checkpoint import latest
 from launchers import train
@@ -22,10 +25,12 @@ from tests.toy import (
     SMALL,
     call,
     environment,
+    final_state,
     index_tar,
     lines,
     make_features,
     npy,
+    run_to_end,
     train_words,
     wait_for,
     write_manifest,
@@ -150,3 +155,58 @@ def test_features_too_large_for_fp16_are_named_and_the_advice_leads_out(tmp_path
     found = latest(tmp_path / "run")
     assert found is not None
     assert found.name == "samples-000000000064"
+
+
+def test_an_average_may_begin_and_end_where_a_run_goes_on(data: Path, tmp_path: Path) -> None:
+    run, last = tmp_path / "run", ["train.save_every=1", "train.select=last"]
+    assert start(data, run, "train.epochs=1", *last) == (0, "")
+    live = {k: v for k, v in final_state(run).items() if k.startswith("generator/")}
+    assert start(data, run, "train.epochs=2", "train.ema=0.999999", *last) == (0, "")
+    state = final_state(run)
+    for name, before in live.items():  # the average has hardly left the generator that it began with
+        torch.testing.assert_close(state[name.replace("generator/", "ema/", 1)], before, atol=1e-4, rtol=1e-4)
+    assert not all(torch.equal(state[name], before) for name, before in live.items())
+    assert start(data, run, "train.epochs=3", *last) == (0, "")
+    state = final_state(run)
+    assert not [name for name in state if name.startswith("ema/")]
+    best = load_file(run / "best" / "model.safetensors")
+    own = {name for name in best if not name.startswith("scoring/")}
+    assert all(torch.equal(best[name], state[f"generator/{name}"]) for name in own)
+
+
+OTHERS = {
+    "stream.workers": 2, "stream.max_bad_share": 0.5, "stream.cache_gib": 1, "stream.retries": 1, "stream.timeout_s": 9,
+    "optim.generator_lr": 1e-4, "optim.discriminator_lr": 1e-4, "optim.clip": 0.5, "train.precision": "bf16",
+    "train.reduce_precision": "bf16", "train.ema": 0.9, "train.val_every": 1, "train.select": "last",
+    "train.save_every": 1, "train.keep": 1, "train.log_every": 1, "train.timeout_s": 60, "train.trace": 1,
+    "train.threads": 1, "train.report": "true", "train.tracker": "tensorboard", "eval.objective": "pair",
+    "eval.score": "cosine", "eval.pair_head": "false", "eval.bank": 0, "eval.batch": 7, "train.epochs": 3,
+    "model.kernels": "torch",
+}  # fmt: skip
+ELSEWHERE = {"stream.cache", "train.shard_backbones", "train.compile", "preset", "data", "output"}
+"""Settings that need another kind of data, a compiler or another place; each has a test where it is at home."""
+
+
+def test_every_setting_that_may_change_may(data: Path, tmp_path: Path) -> None:
+    may = {name for name, setting in settings().items() if setting.resumable}
+    assert may - OTHERS.keys() - ELSEWHERE == set(), "which other value may it have?"
+    assert start(data, tmp_path / "run", "train.epochs=2") == (0, "")
+    changed = [f"{name}={value}" for name, value in OTHERS.items() if name in may]
+    assert start(data, tmp_path / "run", *changed) == (0, "")
+    assert lines(tmp_path / "run", "train")[-1]["epoch"] == 3
+
+
+def test_steps_left_out_in_fp16_are_counted_over_all_starts(data: Path, tmp_path: Path) -> None:
+    extra = [
+        "train.precision=fp16",
+        "train.save_every=1",
+        "train.log_every=1",
+        "train.epochs=4",
+        "loss.classification=1000",
+    ]
+    run_to_end(data, tmp_path / "whole", *extra)
+    run_to_end(data, tmp_path / "parts", *extra, "train.epochs=1")
+    run_to_end(data, tmp_path / "parts", *extra)
+    whole, parts = lines(tmp_path / "whole", "train"), lines(tmp_path / "parts", "train")
+    assert whole == parts
+    assert any(value for name, value in whole[-1].items() if name.startswith("skipped/")), "no step was left out"
