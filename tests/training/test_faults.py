@@ -67,10 +67,11 @@ def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 @contextmanager
-def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[str]]:
+def started(command: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """The command, with stderr in `log`; whatever is left of it at the end is killed."""
     with open(log, "w") as file:
-        process = subprocess.Popen(command, env=environment(), stderr=file, start_new_session=True, text=True)
+        env = environment() | variables
+        process = subprocess.Popen(command, env=env, stderr=file, start_new_session=True, text=True)
         try:
             yield process
         finally:
@@ -147,12 +148,17 @@ def test_killed_at_random_times_again_and_again_ends_like_the_undisturbed_run(
     same_result(run, whole)
 
 
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+"""What `accelerate launch --config_file launchers/configs/zero2.yaml` sets."""
+
+
+@pytest.mark.parametrize("variables", [{}, pytest.param(ZERO, marks=pytest.mark.slow)], ids=["ddp", "zero"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, PAUSED])
 def test_without_elastic_the_others_end_with_one_clear_error(
-    number: int, feature_data: Callable[..., Path], tmp_path: Path
+    number: int, variables: dict[str, str], feature_data: Callable[..., Path], tmp_path: Path
 ) -> None:
     data, run = feature_data(), tmp_path / "run"
-    with started([*elastic(0), *arguments(data, run, "train.epochs=100000")], tmp_path / "log") as process:
+    with started([*elastic(0), *arguments(data, run, "train.epochs=100000")], tmp_path / "log", **variables) as process:
         until(lambda: checkpoints(run) >= 1, process, "a checkpoint")
         ranks(process)[1].send_signal(number)
         assert process.wait(LIMIT) != 0
