@@ -196,7 +196,7 @@ def take_zero_config() -> dict[str, Any] | None:
             "train.shard_backbones=true divides trained backbones (stage 3 takes parameters apart that the losses of "
             "other modules go through)"
         )
-    return _checked(config, where)
+    return _checked(config, where.removesuffix(".zero_stage"))
 
 
 def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
     offload = config["zero_optimization"].get("offload_optimizer") or {}
     device = offload.get("device", "none") if isinstance(offload, dict) else offload
     if device not in ("none", "cpu", None):
-        raise BadInput(f"{where} offloads the optimizer to {device!r}: set its device to cpu or none")
+        raise BadInput(f"{where} offloads the optimizer to {device!r}: set offload_optimizer's device to cpu or none")
     for key in ("fp16", "bf16"):
         if not isinstance(config.get(key, {}), dict):
             raise BadInput(f"{where} has a '{key}' that is no mapping: drop it, and set train.precision")

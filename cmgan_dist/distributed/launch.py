@@ -56,9 +56,11 @@ def _launch(arguments: list[str]) -> int:
         config = launch_config(path)
         _check_processes(path, config, arguments)
         os.environ.update(environment_of(config))
+    import torch.distributed
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would repeat which one failed
     try:
@@ -67,8 +69,14 @@ def _launch(arguments: list[str]) -> int:
         name = signal.Signals(error.sigval).name
         print(f"ended by {name}, which was passed on to all processes: start again to go on", file=sys.stderr)
         return EXIT_SIGNALLED
-    except ValueError as error:  # of torchrun's options
+    except (ValueError, ImportError) as error:  # of torchrun's options
         raise BadInput(f"{error}: see torchrun --help") from None
+    except (RendezvousError, torch.distributed.DistError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0] or "one did not come in time"
+        raise BadInput(
+            f"the machines of the run could not meet ({reason}): see that --rdzv-endpoint, or --master_addr and "
+            "--master_port, name one that all reach, and that each is started"
+        ) from None
     except ChildFailedError as error:
         return _end_with_cause(error.failures)
     return 0

@@ -240,6 +240,21 @@ def test_a_launcher_that_waits_for_another_machine_ends_at_a_signal(tmp_path: Pa
     assert said.splitlines()[-1] == "SIGTERM came before training began: start again"
 
 
+@pytest.mark.parametrize(
+    ("node", "reason"),
+    [
+        (["--node_rank", "1"], "The client socket has timed out"),
+        (["--node_rank", "0"], "Timed out after"),
+    ],
+)
+def test_machines_that_do_not_meet_are_one_sentence(node: list[str], reason: str, tmp_path: Path) -> None:
+    words = [*OURS[:3], "--nnodes", "2", *node, "--master_addr", "127.0.0.1"]
+    done = launch([*words, "--master_port", str(free_port()), "--rdzv-conf", "timeout=3"], "well", tmp_path)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert f"error: the machines of the run could not meet ({reason}" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_options_of_torchrun_that_are_wrong_are_one_sentence(tmp_path: Path) -> None:
     done = launch([*OURS[:-1], "abc"], "well", tmp_path)
     assert done.returncode == EXIT_BAD_INPUT

@@ -125,7 +125,9 @@ def test_settings_that_are_the_run_s_own_are_passed_over_or_refused(
     for key, value in {"offload_param": {"device": "cpu"}, "zero_quantized_gradients": True}.items():
         with pytest.raises(BadInput, match=f"has zero_optimization.{key}, which stages 1 and 2 do not heed"):
             taken(zero_optimization={"stage": 2, key: value})
-    with pytest.raises(BadInput, match="offloads the optimizer to 'nvme': set its device to cpu or none"):
+    with pytest.raises(
+        BadInput, match="offloads the optimizer to 'nvme': set offload_optimizer's device to cpu or none"
+    ):
         taken(zero_optimization={"stage": 2, "offload_optimizer": {"device": "nvme"}})
 
 
@@ -134,6 +136,11 @@ def test_a_stage_that_is_no_number_is_one_sentence(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "two")
     monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", raising=False)
     with pytest.raises(BadInput, match="zero_stage is 'two': set it to 1 or 2"):
+        take_zero_config()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "nvme")
+    with pytest.raises(BadInput, match="deepspeed_config offloads the optimizer to 'nvme'"):
         take_zero_config()
 
 
