@@ -23,7 +23,7 @@ import simplejpeg
 from PIL import Image
 
 from cmgan_dist.data.jpeg import check_jpeg
-from cmgan_dist.data.resize import resize, resize_quick
+from cmgan_dist.data.resize import mirror, resize, resize_quick
 from cmgan_dist.errors import BadSample, shown
 
 MAX_PIXELS = 89_478_485
@@ -90,15 +90,18 @@ def decode_image(
         flip = augment is not None and augment.random() < 0.5
         pixels, scale = _decode(picture, eighths_for(box, size, exact=augment is None))
     left, top, right, bottom = (edge * scale for edge in box)
+    made = np.empty((size, size, 4), np.uint8) if out is None else out
     if augment is None:
-        square = resize(pixels[round(top) : math.ceil(bottom), round(left) : math.ceil(right)], size, bottom - top)
+        box_pixels = pixels[round(top) : math.ceil(bottom), round(left) : math.ceil(right)]
+        np.copyto(made.view("<u4")[..., 0], resize(box_pixels, size, bottom - top))
     else:  # an edge half a pixel off is as random as the crop
-        square = resize_quick(pixels[round(top) : round(bottom), round(left) : round(right)], size)
+        resize_quick(pixels[round(top) : round(bottom), round(left) : round(right)], made)
     if orientation in _UPRIGHT:
         turn, rows, columns = _UPRIGHT[orientation]
-        square = (square.T if turn else square)[::rows, ::columns]
-    made = np.empty((size, size, 4), np.uint8) if out is None else out
-    np.copyto(made.view("<u4")[..., 0], square[:, ::-1] if flip else square)
+        square = made.view("<u4")[..., 0].copy()
+        np.copyto(made.view("<u4")[..., 0], (square.T if turn else square)[::rows, ::columns])
+    if flip:
+        mirror(made)
     return made
 
 
