@@ -38,6 +38,9 @@ BLOCK = 8 << 20
 """Bytes asked for in one read."""
 LEAST_BYTES_S = 16 << 10
 """Bytes a second that must come, over each time of timeout_s: who sends one now and then is as good as dead."""
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+# Else gcsfs asks by gRPC, which does not outlive a fork nor knows STORAGE_EMULATOR_HOST, what kind of bucket it is.
+
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
 """Protocol -> the package that fsspec reads it by."""
 FAILURES = {
@@ -167,8 +170,6 @@ class RemoteSource:
         Raises BadInput when the package for its protocol is missing."""
         self.protocol = url.partition("://")[0]
         self.package = PACKAGES[self.protocol]
-        # Else gcsfs asks by gRPC, which does not outlive a fork, what kind of bucket it is.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         try:
             fsspec.get_filesystem_class(self.protocol)
             # RuntimeError: of a connection that another thread has closed, or that the interpreter's end has

@@ -1,4 +1,4 @@
-"""An S3 store on loopback, by moto."""
+"""Object stores on loopback: S3 by moto, Google's by gcp-storage-emulator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.request import Request, urlopen
 
+import fsspec
 import pytest
+
+from tests.services.slurm import free_port
 
 
 @contextmanager
@@ -30,4 +33,25 @@ def running_s3(bucket: str) -> Iterator[None]:
         finally:
             urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
             s3fs.S3FileSystem.clear_instance_cache()
+            server.stop()
+
+
+@contextmanager
+def running_gs(bucket: str) -> Iterator[None]:
+    """Send all requests for gs:// of this process and those that it starts to a store that has one empty bucket."""
+    import gcsfs
+    from gcp_storage_emulator.server import create_server
+
+    port = free_port()
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket=bucket)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        patch.setenv("FSSPEC_GS_TOKEN", "anon")
+        patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})  # of which only a new process asks the environment
+        gcsfs.GCSFileSystem.clear_instance_cache()  # they remember their endpoint
+        try:
+            yield
+        finally:
+            gcsfs.GCSFileSystem.clear_instance_cache()
             server.stop()

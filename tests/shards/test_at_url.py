@@ -14,18 +14,22 @@ from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from shards.plan_files import PLAN_NAME
 from tests.services.faulty_server import FaultyServer
-from tests.services.object_store import running_s3
+from tests.services.object_store import running_gs, running_s3
 from tests.toy import ROOT, environment, files_of, picture, run_shards, wait_for, write_table
 
 pytestmark = pytest.mark.process
 
 
 @pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of an empty bucket."""
+def bucket(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty bucket, of S3 unless the test names the other protocol."""
+    protocol = getattr(request, "param", "s3")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with running_s3("bucket"):
-        yield "s3://bucket"
+    with {"s3": running_s3, "gs": running_gs}[protocol]("bucket"):
+        yield f"{protocol}://bucket"
+
+
+BOTH = pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
 
 
 def make_table(folder: Path, rows: int = 40, side: int = 24) -> Path:
@@ -46,6 +50,7 @@ def files(url: str) -> dict[str, bytes]:
     return {name: store.read(name) for name in store.names()}
 
 
+@BOTH
 def test_what_is_built_at_a_url_is_what_is_built_in_a_folder(
     tmp_path: Path, bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,7 +59,7 @@ def test_what_is_built_at_a_url_is_what_is_built_in_a_folder(
     whole = files_of(tmp_path / "local")
     build(table, url)
     assert files(url) == whole
-    assert "packed s3://bucket/out" in capsys.readouterr().out
+    assert f"packed {url}" in capsys.readouterr().out
     assert not list((tmp_path / "cache/cmgan_dist/plans").iterdir())
     store = FileStore(url, "URL")
     name = next(name for name in whole if name.endswith(".tar"))
@@ -66,9 +71,9 @@ def test_what_is_built_at_a_url_is_what_is_built_in_a_folder(
     assert files(url) == whole
     store.write(".packing", "of a run that was killed behind its manifest")
     build(table, url)
-    assert "already packed: s3://bucket/out" in capsys.readouterr().out
+    assert f"already packed: {url}" in capsys.readouterr().out
     assert files(url) == whole
-    with pytest.raises(BadInput, match=r"s3://bucket/out holds another data set: name a new place, or pass --over"):
+    with pytest.raises(BadInput, match=r"://bucket/out holds another data set: name a new place, or pass --over"):
         build(make_table(tmp_path, 30), url)
     assert files(url) == whole
     build(make_table(tmp_path, 30), url, "--overwrite")
@@ -150,6 +155,21 @@ def test_a_build_that_is_killed_goes_on(tmp_path: Path, bucket: str) -> None:
     assert files(url) == files_of(tmp_path / "local")
 
 
+@pytest.mark.slow
+@BOTH
+def test_a_cluster_builds_at_a_url_what_one_process_builds_in_a_folder(tmp_path: Path, bucket: str) -> None:
+    from tests.services.ray_nodes import running_nodes
+
+    table, url = make_table(tmp_path), f"{bucket}/out"
+    build(table, tmp_path / "local")
+    with running_nodes(2) as cluster:  # begun here, they ask the same store
+        with pytest.raises(BadInput, match="needs a folder for the plan that all nodes see: name it by --work"):
+            build(table, url, "--ray", cluster.address)
+        build(table, url, "--ray", cluster.address, "--work", tmp_path / "work")
+    assert files(url) == files_of(tmp_path / "local")
+
+
+@BOTH
 def test_a_data_set_at_a_url_is_split_verified_and_looked_at(
     tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
