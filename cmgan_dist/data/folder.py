@@ -60,8 +60,11 @@ KINDS = {
 
 
 def check_output(folder: Path, own: str, flag: str = "--output") -> None:
-    """Raises BadInput when what is written to a folder, with its file `own` of KINDS, would mix with another kind."""
+    """Raises BadInput when what is written to a folder, with its file `own` of KINDS, would mix with another kind,
+    or it is no folder."""
     refuse_url(folder, flag)
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{flag} {shown(str(folder))} is a file: name another folder, which is made")
     for name, kind in KINDS.items():
         if name != own and (folder / name).is_file():
             raise BadInput(f"{flag} {shown(str(folder))} is {kind}: name another folder ({name} lies in it)")

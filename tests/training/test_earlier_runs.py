@@ -107,6 +107,10 @@ def test_an_output_that_holds_other_things_is_left_alone(data: Path, tmp_path: P
         assert (code, "is a data set: name another folder" in error) == (2, True)
     code, error = start(data, other, "--resume", "never")
     assert (code, "holds what is no run (thesis.txt)" in error) == (2, True)
+    assert start(data, other / "thesis.txt") == (
+        2,
+        f"error: --output {other / 'thesis.txt'} is a file: name another folder, which is made",
+    )
     assert {path.name for path in data.iterdir()} == before
     assert (other / "thesis.txt").read_text() == "dear"
 
