@@ -5,6 +5,11 @@ python launchers/evaluate.py RUN --data DIR --split test [--json]
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cmgan_dist.interrupts import heed
+
+    heed()
+
 import contextlib
 import json
 import os
