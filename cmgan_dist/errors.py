@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from cmgan_dist.interrupts import EXIT_SIGNALLED, INTERRUPTED, Interruption, is_first_process
 
@@ -108,12 +110,16 @@ def leave_report(line: str, code: int, *, said: bool = True, follows: bool = Fal
             os.replace(f"{path}.part", path)  # a launcher that ends this process reads all or nothing
 
 
-def _interrupted() -> int:
-    """Say that the command was interrupted; returns its exit code."""
-    if is_first_process():
-        print(INTERRUPTED, file=sys.stderr, flush=True)
+def _end_interrupted() -> NoReturn:
+    """Say that the command was interrupted, and end it. What Python does at its own end is left out: it waits for
+    threads, and a further signal would be its end with a traceback."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"{INTERRUPTED}\n" if is_first_process() else "", end="", file=sys.stderr, flush=True)
     leave_report(INTERRUPTED, EXIT_SIGNALLED, follows=True)
-    return EXIT_SIGNALLED
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        print(end="", flush=True)
+    os._exit(EXIT_SIGNALLED)
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -126,27 +132,35 @@ def run_main(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding than UTF-8
     try:
         code = main()
-    except BadInput as error:
-        code = EXIT_BAD_INPUT
-        _tell(str(error), code, aloud=not error.everywhere or is_first_process())
-    except BrokenPipeError:  # whoever read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_LOST
-    except OSError as error:
-        named = f"{error.filename}: " if error.filename else ""
-        reason = error.strerror or str(error)
-        code = EXIT_BAD_INPUT
-        _tell(f"{named}{reason}: check the path, its permissions and the free space", code)
     except KeyboardInterrupt:
-        code = _interrupted()
-    except LostProcess as error:
-        _tell(str(error), EXIT_LOST, follows=True)
-        os._exit(EXIT_LOST)  # what waits for the lost process, at exit too, would wait on
-    except Exception as error:  # a bug, whose traceback ends with this
-        if interruption.seen:  # a library that was cut off while it was imported
-            sys.exit(_interrupted())
-        leave_report(f"error: {_public(f'{type(error).__name__}: {error}')}", EXIT_LOST)
-        raise
+        _end_interrupted()
+    except Exception as error:
+        if interruption.seen:  # of a library that was cut off
+            _end_interrupted()
+        code = _told(error)
+        if code is None:
+            raise
     if sys.stdout is not None:  # as it is where the caller has closed it
         sys.stdout.flush()
     sys.exit(code or EXIT_DONE)
+
+
+def _told(error: Exception) -> int | None:
+    """Say an error in one sentence and return the exit code; None for a bug, whose traceback ends with its report."""
+    match error:
+        case BadInput():
+            _tell(str(error), EXIT_BAD_INPUT, aloud=not error.everywhere or is_first_process())
+            return EXIT_BAD_INPUT
+        case BrokenPipeError():  # whoever read our output has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_LOST
+        case OSError():
+            named = f"{error.filename}: " if error.filename else ""
+            reason = error.strerror or str(error)
+            _tell(f"{named}{reason}: check the path, its permissions and the free space", EXIT_BAD_INPUT)
+            return EXIT_BAD_INPUT
+        case LostProcess():
+            _tell(str(error), EXIT_LOST, follows=True)
+            os._exit(EXIT_LOST)  # what waits for the lost process, at exit too, would wait on
+    leave_report(f"error: {_public(f'{type(error).__name__}: {error}')}", EXIT_LOST)
+    return None

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from types import FrameType
 
 EXIT_SIGNALLED = 85
 """Ended by SIGTERM or Ctrl-C, and training by SIGUSR1 too, with what was done saved: start again to go on."""
+ENDING_S = 10.0
+"""Seconds in which what is interrupted comes to its end."""
 INTERRUPTED = "interrupted: what was written is whole; the same command goes on from it"
 
 
@@ -40,11 +43,11 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 class Interruption:
-    """What the first Ctrl-C or SIGTERM does: KeyboardInterrupt in this process, whose end the next ones do not disturb.
-    A fork is ended as if there were no handler."""
+    """What the first Ctrl-C or SIGTERM does: KeyboardInterrupt in this process, whose end the next ones do not disturb
+    for ENDING_S: a library may have passed over it. A fork is ended as if there were no handler."""
 
     def __init__(self) -> None:
-        self.process, self.seen = os.getpid(), False
+        self.process, self.seen, self._heeded_until = os.getpid(), False, 0.0
         if signal.getsignal(signal.SIGINT) is _end:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, _end) and not _is_of_a_run():
@@ -55,6 +58,6 @@ class Interruption:
         if os.getpid() != self.process:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif not self.seen:
-            self.seen = True
+        elif time.monotonic() > self._heeded_until:
+            self.seen, self._heeded_until = True, time.monotonic() + ENDING_S
             raise KeyboardInterrupt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import signal
 import subprocess
@@ -34,7 +35,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.process
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("how", ["group", "alone", "terminate"])
+@pytest.mark.parametrize("how", ["group", "twice", "alone", "terminate"])
 def test_features_are_interrupted_and_go_on(how: str, processes: int, tmp_path: Path) -> None:
     data = make_raw(tmp_path / "raw", counts={"train": 8, "val": 100, "test": 100})
     words = [
@@ -56,8 +57,12 @@ def test_features_are_interrupted_and_go_on(how: str, processes: int, tmp_path: 
         assert run.poll() is None, run.communicate()
         time.sleep(0.02)
     workers = workers_of(run.pid)
-    if how == "group":  # as a terminal does it
+    if how in ("group", "twice"):  # as a terminal does it
         os.killpg(run.pid, signal.SIGINT)
+        if how == "twice":  # while the first is heeded
+            time.sleep(0.1)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGINT)
     else:
         run.send_signal(signal.SIGINT if how == "alone" else signal.SIGTERM)
     _, error = run.communicate(timeout=60)
