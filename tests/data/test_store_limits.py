@@ -56,6 +56,7 @@ def dripping(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("use", "what"),
     [
         (lambda files, path: files.names(), r"read \(no whole answer in time\)"),
+        (lambda files, path: files.own_names(), r"read \(no whole answer in time\)"),
         (lambda files, path: files.read("a"), r"read \(a: no whole answer in time\)"),
         (lambda files, path: files.sha256("a"), r"read \(a: no whole answer in time\)"),
         (lambda files, path: files.fetch("a", path), r"read \(a: no whole answer in time\)"),
@@ -63,7 +64,7 @@ def dripping(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (lambda files, path: files.put_file(Path(__file__), "a"), r"written \(a: no whole answer in time\)"),
         (lambda files, path: files.remove("a"), r"written \(a: no whole answer in time\)"),
     ],
-    ids=["names", "read", "sha256", "fetch", "write", "put_file", "remove"],
+    ids=["names", "own_names", "read", "sha256", "fetch", "write", "put_file", "remove"],
 )
 def test_a_store_that_drips_is_given_up(
     dripping: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, use: Callable[..., object], what: str
