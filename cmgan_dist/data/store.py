@@ -20,7 +20,16 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cmgan_dist.data.folder import KINDS, check_output, checked_path, read_file
 from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo, manifest_path, read_manifest
-from cmgan_dist.data.source import BLOCK, LEAST_BYTES_S, describe, failures_of, http_status, public_url
+from cmgan_dist.data.source import (
+    BLOCK,
+    LEAST_BYTES_S,
+    describe,
+    failures_of,
+    http_status,
+    is_beyond_the_end,
+    public_url,
+    refuse_full,
+)
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import check_regular, open_descriptor, read_bytes, sha256_of, write_atomic
 
@@ -172,12 +181,26 @@ class FileStore:
         try:
             if self.local:
                 return read_bytes(f"{self.path}/{name}")
-            found: bytes = self._ask("cat_file", f"{self.path}/{name}", size=self._size_to_read(name))
+            found = self._beginning(name)
+            if found is None:
+                found = self._ask("cat_file", f"{self.path}/{name}", size=self._size_to_read(name))
         except FileNotFoundError:
             raise
         except self.failures as error:
             raise self._unreadable(error, name) from None
         return found
+
+    def _beginning(self, name: str) -> bytes | None:
+        """Return a file of an object store that is smaller than BLOCK, whose size is not asked for, else None."""
+        if not self.objects:
+            return None
+        try:
+            found: bytes = self._ask("cat_file", f"{self.path}/{name}", size=BLOCK, start=0, end=BLOCK)
+        except self.failures as error:
+            if is_beyond_the_end(error):
+                return b""
+            raise
+        return found if len(found) < BLOCK else None
 
     def sha256(self, name: str) -> str | None:
         """Return the SHA-256 of a file's bytes, None when there is none. Raises BadInput when it cannot be read."""
@@ -203,6 +226,7 @@ class FileStore:
                 check_regular(f"{self.path}/{name}")
             self._ask("get_file", f"{self.path}/{name}", str(path), size=self._size_to_read(name))
         except self.failures as error:
+            refuse_full(error, path)
             raise self._unreadable(error, name) from None
 
     def write(self, name: str, data: bytes | str) -> None:
