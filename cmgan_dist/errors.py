@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from typing import NoReturn
+
+from cmgan_dist.interrupts import EXIT_SIGNALLED, INTERRUPTED, Interruption, is_first_process
 
 EXIT_DONE = 0
 """The command did all of its work."""
@@ -20,9 +22,6 @@ EXIT_LOST = 1
 """Another process of the run is gone (LostProcess)."""
 EXIT_BAD_INPUT = 2
 """Input is wrong (BadInput)."""
-EXIT_SIGNALLED = 85
-"""Ended by SIGTERM or Ctrl-C, and training by SIGUSR1 too, with what was done saved: start again to go on."""
-
 FOLLOWS_S = 10
 """Longer than a process that fails is seen later than those that lose it, and less than the 30 s after which torchrun
 kills those that do not end."""
@@ -111,70 +110,57 @@ def leave_report(line: str, code: int, *, said: bool = True, follows: bool = Fal
             os.replace(f"{path}.part", path)  # a launcher that ends this process reads all or nothing
 
 
-def _is_first_process() -> bool:
-    """Return whether this is the process of a run that says what holds for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _interrupted() -> int:
-    """Say that the command was interrupted; returns its exit code."""
-    line = "interrupted: what was written is whole; the same command goes on from it"
-    if _is_first_process():
-        print(line, file=sys.stderr, flush=True)
-    leave_report(line, EXIT_SIGNALLED, follows=True)
-    return EXIT_SIGNALLED
-
-
-class _Interruption:
-    """What the first Ctrl-C or SIGTERM does: KeyboardInterrupt in this process, whose end the next ones do not disturb.
-    A fork is ended as if there were no handler."""
-
-    def __init__(self) -> None:
-        self.process, self.seen = os.getpid(), False
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and "RANK" not in os.environ:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif not self.seen:
-            self.seen = True
-            raise KeyboardInterrupt
+def _end_interrupted() -> NoReturn:
+    """Say that the command was interrupted, and end it. What Python does at its own end is left out: it waits for
+    threads, and a further signal would be its end with a traceback."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"{INTERRUPTED}\n" if is_first_process() else "", end="", file=sys.stderr, flush=True)
+    leave_report(INTERRUPTED, EXIT_SIGNALLED, follows=True)
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        print(end="", flush=True)
+    os._exit(EXIT_SIGNALLED)
 
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: bad input, and a file that cannot be read or written, end as one sentence on
     stderr and exit code 2; Ctrl-C and SIGTERM as one and EXIT_SIGNALLED. By SIGTERM a launcher ends the processes that
     it started, where another of them has failed: those end as it expects."""
-    interruption = _Interruption()
+    interruption = Interruption()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding than UTF-8
     try:
         code = main()
-    except BadInput as error:
-        code = EXIT_BAD_INPUT
-        _tell(str(error), code, aloud=not error.everywhere or _is_first_process())
-    except BrokenPipeError:  # whoever read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_LOST
-    except OSError as error:
-        named = f"{error.filename}: " if error.filename else ""
-        reason = error.strerror or str(error)
-        code = EXIT_BAD_INPUT
-        _tell(f"{named}{reason}: check the path, its permissions and the free space", code)
     except KeyboardInterrupt:
-        code = _interrupted()
-    except LostProcess as error:
-        _tell(str(error), EXIT_LOST, follows=True)
-        os._exit(EXIT_LOST)  # what waits for the lost process, at exit too, would wait on
-    except Exception as error:  # a bug, whose traceback ends with this
-        if interruption.seen:  # a library that was cut off while it was imported
-            sys.exit(_interrupted())
-        leave_report(f"error: {_public(f'{type(error).__name__}: {error}')}", EXIT_LOST)
-        raise
+        _end_interrupted()
+    except Exception as error:
+        if interruption.seen:  # of a library that was cut off
+            _end_interrupted()
+        code = _told(error)
+        if code is None:
+            raise
     if sys.stdout is not None:  # as it is where the caller has closed it
         sys.stdout.flush()
     sys.exit(code or EXIT_DONE)
+
+
+def _told(error: Exception) -> int | None:
+    """Say an error in one sentence and return the exit code; None for a bug, whose traceback ends with its report."""
+    match error:
+        case BadInput():
+            _tell(str(error), EXIT_BAD_INPUT, aloud=not error.everywhere or is_first_process())
+            return EXIT_BAD_INPUT
+        case BrokenPipeError():  # whoever read our output has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_LOST
+        case OSError():
+            named = f"{error.filename}: " if error.filename else ""
+            reason = error.strerror or str(error)
+            _tell(f"{named}{reason}: check the path, its permissions and the free space", EXIT_BAD_INPUT)
+            return EXIT_BAD_INPUT
+        case LostProcess():
+            _tell(str(error), EXIT_LOST, follows=True)
+            os._exit(EXIT_LOST)  # what waits for the lost process, at exit too, would wait on
+    leave_report(f"error: {_public(f'{type(error).__name__}: {error}')}", EXIT_LOST)
+    return None

@@ -8,12 +8,64 @@ import json
 import os
 import secrets
 import socket
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LATER = ".new"
 """Ending of a file that is written and waits for the record that names it, see `commit_files`."""
+
+
+class NotRegular(OSError):
+    """A pipe, a device, a socket or a folder is in the place of a file."""
+
+
+def open_descriptor(path: str | os.PathLike[str], *, follow: bool = True) -> int:
+    """Return a descriptor for reading a regular file; a pipe or a device is not waited for.
+
+    `follow`: whether the path may be a symbolic link. Raises OSError, NotRegular where it is another kind of file."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    other = NotRegular(errno.EINVAL, "it is a pipe, a device or a socket, and no file", os.fspath(path))
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise other if error.errno == errno.ENXIO else error from None  # so is a socket told
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise NotRegular(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise other
+
+
+def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> BinaryIO:
+    """Open a file that is read, by whatever it is read: see `open_descriptor`."""
+    return open(open_descriptor(path, follow=follow), "rb")
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of a regular file. Raises OSError."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise OSError unless a path is a regular file that can be opened: before a library opens it by its name."""
+    os.close(open_descriptor(path))
+
+
+_HANDED = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+"""Paths of what a process was started with open; a shell's <(...) is one."""
+
+
+def open_once(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file that is read once, which may be a pipe that the process was handed: its other end is open.
+
+    Raises OSError."""
+    handed = os.fspath(path).startswith(_HANDED)
+    return open(path, "rb") if handed else open_regular(path)
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -129,5 +181,6 @@ def sha256_of(file: str | os.PathLike[str] | int) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal: of a path, or of an open descriptor from where it stands.
 
     Raises OSError when it cannot be read."""
-    with open(file, "rb", closefd=not isinstance(file, int)) as opened:
+    given = isinstance(file, int)
+    with open(file if isinstance(file, int) else open_descriptor(file), "rb", closefd=not given) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

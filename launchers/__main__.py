@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
 from cmgan_dist.config.commands import call_as, choose
 from cmgan_dist.errors import CALLED, run_main
+from cmgan_dist.interrupts import heed
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("launchers.train", "launchers/train.py", "train a model on a data set"),
@@ -39,7 +39,9 @@ def main(args: Sequence[str]) -> int | None:
         print(usage())
         return 0
     if args and args[0] == "--version":
-        print(f"cmgan {importlib.metadata.version('cmgan-dist')}")
+        from importlib.metadata import version  # it takes longer to import than all else here
+
+        print(f"cmgan {version('cmgan-dist')}")
         return 0
     name = choose(COMMANDS, args)
     module, own, _ = COMMANDS[name]
@@ -53,6 +55,7 @@ def main(args: Sequence[str]) -> int | None:
 
 def console() -> None:
     """Run ``cmgan`` with the words of the command line and exit."""
+    heed()
     CALLED.update({own: f"cmgan {name}" for name, (_, own, _) in COMMANDS.items()})
     run_main(lambda: main(sys.argv[1:]))
 

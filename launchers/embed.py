@@ -9,6 +9,11 @@ Exit codes: 0 done (or done with this task's part), 2 bad input.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cmgan_dist.interrupts import heed
+
+    heed()
+
 import sys
 
 from cmgan_dist.config.cli import log_to_stderr, parse

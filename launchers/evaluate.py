@@ -5,6 +5,11 @@ python launchers/evaluate.py RUN --data DIR --split test [--json]
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cmgan_dist.interrupts import heed
+
+    heed()
+
 import contextlib
 import json
 import os
@@ -85,10 +90,11 @@ def known_record(path: Path) -> dict[str, Any]:
     """Return an earlier evaluation; {} where there is none or it has changed since, so that it is made anew.
 
     Raises OSError when it is there and cannot be read."""
+    from cmgan_dist.files import read_bytes
     from cmgan_dist.retrieval.evaluate import parse_record
 
     try:
-        return parse_record(path.read_bytes())
+        return parse_record(read_bytes(path))
     except FileNotFoundError:
         return {}
     except ValueError as error:

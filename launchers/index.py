@@ -8,6 +8,11 @@ python launchers/index.py INDEX --query-encoders [--run RUN]
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cmgan_dist.interrupts import heed
+
+    heed()
+
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal

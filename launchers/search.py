@@ -6,6 +6,11 @@ python launchers/search.py INDEX --image FILE
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cmgan_dist.interrupts import heed
+
+    heed()
+
 import json
 import sys
 from dataclasses import asdict, dataclass

@@ -5,6 +5,11 @@ python launchers/serve.py INDEX [--run RUN] [--data RAW_SHARDS] [--host 127.0.0.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cmgan_dist.interrupts import heed
+
+    heed()
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

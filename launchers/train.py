@@ -8,6 +8,11 @@ Exit codes: 0 done, 2 bad input, 85 saved after a signal, or nothing to save yet
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cmgan_dist.interrupts import heed
+
+    heed()
+
 import sys
 from typing import TYPE_CHECKING
 

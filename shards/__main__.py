@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cmgan_dist.interrupts import heed
+
+    heed()
+
 import importlib
 import sys
 from collections.abc import Sequence

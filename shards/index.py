@@ -18,6 +18,7 @@ from cmgan_dist.data.sample import MEMBERS
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, Unreadable, shown
+from cmgan_dist.files import open_once
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
 from shards.output import LOCK
@@ -305,9 +306,11 @@ def _contents(splits: dict[str, list[ShardInfo]]) -> dict[str, list[tuple[str, s
 
 def _read_names(path: Path) -> list[str]:
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        with open_once(path) as file:
+            names = [line.strip() for line in file.read().decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"class file {path} cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"class file {path} cannot be read ({reason}): name a UTF-8 file with a name a line") from None
     if not names:
         raise BadInput(f"class file {path} is empty")
     return names

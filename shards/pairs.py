@@ -13,6 +13,7 @@ import numpy as np
 
 from cmgan_dist.data.manifest import LabelKind
 from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.files import open_regular, read_bytes
 
 Together = Literal["images-and-texts", "images"]
 """What keeps pairs on one side of a split when it is equal; images: for captions that many pictures share."""
@@ -55,8 +56,7 @@ class FileBytes:
     def read(self) -> bytes:
         """Return the bytes of the file. Raises BadSample when it cannot be read."""
         try:
-            with open(self.path, "rb") as file:
-                return file.read()
+            return read_bytes(self.path)
         except OSError as error:
             raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
         except ValueError:
@@ -84,7 +84,7 @@ class FileSlice:
     def read(self) -> bytes:
         """Return the bytes. Raises BadSample when the archive cannot be read."""
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 file.seek(self.start)
                 return file.read(self.length)
         except OSError as error:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import open_regular
 from shards.pairs import FileSlice, RawPair, Readable
 
 ROWS_IN_PARTITION = 100_000
@@ -105,7 +106,7 @@ class Partitions:
         """Return the rows of a partition, those of the first unit first."""
         found: list[RawPair] = []
         for path in sorted(self.folder.glob(f"rows-{number:04d}-*.jsonl")):
-            with open(path) as file:
+            with open_regular(path) as file:
                 found += map(decode, file)
         return found
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from cmgan_dist.data.manifest import natural_splits
 from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.files import check_regular, open_regular, read_bytes
 from cmgan_dist.jobs.local import parallel_map
 from shards.draw import Drawn, content_hashes, draw_splits
 from shards.pairs import Draw, RawPair, RawPairs
@@ -71,9 +72,11 @@ class PlannedShard:
         """Do what `read` says. Raises OSError too."""
         found, sums = list[RawPair](), hashlib.sha256()
         for number, first, end in self.pieces:
+            for name in ("starts", "splits"):
+                check_regular(folder / f"{name}-{number:04d}.npy")
             starts = np.load(folder / f"starts-{number:04d}.npy", mmap_mode="r")
             splits = np.load(folder / f"splits-{number:04d}.npy", mmap_mode="r")[first:end]
-            with open(folder / f"pairs-{number:04d}.jsonl", "rb") as file:
+            with open_regular(folder / f"pairs-{number:04d}.jsonl") as file:
                 file.seek(starts[first])
                 lines = file.read(int(starts[end] - starts[first])).splitlines()
             own = _split_names(folder).index(self.split)
@@ -119,7 +122,7 @@ def _damaged(folder: Path) -> BadInput:
 
 
 def _split_names(folder: Path) -> list[str]:
-    names: list[str] = json.loads((folder / "splits.json").read_text())
+    names: list[str] = json.loads(read_bytes(folder / "splits.json"))
     return names
 
 

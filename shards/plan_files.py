@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_sealed, sealed_json, write_atomic
+from cmgan_dist.files import parse_sealed, read_bytes, sealed_json, write_atomic
 from cmgan_dist.jobs.lock import owning_in_turn
 from cmgan_dist.jobs.staging import staging
 from shards.pairs import Draw, RawPairs
@@ -96,7 +96,7 @@ def _make(folder: Path, make: Make) -> tuple[RawPairs, Plan]:
 def _load(folder: Path) -> tuple[RawPairs, Plan] | None:
     """Return the plan in a folder, None when there is none that is whole."""
     try:
-        record = parse_sealed((folder / PLAN_NAME).read_bytes(), PLAN_VERSION)
+        record = parse_sealed(read_bytes(folder / PLAN_NAME), PLAN_VERSION)
         return _source(record["source"]), _plan(folder, record["plan"])
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -11,13 +11,13 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from cmgan_dist.data.folder import open_regular
 from cmgan_dist.data.index import Layout, ShardIndex
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
 from cmgan_dist.data.sample import BadLabel, Sample, parse_sample, sources_of
 from cmgan_dist.data.tar import NOT_REGULAR, Member, iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.files import NotRegular, open_regular
 from cmgan_dist.models.vocabulary import split_words
 from shards.same_text import compared
 
@@ -105,8 +105,8 @@ def _opened(path: Path) -> BinaryIO:
     """Open a shard. Raises BadInput where it is no regular file, and OSError."""
     try:
         return open_regular(path)
-    except BadSample as fault:
-        raise BadInput(f"shard {path} {fault}: remove it, or put the shard itself there") from None
+    except NotRegular:
+        raise BadInput(f"shard {path} is no regular file: remove it, or put the shard itself there") from None
 
 
 def sample_facts(group: list[Member], *, decode: bool, judge: Judge | None = None) -> SampleFacts:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from cmgan_dist.files import open_regular
 from cmgan_dist.jobs.local import parallel_map
 from shards.pairs import FileBytes, RawPair
 
@@ -45,7 +46,7 @@ def _state(path: str) -> list[int] | None:
 def _is_unchanged(path: Path) -> bool:
     """Return whether the files of a list are as it says; not where the list is gone, with its plan."""
     try:
-        with open(path) as file:
+        with open_regular(path) as file:
             return all(_state(name) == was for name, was in map(json.loads, file))
     except (FileNotFoundError, ValueError):
         return False

@@ -16,7 +16,6 @@ import numpy as np
 import tyro
 
 from cmgan_dist.data.cache import kept_store
-from cmgan_dist.data.folder import open_regular
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from cmgan_dist.data.output import owning_output
@@ -26,6 +25,7 @@ from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore, LocalStore
 from cmgan_dist.data.tar import iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.files import open_regular
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
 from shards.groups import linked_groups, links_of_equal
@@ -84,7 +84,7 @@ def _samples(data: str, shard: ShardInfo) -> Iterator[tuple[str, dict[str, bytes
 
 
 def _opened(data: str, shard: ShardInfo) -> BinaryIO:
-    """Open a shard; one at a URL is fetched and compared with its manifest. Raises BadInput, BadSample and OSError."""
+    """Open a shard; one at a URL is fetched and compared with its manifest. Raises BadInput and OSError."""
     store = kept_store(data)
     if isinstance(store, LocalStore):
         return open_regular(store.folder / shard.name)

@@ -14,7 +14,7 @@ from typing import Any
 from fsspec.implementations.http import HTTPFileSystem
 
 from cmgan_dist.data.folder import MOST_FILE_BYTES
-from cmgan_dist.data.source import PACKAGES, RemoteSource, public_url
+from cmgan_dist.data.source import PACKAGES, NoRoom, RemoteSource, public_url
 from cmgan_dist.errors import BadInput, BadSample
 
 MOST_HOSTS = 32
@@ -118,6 +118,8 @@ def fetch(url: str, folder: Path, retries: int, timeout_s: float) -> Path:
     path = folder / file_name
     try:
         host.copy(name, path)
+    except NoRoom:
+        raise
     except BadInput as error:
         raise BadInput(f"{reason(error)}: check the URL, or raise --retries or --timeout-s") from None
     return path

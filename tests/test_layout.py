@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
+    {"interrupts"},
     {"errors", "files"},
     {"config", "jobs", "kernels"},
     {"data", "distributed"},
@@ -22,7 +23,7 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 TOPS = ("cmgan_dist", "launchers", "shards", "tune")
-SHARDS_USE = {"errors", "files", "config", "jobs", "data", "models"}
+SHARDS_USE = {"interrupts", "errors", "files", "config", "jobs", "data", "models"}
 HELPERS = r"tests\.(toy|services(\..+)?|golden\.record|(\w+\.)?(\w+_(cases|worker)))"
 """Modules under tests/ that others may import."""
 MAY_NAME = {

@@ -10,6 +10,11 @@ Exit codes: 0 done, 2 bad input, 85 interrupted: the same command with --resume 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cmgan_dist.interrupts import heed
+
+    heed()
+
 import contextlib
 import json
 import logging
@@ -28,8 +33,9 @@ from cmgan_dist.config.load import to_yaml
 from cmgan_dist.config.paths import get_value
 from cmgan_dist.data.source import public_config, public_data, public_url
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, run_main
+from cmgan_dist.errors import EXIT_DONE, BadInput, run_main
 from cmgan_dist.files import parse_json
+from cmgan_dist.interrupts import EXIT_SIGNALLED
 from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.ray import start_ray
 from tune.confirm import best_config, confirm, test_scores

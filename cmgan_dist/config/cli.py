@@ -22,6 +22,7 @@ from cmgan_dist.config.commands import program_name
 from cmgan_dist.config.fields import DATA_SEPARATOR, Config
 from cmgan_dist.config.load import load_config, validate
 from cmgan_dist.config.markers import range_of
+from cmgan_dist.config.paths import settings
 from cmgan_dist.config.presets import preset
 from cmgan_dist.errors import BadInput, refuse_url, shown
 
@@ -142,6 +143,10 @@ def _hint_for_word(word: str, arguments: Sequence[str]) -> str:
         return f"write {on} or {off} without a value, "
     if re.fullmatch(r"\w+(\.[\w-]+)+", word):
         return f"write {word}=VALUE or --{word.replace('_', '-')} VALUE, "
+    name, equals, _ = word.partition("=")
+    if equals and name in Config.__dataclass_fields__:
+        field = next((path for path in settings() if path.startswith(f"{name}.")), None)
+        return f"name a field of that section, such as {field}=VALUE, " if field else f"write --{name} VALUE, "
     return "put a value of several words in quotes, "
 
 

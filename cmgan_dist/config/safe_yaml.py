@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import NotRegular, open_once
 
 MOST_BYTES = 1 << 20
 """Largest YAML file that is read; a config that names every setting has 4 kB."""
@@ -20,14 +21,15 @@ MOST_DIGITS = 1000
 def read_text(path: Path, where: str) -> str:
     """Return the text of a file that a user names; `where` names it in errors.
 
-    Raises BadInput when it is missing, a folder, too large, not UTF-8 or cannot be read."""
+    Raises BadInput when it is missing, no file, too large, not UTF-8 or cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_once(path) as file:
             data = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise BadInput(f"{where} does not exist: check the path") from None
-    except IsADirectoryError:
-        raise BadInput(f"{where} is a folder: name a YAML file") from None
+    except NotRegular:
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise BadInput(f"{where} is {what}: name a YAML file") from None
     except OSError as error:
         raise BadInput(f"{where} cannot be read ({error.strerror}): check the path and its permissions") from None
     if len(data) > MOST_BYTES:

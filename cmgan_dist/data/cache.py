@@ -274,7 +274,7 @@ class CachedStore(ShardStore):
         """Return a descriptor of the cached shard, or None when it is not there. A damaged file is removed."""
         path = self._path(shard)
         try:
-            file = os.open(path, os.O_RDONLY)
+            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # whatever it is, it is not waited for
         except FileNotFoundError:
             return None
         if not os.fstat(file).st_nlink:  # evicted just now

@@ -11,9 +11,9 @@ import stat
 import unicodedata
 from collections.abc import Collection
 from pathlib import Path
-from typing import BinaryIO
 
 from cmgan_dist.errors import BadInput, BadSample, refuse_url, shown
+from cmgan_dist.files import NotRegular, open_regular
 
 MOST_FILE_BYTES = 256 << 20
 """A larger file is not read: RGB of the largest picture that is decoded takes as much without any compression."""
@@ -78,35 +78,20 @@ def read_file(path: str | os.PathLike[str], most: int = MOST_FILE_BYTES, *, foll
     if "\0" in os.fspath(path):
         raise BadSample("cannot be read (no file has such a name)")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
-        try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise BadSample("is no regular file")
-            if found.st_size > most:
+        with open_regular(path, follow=follow) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
                 raise BadSample(f"has more than {most >> 20} MiB")
-            with open(descriptor, "rb", closefd=False) as file:
-                data = file.read(found.st_size + 1)  # no more than is there: `read` makes room for all of it
-        finally:
-            os.close(descriptor)
+            data = file.read(size + 1)  # no more than is there: `read` makes room for all of it
+    except NotRegular:
+        raise BadSample("is no regular file") from None
     except OSError as error:
         raise BadSample(f"cannot be read ({error.strerror or error})") from None
     except UnicodeEncodeError:
         raise BadSample("cannot be read (no file has such a name)") from None
-    if len(data) > found.st_size:
+    if len(data) > size:
         raise BadSample("grows while it is read")
     return data
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file to be read forward; a pipe or a device is not waited for.
-
-    Raises BadSample where it is another kind of file, and OSError where it cannot be opened."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise BadSample("is no regular file")
-    return open(descriptor, "rb")
 
 
 def walk_files(folder: Path, endings: Collection[str], others: list[str] | None = None) -> list[str]:

@@ -119,7 +119,17 @@ def describe(error: Exception, state: int | None) -> str:
     return " ".join(f"{type(error).__name__} {error}".split())
 
 
-def _is_beyond_the_end(error: Exception) -> bool:
+class NoRoom(BadInput):
+    """What is read finds no room on a disk of this machine: the source is not to blame."""
+
+
+def refuse_full(error: BaseException, path: Path) -> None:
+    """Raise NoRoom where an error while a copy is written to `path` is that of a full disk."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise NoRoom(f"{path} cannot be written ({error.strerror}): free space there, and start again") from None
+
+
+def is_beyond_the_end(error: Exception) -> bool:
     """Return whether an object store says so of a range: by HTTP 416, or EINVAL, which s3fs makes of that."""
     return getattr(error, "errno", None) == errno.EINVAL or http_status(error) == 416
 
@@ -213,11 +223,15 @@ class RemoteSource:
         return self.retrying(name, once)
 
     def copy(self, name: str, path: Path) -> None:
-        """Copy a file, as it is there now, to a local path. Raises BadInput as `retrying` does."""
+        """Copy a file, as it is there now, to a local path. Raises BadInput as `retrying` does, and NoRoom."""
 
         def once() -> None:
-            with open(path, "wb") as file:
-                file.writelines(self.blocks(name))
+            try:
+                with open(path, "wb") as file:
+                    file.writelines(self.blocks(name))
+            except OSError as error:
+                refuse_full(error, path)
+                raise
 
         self.retrying(name, once)
 
@@ -235,7 +249,7 @@ class RemoteSource:
             try:
                 block = sync(files.loop, files._cat_file, url, start=at, end=stop, timeout=limit)
             except self.failures as error:
-                if size is None and _is_beyond_the_end(error):
+                if size is None and is_beyond_the_end(error):
                     return
                 raise
             yield block

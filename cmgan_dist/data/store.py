@@ -20,9 +20,18 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cmgan_dist.data.folder import KINDS, check_output, checked_path, read_file
 from cmgan_dist.data.manifest import MANIFEST_NAME, ShardInfo, manifest_path, read_manifest
-from cmgan_dist.data.source import BLOCK, LEAST_BYTES_S, describe, failures_of, http_status, public_url
+from cmgan_dist.data.source import (
+    BLOCK,
+    LEAST_BYTES_S,
+    describe,
+    failures_of,
+    http_status,
+    is_beyond_the_end,
+    public_url,
+    refuse_full,
+)
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.files import write_atomic
+from cmgan_dist.files import check_regular, open_descriptor, read_bytes, sha256_of, write_atomic
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs")
 """Protocols of stores that know no folders."""
@@ -95,7 +104,7 @@ class LocalStore(ShardStore):
 
     def open(self, shard: ShardInfo) -> int:
         try:
-            return os.open(self.folder / shard.name, os.O_RDONLY)
+            return open_descriptor(self.folder / shard.name)
         except FileNotFoundError:
             self.check([shard])
             raise
@@ -170,18 +179,36 @@ class FileStore:
     def read(self, name: str) -> bytes:
         """Return a whole file. Raises FileNotFoundError when there is none, BadInput when it cannot be read."""
         try:
-            found: bytes = self._ask("cat_file", f"{self.path}/{name}", size=self._size_to_read(name))
+            if self.local:
+                return read_bytes(f"{self.path}/{name}")
+            found = self._beginning(name)
+            if found is None:
+                found = self._ask("cat_file", f"{self.path}/{name}", size=self._size_to_read(name))
         except FileNotFoundError:
             raise
         except self.failures as error:
             raise self._unreadable(error, name) from None
         return found
 
+    def _beginning(self, name: str) -> bytes | None:
+        """Return a file of an object store that is smaller than BLOCK, whose size is not asked for, else None."""
+        if not self.objects:
+            return None
+        try:
+            found: bytes = self._ask("cat_file", f"{self.path}/{name}", size=BLOCK, start=0, end=BLOCK)
+        except self.failures as error:
+            if is_beyond_the_end(error):
+                return b""
+            raise
+        return found if len(found) < BLOCK else None
+
     def sha256(self, name: str) -> str | None:
         """Return the SHA-256 of a file's bytes, None when there is none. Raises BadInput when it cannot be read."""
         if (size := self.size(name)) is None:
             return None
         try:
+            if self.local:
+                return sha256_of(f"{self.path}/{name}")
             digest = hashlib.sha256()
             for at in range(0, size, BLOCK):
                 span = {"start": at, "end": min(at + BLOCK, size)}
@@ -195,8 +222,11 @@ class FileStore:
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to the local `path`. Raises BadInput when it cannot be read, or `path` not be written."""
         try:
+            if self.local:
+                check_regular(f"{self.path}/{name}")
             self._ask("get_file", f"{self.path}/{name}", str(path), size=self._size_to_read(name))
         except self.failures as error:
+            refuse_full(error, path)
             raise self._unreadable(error, name) from None
 
     def write(self, name: str, data: bytes | str) -> None:

@@ -10,7 +10,6 @@ import socket
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_json
+from cmgan_dist.files import parse_json, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +169,7 @@ def take_zero_config() -> dict[str, Any] | None:
     if path != "none":
         where = f"deepspeed_config_file {path}"
         try:
-            config = _without_auto(parse_json(Path(path).read_bytes()))
+            config = _without_auto(parse_json(read_bytes(path)))
             stage = config["zero_optimization"]["stage"]
             if type(stage) is not int:
                 raise ValueError(f"its stage is {stage}, no whole number")

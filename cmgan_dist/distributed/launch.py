@@ -9,6 +9,11 @@ processes and machines there are torchrun's options say.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cmgan_dist.interrupts import heed
+
+    heed()
+
 import logging
 import os
 import re
@@ -18,7 +23,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cmgan_dist.distributed.launch_config import CONFIG_FLAG, environment_of, launch_config
-from cmgan_dist.errors import EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
+from cmgan_dist.errors import EXIT_LOST, BadInput, run_main
+from cmgan_dist.interrupts import EXIT_SIGNALLED
 from cmgan_dist.jobs.startup import ended_by_signals
 
 if TYPE_CHECKING:  # torch takes seconds to import, and SLURM's launcher has no use for it

@@ -30,6 +30,16 @@ ENDING_S = 3.0
 """Seconds that a worker has to close what it has open."""
 
 
+@contextlib.contextmanager
+def _for_parents(number: signal.Signals) -> Iterator[None]:
+    """Keep a signal from the processes that are started within, from their first moment on; ours comes at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_with_parent() -> None:
     """End this worker when its parent is killed; it would wait for work for ever. Ctrl-C is left to the parent, whose
     SIGTERM lets it close what it has open."""
@@ -93,7 +103,8 @@ def parallel_map(
                 advance(count)
             return results
         with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_end_with_parent) as pool:
-            futures = [pool.submit(_in_worker, function, task) for task in tasks]
+            with _for_parents(signal.SIGINT):
+                futures = [pool.submit(_in_worker, function, task) for task in tasks]
             for future, count in zip(futures, counts, strict=True):
                 future.add_done_callback(_on_success(advance, count))
             try:

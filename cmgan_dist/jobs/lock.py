@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_json
+from cmgan_dist.files import parse_json, read_bytes
 from cmgan_dist.jobs.staging import is_running
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _watch(folder: Path, path: Path, owner: dict[str, Any]) -> None:
 def _owner(path: Path) -> dict[str, Any]:
     """Return what the owner says of itself, {} where nobody does. NFS looks again only where a file is opened anew."""
     try:
-        found = parse_json(path.read_bytes().strip(b" \0\n"))
+        found = parse_json(read_bytes(path).strip(b" \0\n"))
     except (FileNotFoundError, ValueError):  # its owner has ended, or not begun to count
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}

@@ -13,7 +13,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from cmgan_dist.errors import EXIT_SIGNALLED, leave_report
+from cmgan_dist.errors import leave_report
+from cmgan_dist.interrupts import EXIT_SIGNALLED
 
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals by which people and schedulers end a run."""

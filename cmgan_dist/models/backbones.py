@@ -26,6 +26,7 @@ from cmgan_dist.models.weights import (
     LITE_MEAN,
     LITE_STD,
     UNREADABLE,
+    check_folder,
     first_line,
     in_package,
     is_lite,
@@ -181,6 +182,7 @@ class SentenceEncoder(TextBackbone):
 
         disable_progress_bar()  # it draws one for reading a local file
         try:
+            check_folder(Path(where))
             model = SentenceTransformer(where, device="cpu")
             model.encode("a", show_progress_bar=False)  # what its files say of the way there is not looked at before
         except (ImportError, *UNREADABLE) as error:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import parse_json
+from cmgan_dist.files import parse_json, read_bytes
 from cmgan_dist.models.backbone import PixelBackbone, TextBackbone, TextInput, raw_texts
-from cmgan_dist.models.weights import UNREADABLE, first_line
+from cmgan_dist.models.weights import UNREADABLE, check_folder, first_line
 
 PREFIX = "open_clip:"
 """What the names of these backbones begin with."""
@@ -61,9 +61,8 @@ def _identifier(config: ImageBackboneConfig | TextBackboneConfig, field: str) ->
             )
         return name, tag
     if weights and not Path(weights).is_file():
-        raise BadInput(
-            f"{field}.weights: {weights} does not exist: give a file, a folder with {CONFIG_NAME} or hub:TAG"
-        )
+        what = "is no file" if Path(weights).exists() else "does not exist"
+        raise BadInput(f"{field}.weights: {weights} {what}: give a file, a folder with {CONFIG_NAME} or hub:TAG")
     return name, weights or None
 
 
@@ -72,7 +71,8 @@ def _text_config(folder: Path, field: str) -> dict[str, Any]:
     of a hub for it: what lies in a folder from elsewhere runs no code of its own."""
     path = folder / CONFIG_NAME
     try:
-        found: dict[str, Any] = parse_json(path.read_bytes())["model_cfg"]["text_cfg"]
+        check_folder(folder)
+        found: dict[str, Any] = parse_json(read_bytes(path))["model_cfg"]["text_cfg"]
         foreign = found.get("hf_model_name")
     except FileNotFoundError:
         raise BadInput(f"{field}.weights: folder {folder} has no {CONFIG_NAME}: give the file of the weights") from None

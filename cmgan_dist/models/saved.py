@@ -31,7 +31,16 @@ from cmgan_dist.config.load import load_config, to_yaml
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.source import public_config
 from cmgan_dist.errors import BadInput, Unreadable, refuse_url
-from cmgan_dist.files import LATER, OtherVersion, commit_files, parse_sealed, sealed_json, sha256_of, write_atomic
+from cmgan_dist.files import (
+    LATER,
+    OtherVersion,
+    commit_files,
+    parse_sealed,
+    read_bytes,
+    sealed_json,
+    sha256_of,
+    write_atomic,
+)
 from cmgan_dist.models.backbone import ImageBackbone, PixelBackbone, TextBackbone
 from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone
 from cmgan_dist.models.clip import is_open_clip
@@ -264,7 +273,7 @@ def best_folder(run: str | Path) -> Path:
 
 def _read_spec(path: Path) -> ModelSpec:
     try:
-        record = parse_sealed(path.read_bytes(), VERSION)
+        record = parse_sealed(read_bytes(path), VERSION)
         for name in record["files"]:  # a model may come from anywhere: its files lie below its folder
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise BadInput(f"{path} names the file '{name}', which is outside of its folder: do not use this model")
@@ -302,7 +311,7 @@ def read_model(run: str | Path) -> Saved:
     spec = _read_spec(folder / SPEC_NAME)
     path = whole_file(folder, MODEL_NAME, spec.files.get(MODEL_NAME))
     try:
-        tensors = load(path.read_bytes())
+        tensors = load(read_bytes(path))
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path} cannot be read ({error}): restore it or train again") from None
     found = {name.removeprefix(SCORING): tensors.pop(name) for name in list(tensors) if name.startswith(SCORING)}

@@ -16,9 +16,8 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from cmgan_dist.data.folder import open_regular
-from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.files import parse_json
+from cmgan_dist.errors import BadInput
+from cmgan_dist.files import open_regular, parse_json, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ class Vocabulary:
     def load(cls, path: str | Path) -> Vocabulary:
         """Return the vocabulary in the file `path`. Raises BadInput when it is missing or is not a vocabulary."""
         try:
-            record = parse_json(Path(path).read_bytes())
+            record = parse_json(read_bytes(path))
             version, words = record["version"], record["words"]
         except OSError as error:
             raise BadInput(f"vocabulary {path} cannot be read ({error.strerror}): restore it or train again") from None
@@ -132,8 +131,9 @@ def load_word_vectors(path: str | Path, words: Sequence[str], seed: int = 0) -> 
     try:
         with open_regular(path) as plain, gzip.open(plain) if path.suffix == ".gz" else plain as file:
             found, dim = read(cast(BinaryIO, file), wanted)
-    except (OSError, EOFError, zlib.error, BadSample) as error:
-        raise BadInput(f"word vectors {path} cannot be read ({error}): name another file or get it again") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"word vectors {path} cannot be read ({reason}): name another file or get it again") from None
     except _Damaged as error:
         raise BadInput(f"word vectors {path}: {error}: get the file again") from None
     if words and not found:

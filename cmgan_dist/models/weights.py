@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import sha256_of
+from cmgan_dist.files import check_regular, sha256_of
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -71,11 +71,11 @@ def read_weights(weights: str) -> dict[str, Tensor]:
         path = Path(weights)
     if not path.is_file():
         raise BadInput(
-            f"model.image.weights: file {path} does not exist: "
+            f"model.image.weights: file {path} {'is no file' if path.exists() else 'does not exist'}: "
             "give a .pth or .safetensors file, 'hub' or 'package:NAME'"
         )
     try:
-        path.open("rb").close()  # safetensors calls all that it may not read missing
+        check_regular(path)  # safetensors calls all that it may not read missing
     except OSError as error:
         raise BadInput(f"model.image.weights: {path} cannot be read ({error.strerror}): make it readable") from None
     try:
@@ -202,6 +202,13 @@ def checksums_of(path: Path) -> dict[str, str]:
     if path.is_dir():
         return {f"/{p.relative_to(path).as_posix()}": sha256_of(p) for p in sorted(path.rglob("*")) if p.is_file()}
     return {"": sha256_of(path)} if path.exists() else {}
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OSError where something in a folder that a library will read is neither a file nor a folder."""
+    for path in sorted(folder.rglob("*")):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            check_regular(path)
 
 
 def copy_weights(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import read_bytes
 from cmgan_dist.retrieval.evaluate import parse_record
 
 RECALL_POINTS = 101
@@ -20,7 +21,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        evaluation = parse_record(path.read_bytes())
+        evaluation = parse_record(read_bytes(path))
     except ValueError as error:
         raise BadInput(f"{path} is not as it was written ({error}): evaluate the run again") from None
     names = evaluation.get("classes")

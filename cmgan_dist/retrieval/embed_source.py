@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from cmgan_dist.data.sample import IMAGE_EXTENSIONS, Sample
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import LocalStore
 from cmgan_dist.errors import BadInput, BadSample, refuse_url
-from cmgan_dist.files import parse_json_once, sha256_of
+from cmgan_dist.files import open_regular, parse_json_once, sha256_of
 from cmgan_dist.models.generator import Modality
 from cmgan_dist.retrieval.embeddings import SourceIdentity
 
@@ -250,7 +251,7 @@ class TextSource(Source):
     def parts(self, splits: Sequence[str]) -> list[Part]:
         starts, lines, place, end = list[int](), 0, 0, 0
         try:
-            with open(self.file, encoding="latin-1", newline="") as opened:  # a character is a byte
+            with io.TextIOWrapper(open_regular(self.file), "latin-1", newline="") as opened:  # a character is a byte
                 version = _version(opened.fileno())
                 for number, line in enumerate(opened):
                     if number % TEXTS == 0:
@@ -296,7 +297,7 @@ class TextSource(Source):
     def _bytes(self, part: Part) -> bytes:
         start, stop, _, version = part.place
         try:
-            with open(self.file, "rb") as opened:
+            with open_regular(self.file) as opened:
                 opened.seek(start)
                 data = opened.read(stop - start)
                 same = _version(opened.fileno()) == version

@@ -26,7 +26,7 @@ from cmgan_dist.config.load import to_yaml
 from cmgan_dist.config.paths import get_value, with_values
 from cmgan_dist.data.folder import checked_path
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import sha256_of, write_atomic
+from cmgan_dist.files import read_bytes, sha256_of, write_atomic
 from cmgan_dist.jobs.staging import staging
 from cmgan_dist.models.saved import BEST, MODEL_NAME, SPEC_NAME, Saved, spec_json, whole_file
 from cmgan_dist.models.weights import first_line
@@ -50,7 +50,7 @@ def find_evaluation(saved: Saved) -> dict[str, Any]:
     """Return what RUN/evaluation.json, or one beside the model, says of this very model; {} where there is none."""
     for folder in (saved.folder, saved.folder.parent):
         try:
-            record = parse_record((folder / RECORD_NAME).read_bytes())
+            record = parse_record(read_bytes(folder / RECORD_NAME))
         except OSError:
             continue
         except ValueError as error:

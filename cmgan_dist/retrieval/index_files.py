@@ -25,7 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import LATER, OtherVersion, commit_files, parse_sealed, sealed_json, sha256_of
+from cmgan_dist.files import (
+    LATER,
+    OtherVersion,
+    commit_files,
+    open_regular,
+    parse_sealed,
+    read_bytes,
+    sealed_json,
+    sha256_of,
+)
 from cmgan_dist.jobs.lock import owning
 
 MANIFEST_NAME, ITEMS_NAME = "index.json", "items.parquet"
@@ -87,7 +96,7 @@ def read_manifest(folder: Path) -> IndexManifest:
     """Return what index.json says. Raises BadInput when it is missing, damaged or of another version."""
     path = folder / MANIFEST_NAME
     try:
-        record = parse_sealed(path.read_bytes(), VERSION)
+        record = parse_sealed(read_bytes(path), VERSION)
         files = {name: FileSums(**sums) for name, sums in record.pop("files").items()}
         mean, std = record.pop("chance")
         manifest = IndexManifest(**record, chance=(float(mean), float(std)), files=files)
@@ -110,7 +119,7 @@ def fingerprint(path: Path) -> str:
     if size <= SMALL:
         return sha256_of(path)
     digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         for piece in range(PIECES):
             digest.update(os.pread(file.fileno(), PIECE, piece * (size - PIECE) // (PIECES - 1)))
     return digest.hexdigest()

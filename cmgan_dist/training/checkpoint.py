@@ -31,7 +31,7 @@ from torch import Tensor
 
 from cmgan_dist.distributed.shard import whole_tensors
 from cmgan_dist.errors import BadInput
-from cmgan_dist.files import OtherVersion, parse_sealed, sealed_json, sha256_of, write_atomic
+from cmgan_dist.files import OtherVersion, parse_sealed, read_bytes, sealed_json, sha256_of, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def _read_state(folder: Path) -> tuple[Progress, dict[str, str]]:
     """Return a checkpoint's progress and the checksums of its files.
 
     Raises OSError when it cannot be read, ValueError or TypeError when it is damaged."""
-    state = parse_sealed((folder / STATE).read_bytes(), VERSION)
+    state = parse_sealed(read_bytes(folder / STATE), VERSION)
     files = state.pop("files")
     progress = Progress(**state)
     if progress.position != position_of(folder):

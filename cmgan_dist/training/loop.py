@@ -23,8 +23,9 @@ from cmgan_dist.data.handover import is_lost_worker, lost_worker
 from cmgan_dist.data.order import mix
 from cmgan_dist.distributed.join import is_lost_process, reason_of
 from cmgan_dist.distributed.shard import load_tensors, whole_tensors
-from cmgan_dist.errors import EXIT_DONE, EXIT_SIGNALLED, BadInput, LostProcess
+from cmgan_dist.errors import EXIT_DONE, BadInput, LostProcess
 from cmgan_dist.files import write_atomic
+from cmgan_dist.interrupts import EXIT_SIGNALLED
 from cmgan_dist.models.saved import BEST, read_model, save_model, stored_tensors
 from cmgan_dist.retrieval.embed import embed_sample, embed_split
 from cmgan_dist.training.choose_scoring import SAMPLES, asked_of, choose_scoring, validation_of

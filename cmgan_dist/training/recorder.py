@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cmgan_dist.files import parse_json, write_atomic
+from cmgan_dist.files import parse_json, read_bytes, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         return []
     lines: list[dict[str, Any]] = []
     damaged: list[int] = []
-    content = path.read_bytes().split(b"\n")
+    content = read_bytes(path).split(b"\n")
     for number, line in enumerate(content[:-1] if content[-1] == b"" else content, 1):
         try:
             record = parse_json(line)

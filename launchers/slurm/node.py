@@ -16,6 +16,11 @@ They hold it back until they can act on it.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cmgan_dist.interrupts import heed
+
+    heed()
+
 import dataclasses
 import json
 import os
@@ -34,7 +39,8 @@ from cmgan_dist.config.fields import Config, micro_batch
 from cmgan_dist.config.load import check_places
 from cmgan_dist.distributed.launch import take
 from cmgan_dist.distributed.launch_config import launch_environment
-from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
+from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST, BadInput, run_main
+from cmgan_dist.interrupts import EXIT_SIGNALLED
 from launchers.train import train_and_report
 
 FLAG = "--processes-per-node"

@@ -14,7 +14,7 @@ import tyro
 
 from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.errors import BadInput, shown
-from cmgan_dist.files import parse_json_once
+from cmgan_dist.files import parse_json_once, read_bytes
 from shards.pack import DrawCommand
 from shards.pairs import RawPair, RawPairs, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
@@ -125,7 +125,7 @@ class _File:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        record = parse_json_once(path.read_bytes())
+        record = parse_json_once(read_bytes(path))
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}): name an annotation file") from None
     except ValueError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.files import open_regular, read_bytes
 from shards.pack import BuildCommand
 from shards.pairs import FileSlice, RawPair, RawPairs, make_key
 from shards.partitions import Partitions
@@ -24,11 +25,13 @@ SPLIT_FILES = {"train": "split_train.txt", "val": "split_dev.txt", "test": "spli
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 file that are not empty. Raises BadInput when it is missing or not UTF-8."""
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in read_bytes(path).decode().splitlines() if line.strip()]
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: name the folder that holds it with --input") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}): restore it") from None
 
 
 @dataclass(kw_only=True)
@@ -74,10 +77,12 @@ class Flickr8kCommand(BuildCommand):
 def _image_places(archive: Path) -> dict[str, FileSlice]:
     """Return file name -> where its bytes lie in the archive. Raises BadInput when there is no whole tar."""
     try:
-        with tarfile.open(archive, "r:") as tar:
+        with open_regular(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             members = [member for member in tar if member.isfile()]
     except FileNotFoundError:
         raise BadInput(f"{archive} does not exist: name the folder that holds it with --input") from None
     except tarfile.TarError as error:
         raise BadInput(f"{archive} is not a whole tar ({error})") from None
+    except OSError as error:
+        raise BadInput(f"{archive} cannot be read ({error.strerror}): restore it") from None
     return {Path(m.name).name: FileSlice(str(archive.absolute()), m.offset_data, m.size) for m in members}

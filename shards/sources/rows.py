@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import itertools
 import re
 from collections import Counter
@@ -17,7 +18,7 @@ from typing import Any
 
 from cmgan_dist.data.sample import MOST_JSON_BYTES
 from cmgan_dist.errors import BadInput, BadSample, shown
-from cmgan_dist.files import parse_json, parse_json_once
+from cmgan_dist.files import check_regular, open_regular, parse_json, parse_json_once
 from shards.scan import SPLIT_ALIASES
 
 Row = dict[str, Any] | BadSample
@@ -52,7 +53,7 @@ def column_names(path: Path, text: TextFormat) -> list[str]:
     Raises BadInput when the file is missing, of another kind or encoding or damaged, or has a column twice."""
     check_ending(str(path))
     if not path.is_file():
-        raise BadInput(f"table {path} does not exist")
+        raise BadInput(f"table {path} {'is no file' if path.exists() else 'does not exist'}: name a file")
     with _naming_damage(path):
         names = _names(path, text)
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -121,7 +122,7 @@ def _fields(path: Path, text: TextFormat) -> Iterator[tuple[int, list[str]]]:
     """Give (number, fields) of the rows of a CSV or TSV, the header too."""
     delimiter = text.delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
     csv.field_size_limit(MOST_JSON_BYTES)  # of all readers; the judge of samples has narrower ones
-    with open(path, encoding=text.encoding, newline="") as file:
+    with io.TextIOWrapper(open_regular(path), text.encoding, newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, strict=True)
         for number in itertools.count(1):
             line = rows.line_num + 1
@@ -158,7 +159,7 @@ def _csv(path: Path, text: TextFormat) -> Numbered:
 
 
 def _jsonl(path: Path, text: TextFormat) -> Numbered:
-    with open(path, encoding=text.encoding) as file:
+    with io.TextIOWrapper(open_regular(path), text.encoding) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, _json_row(line)
@@ -178,6 +179,7 @@ def _batches(path: Path) -> Iterator[tuple[Any, Callable[[list[str]], Iterator[A
     import pyarrow
     import pyarrow.parquet
 
+    check_regular(path)
     if path.suffix.lower() == ".parquet":
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file.schema_arrow, lambda columns: file.iter_batches(batch_size=PARQUET_ROWS, columns=columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,13 +105,16 @@ def test_a_folder_that_cannot_be_read_is_named(mode: int, shared: Path) -> None:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def test_only_regular_files_up_to_a_size_are_read(tmp_path: Path) -> None:
+def test_only_regular_files_up_to_a_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "good")
     assert read_file(tmp_path / "good", 1) == b"x"
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("good")
     (tmp_path / "device").symlink_to("/dev/zero")
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket")
     (tmp_path / "large").write_bytes(bytes(2))
     (tmp_path / "endless").symlink_to("/proc/self/status")  # a regular file of 0 bytes that gives some
     assert read_file(tmp_path / "link") == b"x"
@@ -118,6 +122,7 @@ def test_only_regular_files_up_to_a_size_are_read(tmp_path: Path) -> None:
         ("pipe", True, "is no regular file"),
         ("folder", True, "is no regular file"),
         ("device", True, "is no regular file"),
+        ("socket", True, "is no regular file"),
         ("large", True, "has more than 0 MiB"),
         ("link", False, "cannot be read"),
         ("endless", True, "grows while it is read"),

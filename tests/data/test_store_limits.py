@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from cmgan_dist.data import source, store
 from cmgan_dist.data.source import RemoteSource
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
+from shards.urls import fetch
+from tests.services.faulty_server import FaultyServer
 from tests.services.object_store import running_s3
 
 HEADER = b"HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n"
@@ -56,6 +59,7 @@ def dripping(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("use", "what"),
     [
         (lambda files, path: files.names(), r"read \(no whole answer in time\)"),
+        (lambda files, path: files.own_names(), r"read \(no whole answer in time\)"),
         (lambda files, path: files.read("a"), r"read \(a: no whole answer in time\)"),
         (lambda files, path: files.sha256("a"), r"read \(a: no whole answer in time\)"),
         (lambda files, path: files.fetch("a", path), r"read \(a: no whole answer in time\)"),
@@ -63,7 +67,7 @@ def dripping(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (lambda files, path: files.put_file(Path(__file__), "a"), r"written \(a: no whole answer in time\)"),
         (lambda files, path: files.remove("a"), r"written \(a: no whole answer in time\)"),
     ],
-    ids=["names", "read", "sha256", "fetch", "write", "put_file", "remove"],
+    ids=["names", "own_names", "read", "sha256", "fetch", "write", "put_file", "remove"],
 )
 def test_a_store_that_drips_is_given_up(
     dripping: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, use: Callable[..., object], what: str
@@ -95,3 +99,52 @@ def test_whole_files_come_in_blocks_whatever_their_size(monkeypatch: pytest.Monk
         assert (files.names(), files.sha256("a"), files.size("a")) == (["b/c"], None, None)
         with pytest.raises(FileNotFoundError):
             files.read("a")
+
+
+def test_a_small_file_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+    ask = FileStore._ask
+
+    def counted(files: FileStore, method: str, *arguments: object, **options: object) -> object:
+        asked.append(method)
+        return ask(files, method, *arguments, **options)  # type: ignore[arg-type]
+
+    with running_s3("bucket"):
+        files = FileStore("s3://bucket/x", "--output")
+        for content in (b"", b"x", bytes(1000)):
+            files.write("a", content)
+            monkeypatch.setattr(FileStore, "_ask", counted)
+            asked.clear()
+            assert (files.read("a"), asked) == (content, ["cat_file"])
+            monkeypatch.setattr(FileStore, "_ask", ask)
+
+
+@contextmanager
+def full_at(size: int) -> Iterator[None]:
+    """Let no file be written beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_is_not_the_servers_fault(tmp_path: Path) -> None:
+    content = bytes(1 << 18)
+    server = FaultyServer()
+    server.files = {"/t.csv": content}
+    try:
+        sentence = r"^\S+/t\.csv cannot be written \(File too large\): free space there, and start again$"
+        with full_at(1 << 16), pytest.raises(BadInput, match=sentence):
+            fetch(f"{server.url}/t.csv", tmp_path, retries=0, timeout_s=5)
+        assert fetch(f"{server.url}/t.csv", tmp_path, retries=0, timeout_s=5).read_bytes() == content
+    finally:
+        server.close()
+    with running_s3("bucket"):
+        files = FileStore("s3://bucket/x", "--output")
+        files.write("t.csv", content)
+        with full_at(1 << 16), pytest.raises(BadInput, match=sentence):
+            files.fetch("t.csv", tmp_path / "t.csv")
+        files.fetch("t.csv", tmp_path / "t.csv")
+        assert (tmp_path / "t.csv").read_bytes() == content

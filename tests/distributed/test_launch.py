@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from cmgan_dist.distributed.join import say_unused
-from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_LOST, EXIT_SIGNALLED, BadInput, run_main
+from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_LOST, BadInput, run_main
+from cmgan_dist.interrupts import EXIT_SIGNALLED
 from tests.services.slurm import free_port
 from tests.toy import ROOT, environment, torchrun, train_words, wait_for
 

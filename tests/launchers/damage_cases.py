@@ -8,11 +8,13 @@ import os
 import pickle
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 Damage = Callable[[Path], None]
@@ -54,6 +56,12 @@ def folder(path: Path) -> None:
     path.mkdir()
 
 
+def pipe(path: Path) -> None:
+    """Nobody writes into it: who opens it waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 def circle(path: Path) -> None:
     path.unlink()
     path.symlink_to(path.name)
@@ -90,7 +98,20 @@ def pickled(path: Path) -> None:
         path.write_bytes(pickle.dumps(planted))
 
 
-DAMAGES: list[Damage] = [missing, empty, cut, no_utf8, flipped, older, other_types, folder, circle, forbidden, pickled]
+DAMAGES: list[Damage] = [
+    missing,
+    empty,
+    cut,
+    no_utf8,
+    flipped,
+    older,
+    other_types,
+    folder,
+    pipe,
+    circle,
+    forbidden,
+    pickled,
+]
 
 
 @contextlib.contextmanager
@@ -113,6 +134,24 @@ def as_nobody(place: Path) -> Iterator[None]:
             parent.chmod(0o700)
 
 
+@contextlib.contextmanager
+def not_waited_for(path: Path, seconds: int = 60) -> Iterator[None]:
+    """Fail where it takes longer: a pipe at `path`, which nobody writes into, was waited for."""
+
+    def late(number: int, frame: object) -> None:
+        with contextlib.suppress(OSError):  # whoever waits for it, in other threads too, goes on
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        pytest.fail(f"still waiting after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def damaged(
     whole: Path, place: Path, name: str, damage: Damage, read: Callable[[Path], tuple[int, str]]
 ) -> tuple[int, str]:
@@ -123,7 +162,7 @@ def damaged(
     paths = sorted(place.glob(name))
     assert paths
     damage(paths[-1])
-    with as_nobody(place) if damage is forbidden else contextlib.nullcontext():
+    with as_nobody(place) if damage is forbidden else contextlib.nullcontext(), not_waited_for(paths[-1]):
         code, error = read(place)
     print(code, error)
     assert not list(place.rglob(TRACE))

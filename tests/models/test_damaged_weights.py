@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -162,12 +161,6 @@ def test_words_that_end_within_a_line_are_told_of(tmp_path: Path, caplog: pytest
     (tmp_path / "words.txt").write_bytes(vectors()[:-3])
     load_word_vectors(tmp_path / "words.txt", WORDS)
     assert "the word vectors end within a line" in caplog.text
-
-
-def test_a_pipe_of_word_vectors_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "words.txt")
-    with pytest.raises(BadInput, match="is no regular file"):
-        load_word_vectors(tmp_path / "words.txt", WORDS)
 
 
 # ---------------------------------------------------------------------------------------------- code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,40 @@ def test_what_is_built_at_a_url_is_what_is_built_in_a_folder(
     build(make_table(tmp_path, 30), url, "--overwrite")
     build(make_table(tmp_path, 30), tmp_path / "other")
     assert files(url) == files_of(tmp_path / "other")
+
+
+def at_once(bucket: str, *tables: Path) -> list[subprocess.Popen[str]]:
+    """Build all tables at one place at the same time; what has ended."""
+    words = [sys.executable, "-m", "shards", "build", "table", "--output", f"{bucket}/out", "--processes", "1"]
+    words += ["--shard-samples", "8", "--val", "0.2", "--test", "0"]
+    started = [
+        subprocess.Popen([*words, str(table)], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+        for table in tables
+    ]
+    for one in started:
+        one.wait(120)
+    return started
+
+
+def test_two_equal_builds_at_once_make_one_data_set(tmp_path: Path, bucket: str) -> None:
+    table = make_table(tmp_path)
+    build(table, tmp_path / "local")
+    assert [one.returncode for one in at_once(bucket, table, table)] == [0, 0]
+    assert files(f"{bucket}/out") == files_of(tmp_path / "local")
+
+
+def test_of_two_other_builds_at_once_one_is_refused(tmp_path: Path, bucket: str) -> None:
+    tables = []
+    for rows in (40, 30):
+        (tmp_path / str(rows)).mkdir()
+        tables.append(make_table(tmp_path / str(rows), rows))
+        build(tables[-1], tmp_path / str(rows) / "local")
+    ended = at_once(bucket, *tables)
+    assert sorted(one.returncode for one in ended) == [0, 2]
+    wrong = 0 if ended[0].returncode else 1
+    assert ended[wrong].stderr is not None
+    assert re.search(r"error: .*s3://bucket/out.*", ended[wrong].stderr.read().splitlines()[-1])
+    assert files(f"{bucket}/out") == files_of(tables[1 - wrong].parent / "local")
 
 
 @pytest.mark.parametrize("shared", [True, False])

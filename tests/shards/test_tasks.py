@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs.lock import owning
 from shards.plan import PlannedShard
 from shards.plan_files import PLAN_NAME
+from tests.launchers.damage_cases import cut, empty, flipped, missing
 from tests.toy import ROOT, environment, files_of, picture, run_shards, wait_for, write_table
 
 
@@ -137,6 +141,35 @@ def test_a_plan_that_is_not_whole_is_made_anew_and_a_damaged_one_is_named(tmp_pa
     run_shards(*words(table, shared, "--task", "1/2"))
     run_shards(*words(table, tmp_path / "whole"))
     assert files_of(shared) == files_of(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def half_built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table, and what one of two tasks left of it: shards and a plan."""
+    place = tmp_path_factory.mktemp("half")
+    table = make_table(place / "in", 40)
+    run_shards(*words(table, place / "shared", "--task", "0/2"))
+    run_shards(*words(table, place / "whole"))
+    return place
+
+
+@pytest.mark.parametrize("damage", [missing, empty, cut, flipped], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", ["starts-0000.npy", "splits-0000.npy", "splits.json", "pairs-0000.jsonl", PLAN_NAME])
+def test_a_damaged_file_of_a_plan_changes_no_shard(
+    name: str, damage: Callable[[Path], None], half_built: Path, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shutil.copytree(half_built / "shared", shared)
+    (plan,) = shared.glob(".plan-*")
+    damage(plan / name)
+    second = words(half_built / "in" / "t.parquet", shared, "--task", "1/2")
+    try:
+        run_shards(*second)
+    except BadInput as error:
+        assert re.search("the plan in .*: remove that folder and start again$", str(error))  # noqa: PT017
+        shutil.rmtree(plan)
+        run_shards(*second)
+    assert files_of(shared) == files_of(half_built / "whole")
 
 
 @pytest.mark.parametrize("bad", ["2/2", "a", "-1/2"])
