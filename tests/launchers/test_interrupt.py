@@ -34,8 +34,10 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("how", ["group", "twice", "alone", "terminate"])
+@pytest.mark.parametrize(
+    ("how", "processes"),
+    [("twice", 2), *((how, processes) for how in ("group", "alone", "terminate") for processes in (1, 2))],
+)
 def test_features_are_interrupted_and_go_on(how: str, processes: int, tmp_path: Path) -> None:
     data = make_raw(tmp_path / "raw", counts={"train": 8, "val": 100, "test": 100})
     words = [
