@@ -33,7 +33,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import faiss
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -167,6 +166,7 @@ def ours(embeddings: Path, folder: Path, kind: str) -> Contestant:
 
 def faiss_contestant(factory: str, vectors: np.ndarray, queries: np.ndarray, truth: np.ndarray) -> Contestant:
     """An index of faiss by its factory string, tuned for recall."""
+    import faiss
 
     def make() -> Any:
         index: Any = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
@@ -268,7 +268,9 @@ def show(count: int, record: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    arguments = parse(Arguments, sys.argv[1:], prog="bench.use")
+    arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.use")
+    import faiss  # with much else, and --help waits
+
     faiss.omp_set_num_threads(1)
     path = RESULTS / "use.json"
     known = json.loads(path.read_text()).get("counts", {}) if path.is_file() else {}
