@@ -93,9 +93,7 @@ def compare(
 LARGE = [pytest.param(1000, c, marks=pytest.mark.slow) for c in (17, 300, 1024)]
 
 
-@pytest.mark.parametrize(
-    ("rows", "channels"), [(3, 17), (41, 17), (127, 17), (3, 300), (41, 300), (3, 1024), *LARGE]
-)
+@pytest.mark.parametrize(("rows", "channels"), [(3, 17), (41, 17), (127, 17), (3, 300), (41, 300), (3, 1024), *LARGE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training(rows: int, channels: int, dtype: torch.dtype) -> None:
     compare([rows], channels, dtype)
