@@ -1,4 +1,4 @@
-"""launchers/embed.py in real processes: killed and resumed, two processes, torchrun; the bytes are those of one."""
+"""launchers/embed.py in real processes: killed and resumed, two processes, two ranks; the bytes are those of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.retrieval.embed_cases import files, raw_run, whole
 from tests.services import forked
-from tests.toy import ROOT, environment, torchrun, wait_for
+from tests.toy import ROOT, environment, wait_for
 
 pytestmark = pytest.mark.process
 
@@ -27,8 +27,8 @@ def words(run: Path, output: Path, *extra: str) -> list[str]:
     return [str(ROOT / "launchers" / "embed.py"), str(run), "--output", str(output), *extra]
 
 
-def to_end(command: list[str], expect: int = 0) -> subprocess.CompletedProcess[str]:
-    done = forked.run(command, environment())
+def to_end(command: list[str], expect: int = 0, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    done = forked.run(command, environment(), ranks)
     assert done.returncode == expect, done.stderr
     return done
 
@@ -47,13 +47,13 @@ def test_killed_in_the_middle_and_resumed(case: tuple[Path, Path, dict[str, byte
     assert "wrote" in done.stdout
 
 
-def test_two_processes_and_torchrun(case: tuple[Path, Path, dict[str, bytes]], tmp_path: Path) -> None:
+def test_two_processes_and_two_ranks(case: tuple[Path, Path, dict[str, bytes]], tmp_path: Path) -> None:
     run, data, expected = case
     two = words(run, tmp_path / "two", "--data", str(data), "--processes", "2")
     to_end(two)
     assert files(tmp_path / "two") == expected
     ranks = words(run, tmp_path / "ranks", "--data", str(data))
-    done = to_end([*torchrun(2)[1:], *ranks])
+    done = to_end(ranks, ranks=2)
     assert files(tmp_path / "ranks") == expected
     assert "wrote" in done.stdout
 
