@@ -29,10 +29,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -43,10 +42,9 @@ from cmgan_dist.config.cli import parse
 from cmgan_dist.config.fields import ImageBackboneConfig
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput, run_main
-from cmgan_dist.models.backbones import TimmBackbone
-from cmgan_dist.models.saved import Saved, read_model
-from cmgan_dist.models.weights import in_package
-from cmgan_dist.retrieval.model import Model
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help waits
+    from cmgan_dist.models.saved import Saved
 
 BATCH = 64
 ALIKE = 0.99
@@ -85,6 +83,9 @@ def lots(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def timm_loop(saved: Saved, batch: int) -> Encode:
     """A loop over batches as timm's documentation has it, with the weights of the run's backbone."""
     import timm
+    import torch
+
+    from cmgan_dist.models.backbones import TimmBackbone
 
     spec = saved.spec.image
     # our backbone only lends its weights, which come in another library's layout
@@ -110,6 +111,8 @@ def sentence_encode(saved: Saved) -> Encode:
     """sentence-transformers' own encode, of the run's text backbone."""
     from sentence_transformers import SentenceTransformer
 
+    from cmgan_dist.models.weights import in_package
+
     folder = in_package(saved.spec.text.weights, ("modules.json",), "model.text.weights").parent
     model = SentenceTransformer(str(folder), device="cpu")
     return lambda texts: np.asarray(model.encode(list(texts), show_progress_bar=False))
@@ -119,6 +122,8 @@ def model_encode(what: str, batch: int = 64) -> Callable[[Saved], Encode]:
     """`Model` with `batch` items at a time."""
 
     def build(saved: Saved) -> Encode:
+        from cmgan_dist.retrieval.model import Model
+
         model = Model(saved, "cpu")
         return partial(model.encode_images if what == "images" else model.encode_texts, batch=batch)
 
@@ -153,6 +158,10 @@ def read_items(data: str, what: str) -> list[Any]:
 
 def work(run: str, data: str, what: str, name: str) -> None:
     """A contestant: answers each number of items by processor time, wall time and peak memory, 0 by a few vectors."""
+    import torch
+
+    from cmgan_dist.models.saved import read_model
+
     torch.set_num_threads(1)
     items, encode = read_items(data, what), CONTESTANTS[what][name](read_model(run))
     encode(items[:BATCH])
@@ -191,6 +200,9 @@ def start(arguments: Arguments, what: str, name: str) -> Worker:
 def compare(arguments: Arguments, what: str, workers: dict[str, Worker]) -> dict[str, float]:
     """Return the least cosine between the model's vectors and those of each contestant. Raises BadInput when one
     encodes something else."""
+    from cmgan_dist.models.saved import read_model
+    from cmgan_dist.retrieval.model import Model
+
     model, found = Model(read_model(arguments.run), "cpu"), {}
     project = model.encode_images if what == "images" else model.encode_texts
     vectors = {name: np.asarray(worker.ask(0), np.float32) for name, worker in workers.items()}

@@ -28,14 +28,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench.common import RESULTS, write_results
-from bench.kernels_cpu import cpu
-from bench.kernels_gpu import BATCHES, gpu
-from bench.kernels_model import modelled
 from cmgan_dist.config.cli import parse
 from cmgan_dist.errors import run_main
 
@@ -78,6 +74,13 @@ def _show(console: Console, record: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what the machine has and write the results."""
     args = parse(Arguments, sys.argv[1:] if argv is None else argv, prog="python -m bench.kernels")
+    # after the command line: torch takes seconds to import
+    import torch
+
+    from bench.kernels_cpu import cpu
+    from bench.kernels_gpu import BATCHES, gpu
+    from bench.kernels_model import modelled
+
     console = Console(width=140)
     path = RESULTS / "kernels.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}

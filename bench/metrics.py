@@ -23,19 +23,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 from bench.common import spread, write_results
 from cmgan_dist.config.cli import parse
 from cmgan_dist.errors import BadInput, run_main
-from cmgan_dist.retrieval.metrics import rank_classes, similarities
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help waits
+    from torch import Tensor
 
 DIM, CLASSES = 256, 10
 ROWS = 20
@@ -72,6 +72,8 @@ class Case:
 
 
 def made(queries: int, gallery: int) -> Case:
+    import torch
+
     g = torch.Generator().manual_seed(0)
     centre = torch.randn(CLASSES, DIM, generator=g) / 4
     classes = [torch.arange(n) % CLASSES for n in (queries, gallery)]
@@ -84,12 +86,20 @@ def made(queries: int, gallery: int) -> Case:
 
 
 def ours(case: Case) -> float:
-    query, gallery = (torch.nn.functional.one_hot(c, CLASSES).bool() for c in (case.query_class, case.gallery_class))
+    from torch.nn.functional import one_hot
+
+    from cmgan_dist.retrieval.metrics import rank_classes
+
+    query, gallery = (one_hot(c, CLASSES).bool() for c in (case.query_class, case.gallery_class))
     return float(np.mean(rank_classes(case.query, case.gallery, query, gallery).ap))
 
 
 def all_sorted(case: Case) -> float:
     """AP, AP@50 and curve from all ranks."""
+    import torch
+
+    from cmgan_dist.retrieval.metrics import similarities
+
     found, curve = [], torch.zeros(101, dtype=torch.float64)
     rank = torch.arange(1, len(case.gallery) + 1, dtype=torch.float64)
     for rows, similarity in similarities(case.query, case.gallery, ROWS):
@@ -122,6 +132,8 @@ def loop_over_ranks(case: Case) -> float:
 
 
 def metric_learning(case: Case) -> float:
+    import torch
+
     library = PACKAGES["pytorch-metric-learning"]
     distances, accuracy, inference = (
         importlib.import_module(f"{library}.{name}")
@@ -140,6 +152,8 @@ def metric_learning(case: Case) -> float:
 
 
 def torch_metrics(case: Case) -> float:
+    import torch
+
     metric = importlib.import_module("torchmetrics.retrieval").RetrievalMAP()
     found = []
     for part in case.parts():
@@ -201,6 +215,8 @@ def main() -> None:
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.metrics")
     if min(arguments.queries, arguments.gallery, arguments.rounds) < 1:
         raise BadInput("--queries, --gallery and --rounds must be at least 1")
+    import torch
+
     torch.set_num_threads(1)
     missing = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package) is None]
     if missing:

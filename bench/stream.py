@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -46,7 +45,6 @@ from bench.common import Worker, spread, write_results
 from bench.stream_data import BATCH, FEATURE_BATCH, FEATURE_SHARDS, build, build_features, count, place_of
 from bench.stream_decoders import SIZE
 from bench.stream_peers import CONTESTANTS, FEATURE_CONTESTANTS, NEEDS, RESUME_AT, RESUMING
-from bench.stream_worker import work
 from cmgan_dist.config.cli import parse
 from cmgan_dist.errors import BadInput, run_main
 
@@ -237,7 +235,7 @@ def measure_resume(arguments: Arguments, absent: dict[str, str]) -> dict[str, An
     resuming: dict[str, Any] = {}
     for _ in range(min(arguments.rounds, 3)):
         for name in RESUMING:
-            if not any(one.startswith(name) for one in absent):
+            if f"{name} + torchvision" not in absent:
                 python = arguments.peers if need_of(name) else sys.executable
                 found = run_worker(python, "resume", name, place_of(arguments.work, "512"))
                 resuming.setdefault(name, []).append(found)
@@ -265,8 +263,9 @@ def measure_raw(arguments: Arguments) -> dict[str, Any]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     if sys.argv[1:2] == ["worker"]:
+        from bench.stream_worker import work  # with torch, for which --help does not wait
+
         work(sys.argv[2:])
         return
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.stream")

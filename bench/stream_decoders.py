@@ -8,12 +8,13 @@ import math
 import random
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help waits
+    from torch import Tensor
 
 SIZE = 224
 CROP_AREA, CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
@@ -51,6 +52,8 @@ def _by_pil(train: bool) -> Callable[[bytes], Tensor]:
 
 
 def _by_torchvision(train: bool) -> Callable[[bytes], Tensor]:
+    import torch
+
     tv: Any = import_module("torchvision")
     change = transform(train)
 
@@ -66,6 +69,8 @@ def _by_opencv(area: bool) -> Callable[[bool], Callable[[bytes], Tensor]]:
     """`area`: a picture is reduced by INTER_AREA, which leaves nothing out, and not by INTER_LINEAR, the fastest."""
 
     def make(train: bool) -> Callable[[bytes], Tensor]:
+        import torch
+
         cv2: Any = import_module("cv2")
         cv2.setNumThreads(1)
         smaller, larger = cv2.INTER_AREA if area else cv2.INTER_LINEAR, cv2.INTER_CUBIC
@@ -76,7 +81,7 @@ def _by_opencv(area: bool) -> Callable[[bool], Callable[[bytes], Tensor]]:
 
         def decode(data: bytes) -> Tensor:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-            return _cut(image, train, resize, lambda square: cv2.flip(square, 1))
+            return torch.from_numpy(_cut(image, train, resize, lambda square: cv2.flip(square, 1)))
 
         return decode
 
@@ -84,6 +89,8 @@ def _by_opencv(area: bool) -> Callable[[bool], Callable[[bytes], Tensor]]:
 
 
 def _by_kornia(train: bool) -> Callable[[bytes], Tensor]:
+    import torch
+
     kornia: Any = import_module("kornia_rs")
 
     def resize(crop: np.ndarray, reduced: bool) -> np.ndarray:
@@ -93,7 +100,7 @@ def _by_kornia(train: bool) -> Callable[[bytes], Tensor]:
 
     def decode(data: bytes) -> Tensor:
         image = kornia.io.decode_image_jpegturbo(data, "rgb")
-        return _cut(image, train, resize, kornia.imgproc.horizontal_flip)
+        return torch.from_numpy(_cut(image, train, resize, kornia.imgproc.horizontal_flip))
 
     return decode
 
@@ -112,12 +119,12 @@ def _cut(
     train: bool,
     resize: Callable[[np.ndarray, bool], np.ndarray],
     flip: Callable[[np.ndarray], np.ndarray],
-) -> Tensor:
+) -> np.ndarray:
     """Return a crop of uint8 [h, w, 3] as [224, 224, 3]. `resize` is told whether the crop is larger than that."""
     height, width = image.shape[:2]
     left, top, w, h = _random_crop(width, height) if train else _centre(width, height)
     square = resize(image[top : top + h, left : left + w], w * h > SIZE * SIZE)
-    return torch.from_numpy(flip(square) if train and random.random() < 0.5 else square)
+    return flip(square) if train and random.random() < 0.5 else square
 
 
 def _centre(width: int, height: int) -> tuple[int, int, int, int]:

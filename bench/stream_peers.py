@@ -6,18 +6,19 @@ import itertools
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from bench.stream_data import BATCH, FEATURE_BATCH, count
 from bench.stream_decoders import CROP_AREA, CROP_RATIO, SIZE, decoder, planes, transform
 from cmgan_dist.config.fields import StreamConfig
 
+if TYPE_CHECKING:  # torch takes seconds to import, and --help waits
+    from torch import Tensor
+
 RESUME_AT = 0.9
-Batches = Iterator[tuple[Tensor, list[str]]]
+Batches = Iterator[tuple["Tensor", list[str]]]
 """uint8 [64, 3, 224, 224] and the keys (empty where a shuffled loader gives none)."""
 
 
@@ -113,6 +114,8 @@ def read_bytes(path: str) -> bytes:
 
 class ImageFolder:
     def __init__(self, place: Path, how: str, train: bool) -> None:
+        import torch
+
         tv: Any = import_module("torchvision")
         change = transform(train)
 
@@ -166,6 +169,8 @@ class Dali:
         self.pipeline.build()
 
     def batches(self) -> Batches:
+        import torch
+
         for _ in range(len(self.files) // BATCH):
             image, label = self.pipeline.run()
             keys = [Path(self.files[i]).stem for i in np.asarray(label.as_array()).ravel()]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from bench.stream_data import BATCH, write_mds
 from bench.stream_decoders import SIZE
@@ -28,6 +29,7 @@ RAW_PASSES = 10
 
 def work(words: list[str]) -> None:
     """Do one task, ``TASK [WORDS] FOLDER``, and print ``answer JSON``."""
+    torch.set_num_threads(1)
     what, *rest = words
     if what == "serve":
         serve(rest[0], Path(rest[1]), rest[2])

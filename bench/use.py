@@ -33,7 +33,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import faiss
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -43,7 +42,7 @@ from rich.table import Table
 from bench.common import RESULTS, write_results
 from cmgan_dist.config.cli import parse
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import run_main
+from cmgan_dist.errors import BadInput, run_main
 from cmgan_dist.jobs import ledger
 from cmgan_dist.retrieval.embeddings import (
     ITEMS,
@@ -56,7 +55,7 @@ from cmgan_dist.retrieval.embeddings import (
 )
 from cmgan_dist.retrieval.index import Index
 
-SHARD, CLUSTER, SPREAD, K, TARGET = 50_000, 200, 0.7, 10, 0.97
+SHARD, CLUSTER, SPREAD, K, TARGET, LEAST = 50_000, 200, 0.7, 10, 0.97, 1000
 CLASSES = [f"class {i}" for i in range(100)]
 QUERIES, TURN = 200, 10
 """Queries that recall is measured on, and those of one turn."""
@@ -147,10 +146,12 @@ def built(make: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.process_time()
-    made = make()
-    seconds = time.process_time() - start
-    done.set()
-    watcher.join()
+    try:
+        made = make()
+        seconds = time.process_time() - start
+    finally:
+        done.set()
+        watcher.join()
     return made, {"build_s": round(seconds, 1), "build_mib": round((max(peak, before) - before) / 2**20)}
 
 
@@ -167,11 +168,13 @@ def ours(embeddings: Path, folder: Path, kind: str) -> Contestant:
 
 def faiss_contestant(factory: str, vectors: np.ndarray, queries: np.ndarray, truth: np.ndarray) -> Contestant:
     """An index of faiss by its factory string, tuned for recall."""
+    import faiss
 
     def make() -> Any:
         index: Any = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
-            index.train(vectors[np.random.default_rng(1).choice(len(vectors), 64 * index.nlist, replace=False)])
+            count = min(64 * index.nlist, len(vectors))
+            index.train(vectors[np.random.default_rng(1).choice(len(vectors), count, replace=False)])
         index.add(vectors)
         return index
 
@@ -268,7 +271,11 @@ def show(count: int, record: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    arguments = parse(Arguments, sys.argv[1:], prog="bench.use")
+    arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.use")
+    if min(arguments.counts) < LEAST or arguments.rounds < 1:
+        raise BadInput(f"--counts must be at least {LEAST}, --rounds at least 1")
+    import faiss  # with much else, and --help waits
+
     faiss.omp_set_num_threads(1)
     path = RESULTS / "use.json"
     known = json.loads(path.read_text()).get("counts", {}) if path.is_file() else {}

@@ -20,9 +20,8 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -30,15 +29,14 @@ from bench.common import RESULTS, write_results
 from cmgan_dist.config.cli import parse
 from cmgan_dist.config.fields import Config
 from cmgan_dist.config.presets import preset
-from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.manifest import DataSpec
-from cmgan_dist.distributed.engine import Engine
-from cmgan_dist.distributed.processes import Parallel
-from cmgan_dist.distributed.zero import ZeroEngine
 from cmgan_dist.errors import BadInput, run_main
-from cmgan_dist.training.phases import phase_table, run_phase
-from cmgan_dist.training.state import build_networks
-from cmgan_dist.training.step import build_step_inputs
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help waits
+    from torch.profiler import profile
+
+    from cmgan_dist.data.batch import Batch
+    from cmgan_dist.distributed.engine import Engine
 
 ROWS, CLASSES = 16, 10
 MODELS = ("reference", "backbone")
@@ -75,6 +73,10 @@ def setting(model: str) -> tuple[Config, DataSpec]:
 
 def batch_of(spec: DataSpec, rows: int, seed: int) -> Batch:
     """Return random rows of a kind of data."""
+    import torch
+
+    from cmgan_dist.data.batch import Batch
+
     rng = torch.Generator().manual_seed(seed)
     pictures = torch.randint(256, (rows, 64, 64, 4), generator=rng, dtype=torch.uint8)
     image = pictures if spec.image_dim is None else torch.randn(rows, spec.image_dim, generator=rng)
@@ -84,17 +86,21 @@ def batch_of(spec: DataSpec, rows: int, seed: int) -> Batch:
 
 def optimiser_bytes(engine: Engine) -> int:
     """Return what this process holds of an engine's optimiser beside the module's own parameters."""
+    from cmgan_dist.distributed.zero import ZeroEngine
+
     optimizers = [group.optimizer for group in engine.groups] if isinstance(engine, ZeroEngine) else [engine.optimizer]
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     return sum(value.nbytes for state in states for value in state.values())
 
 
-def traced() -> torch.profiler.profile:
+def traced() -> profile:
     """Return a trace of what is allocated for tensors on the CPU."""
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    from torch.profiler import ProfilerActivity, profile
+
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 
-def allocated(trace: torch.profiler.profile) -> list[int]:
+def allocated(trace: profile) -> list[int]:
     """Return the bytes that a trace had allocated after each of its events, which may be negative."""
     assert trace.profiler is not None
     events: list[Any] = list(trace.profiler.kineto_results.events())  # type: ignore[union-attr]
@@ -104,6 +110,13 @@ def allocated(trace: torch.profiler.profile) -> list[int]:
 
 def worker(model: str, kind: str, batches: int) -> None:
     """Train as one of several processes; the first one prints what it has measured."""
+    import torch
+
+    from cmgan_dist.distributed.processes import Parallel
+    from cmgan_dist.training.phases import phase_table, run_phase
+    from cmgan_dist.training.state import build_networks
+    from cmgan_dist.training.step import build_step_inputs
+
     torch.set_num_threads(1)
     config, spec = setting(model)
     parallel = Parallel()

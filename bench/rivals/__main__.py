@@ -17,22 +17,19 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from bench.common import write_results
-from bench.rivals.methods import METHODS
-from bench.rivals.training import Data, embed, fit, measure, processor_seconds, read_data, search
 from cmgan_dist.config.cli import parse
 from cmgan_dist.config.presets import PRESETS, preset
 from cmgan_dist.errors import BadInput, run_main
-from cmgan_dist.retrieval.baselines import baseline_table, best_baselines
-from cmgan_dist.retrieval.evaluate import open_task, run_task
-from cmgan_dist.training.loop import train
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help waits
+    from bench.rivals.training import Data
 
 WAYS = ("image_to_text", "text_to_image")
 RECALLS = tuple(f"recall/{way}@{k}" for way in WAYS for k in (1, 5, 10))
@@ -89,6 +86,10 @@ def preset_of(arguments: Arguments, data: Data) -> str:
 
 def ours(folder: Path, data: Data, arguments: Arguments) -> dict[str, dict[str, Any]]:
     """Train ours as a user does; return a row for its vectors, and one for each other end that they can be made for."""
+    from bench.rivals.training import processor_seconds
+    from cmgan_dist.retrieval.evaluate import open_task, run_task
+    from cmgan_dist.training.loop import train
+
     name = preset_of(arguments, data)
     found: dict[str, list[Metrics]] = {}
     seconds, objective = [], ""
@@ -112,6 +113,9 @@ def ours(folder: Path, data: Data, arguments: Arguments) -> dict[str, dict[str, 
 
 def rival(name: str, data: Data, arguments: Arguments) -> dict[str, Any]:
     """Search, then train from every seed, and read the test split once a seed; return the row."""
+    from bench.rivals.methods import METHODS
+    from bench.rivals.training import embed, fit, measure, search
+
     method = METHODS[name]
     say(f"{data.name}: {name}")
     settings, score = search(method, data, arguments.tries, arguments.epochs, say)
@@ -143,6 +147,10 @@ def table_of(data: Data, rows: dict[str, dict[str, Any]], seeds: int) -> Table:
 
 def compare(folder: Path, arguments: Arguments) -> None:
     """Do one data set: train, print the table, write the results."""
+    from bench.rivals.methods import METHODS
+    from bench.rivals.training import processor_seconds, read_data
+    from cmgan_dist.retrieval.baselines import baseline_table, best_baselines
+
     data = read_data(folder)
     rows = ours(folder, data, arguments)
     for name, method in METHODS.items():
@@ -163,6 +171,8 @@ def main() -> None:
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.rivals")
     if min(arguments.seeds, arguments.tries, arguments.epochs) < 1:
         raise BadInput("--seeds, --tries and --epochs must be 1 or more")
+    import torch
+
     torch.set_num_threads(arguments.threads)
     for folder in arguments.data:
         compare(folder, arguments)

@@ -19,7 +19,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,9 @@ from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import OtherVersion, parse_sealed, sealed_json
 from cmgan_dist.jobs import ledger
-from cmgan_dist.models.generator import Modality
+
+if TYPE_CHECKING:  # an index is built without torch
+    from cmgan_dist.models.generator import Modality
 
 MANIFEST_NAME, VERSION = "embeddings.json", 1
 DTYPES = ("float32", "float16")

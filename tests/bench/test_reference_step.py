@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.reference_step import DISCRIMINATORS, Dims, ReferenceStep
-from bench.step import Ours, agreement, make_batches
+from bench.step_worker import Ours, agreement, make_batches
 
 SMALL = Dims(image=24, text=12, hidden=16, common=16, discriminator=16, classes=4)
 

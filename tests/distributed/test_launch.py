@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from cmgan_dist.distributed.join import say_unused
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_LOST, BadInput, run_main
 from cmgan_dist.interrupts import EXIT_SIGNALLED
+from tests.services import forked
 from tests.services.slurm import free_port
 from tests.toy import ROOT, environment, torchrun, train_words, wait_for
 
@@ -35,7 +37,7 @@ def main():
 run_main(main)
 """
 LOST = """
-import os, signal, sys, torch, torch.distributed as dist
+import os, signal, sys
 from cmgan_dist.errors import BadInput, LostProcess, run_main
 from cmgan_dist.jobs.startup import ended_by_signals
 def fail(case):
@@ -50,17 +52,15 @@ def fail(case):
     raise BadInput("checkpoint x cannot be read here", everywhere=True)
 def main():
     rank, case = int(os.environ["RANK"]), sys.argv[1]
-    dist.init_process_group("gloo")
-    dist.barrier()
     if rank == 1:
+        os.open(sys.argv[0] + ".pipe", os.O_WRONLY)  # waits until process 0 listens
         fail(case)
+    pipe = open(sys.argv[0] + ".pipe")
     if case == "start":
         with ended_by_signals():
             signal.pause()
-    try:
-        dist.barrier()
-    except RuntimeError as error:
-        raise LostProcess(f"process 0 lost another process ({error})")
+    pipe.read()  # until process 1 is gone, as a collective waits
+    raise LostProcess("process 0 lost another process (broken pipe)")
 run_main(main)
 """
 CAUSES = [
@@ -77,10 +77,16 @@ CAUSES = [
 """What befalls process 1 alone, and how the launcher ends by it; in `start` before the others listen to each other."""
 
 
-def launch(command: list[str], case: str, tmp_path: Path, text: str = WRONG) -> subprocess.CompletedProcess[str]:
+def launch(
+    command: list[str], case: str, tmp_path: Path, text: str = WRONG, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Start a script by a launcher, which is forked; `fresh`: as a user starts it."""
     script = tmp_path / "wrong.py"
     script.write_text(text)
+    os.mkfifo(f"{script}.pipe")
     words = [*command, str(script), case]
+    if not fresh:
+        return forked.run(words[1:], environment(), timeout=120)
     return subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -96,7 +102,7 @@ def launch(command: list[str], case: str, tmp_path: Path, text: str = WRONG) -> 
 )
 def test_ours_ends_with_the_sentence_and_the_exit_code(case: str, code: int, last: str, tmp_path: Path) -> None:
     """`second`: of a process that is not the first, which says what all find."""
-    done = launch(OURS, case, tmp_path)
+    done = launch(OURS, case, tmp_path, fresh=case == "second")
     assert done.returncode == code
     found = [line for line in done.stderr.splitlines() if not line.startswith("interrupted: ")]  # by the launcher
     assert found == ([last] if last else [])
@@ -146,7 +152,7 @@ def test_ours_ends_with_the_sentence_under_deepspeed_too(config: str, tmp_path: 
     file = str(ROOT / "launchers" / "configs" / config)
     words = [*OURS, "--config_file", file, "launchers/train.py", "--preset", "reference", "--output", str(tmp_path)]
     words += ["--data", str(tmp_path / "x")]
-    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = forked.run(words[1:], environment(), timeout=120)
     assert done.returncode == EXIT_BAD_INPUT
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: data folder {tmp_path / 'x'} does not exist")
     assert "Traceback" not in done.stderr
@@ -177,9 +183,8 @@ def test_what_a_configuration_says_and_is_not_used_is_logged_as_under_accelerate
     said = []
     for start in (OURS, accelerate):
         words = [*start, "--config_file", str(file), str(script)]
-        done = subprocess.run(
-            words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-        )
+        done = forked.run(words[1:], environment(), timeout=120)
+        assert done.returncode == 0
         said.append([line for line in done.stderr.splitlines() if "is not used: set" in line])
     assert said[0] == [
         "accelerate's mixed_precision bf16 is not used: set train.precision",
@@ -219,14 +224,14 @@ def test_ours_passes_a_signal_on_and_ends_with_what_the_processes_do(number: int
         "time.sleep(60)\n"
     )
     words = [*OURS, str(script), str(tmp_path)]
-    with subprocess.Popen(words, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, 90)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == EXIT_SIGNALLED
+    process = forked.Forked(words[1:], environment())
+    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, 90)
+    os.kill(process.pid, number)
+    done = process.wait(60)
+    assert done.returncode == EXIT_SIGNALLED
     assert len(list(tmp_path.glob("saved-*"))) == 2
-    assert said.strip().splitlines()[-1].endswith("passed on to all processes: start again to go on")
-    assert "Traceback" not in said
+    assert done.stderr.strip().splitlines()[-1].endswith("passed on to all processes: start again to go on")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_launcher_that_waits_for_another_machine_ends_at_a_signal(tmp_path: Path) -> None:

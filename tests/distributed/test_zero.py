@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,9 +34,8 @@ def launch(
     file, words = str(ROOT / "launchers" / "configs" / config), train_words(data, run, *extra)
     if not fresh:
         return forked.run(words, {**environment(), **launch_environment(file)}, processes, timeout=400)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
-    command += ["--num_processes", str(processes), *words]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+    command = ["-m", "accelerate.commands.launch", "--config_file", file]
+    return forked.run([*command, "--num_processes", str(processes), *words], environment(), timeout=400)
 
 
 @pytest.mark.parametrize(

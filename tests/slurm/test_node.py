@@ -18,7 +18,9 @@ import pytest
 from cmgan_dist.distributed.launch_config import launch_environment
 from cmgan_dist.errors import BadInput, LostProcess, run_main
 from launchers.slurm.node import combined, failed_first, read_job
+from tests.services import forked
 from tests.services.slurm import free_port, wait_for
+from tests.toy import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["--preset", "smoke", "--data", "d", "--output", "o"]
@@ -96,9 +98,9 @@ def test_deepspeed_is_asked_for_as_accelerate_launch_asks(name: str, tmp_path: P
     file = ROOT / "launchers" / "configs" / name
     script = tmp_path / "show.py"
     script.write_text("import json, os; print(json.dumps(dict(os.environ)))")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
     launch += ["--num_processes", "1", "--main_process_port", str(free_port()), str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=True)
+    done = forked.run(launch, environment())
     theirs = json.loads(done.stdout.splitlines()[-1])
     for key, value in launch_environment(str(file)).items():
         assert theirs[key] == value

@@ -7,8 +7,7 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,8 @@ from cmgan_dist.config.paths import settings
 from cmgan_dist.files import sha256_of
 from cmgan_dist.training.checkpoint import latest
 from launchers import train
+from tests.services import forked
 from tests.toy import (
-    ROOT,
     SMALL,
     call,
     environment,
@@ -125,16 +124,19 @@ def test_a_scoring_that_needs_labels_is_refused_before_the_work(asked: str, tmp_
 
 def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_goes_on(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, *train_words(data, run, "train.epochs=200", "train.val_every=0", "train.save_every=50")]
-    first = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    first = forked.Forked(
+        train_words(data, run, "train.epochs=30", "train.val_every=0", "train.save_every=50"), environment()
+    )
     wait_for((run / "metrics.jsonl").exists, 60)
+    os.kill(first.pid, signal.SIGSTOP)  # it shall not end before the others have tried
     for resume in ("auto", "never"):
-        code, error = start(data, run, "train.epochs=200", "--resume", resume)
+        code, error = start(data, run, "train.epochs=30", "--resume", resume)
         assert code == 2
         assert f"run is in use by process {first.pid} on {os.uname().nodename}" in error
-    said = first.communicate(timeout=200)[1]
-    assert first.returncode == 0, said[-3000:]
-    assert len(lines(run, "train")) == 200 * 96 // 16
+    os.kill(first.pid, signal.SIGCONT)
+    done = first.wait(200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(lines(run, "train")) == 30 * 96 // 16
     assert not list(run.glob(".*.lock"))
 
 

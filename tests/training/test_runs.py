@@ -122,13 +122,8 @@ def test_two_processes_without_labels_and_with_multi_labels(feature_data: Callab
 
 
 def test_two_processes_get_one_sentence(feature_data: Callable[..., Path], tmp_path: Path) -> None:
-    done = subprocess.run(
-        command(feature_data(), tmp_path / "run", "stream.train_split=nope", processes=2, accelerate=True),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = command(feature_data(), tmp_path / "run", "stream.train_split=nope", processes=2, accelerate=True)
+    done = forked.run(words[1:], environment(), timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("has no split 'nope'") == 1
 
