@@ -311,7 +311,7 @@ def make_batch(rows: int = 10, classes: int = 3, seed: int = 0) -> Batch:
 
 def set_up(config: Config, classes: int = 3):  # type: ignore[no-untyped-def]
     spec = DataSpec([str(c) for c in range(classes)], "single" if classes else "none", 6, 5)
-    parallel = Parallel()
+    parallel = Parallel(config.train.precision)
     return build_networks(config, spec, None, parallel), parallel
 
 

@@ -49,6 +49,12 @@ USED = {
 heed them."""
 UNUSED_IN_ZERO = ("offload_param", "zero_quantized", "zero_hpz", "mics_")
 """How keys of zero_optimization begin that ZeRO-1 and ZeRO-2 do not heed."""
+REFUSED_IN_ZERO = {
+    "round_robin_gradients": "with which DeepSpeed gives other parameters' moments to a checkpoint",
+    "legacy_stage1": "which DeepSpeed no longer has",
+    "zenflow": "which trains by another optimiser",
+}
+"""Other keys of zero_optimization that would spoil a run, and how."""
 SET_HERE = {
     "ACCELERATE_MIXED_PRECISION": ("no", "train.precision"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "train.compile"),
@@ -208,6 +214,8 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
         is_set = value is True or value not in (None, False, 1, -1, {"device": "none"})
         if str(key).startswith(UNUSED_IN_ZERO) and is_set:
             raise BadInput(f"{where} has zero_optimization.{key}, which stages 1 and 2 do not heed: drop it")
+        if key in REFUSED_IN_ZERO and is_set:
+            raise BadInput(f"{where} has zero_optimization.{key}, {REFUSED_IN_ZERO[key]}: drop it")
     offload = config["zero_optimization"].get("offload_optimizer") or {}
     device = offload.get("device", "none") if isinstance(offload, dict) else offload
     if device not in ("none", "cpu", None):

@@ -75,8 +75,8 @@ def _launch(arguments: list[str]) -> int:
         name = signal.Signals(error.sigval).name
         print(f"ended by {name}, which was passed on to all processes: start again to go on", file=sys.stderr)
         return EXIT_SIGNALLED
-    except (ValueError, ImportError) as error:  # of torchrun's options
-        raise BadInput(f"{error}: see torchrun --help") from None
+    except (ValueError, ImportError, AssertionError) as error:  # of torchrun's options
+        raise BadInput(f"{str(error) or 'a count is not positive'}: see torchrun --help") from None
     except (RendezvousError, torch.distributed.DistError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0] or "one did not come in time"
         raise BadInput(

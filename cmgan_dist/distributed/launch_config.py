@@ -9,7 +9,7 @@ from cmgan_dist.config.safe_yaml import parse_yaml, read_text
 from cmgan_dist.errors import BadInput
 
 CONFIG_FLAG = "--config_file"
-PLAIN = {"NO", "MULTI_CPU", "MULTI_GPU"}
+PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")
 """Values of distributed_type that ask for DDP."""
 OF_LAUNCHER = {
     "compute_environment",
@@ -48,7 +48,7 @@ def launch_config(path: str, flag: str = CONFIG_FLAG) -> dict[str, Any]:
     kind, fields = config["distributed_type"], config.get("deepspeed_config") or {}
     if kind == "FSDP":
         raise BadInput(f"{where} asks for FSDP: train without it, by train.shard_backbones=true")
-    if kind not in PLAIN | {"DEEPSPEED"}:
+    if kind not in (*PLAIN, "DEEPSPEED"):
         raise BadInput(
             f"{where} has distributed_type {kind}: set it to DEEPSPEED or MULTI_GPU (see launchers/configs/)"
         )
@@ -58,7 +58,7 @@ def launch_config(path: str, flag: str = CONFIG_FLAG) -> dict[str, Any]:
         raise BadInput(
             f"{where} has a deepspeed_config, and distributed_type {kind}: set that to DEEPSPEED, or drop it"
         )
-    used = OF_LAUNCHER | {"distributed_type", "deepspeed_config", "mixed_precision", "dynamo_config"}
+    used = OF_LAUNCHER | {"distributed_type", "deepspeed_config", "mixed_precision", "dynamo_config", "use_cpu"}
     other = sorted(str(key) for key in config.keys() - used if config[key] not in UNSET)
     other += sorted(f"deepspeed_config.{key}" for key in fields.keys() - VARIABLES.keys() - PASSED_OVER)
     if other:
@@ -73,10 +73,12 @@ def launch_environment(path: str | None, flag: str = CONFIG_FLAG) -> dict[str, s
 
 def environment_of(config: dict[str, Any]) -> dict[str, str]:
     """Return the variables by which `accelerate launch` tells its processes what a configuration asks for: whether
-    DeepSpeed trains, and what the processes log that they do not use."""
+    DeepSpeed trains, on a CPU or not, and what the processes log that they do not use."""
     dynamo = config.get("dynamo_config") or {}
     backend = (dynamo.get("dynamo_backend") or dynamo.get("backend")) if isinstance(dynamo, dict) else dynamo
     asked = {"MIXED_PRECISION": config.get("mixed_precision"), "DYNAMO_BACKEND": backend}
+    if config.get("use_cpu") not in UNSET:
+        asked["USE_CPU"] = "true"
     out = {f"ACCELERATE_{name}": str(value) for name, value in asked.items() if value not in UNSET}
     if config["distributed_type"] != "DEEPSPEED":
         return out

@@ -49,8 +49,8 @@ class Reconstruction:
     """[F]: the last layer's bias b."""
 
     def dense(self) -> Tensor:
-        """Return the whole output, [B, F]."""
-        return F.linear(self.hidden, self.weight, self.bias)
+        """Return the whole output, [B, F]; where autocast is off, in fp32."""
+        return F.linear(self.hidden.float(), self.weight, self.bias)
 
     def along(self, direction: Tensor) -> Tensor:
         """Return the product of the output with each of D directions, given as [D, F]: [B, D] in fp32."""

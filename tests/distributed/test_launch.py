@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cmgan_dist.distributed.join import say_unused
+from cmgan_dist.distributed.launch_config import launch_environment
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_LOST, BadInput, run_main
 from cmgan_dist.interrupts import EXIT_SIGNALLED
 from tests.services import forked
@@ -193,6 +194,15 @@ def test_what_a_configuration_says_and_is_not_used_is_logged_as_under_accelerate
         "accelerate's gradient_clipping 1.0 is not used: set optim.clip",
     ]
     assert set(said[1]) == set(said[0]) - {said[0][1]}  # accelerate itself loses dynamo's under DeepSpeed
+
+
+def test_a_kind_that_is_a_list_is_one_sentence_and_a_cpu_may_be_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    file.write_text("distributed_type: [DEEPSPEED]")
+    with pytest.raises(BadInput, match=r"has distributed_type \['DEEPSPEED'\]: set it to DEEPSPEED or MULTI_GPU"):
+        launch_environment(str(file))
+    file.write_text("distributed_type: MULTI_CPU\nuse_cpu: true")
+    assert launch_environment(str(file)) == {"ACCELERATE_USE_CPU": "true"}
 
 
 def test_processes_that_only_the_configuration_counts_are_asked_for(tmp_path: Path) -> None:

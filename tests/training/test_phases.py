@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -52,6 +53,20 @@ def test_each_phase_changes_its_own_parameters_only(loss: dict[str, object], upd
             assert any(k.startswith("shared.") for k in own)
         if phase.name == "G_T":
             assert not {k for k in own if k.startswith("image_")}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("loss", CASES, ids=str)
+def test_all_losses_are_finite_in_lower_precision(loss: dict[str, object], precision: str) -> None:
+    config = small(**loss)
+    config.train.precision = precision  # type: ignore[assignment]
+    networks, parallel = set_up(config)
+    inputs = build_step_inputs(make_batch(), networks, config, parallel, 0)
+    for phase in phase_table(config):
+        terms = run_phase(phase, [inputs], networks.engines, parallel.autocast)
+        found = {name: float(term) for name, term in terms.items() if name.startswith("loss/")}
+        assert found
+        assert all(map(math.isfinite, found.values())), found
 
 
 @pytest.mark.parametrize("share", [True, False])
