@@ -124,6 +124,11 @@ def test_settings_that_are_the_run_s_own_are_passed_over_or_refused(
     for key, value in {"offload_param": {"device": "cpu"}, "zero_quantized_gradients": True}.items():
         with pytest.raises(BadInput, match=f"has zero_optimization.{key}, which stages 1 and 2 do not heed"):
             taken(zero_optimization={"stage": 2, key: value})
+    for key in ("round_robin_gradients", "legacy_stage1"):
+        with pytest.raises(BadInput, match=f"has zero_optimization.{key}, w.*: drop it"):
+            taken(zero_optimization={"stage": 2, key: True})
+    with pytest.raises(BadInput, match="zenflow, which trains by another optimiser: drop it"):
+        taken(zero_optimization={"stage": 2, "zenflow": {"topk_ratio": 0.1}})
     with pytest.raises(
         BadInput, match="offloads the optimizer to 'nvme': set offload_optimizer's device to cpu or none"
     ):
