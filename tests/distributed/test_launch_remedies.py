@@ -59,7 +59,7 @@ ZERO = [
     (zero(2) | {"amp": {"enabled": True}}, "has 'amp', which is not used here: drop it", [zero(2)]),
     (
         zero(2, offload_optimizer={"device": "nvme"}),
-        "set its device to cpu or none",
+        "set offload_optimizer.s device to cpu or none",
         [zero(2, offload_optimizer={"device": "cpu"}), zero(2, offload_optimizer={"device": "none"})],
     ),
     (zero(2) | {"fp16": 3}, "has a 'fp16' that is no mapping: drop it", [zero(2)]),

@@ -112,7 +112,7 @@ def test_splits_without_samples_end_as_one_sentence(tmp_path: Path, capsys: pyte
         "--val",
         0,
     )
-    assert "file cannot be written" in error_of(capsys, *build, "--test", 0, "--processes", 1)
+    assert "file is a file: name another folder" in error_of(capsys, *build, "--test", 0, "--processes", 1)
 
 
 def test_wrong_tables_end_as_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
