@@ -9,7 +9,6 @@ import contextlib
 import csv
 import io
 import itertools
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from typing import Any
 from cmgan_dist.data.sample import MOST_JSON_BYTES
 from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.files import check_regular, open_regular, parse_json, parse_json_once
-from shards.scan import SPLIT_ALIASES
 
 Row = dict[str, Any] | BadSample
 """Column -> value; or why it is no row."""
@@ -246,32 +244,3 @@ def _named(value: Any, names: list[str] | None) -> Any:
     if isinstance(value, list):
         return [_named(each, names) for each in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
-
-
-# ---------------------------------------------------------------------------------------------- folders of tables
-
-
-def tables_of(path: Path) -> list[tuple[Path, str]]:
-    """Return the tables of a folder with the split that each is, "" where its name says none; a file is its own.
-
-    A folder is what Hugging Face's ``save_to_disk`` or a data set's repository is (Arrow or Parquet files, named or put
-    into folders by split), or a picture folder with ``metadata.jsonl`` or ``.csv`` files. Raises BadInput where there
-    is no table in it."""
-    if not path.is_dir():
-        return [(path, "")]
-    found = [each for each in sorted(path.rglob("*")) if each.is_file() and not each.name.startswith((".", "cache-"))]
-    tables = [each for each in found if each.suffix.lower() in COLUMNAR and each.stem != "metadata"]
-    tables = tables or [each for each in found if each.stem == "metadata" and each.suffix.lower() in ENDINGS]
-    if not tables:
-        expected = ".parquet or .arrow files, or metadata.jsonl or .csv beside pictures"
-        raise BadInput(f"{path} has no table: expected {expected}")
-    return [(table, _split_of(table.relative_to(path))) for table in tables]
-
-
-def _split_of(table: Path) -> str:
-    """Return the split that a table's name begins with, or else the nearest folder that is named like one."""
-    for name in (table.name, *reversed(table.parent.parts)):
-        word = re.match(r"[A-Za-z]+", name)
-        if word and word[0].lower() in SPLIT_ALIASES:
-            return SPLIT_ALIASES[word[0].lower()]
-    return ""
