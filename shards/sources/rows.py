@@ -24,9 +24,11 @@ Row = dict[str, Any] | BadSample
 Numbered = Iterator[tuple[int, Row]]
 PARQUET_ROWS = 64
 """Rows of a Parquet file in memory at a time: they may hold pictures."""
-ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
-COLUMNAR = (".parquet", ".arrow")
+COLUMNAR = (".parquet", ".arrow", ".feather")
 """Those that know their columns, and where they are Hugging Face's the names of classes."""
+ENDINGS = (".csv", ".tsv", ".jsonl", *COLUMNAR)
+ARROW_FILE = b"ARROW1"
+"""First bytes of Arrow's file format; else it is a stream of batches."""
 
 
 @dataclass(frozen=True)
@@ -182,14 +184,29 @@ def _batches(path: Path) -> Iterator[tuple[Any, Callable[[list[str]], Iterator[A
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file.schema_arrow, lambda columns: file.iter_batches(batch_size=PARQUET_ROWS, columns=columns)
         return
-    with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+    with pyarrow.memory_map(str(path)) as memory, _opened_arrow(memory) as (schema, whole):
 
         def batches(columns: list[str]) -> Iterator[Any]:
-            for batch in stream:
+            for batch in whole:
                 chosen = batch.select(columns)
                 yield from (chosen.slice(at, PARQUET_ROWS) for at in range(0, len(chosen), PARQUET_ROWS))
 
-        yield stream.schema, batches
+        yield schema, batches
+
+
+@contextlib.contextmanager
+def _opened_arrow(memory: Any) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """Give the schema and the batches of an Arrow file, in either of its formats."""
+    import pyarrow
+
+    is_file = memory.read(len(ARROW_FILE)) == ARROW_FILE
+    memory.seek(0)
+    if is_file:
+        with pyarrow.ipc.open_file(memory) as file:
+            yield file.schema, map(file.get_batch, range(file.num_record_batches))
+    else:
+        with pyarrow.ipc.open_stream(memory) as stream:
+            yield stream.schema, iter(stream)
 
 
 def _columnar(path: Path, columns: list[str]) -> Numbered:
@@ -227,7 +244,7 @@ def _class_names(path: Path, schema: Any) -> dict[str, list[str]]:
     """Return column -> names of its classes, where Hugging Face's datasets wrote numbers for them (ClassLabel)."""
     try:
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        inner = {name: made.get("feature", made) if isinstance(made, dict) else {} for name, made in features.items()}
+        inner = {name: _of_an_item(made) for name, made in features.items()}
         found = {name: made["names"] for name, made in inner.items() if made.get("_type") == "ClassLabel"}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}
@@ -235,6 +252,13 @@ def _class_names(path: Path, schema: Any) -> dict[str, list[str]]:
         if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
             raise BadInput(f"{path} has no list of class names for column '{shown(name)}': write it anew by datasets")
     return found
+
+
+def _of_an_item(made: Any) -> dict[str, Any]:
+    """Return how a column is made, or the items of its lists, which are written as [item] or {"feature": item}."""
+    while (isinstance(made, list) and len(made) == 1) or (isinstance(made, dict) and "feature" in made):
+        made = made[0] if isinstance(made, list) else made["feature"]
+    return made if isinstance(made, dict) else {}
 
 
 def _named(value: Any, names: list[str] | None) -> Any:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
@@ -147,3 +148,22 @@ def test_a_split_may_stand_anywhere_in_a_name(name: str, tmp_path: Path, capsys)
     said = capsys.readouterr().out
     assert f"split test by the name of {name.format('Test')}" in said.replace("in/", "")
     assert f"no split in the name of {name.format('latest')}" in said.replace("in/", "")
+
+
+@pytest.mark.parametrize("name", ["t.arrow", "t.feather"])
+def test_the_file_format_of_arrow_is_read_too(name: str, tmp_path: Path) -> None:
+    columns = {"image": [picture(i) for i in range(70)], "text": [f"text {i}" for i in range(70)]}
+    pyarrow.feather.write_feather(pyarrow.table(columns), tmp_path / name)
+    found = build(tmp_path / name, tmp_path / "out", "--val", "0", "--test", "0")
+    assert {text for text, _ in found["train"].values()} == set(columns["text"])
+
+
+@pytest.mark.parametrize("form", ["list", "sequence"])
+def test_the_names_of_classes_in_lists_are_kept(form: str, tmp_path: Path) -> None:
+    names = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+    feature = [names] if form == "list" else {"feature": [names], "_type": "Sequence"}
+    table = pyarrow.table({"image": [picture(0), picture(1)], "text": ["a", "b"], "label": [[0, 1], [1]]})
+    metadata = {"huggingface": json.dumps({"info": {"features": {"label": feature}}})}
+    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "t.parquet")
+    build(tmp_path / "t.parquet", tmp_path / "out", "--val", "0", "--test", "0")
+    assert load_manifest(tmp_path / "out").classes == ["cat", "dog"]
