@@ -79,6 +79,7 @@ class _Said:
 
     classes: set[str] = field(default_factory=set)
     splits: set[str] = field(default_factory=set)
+    """With "", where a row names none."""
     rows: int = 0
     multi: bool = False
     """Whether any row has a list of labels."""
@@ -96,7 +97,7 @@ class _Said:
 
 @dataclass(kw_only=True)
 class TableCommand(DrawCommand):
-    """Pack a table (.csv, .tsv, .jsonl, .parquet, .arrow) with columns for image (path or bytes), text, label, split.
+    """Pack a table (.csv, .tsv, .jsonl, .parquet, .arrow, .feather): columns image (path or bytes), text, label, split.
 
     A folder is what Hugging Face's datasets write: Parquet or Arrow files, each a split by a word in its name or its
     folder's, or metadata.jsonl beside pictures; or one partitioned into folders column=value. Rows with the same image
@@ -115,7 +116,7 @@ class TableCommand(DrawCommand):
     split_column: str | None = None
     """Column of splits (None: the first of split, set, ..., or a hash split)."""
     delimiter: str = ""
-    """Between the fields of a CSV or TSV, a single character ("": a comma, and a tab in .tsv)."""
+    r"""Between the fields of a CSV or TSV, a single character, \t for a tab ("": a comma, and a tab in .tsv)."""
     encoding: str = "utf-8-sig"
     """Of a CSV, TSV or JSONL: a codec of Python, such as latin-1 or utf-16."""
     name: str | None = None
@@ -166,7 +167,7 @@ class TableCommand(DrawCommand):
         name = self.name or top.stem
         check_names("--name", name)
         check_unicode("--attribution", self.attribution)
-        named = natural_splits(said.splits)
+        named = natural_splits(said.splits - {""})
         draw = self.draw(named)
         kind: LabelKind = "multi" if said.multi else "single" if classes else "none"
         return RawPairs(
@@ -177,7 +178,7 @@ class TableCommand(DrawCommand):
             details={"source": "table", **asdict(draw)},
             draw=draw,
             expected_splits=(*(named or ["train"]), *draw.splits),
-            notes=[say_splits(named, draw), *missing_val([*named, *draw.splits])],
+            notes=[say_splits(named, draw), *missing_val([*(split or "train" for split in said.splits), *draw.splits])],
             left_out=said.left_out,
         )
 
@@ -189,15 +190,16 @@ class TableCommand(DrawCommand):
         return fetch(url, folder, self.retries, self.timeout_s)
 
     def _text_format(self) -> TextFormat:
-        if len(self.delimiter) > 1 or self.delimiter in ('"', "\n", "\r"):
-            raise BadInput(f"--delimiter is {self.delimiter!r}: give a single character")
+        delimiter = "\t" if self.delimiter == "\\t" else self.delimiter  # a shell hands a tab on as it is typed
+        if len(delimiter) > 1 or delimiter in ('"', "\n", "\r"):
+            raise BadInput(f"--delimiter is {delimiter!r}: give a single character, or \\t for a tab")
         try:
             "a".encode(self.encoding)
         except (LookupError, ValueError):
             raise BadInput(
                 f"--encoding is '{shown(self.encoding)}', which is no encoding of texts in Python: give one as latin-1"
             ) from None
-        return TextFormat(self.delimiter, self.encoding)
+        return TextFormat(delimiter, self.encoding)
 
     def read(self, top: Path, table: Table, text: TextFormat, columns: dict[str, str], rows: Partitions) -> _Said:
         """Put the rows of a table into `rows` and return what they say. Raises BadInput naming the row.
@@ -219,7 +221,7 @@ class TableCommand(DrawCommand):
             pair = RawPair(key, own, image, found.texts, found.labels, place, identity)
             rows.add(pair, found.picture.data)
             said.classes.update(found.labels)
-            said.splits.update((own,) if own else ())
+            said.splits.add(own)
             said.rows += 1
             said.multi = said.multi or found.listed
         return said
@@ -325,7 +327,7 @@ def _other_delimiter(names: list[str]) -> str:
     """Return the advice for a header that was read as a single column."""
     if len(names) != 1:
         return ""
-    found = next((mark for mark in (";", "\t", "|", ",") if mark in names[0]), "")
+    found = next((mark for mark in (";", "\t", "|", ",") if mark in names[0]), "").replace("\t", "\\t")
     return f", a single column: if '{found}' is between its fields, pass --delimiter '{found}'" if found else ""
 
 
