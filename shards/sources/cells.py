@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from cmgan_dist.data.folder import is_plain, is_unicode
+from cmgan_dist.data.sample import MOST_JSON_BYTES
 from cmgan_dist.errors import BadSample, shown
 from cmgan_dist.files import parse_json_once
 from shards.scan import SPLIT_ALIASES
@@ -71,6 +72,8 @@ def as_texts(value: Any) -> tuple[str, ...]:
     if not values or any(map(is_missing, values)):
         raise BadSample("has no text" if len(values) < 2 else "has a list of texts of which one is empty")
     texts = tuple(_as_string(each, "text") for each in values)
+    if max(map(len, texts)) > MOST_JSON_BYTES:
+        raise BadSample(f"has a text of more than {MOST_JSON_BYTES} characters: shorten it")
     if not all(map(is_unicode, texts)):
         raise BadSample("the text has half a character, a lone surrogate")
     return texts

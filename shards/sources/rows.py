@@ -27,6 +27,10 @@ PARQUET_ROWS = 64
 COLUMNAR = (".parquet", ".arrow", ".feather")
 """Those that know their columns, and where they are Hugging Face's the names of classes."""
 ENDINGS = (".csv", ".tsv", ".jsonl", *COLUMNAR)
+LARGE_BATCH_BYTES = 64 << 20
+"""A batch of more becomes Python's values a row at a time."""
+MOST_LINE_CHARS = 2 * MOST_JSON_BYTES
+"""Of a row of JSONL, the longest."""
 ARROW_FILE = b"ARROW1"
 """First bytes of Arrow's file format; else it is a stream of batches."""
 
@@ -160,8 +164,12 @@ def _csv(path: Path, text: TextFormat) -> Numbered:
 
 def _jsonl(path: Path, text: TextFormat) -> Numbered:
     with io.TextIOWrapper(open_regular(path), text.encoding) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
+        for number, line in enumerate(iter(lambda: file.readline(MOST_LINE_CHARS), ""), start=1):
+            if len(line) == MOST_LINE_CHARS and not line.endswith("\n"):
+                while line and not line.endswith("\n"):  # on to the next row
+                    line = file.readline(MOST_LINE_CHARS)
+                yield number, BadSample(f"has {MOST_LINE_CHARS} characters or more: shorten its texts")
+            elif line.strip():
                 yield number, _json_row(line)
 
 
@@ -222,10 +230,12 @@ def _columnar(path: Path, columns: list[str]) -> Numbered:
 
 
 def _python_rows(batch: Any) -> Iterator[Row]:
-    """Yield the rows of a batch; one with a value that Python does not have comes as a BadSample."""
+    """Yield the rows of a batch, of a large one each by itself; one with a value that Python does not have comes as a
+    BadSample."""
     rows: list[Row] | None = None
-    with contextlib.suppress(ValueError, OverflowError):  # then its rows are read singly
-        rows = batch.to_pylist()
+    if batch.nbytes <= LARGE_BATCH_BYTES:
+        with contextlib.suppress(ValueError, OverflowError):  # then its rows are read singly
+            rows = batch.to_pylist()
     if rows is not None:
         yield from rows
         return

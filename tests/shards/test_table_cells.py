@@ -195,6 +195,26 @@ def test_a_table_without_val_gets_one_as_build_advises(folder: Path, capsys: pyt
         build(table, "--val", "0.3", "--test", "0.1")
 
 
+def test_a_row_or_text_that_is_too_long_is_named_and_the_rest_read(folder: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("shards.sources.rows.MOST_LINE_CHARS", 100)
+    monkeypatch.setattr("shards.sources.cells.MOST_JSON_BYTES", 50)
+    texts = ["x" * 390, "a", "y" * 60, "b"]
+    lines = [json.dumps({"image": name, "text": text}) for name, text in zip(NAMES, texts, strict=True)]
+    (folder / "t.jsonl").write_text("\n".join(lines))
+    with pytest.raises(BadInput, match=r"row 1 of t\.jsonl: has 100 characters or more: shorten its texts"):
+        build(folder / "t.jsonl")
+    build(folder / "t.jsonl", "--skip-bad")
+    assert sorted(samples_of(folder / "out")) == ["1", "3"]
+    assert "row 3 of t.jsonl: has a text of more than 50 characters: shorten it" in capsys.readouterr().err
+
+
+def test_a_large_batch_is_read_by_the_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.sources.rows.LARGE_BATCH_BYTES", 10)
+    pyarrow.parquet.write_table(pyarrow.table({"image": NAMES, "text": ["a", "b", "c", "d"]}), folder / "t.parquet")
+    build(folder / "t.parquet")
+    assert load_manifest(folder / "out").samples("train") == 4
+
+
 def test_a_tab_is_advised_as_it_can_be_typed(folder: Path) -> None:
     table = csv_of(folder, "image\ttext", *(f"{name}\ttext" for name in NAMES))
     with pytest.raises(BadInput, match=r"a single column: if '\\t' is between its fields, pass --delimiter '\\t'"):
