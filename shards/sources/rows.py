@@ -22,8 +22,8 @@ from cmgan_dist.files import check_regular, open_regular, parse_json, parse_json
 Row = dict[str, Any] | BadSample
 """Column -> value; or why it is no row."""
 Numbered = Iterator[tuple[int, Row]]
-PARQUET_ROWS = 64
-"""Rows of a Parquet file in memory at a time: they may hold pictures."""
+PARQUET_ROWS = 16
+"""Rows of a Parquet file in memory at a time: they may hold pictures, or all one long text."""
 COLUMNAR = (".parquet", ".arrow", ".feather")
 """Those that know their columns, and where they are Hugging Face's the names of classes."""
 ENDINGS = (".csv", ".tsv", ".jsonl", *COLUMNAR)
