@@ -17,7 +17,7 @@ from cmgan_dist.data.output import clear_leftovers
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
-from cmgan_dist.jobs.lock import lock_name
+from cmgan_dist.jobs.lock import lock_name, owning
 from shards.plan_files import remove_plans
 
 PACKING_NAME = ".packing"
@@ -110,9 +110,19 @@ def leave_work(output: FileStore, work: Path, *, keep: bool, is_new: bool) -> No
     """Remove the plans in `work` that nobody reads any more, and the folder where it is empty and was made.
 
     `keep`: until the data set is finished, as other tasks need them. Raises BadInput when `output` cannot be asked."""
-    in_use = any(work.glob(lock_name(f"{LOCK}*")))
+    in_use = [lock for lock in work.glob(lock_name(f"{LOCK}*")) if not _is_left(lock)]
     if not in_use and (not keep or output.size(MANIFEST_NAME) is not None):
         remove_plans(work)
     if is_new or not output.local:
         with contextlib.suppress(OSError):  # there is something in it, or nothing could be made
             work.rmdir()
+
+
+def _is_left(lock: Path) -> bool:
+    """Return whether nobody holds a lock any more, as its owner was killed, and remove it if so."""
+    prefix, suffix = lock_name("*").split("*")
+    try:
+        with owning(lock.parent, lock.name.removeprefix(prefix).removesuffix(suffix)):
+            return True
+    except BadInput:  # it is held, or cannot be asked
+        return False

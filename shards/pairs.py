@@ -206,7 +206,11 @@ FLAG = "add --val 0.1, or draw one later by 'python -m shards split'"
 
 
 def missing_val(splits: Collection[str], way: str = FLAG) -> list[str]:
-    """Return a line that says, where there is no split 'val', which `way` leads to one; else nothing."""
+    """Return a line that says, where there is no split 'train', from which 'val' is drawn too, how to name one; or,
+    where there is no split 'val', which `way` leads to one; else nothing."""
+    if "train" not in splits:
+        others = shown(", ".join(sorted(splits)))
+        return [f"there is no split 'train', which training reads: name one so; there are {others}"]
     return [] if "val" in splits else [f"there is no split 'val', which training validates on: {way}"]
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import posixpath
+import re
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +16,25 @@ from fsspec.implementations.http import HTTPFileSystem
 
 from cmgan_dist.data.folder import MOST_FILE_BYTES
 from cmgan_dist.data.source import PACKAGES, NoRoom, RemoteSource, public_url
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadInput, BadSample, shown
 
 MOST_HOSTS = 32
 """Servers with which a process keeps connections: each is an open file."""
 USUAL_BYTES = 100_000
 """What a picture by URL is planned with: nobody asks a server for the sizes of all."""
 
+PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
 
 def is_url(name: str) -> bool:
     """Return whether a name is a URL that is read here."""
-    return name.partition("://")[0] in PACKAGES and "://" in name
+    return name.partition("://")[0].lower() in PACKAGES and "://" in name
+
+
+def check_protocol(name: str) -> None:
+    """Raise BadSample when a name is a URL by a protocol that is not read here."""
+    if PROTOCOL.match(name) and not is_url(name):
+        raise BadSample(f"{shown(public_url(name))} is a URL by none of {', '.join(PACKAGES)}: name one, or a path")
 
 
 class _Host(RemoteSource):
@@ -59,7 +68,7 @@ def _split(url: str) -> tuple[str, str]:
     """Return the server or bucket of a URL, and the rest."""
     protocol, _, rest = url.partition("://")
     host, _, name = rest.partition("/")
-    return f"{protocol}://{host}", name
+    return f"{protocol.lower()}://{host}", name
 
 
 @dataclass(frozen=True)

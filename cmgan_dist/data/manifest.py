@@ -21,6 +21,8 @@ from cmgan_dist.errors import BadInput, BadSample, Unreadable, shown
 from cmgan_dist.files import parse_json_once
 
 MANIFEST_NAME = "manifest.json"
+UNFINISHED = (".packing", "*.build.json", "*.features.json")
+"""What 'shards build' and 'shards features' leave in a folder before its manifest."""
 MANIFEST_VERSION = 1
 MOST_MANIFEST_BYTES = 64 << 20
 """Bytes of the largest manifest, of some 250,000 shards."""
@@ -154,6 +156,11 @@ def manifest_path(folder: Path) -> Path:
         raise BadInput(f"data folder {folder} does not exist{several}: pack one with 'python -m shards build'")
     path = folder / MANIFEST_NAME
     if not path.is_file():
+        if any(next(folder.glob(pattern), None) for pattern in UNFINISHED):
+            raise BadInput(
+                f"{folder} has no {MANIFEST_NAME}, as it is unfinished: start the same 'python -m shards build' (or "
+                "features), all its tasks, again"
+            )
         raise BadInput(f"{folder} has no {MANIFEST_NAME}: write it with 'python -m shards index {folder}'")
     return path
 

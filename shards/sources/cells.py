@@ -5,16 +5,22 @@ A value of another kind is refused, not written out: a text of ``{'raw': 'a dog'
 from __future__ import annotations
 
 import math
+import re
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from cmgan_dist.data.folder import is_plain, is_unicode
+from cmgan_dist.data.sample import MOST_JSON_BYTES
 from cmgan_dist.errors import BadSample, shown
 from cmgan_dist.files import parse_json_once
 from shards.scan import SPLIT_ALIASES
+from shards.urls import check_protocol
 
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 """First bytes of JPEG, PNG and WebP."""
+
+PYTHON_LIST = re.compile(r"""\[\s*(['"]).*['"]\s*,?\s*\]""", re.DOTALL)
+"""A list of texts as Python, pandas and numpy write it."""
 
 
 class Picture(NamedTuple):
@@ -57,14 +63,32 @@ def _as_string(value: Any, what: str) -> str:
 
 
 def as_texts(value: Any) -> tuple[str, ...]:
-    """Return the texts of a cell, which may be a list. Raises BadSample when one is missing or no text."""
+    """Return the texts of a cell, which may be a list, also one in JSON. Raises BadSample when one is missing or no
+    text."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        listed = _json_list(value, "")
+        value = listed if listed is not None and all(isinstance(each, str) for each in listed) else value
     values = value if isinstance(value, list) else [value]
     if not values or any(map(is_missing, values)):
         raise BadSample("has no text" if len(values) < 2 else "has a list of texts of which one is empty")
     texts = tuple(_as_string(each, "text") for each in values)
+    if max(map(len, texts)) > MOST_JSON_BYTES:
+        raise BadSample(f"has a text of more than {MOST_JSON_BYTES} characters: shorten it")
     if not all(map(is_unicode, texts)):
         raise BadSample("the text has half a character, a lone surrogate")
     return texts
+
+
+def _json_list(text: str, other: str) -> list[Any] | None:
+    """Return the list that a text is in JSON, None where it is none. Raises BadSample where it is one in Python's form,
+    naming JSON and an `other` way."""
+    try:
+        found = parse_json_once(text)
+    except ValueError:
+        if PYTHON_LIST.fullmatch(text.strip()):
+            raise BadSample(f"{shown(text)} looks like a list: write it as JSON (double quotes){other}") from None
+        return None
+    return found if isinstance(found, list) else None
 
 
 def as_labels(value: Any) -> tuple[tuple[str, ...], bool]:
@@ -74,10 +98,10 @@ def as_labels(value: Any) -> tuple[tuple[str, ...], bool]:
     if isinstance(value, bytes):
         value = _as_string(value, "label")
     if isinstance(value, str) and value.strip().startswith("["):
-        try:
-            value = parse_json_once(value)
-        except ValueError:
+        found = _json_list(value, " or with |")
+        if found is None:
             return (_as_class(value),), False  # a class name that begins with a bracket
+        value = found
     if isinstance(value, str) and "|" in value:
         value = [part for part in value.split("|") if part.strip()]
     listed = isinstance(value, list)
@@ -126,6 +150,8 @@ def as_picture(value: Any) -> Picture:
     if data is None and is_missing(path):
         raise BadSample("has no image path")
     name = "" if is_missing(path) else _as_string(path, "image path")
+    if data is None:
+        check_protocol(name)
     if name and PurePosixPath(name).name in ("", ".."):
         raise BadSample(f"'{shown(name)}' is not the name of an image")
     if not is_unicode(name):

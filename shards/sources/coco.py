@@ -73,7 +73,7 @@ class CocoCommand(DrawCommand):
                 f"{sum(len(file.captions) for file in files)} pictures with captions, no labels",
                 say_splits(dict.fromkeys(named), draw),
                 *[f"{without} pictures have no caption and were left out"] * bool(without),
-                *missing_val([*named, *draw.splits]),
+                *missing_val([*(named or ["train"]), *draw.splits]),
             ],
         )
 

@@ -95,7 +95,7 @@ class FolderCommand(DrawCommand):
                 f"{len(classes)} class folders are the labels" if classes else "no class folders: no labels",
                 say_splits(named, draw),
                 *_left_out(others),
-                *missing_val([*named, *draw.splits]),
+                *missing_val([*(named or ["train"]), *draw.splits]),
             ],
         )
 

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import io
 import itertools
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,16 +18,21 @@ from typing import Any
 from cmgan_dist.data.sample import MOST_JSON_BYTES
 from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.files import check_regular, open_regular, parse_json, parse_json_once
-from shards.scan import SPLIT_ALIASES
 
 Row = dict[str, Any] | BadSample
 """Column -> value; or why it is no row."""
 Numbered = Iterator[tuple[int, Row]]
-PARQUET_ROWS = 64
-"""Rows of a Parquet file in memory at a time: they may hold pictures."""
-ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
-COLUMNAR = (".parquet", ".arrow")
+PARQUET_ROWS = 16
+"""Rows of a Parquet file in memory at a time: they may hold pictures, or all one long text."""
+COLUMNAR = (".parquet", ".arrow", ".feather")
 """Those that know their columns, and where they are Hugging Face's the names of classes."""
+ENDINGS = (".csv", ".tsv", ".jsonl", *COLUMNAR)
+LARGE_BATCH_BYTES = 64 << 20
+"""A batch of more becomes Python's values a row at a time."""
+MOST_LINE_CHARS = 2 * MOST_JSON_BYTES
+"""Of a row of JSONL, the longest."""
+ARROW_FILE = b"ARROW1"
+"""First bytes of Arrow's file format; else it is a stream of batches."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,12 @@ def _csv(path: Path, text: TextFormat) -> Numbered:
 
 def _jsonl(path: Path, text: TextFormat) -> Numbered:
     with io.TextIOWrapper(open_regular(path), text.encoding) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
+        for number, line in enumerate(iter(lambda: file.readline(MOST_LINE_CHARS), ""), start=1):
+            if len(line) == MOST_LINE_CHARS and not line.endswith("\n"):
+                while line and not line.endswith("\n"):  # on to the next row
+                    line = file.readline(MOST_LINE_CHARS)
+                yield number, BadSample(f"has {MOST_LINE_CHARS} characters or more: shorten its texts")
+            elif line.strip():
                 yield number, _json_row(line)
 
 
@@ -184,14 +192,29 @@ def _batches(path: Path) -> Iterator[tuple[Any, Callable[[list[str]], Iterator[A
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file.schema_arrow, lambda columns: file.iter_batches(batch_size=PARQUET_ROWS, columns=columns)
         return
-    with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+    with pyarrow.memory_map(str(path)) as memory, _opened_arrow(memory) as (schema, whole):
 
         def batches(columns: list[str]) -> Iterator[Any]:
-            for batch in stream:
+            for batch in whole:
                 chosen = batch.select(columns)
                 yield from (chosen.slice(at, PARQUET_ROWS) for at in range(0, len(chosen), PARQUET_ROWS))
 
-        yield stream.schema, batches
+        yield schema, batches
+
+
+@contextlib.contextmanager
+def _opened_arrow(memory: Any) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """Give the schema and the batches of an Arrow file, in either of its formats."""
+    import pyarrow
+
+    is_file = memory.read(len(ARROW_FILE)) == ARROW_FILE
+    memory.seek(0)
+    if is_file:
+        with pyarrow.ipc.open_file(memory) as file:
+            yield file.schema, map(file.get_batch, range(file.num_record_batches))
+    else:
+        with pyarrow.ipc.open_stream(memory) as stream:
+            yield stream.schema, iter(stream)
 
 
 def _columnar(path: Path, columns: list[str]) -> Numbered:
@@ -207,10 +230,12 @@ def _columnar(path: Path, columns: list[str]) -> Numbered:
 
 
 def _python_rows(batch: Any) -> Iterator[Row]:
-    """Yield the rows of a batch; one with a value that Python does not have comes as a BadSample."""
+    """Yield the rows of a batch, of a large one each by itself; one with a value that Python does not have comes as a
+    BadSample."""
     rows: list[Row] | None = None
-    with contextlib.suppress(ValueError, OverflowError):  # then its rows are read singly
-        rows = batch.to_pylist()
+    if batch.nbytes <= LARGE_BATCH_BYTES:
+        with contextlib.suppress(ValueError, OverflowError):  # then its rows are read singly
+            rows = batch.to_pylist()
     if rows is not None:
         yield from rows
         return
@@ -229,7 +254,7 @@ def _class_names(path: Path, schema: Any) -> dict[str, list[str]]:
     """Return column -> names of its classes, where Hugging Face's datasets wrote numbers for them (ClassLabel)."""
     try:
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        inner = {name: made.get("feature", made) if isinstance(made, dict) else {} for name, made in features.items()}
+        inner = {name: _of_an_item(made) for name, made in features.items()}
         found = {name: made["names"] for name, made in inner.items() if made.get("_type") == "ClassLabel"}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}
@@ -239,6 +264,13 @@ def _class_names(path: Path, schema: Any) -> dict[str, list[str]]:
     return found
 
 
+def _of_an_item(made: Any) -> dict[str, Any]:
+    """Return how a column is made, or the items of its lists, which are written as [item] or {"feature": item}."""
+    while (isinstance(made, list) and len(made) == 1) or (isinstance(made, dict) and "feature" in made):
+        made = made[0] if isinstance(made, list) else made["feature"]
+    return made if isinstance(made, dict) else {}
+
+
 def _named(value: Any, names: list[str] | None) -> Any:
     """Return the names of the classes that a cell numbers; None for one that has no name, such as -1, no label."""
     if names is None:
@@ -246,32 +278,3 @@ def _named(value: Any, names: list[str] | None) -> Any:
     if isinstance(value, list):
         return [_named(each, names) for each in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
-
-
-# ---------------------------------------------------------------------------------------------- folders of tables
-
-
-def tables_of(path: Path) -> list[tuple[Path, str]]:
-    """Return the tables of a folder with the split that each is, "" where its name says none; a file is its own.
-
-    A folder is what Hugging Face's ``save_to_disk`` or a data set's repository is (Arrow or Parquet files, named or put
-    into folders by split), or a picture folder with ``metadata.jsonl`` or ``.csv`` files. Raises BadInput where there
-    is no table in it."""
-    if not path.is_dir():
-        return [(path, "")]
-    found = [each for each in sorted(path.rglob("*")) if each.is_file() and not each.name.startswith((".", "cache-"))]
-    tables = [each for each in found if each.suffix.lower() in COLUMNAR and each.stem != "metadata"]
-    tables = tables or [each for each in found if each.stem == "metadata" and each.suffix.lower() in ENDINGS]
-    if not tables:
-        expected = ".parquet or .arrow files, or metadata.jsonl or .csv beside pictures"
-        raise BadInput(f"{path} has no table: expected {expected}")
-    return [(table, _split_of(table.relative_to(path))) for table in tables]
-
-
-def _split_of(table: Path) -> str:
-    """Return the split that a table's name begins with, or else the nearest folder that is named like one."""
-    for name in (table.name, *reversed(table.parent.parts)):
-        word = re.match(r"[A-Za-z]+", name)
-        if word and word[0].lower() in SPLIT_ALIASES:
-            return SPLIT_ALIASES[word[0].lower()]
-    return ""

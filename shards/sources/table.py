@@ -29,7 +29,8 @@ from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
 from shards.sources.files import PlainFile, check_names, check_unicode
-from shards.sources.rows import Row, TextFormat, about_rows, check_ending, column_names, read_rows, tables_of
+from shards.sources.rows import Row, TextFormat, about_rows, check_ending, column_names, read_rows
+from shards.sources.table_folder import Table, check_partitions, say_named_splits, tables_of
 from shards.urls import UrlBytes, fetch, is_url, joined, key_of
 
 Value = TypeVar("Value")
@@ -78,6 +79,7 @@ class _Said:
 
     classes: set[str] = field(default_factory=set)
     splits: set[str] = field(default_factory=set)
+    """With "", where a row names none."""
     rows: int = 0
     multi: bool = False
     """Whether any row has a list of labels."""
@@ -95,11 +97,12 @@ class _Said:
 
 @dataclass(kw_only=True)
 class TableCommand(DrawCommand):
-    """Pack a table (.csv, .tsv, .jsonl, .parquet, .arrow) with columns for image (path or bytes), text, label, split.
+    """Pack a table (.csv, .tsv, .jsonl, .parquet, .arrow, .feather): columns image (path or bytes), text, label, split.
 
-    A folder is what Hugging Face's datasets write: Parquet or Arrow files, each a split by its name or folder, or
-    metadata.jsonl beside pictures. Rows with the same image become several captions of one sample. Several labels:
-    separated by | or a JSON list. Where nothing says a split, a hash of the image path does."""
+    A folder is what Hugging Face's datasets write: Parquet or Arrow files, each a split by a word in its name or its
+    folder's, or metadata.jsonl beside pictures; or one partitioned into folders column=value. Rows with the same image
+    become several captions of one sample. Several labels: separated by | or a JSON list. Where nothing says a split, a
+    hash of the image path does."""
 
     input: tyro.conf.Positional[str]
     """The table, its URL (http, s3, gs), or a folder of tables; image paths are relative to a table's folder, or
@@ -113,7 +116,7 @@ class TableCommand(DrawCommand):
     split_column: str | None = None
     """Column of splits (None: the first of split, set, ..., or a hash split)."""
     delimiter: str = ""
-    """Between the fields of a CSV or TSV, a single character ("": a comma, and a tab in .tsv)."""
+    r"""Between the fields of a CSV or TSV, a single character, \t for a tab ("": a comma, and a tab in .tsv)."""
     encoding: str = "utf-8-sig"
     """Of a CSV, TSV or JSONL: a codec of Python, such as latin-1 or utf-16."""
     name: str | None = None
@@ -131,7 +134,7 @@ class TableCommand(DrawCommand):
         asked = {name: str(value) for name, value in vars(self).items() if name not in NOT_OF_THE_PLAN}
         if is_url(str(self.input)):
             return ""
-        paths = [path for path, _ in tables_of(Path(self.input))]
+        paths = [table.path for table in tables_of(Path(self.input))]
         try:
             if not all(path.is_file() for path in paths):
                 return ""
@@ -148,10 +151,10 @@ class TableCommand(DrawCommand):
         text, url = self._text_format(), str(self.input)
         top = self._fetched(rows.folder / "table") if is_url(url) else Path(self.input)
         tables = tables_of(top)
-        names = list(dict.fromkeys(name for path, _ in tables for name in column_names(path, text)))
+        names = list(dict.fromkeys(name for table in tables for name in _names(table, text)))
         columns, said = self._columns(names), _Said()
-        print(_describe(columns, names), flush=True)
-        rows.partitions = partitions_for(sum(about_rows(path) for path, _ in tables))
+        print(_describe(columns, names, tables), flush=True)
+        rows.partitions = partitions_for(sum(about_rows(table.path) for table in tables))
         units = _units(tables, usable_cores() if self.processes is None else self.processes)
         places = [Partitions(rows.folder, rows.partitions, i) for i in range(len(units))]
         tasks = [(self, top, own, unit, text, columns) for own, unit in zip(places, units, strict=True)]
@@ -164,7 +167,7 @@ class TableCommand(DrawCommand):
         name = self.name or top.stem
         check_names("--name", name)
         check_unicode("--attribution", self.attribution)
-        named = natural_splits(said.splits)
+        named = natural_splits(said.splits - {""})
         draw = self.draw(named)
         kind: LabelKind = "multi" if said.multi else "single" if classes else "none"
         return RawPairs(
@@ -175,7 +178,7 @@ class TableCommand(DrawCommand):
             details={"source": "table", **asdict(draw)},
             draw=draw,
             expected_splits=(*(named or ["train"]), *draw.splits),
-            notes=[say_splits(named, draw), *missing_val([*named, *draw.splits])],
+            notes=[say_splits(named, draw), *missing_val([*(split or "train" for split in said.splits), *draw.splits])],
             left_out=said.left_out,
         )
 
@@ -187,39 +190,38 @@ class TableCommand(DrawCommand):
         return fetch(url, folder, self.retries, self.timeout_s)
 
     def _text_format(self) -> TextFormat:
-        if len(self.delimiter) > 1 or self.delimiter in ('"', "\n", "\r"):
-            raise BadInput(f"--delimiter is {self.delimiter!r}: give a single character")
+        delimiter = "\t" if self.delimiter == "\\t" else self.delimiter  # a shell hands a tab on as it is typed
+        if len(delimiter) > 1 or delimiter in ('"', "\n", "\r"):
+            raise BadInput(f"--delimiter is {delimiter!r}: give a single character, or \\t for a tab")
         try:
             "a".encode(self.encoding)
         except (LookupError, ValueError):
             raise BadInput(
                 f"--encoding is '{shown(self.encoding)}', which is no encoding of texts in Python: give one as latin-1"
             ) from None
-        return TextFormat(self.delimiter, self.encoding)
+        return TextFormat(delimiter, self.encoding)
 
-    def read(
-        self, top: Path, path: Path, split: str, text: TextFormat, columns: dict[str, str], rows: Partitions
-    ) -> _Said:
-        """Put the rows at `path` into `rows` and return what they say. Raises BadInput naming the row.
+    def read(self, top: Path, table: Table, text: TextFormat, columns: dict[str, str], rows: Partitions) -> _Said:
+        """Put the rows of a table into `rows` and return what they say. Raises BadInput naming the row.
 
-        `top`: the table, or the folder of all tables; `split`: of rows that name none. With `skip_bad` a row that
-        cannot be used is left out and noted."""
-        said = _Said()
+        `top`: the table, or the folder of all tables. With `skip_bad` a row that cannot be used is left out and
+        noted."""
+        said, path = _Said(), table.path
         inside = path.relative_to(top) if path != top else Path(path.name)
-        folder = "" if path == top or inside.parent == Path() else f"{inside.parent.as_posix()}/"
-        parent = str(path.parent.absolute())
-        for where, row in read_rows(path, list(dict.fromkeys(columns.values())), text):
-            place = f"{where} of {inside}"
+        folder = f"{table.folder}/" if table.folder else ""
+        parent = str(((top if path != top else top.parent) / table.folder).absolute())
+        for where, own_row in read_rows(path, list(dict.fromkeys(columns.values())), text):
+            place, row = f"{where} of {inside}", own_row if isinstance(own_row, BadSample) else own_row | table.columns
             found = try_sample(lambda r=row: _parse_row(r, columns), place, self.skip_bad, said.left_out)  # type: ignore[misc]
             if found is None:
                 continue
-            own = found.split or split
+            own = found.split or table.split
             key, identity = _place(folder, found.picture)
             image = self._image(parent, found.picture.path)
             pair = RawPair(key, own, image, found.texts, found.labels, place, identity)
             rows.add(pair, found.picture.data)
             said.classes.update(found.labels)
-            said.splits.update((own,) if own else ())
+            said.splits.add(own)
             said.rows += 1
             said.multi = said.multi or found.listed
         return said
@@ -251,7 +253,14 @@ class TableCommand(DrawCommand):
         return found
 
 
-def _units(tables: list[tuple[Path, str]], processes: int) -> list[list[tuple[Path, str]]]:
+def _names(table: Table, text: TextFormat) -> list[str]:
+    """Return the columns of a table, those of its partitions last. Raises BadInput as `column_names` does."""
+    names = column_names(table.path, text)
+    check_partitions(table, names)
+    return [*names, *table.columns]
+
+
+def _units(tables: list[Table], processes: int) -> list[list[Table]]:
     """Return the tables in parts of neighbours, some for each process."""
     size = -(-len(tables) // (4 * max(processes, 1)))
     return [tables[i : i + size] for i in range(0, len(tables), size)]
@@ -261,14 +270,14 @@ def _read_tables(
     command: TableCommand,
     top: Path,
     rows: Partitions,
-    tables: list[tuple[Path, str]],
+    tables: list[Table],
     text: TextFormat,
     columns: dict[str, str],
 ) -> _Said:
     """Put the rows of some tables into `rows` and return what they say. Raises BadInput naming the row."""
     said = _Said()
-    for path, split in tables:
-        said.add(command.read(top, path, split, text, columns, rows))
+    for table in tables:
+        said.add(command.read(top, table, text, columns, rows))
     rows.flush()
     return said
 
@@ -302,9 +311,10 @@ def _parse_row(row: Row, columns: dict[str, str]) -> _Row:
     return _Row(cell("image", as_picture), cell("text", as_texts), labels, listed, split)
 
 
-def _describe(columns: dict[str, str], names: list[str]) -> str:
-    """Return a line that says which columns were taken for what, and which might have been."""
+def _describe(columns: dict[str, str], names: list[str], tables: list[Table]) -> str:
+    """Return a line that says which columns were taken for what, and which might have been; and splits from names."""
     taken = [f"{role} is column '{column}'" for role, column in columns.items()]
+    taken += [] if "split" in columns else say_named_splits(tables)
     if "label" not in columns:
         taken.append("no labels")
     known = {name for common in COMMON_NAMES.values() for name in common}
@@ -317,7 +327,7 @@ def _other_delimiter(names: list[str]) -> str:
     """Return the advice for a header that was read as a single column."""
     if len(names) != 1:
         return ""
-    found = next((mark for mark in (";", "\t", "|", ",") if mark in names[0]), "")
+    found = next((mark for mark in (";", "\t", "|", ",") if mark in names[0]), "").replace("\t", "\\t")
     return f", a single column: if '{found}' is between its fields, pass --delimiter '{found}'" if found else ""
 
 

@@ -37,5 +37,12 @@ def test_a_missing_folder_and_a_missing_manifest_say_what_to_do(tmp_path: Path) 
         load_manifest(tmp_path)
 
 
+@pytest.mark.parametrize("name", [".packing", "train-000000.build.json", "train-000000.features.json"])
+def test_an_unfinished_data_set_is_not_to_be_indexed(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(BadInput, match=r"is unfinished: start the same 'python -m shards build' \(or features\), all"):
+        load_manifest(tmp_path)
+
+
 def test_splits_are_in_the_order_that_a_reader_expects() -> None:
     assert natural_splits(["test", "extra", "val", "train", "dev"]) == ["train", "val", "test", "dev", "extra"]

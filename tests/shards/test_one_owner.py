@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
-from shards.pack import LOCK
+from cmgan_dist.jobs.lock import owning
+from shards.output import LOCK, leave_work
 from tests.toy import ROOT, build_folder, files_of, img2dataset, run_shards
 
 OWNER = """
@@ -61,3 +63,15 @@ def test_a_second_build_waits_for_the_first(raw: Path, tmp_path: Path) -> None:
     with second:
         assert second.wait(120) == 0
     assert files_of(new) == files_of(tmp_path / "packed")
+
+
+def test_the_lock_of_a_task_that_was_killed_keeps_no_plan(tmp_path: Path) -> None:
+    lock, plan = tmp_path / ".build-1-of-2.lock", tmp_path / ".plan-0123"
+    plan.mkdir()
+    lock.touch()
+    store = FileStore(str(tmp_path), "--output")
+    with owning(tmp_path, "build-0-of-2"):
+        leave_work(store, tmp_path, keep=False, is_new=False)
+        assert (lock.exists(), plan.exists()) == (False, True)
+    leave_work(store, tmp_path, keep=False, is_new=False)
+    assert not plan.exists()

@@ -109,6 +109,35 @@ def test_whole_numbers_are_one_class_however_they_are_written(folder: Path) -> N
         build(csv_of(folder, "image,text,label", "0.png,x,1", "1.png,x,1.0"))
 
 
+@pytest.mark.parametrize("value", ["['a', 'b']", "[\"it's\", 'b']", "['a' 'b']", "[ 'a', ]"])
+def test_a_list_of_python_is_refused_as_text_and_as_label(value: str) -> None:
+    for parse in (as_texts, as_labels):
+        with pytest.raises(BadSample, match=r"looks like a list: write it as JSON \(double quotes\)"):
+            parse(value)
+
+
+def test_a_list_in_json_is_one_and_a_text_in_brackets_a_text() -> None:
+    assert as_texts(' ["a dog", "a cat"]') == ("a dog", "a cat")
+    assert as_texts("[1] a dog") == ("[1] a dog",)
+    assert as_texts("[1]") == ("[1]",)
+    assert as_labels('["b", "a"]') == (("a", "b"), True)
+
+
+def test_without_a_split_train_it_is_that_which_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"{name},text {i},{'fold2' if i else 'train_1'}" for i, name in enumerate(NAMES)]
+    build(csv_of(folder, "image,text,split", *lines))
+    said = capsys.readouterr().out
+    assert "there is no split 'train', which training reads: name one so; there are fold2, train_1" in said
+    assert "--val" not in said
+
+
+@pytest.mark.parametrize("name", ["file:///a/b.png", "ftp://host/b.png", "FILE://b.png"])
+def test_a_url_by_another_protocol_is_named(name: str) -> None:
+    with pytest.raises(BadSample, match="is a URL by none of http, https, s3, gs: name one, or a path"):
+        as_picture(name)
+    assert as_picture({"path": name, "bytes": b"x"}).path == name
+
+
 def test_bytes_that_are_no_text_are_refused() -> None:
     for parse in (as_texts, as_labels, as_split):
         with pytest.raises(BadSample, match="bytes that are not UTF-8"):
@@ -164,6 +193,34 @@ def test_a_table_without_val_gets_one_as_build_advises(folder: Path, capsys: pyt
     assert 0 < manifest.samples("val") < 20
     with pytest.raises(BadInput, match="there is a split 'test' already"):
         build(table, "--val", "0.3", "--test", "0.1")
+
+
+def test_a_row_or_text_that_is_too_long_is_named_and_the_rest_read(folder: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("shards.sources.rows.MOST_LINE_CHARS", 100)
+    monkeypatch.setattr("shards.sources.cells.MOST_JSON_BYTES", 50)
+    texts = ["x" * 390, "a", "y" * 60, "b"]
+    lines = [json.dumps({"image": name, "text": text}) for name, text in zip(NAMES, texts, strict=True)]
+    (folder / "t.jsonl").write_text("\n".join(lines))
+    with pytest.raises(BadInput, match=r"row 1 of t\.jsonl: has 100 characters or more: shorten its texts"):
+        build(folder / "t.jsonl")
+    build(folder / "t.jsonl", "--skip-bad")
+    assert sorted(samples_of(folder / "out")) == ["1", "3"]
+    assert "row 3 of t.jsonl: has a text of more than 50 characters: shorten it" in capsys.readouterr().err
+
+
+def test_a_large_batch_is_read_by_the_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.sources.rows.LARGE_BATCH_BYTES", 10)
+    pyarrow.parquet.write_table(pyarrow.table({"image": NAMES, "text": ["a", "b", "c", "d"]}), folder / "t.parquet")
+    build(folder / "t.parquet")
+    assert load_manifest(folder / "out").samples("train") == 4
+
+
+def test_a_tab_is_advised_as_it_can_be_typed(folder: Path) -> None:
+    table = csv_of(folder, "image\ttext", *(f"{name}\ttext" for name in NAMES))
+    with pytest.raises(BadInput, match=r"a single column: if '\\t' is between its fields, pass --delimiter '\\t'"):
+        build(table)
+    build(table, "--delimiter", "\\t")
+    assert load_manifest(folder / "out").samples("train") == 4
 
 
 def test_a_header_of_another_delimiter_is_told_of(tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
 
 from cmgan_dist.data.manifest import load_manifest
@@ -101,3 +104,66 @@ def test_delimiter_and_encoding_by_flag(tmp_path: Path) -> None:
 def test_a_folder_without_tables_is_said(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="has no table"):
         build(tmp_path, tmp_path / "out")
+
+
+def parquet(path: Path, first: int, count: int, **columns: list[str]) -> None:
+    numbers = range(first, first + count)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"image": [picture(i) for i in numbers], "text": [f"text {i}" for i in numbers], **columns}
+    pyarrow.parquet.write_table(pyarrow.table(whole), path)
+
+
+def test_partitions_are_columns(tmp_path: Path) -> None:
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    columns = {"image": [f"{i}.png" for i in range(8)], "caption": [f"text {i}" for i in range(8)]}
+    columns |= {"split": ["train"] * 5 + ["validation"] * 3, "label": ["a cat/é", "dog"] * 4}
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_to_dataset(table, tmp_path, partition_cols=["split", "label"])
+    found = build(tmp_path, tmp_path / "out")
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 5, "val": 3}
+    assert load_manifest(tmp_path / "out").classes == ["a cat/é", "dog"]
+    assert found["val"]["6"] == ("text 6", (0,))
+
+
+def test_a_partition_without_a_value_and_one_that_the_table_has_itself_are_named(tmp_path: Path) -> None:
+    parquet(tmp_path / "in" / "label=__HIVE_DEFAULT_PARTITION__" / "0.parquet", 0, 2)
+    with pytest.raises(BadInput, match=r"row 1 of label=.*0\.parquet: has no label"):
+        build(tmp_path / "in", tmp_path / "out")
+    parquet(tmp_path / "other" / "label=a" / "0.parquet", 0, 2, label=["a", "b"])
+    with pytest.raises(BadInput, match="has a column 'label', for which a folder above it names a value: rename one"):
+        build(tmp_path / "other", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pets-{}.parquet", "my_{}-00000-of-00001.parquet", "00000.{}.parquet", "{}set/0.parquet", "{}/pets.parquet"],
+)
+def test_a_split_may_stand_anywhere_in_a_name(name: str, tmp_path: Path, capsys) -> None:
+    parquet(tmp_path / "in" / name.format("train"), 0, 4)
+    parquet(tmp_path / "in" / name.format("Test"), 4, 2)
+    parquet(tmp_path / "in" / name.format("latest"), 6, 2)
+    found = build(tmp_path / "in", tmp_path / "out")
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 6, "test": 2}
+    said = capsys.readouterr().out
+    assert f"split test by the name of {name.format('Test')}" in said.replace("in/", "")
+    assert f"no split in the name of {name.format('latest')}" in said.replace("in/", "")
+
+
+@pytest.mark.parametrize("name", ["t.arrow", "t.feather"])
+def test_the_file_format_of_arrow_is_read_too(name: str, tmp_path: Path) -> None:
+    columns = {"image": [picture(i) for i in range(70)], "text": [f"text {i}" for i in range(70)]}
+    pyarrow.feather.write_feather(pyarrow.table(columns), tmp_path / name)
+    found = build(tmp_path / name, tmp_path / "out", "--val", "0", "--test", "0")
+    assert {text for text, _ in found["train"].values()} == set(columns["text"])
+
+
+@pytest.mark.parametrize("form", ["list", "sequence"])
+def test_the_names_of_classes_in_lists_are_kept(form: str, tmp_path: Path) -> None:
+    names = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+    feature = [names] if form == "list" else {"feature": [names], "_type": "Sequence"}
+    table = pyarrow.table({"image": [picture(0), picture(1)], "text": ["a", "b"], "label": [[0, 1], [1]]})
+    metadata = {"huggingface": json.dumps({"info": {"features": {"label": feature}}})}
+    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "t.parquet")
+    build(tmp_path / "t.parquet", tmp_path / "out", "--val", "0", "--test", "0")
+    assert load_manifest(tmp_path / "out").classes == ["cat", "dog"]

@@ -51,6 +51,12 @@ def test_pictures_by_url_are_tried_again_and_fetched_once(server: FaultyServer, 
     assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
 
 
+def test_a_protocol_in_capitals_is_one(server: FaultyServer, tmp_path: Path) -> None:
+    rows = [{"url": row["url"].replace("http", "HTTP", 1), "caption": row["caption"]} for row in rows_of(server)]
+    build(write_table(tmp_path / "t.csv", rows), tmp_path / "out")
+    assert len(samples_of(tmp_path / "out")) == 40
+
+
 def test_a_dead_link_is_named_without_secrets_and_left_out_when_asked(
     server: FaultyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
