@@ -19,6 +19,7 @@ from torch import Tensor
 from cmgan_dist.config.fields import CONFIG_NAME, Config, micro_batch
 from cmgan_dist.config.load import check_places, load_config, to_yaml, validate
 from cmgan_dist.config.paths import get_value, settings
+from cmgan_dist.data.differences import other_class
 from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.order import steps_for
@@ -181,10 +182,23 @@ def best_is_whole(run: Path) -> bool:
     return True
 
 
-def fingerprint_of(stream: Stream) -> str:
-    """Return a SHA-256 of the checksums of the training split's shards: which data it is, wherever that lies."""
-    shards = [[[s.name, s.samples, s.sha256] for s in reader.shards] for reader in stream.readers]
+def fingerprint_of(readers: Sequence[ShardReader]) -> str:
+    """Return a SHA-256 of the checksums of a split's shards: which data it is, wherever that lies."""
+    shards = [[[s.name, s.samples, s.sha256] for s in reader.shards] for reader in readers]
     return hashlib.sha256(repr(shards).encode()).hexdigest()
+
+
+def other_data(before: Progress, start: Progress) -> str:
+    """Return in what the data of a `start` is another than a run had `before`, "" where it is the same."""
+    if before.epoch_samples != start.epoch_samples:
+        return f"epochs of {before.epoch_samples} samples, not {start.epoch_samples}"
+    if before.data != start.data:
+        return "shards with other checksums"
+    if before.validation and before.validation != start.validation:
+        return "a validation split with other checksums"
+    if before.classes is None or start.classes is None:
+        return ""
+    return other_class(start.classes, before.classes)
 
 
 def go_on(run: Path, networks: Networks, start: Progress, parallel: Parallel) -> Progress:
@@ -197,14 +211,13 @@ def go_on(run: Path, networks: Networks, start: Progress, parallel: Parallel) ->
     if found is None:
         return start
     progress, tensors = read_checkpoint(found)
-    if (progress.epoch_samples, progress.data) != (start.epoch_samples, start.data):
-        what = f"epochs of {progress.epoch_samples} samples, not {start.epoch_samples}"
-        if progress.epoch_samples == start.epoch_samples:
-            what = "shards with other checksums"
+    what = other_data(progress, start)
+    if what:
         raise BadInput(
             f"{run} was trained on other data ({what}): use the same data, another --output, or --resume never",
             everywhere=True,
         )
+    progress.validation, progress.classes = start.validation, start.classes
     networks.load(tensors, str(found))
     if not parallel.on_main(lambda: best_is_whole(run)):
         progress.best = None  # the next validation keeps what it finds
@@ -240,7 +253,12 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
         take_threads(config, parallel)
         vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
         networks = build_networks(config, data, vocabulary, parallel)
-        progress = Progress(epoch_samples=stream.epoch_samples, data=fingerprint_of(stream))
+        progress = Progress(
+            epoch_samples=stream.epoch_samples,
+            data=fingerprint_of(stream.readers),
+            validation=fingerprint_of([val_reader]),
+            classes=data.classes,
+        )
         if resume == "auto":
             progress = go_on(run, networks, progress, parallel)
         if before is not None and progress.position and parallel.main:

@@ -73,6 +73,22 @@ def test_other_data_of_the_same_size_is_refused_and_data_that_moved_is_not(data:
     assert start(data.rename(tmp_path / "moved"), run, "train.epochs=3") == (0, "")
 
 
+def test_other_classes_and_another_validation_split_are_refused(data: Path, tmp_path: Path) -> None:
+    run, manifest = tmp_path / "run", data / "manifest.json"
+    assert start(data, run)[0] == 0
+    whole = manifest.read_text()
+    splits = json.loads(whole)["splits"]
+    for change, said in (
+        ({"classes": ["class 0", "class 2", "class 1"]}, "class 1 is 'class 1', not 'class 2'"),
+        ({"splits": {"train": splits["train"], "val": splits["test"]}}, "a validation split with other checksums"),
+    ):
+        manifest.write_text(json.dumps(json.loads(whole) | change))
+        code, error = start(data, run, "train.epochs=3")
+        assert (code, f"was trained on other data ({said}" in error) == (2, True), error
+    manifest.write_text(whole)
+    assert start(data, run, "train.epochs=3") == (0, "")
+
+
 def test_checkpoints_without_their_config_are_not_gone_on_from(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert start(data, run)[0] == 0
