@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cmgan_dist.config.fields import CONFIG_NAME, Config, micro_batch
-from cmgan_dist.config.load import check_places, load_config, to_yaml, validate
+from cmgan_dist.config.load import LOSS_TERMS, check_places, load_config, to_yaml, validate
 from cmgan_dist.config.paths import get_value, settings
 from cmgan_dist.data.differences import other_class
 from cmgan_dist.data.folder import check_output
@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 VOCABULARY_SAMPLES = 200_000
 """Samples of the training split whose words make the vocabulary of the text CNN."""
+CLASS_TERMS = ("classification", "class_contrastive")
+"""Weights of the generator's terms that are left out where the data has no labels."""
 LOCK = "train"
 """The kind of work for which a run owns its folder (`jobs.lock`)."""
 
@@ -105,6 +107,17 @@ def check_scoring(config: Config, data: DataSpec) -> None:
     for name, value in (("eval.score", "posterior"), ("eval.objective", "class"), ("eval.objective", "both")):
         if data.label_kind == "none" and get_value(config, name) == value:
             raise BadInput(f"{name} is {value}, but the data has no labels: set it to auto")
+
+
+def check_losses(config: Config, data: DataSpec) -> None:
+    """Raises BadInput when every loss term of the generator that is on needs classes and the data has none."""
+    chosen = [name for name in LOSS_TERMS if getattr(config.loss, name)]
+    if data.label_kind == "none" and not set(chosen) - set(CLASS_TERMS):
+        of_classes, free = (
+            ", ".join(f"loss.{name}" for name in names)
+            for names in (chosen, [name for name in LOSS_TERMS if name not in CLASS_TERMS])
+        )
+        raise BadInput(f"only {of_classes} trains the generator, but the data has no labels: set one of {free} above 0")
 
 
 def make_vocabulary(readers: list[ShardReader], config: Config) -> Vocabulary:
@@ -241,6 +254,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     data = DataSpec.of(stream.manifest)
     check_output(run, CONFIG_NAME)
     check_scoring(config, data)
+    check_losses(config, data)
     before = check_same_run(run, config, may_change) if resume == "auto" else None
     tracker = config.train.tracker if rank == 0 else "none"
     parallel = Parallel(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cmgan_dist.config.load import LOSS_TERMS
 from cmgan_dist.config.paths import settings
 from cmgan_dist.files import sha256_of
 from cmgan_dist.training.checkpoint import latest
@@ -136,6 +137,16 @@ def test_a_scoring_that_needs_labels_is_refused_before_the_work(asked: str, tmp_
     code, error = start(pairs, tmp_path / "run", asked)
     assert (code, "but the data has no labels: set it to auto" in error) == (2, True)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("left", ["classification", "class_contrastive"])
+def test_losses_that_all_need_labels_are_refused_before_the_work(left: str, tmp_path: Path) -> None:
+    pairs = make_features(tmp_path / "pairs", label_kind="none")
+    off = [f"loss.{name}=0" for name in LOSS_TERMS if name != left]
+    code, error = start(pairs, tmp_path / "run", *off, f"loss.{left}=1")
+    said = f"only loss.{left} trains the generator, but the data has no labels: set one of loss.intra, loss.inter, "
+    assert (code, said in error) == (2, True), error
+    assert start(pairs, tmp_path / "run", *off, f"loss.{left}=1", "loss.inter=1") == (0, "")
 
 
 def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_goes_on(data: Path, tmp_path: Path) -> None:
