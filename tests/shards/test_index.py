@@ -194,3 +194,27 @@ def test_a_cls_member_that_is_no_number_is_named_with_the_way_out(
     run_shards("index", data, "--processes", 1, "--label-kind", "none")
     assert load_manifest(data).label_kind == "none"
     assert verify(data, processes=1).problems == []
+
+
+@pytest.mark.parametrize("mark", ["train-000000.build.json", "part/0.features.json", ".packing"])
+def test_an_unfinished_output_is_not_taken_for_a_data_set(mark: str, tmp_path: Path) -> None:
+    data = make_features(tmp_path / "data")
+    (data / mark).parent.mkdir(exist_ok=True)
+    (data / mark).write_text("{}")
+    run_shards("index", data, "--processes", 1, "--overwrite")  # a manifest is there: it was finished
+    (data / "manifest.json").unlink()
+    with pytest.raises(
+        BadInput, match=rf"holds {mark} and no manifest\.json, so it is unfinished: start the same build"
+    ):
+        run_shards("index", data, "--processes", 1)
+    assert not (data / "manifest.json").exists()
+    run_shards("index", data, "--processes", 1, "--overwrite")
+    assert load_manifest(data).samples("train") == 96
+
+
+def test_finished_data_sets_below_a_folder_are_indexed_as_one(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_features(tmp_path / name, splits={"train": [6]})
+        (tmp_path / name / "train-000000.build.json").write_text("{}")
+    run_shards("index", tmp_path, "--processes", 1)
+    assert load_manifest(tmp_path).samples("train") == 12
