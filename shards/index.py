@@ -28,8 +28,6 @@ from shards.shard_file import tar_names
 
 RECORDS = (".build.json", ".features.json")
 """How the names end of what a build and features note beside each shard."""
-MOST_CLASSES = 1 << 20
-"""Classes that labels can name."""
 
 
 def split_of_shard(name: str) -> str:
@@ -260,19 +258,19 @@ class IndexCommand:
         return usable, notes
 
     def _class_names(self, samples: list[SampleFacts], old: Manifest | None) -> list[str]:
-        """Return the class names. Raises BadInput when a label is negative or has no name in the file."""
-        found = {label for facts in samples for label in facts.labels}
-        if max(found) >= MOST_CLASSES:
-            raise BadInput(f"label {max(found)} is out of range: number the classes from 0, or pass --label-kind none")
+        """Return the class names. Raises BadInput when a label has no name in the file."""
+        largest, key = max((max(facts.labels), facts.key) for facts in samples)
         if self.classes is None:
-            names = [str(i) for i in range(max(found) + 1)]
+            names = [str(i) for i in range(largest + 1)]
             if old is not None and len(old.classes) >= len(names):
                 names = old.classes
         else:
             names = _read_names(self.classes)
-        if min(found) < 0 or max(found) >= len(names):
-            wrong = min(found) if min(found) < 0 else max(found)
-            raise BadInput(f"label {wrong} is out of range: there are {len(names)} classes")
+        if largest >= len(names):
+            raise BadInput(
+                f"label {largest} is out of range: there are {len(names)} classes (sample {shown(key)}): mend it, or "
+                "name a file with more"
+            )
         return names
 
 

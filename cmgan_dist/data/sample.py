@@ -36,8 +36,8 @@ MOST_TEXT_BYTES, MOST_JSON_BYTES = 1 << 20, 1 << 23
 """Bytes of the largest text, and of the largest JSON record, which can take thirty times as much in memory."""
 FEW = 10_000
 """Numbers of which OpenBLAS takes a dot product in the calling thread."""
-LABELS = range(-(1 << 31), 1 << 31)
-"""What the index sidecar can hold."""
+CLASSES = range(1 << 20)
+"""What a class index can be."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ def parse_labels(record: dict[str, Any]) -> tuple[int, ...]:
     """Return the class indices of a sample's JSON record, each once and rising: those of ``label`` (an int) or
     ``labels`` (a list of ints); () if it has neither, or null.
 
-    Raises BadLabel when a label is no integer of 32 bits, or the two fields do not say the same."""
+    Raises BadLabel when a label is no class index, or the two fields do not say the same."""
     found = [_class_indices(record[name]) for name in ("label", "labels") if record.get(name) is not None]
     if len(set(found)) > 1:
         raise BadLabel(f'"label" is {_brief(record["label"])} and "labels" is {_brief(record["labels"])}: keep one')
@@ -99,8 +99,8 @@ def _class_indices(value: Any) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise BadLabel(f"label {_brief(value)} is not an integer or a list of integers")
-    if not all(v in LABELS for v in values):
-        raise BadLabel(f"label {_brief(value)} is out of range: a class index is below 2 ** 31")
+    if not all(v in CLASSES for v in values):
+        raise BadLabel(f"label {_brief(value)} is out of range: a class index is 0 or more and below 2 ** 20")
     return tuple(sorted(set(values)))
 
 

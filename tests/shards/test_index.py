@@ -218,3 +218,20 @@ def test_finished_data_sets_below_a_folder_are_indexed_as_one(tmp_path: Path) ->
         (tmp_path / name / "train-000000.build.json").write_text("{}")
     run_shards("index", tmp_path, "--processes", 1)
     assert load_manifest(tmp_path).samples("train") == 12
+
+
+@pytest.mark.parametrize("label", [-1, 10**9, 10**30])
+def test_a_label_that_is_no_class_index_makes_one_bad_sample(
+    label: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"label": 0}, {"label": label}, {"label": 1}]
+    members = [
+        (f"k{i}.{extension}", data)
+        for i, record in enumerate(records)
+        for extension, data in (("png", picture(i)), ("txt", b"x"), ("json", json.dumps(record).encode()))
+    ]
+    write_members(tmp_path / "train-0.tar", dict(members))
+    run_shards("index", tmp_path, "--processes", 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"1 of 3 samples cannot be used (the first: k1, label {label} is out of range" in said
+    assert load_manifest(tmp_path).classes == ["0", "1"]
