@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, BinaryIO
+from typing import Any
 
-from cmgan_dist.data.cache import kept_store
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
 from cmgan_dist.data.output import abandon_record, is_whole, read_record, write_record
 from cmgan_dist.data.source import public_url
-from cmgan_dist.data.store import FileStore, LocalStore
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs import ledger
 from shards.extract import Options, extractor, feature_samples
-from shards.shard_file import finished_record, put_shard
+from shards.shard_file import check_count, finished_record, opened_source, put_shard
 
 Made = tuple[ShardInfo | None, list[str]]
 """What was written for a source (None when no sample was good), and a line for each sample left out."""
@@ -39,39 +37,20 @@ def make_shard(
     Raises BadInput when the source is not what its manifest says, at a bad sample unless the options skip them, and
     when a file cannot be written."""
     store, record = FileStore(output, "--output"), record_name(source.name)
-    with _opened(data, source) as raw:
+    with opened_source(data, source, _way_out(data)) as raw:
         left_out: list[str] = []
         try:
             write_record(store, record, ledger.Record(source.sha256, settings))
             groups = iter_groups(raw, source.name)
             samples = feature_samples(extractor(options), judge, groups, source.name, left_out)
             info = put_shard(store, source.name, samples)
-            _check_count(source, info, left_out)
+            check_count(source, (info.samples if info else 0) + len(left_out))
             write_record(store, record, finished_record(source.sha256, settings, info, store, left_out))
         except BadSample as error:
             raise BadInput(f"{error}: {_way_out(data)}") from None
         finally:
             abandon_record(store, record, source.name)
     return info, left_out
-
-
-def _check_count(source: ShardInfo, info: ShardInfo | None, left_out: list[str]) -> None:
-    """Raise BadInput when a sample was neither written nor left out."""
-    found = (info.samples if info else 0) + len(left_out)
-    if found != source.samples:
-        raise BadInput(
-            f"{source.name} has {found} samples, its manifest says {source.samples}: "
-            "write the manifest anew by 'python -m shards index --overwrite'"
-        )
-
-
-def _opened(data: str, source: ShardInfo) -> BinaryIO:
-    """Open a shard that features are made of. Raises BadInput when it is not what its manifest says;
-    a remote one is compared when it is fetched."""
-    store = kept_store(data)
-    if isinstance(store, LocalStore) and sha256_of(store.location(source.name)) != source.sha256:
-        raise BadInput(f"{store.location(source.name)} is not what its manifest says: {_way_out(data)}")
-    return store.file(source)
 
 
 def _way_out(data: str) -> str:

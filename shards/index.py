@@ -21,13 +21,13 @@ from cmgan_dist.errors import BadInput, Unreadable, shown
 from cmgan_dist.files import open_once
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
-from shards.output import LOCK
+from shards.output import LOCK, PACKING_NAME
 from shards.pairs import drawing, missing_val
 from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, foreign_files, scan_shard
 from shards.shard_file import tar_names
 
-MOST_CLASSES = 1 << 20
-"""Classes that labels can name."""
+RECORDS = (".build.json", ".features.json")
+"""How the names end of what a build and features note beside each shard."""
 
 
 def split_of_shard(name: str) -> str:
@@ -145,6 +145,8 @@ class IndexCommand:
         """Do what `index` says."""
         lost: list[str] = []
         old = self._old_manifest(store, lost)
+        if store.size(MANIFEST_NAME) is None and not self.overwrite:
+            self._check_finished(store)
         names = walk_files(Path(store.path), ["tar"]) if store.local else tar_names(store)
         if not names:
             raise BadInput(f"{self.place} holds no .tar files")
@@ -178,6 +180,23 @@ class IndexCommand:
             store.write(index_name(scan.info.name), scan.index.to_bytes())
         store.write(MANIFEST_NAME, manifest.to_json())
         return manifest, notes
+
+    def _check_finished(self, store: FileStore) -> None:
+        """Raise BadInput when the folder is what a build or features began and have not finished."""
+        names = set(walk_files(Path(store.path), ["json"]) if store.local else store.names())
+        marks = [PACKING_NAME] * (store.size(PACKING_NAME) is not None)
+        # a folder below that has a manifest is a data set that was finished
+        marks += [
+            name
+            for name in sorted(names)
+            if name.endswith(RECORDS) and str(PurePosixPath(name).with_name(MANIFEST_NAME)) not in names
+        ]
+        found = next(iter(marks), None)
+        if found is not None:
+            raise BadInput(
+                f"{self.place} holds {found} and no {MANIFEST_NAME}, so it is unfinished: start the same build (or "
+                "features), all its tasks, again; or pass --overwrite to take what is there for all"
+            )
 
     def _good(self, samples: list[SampleFacts], notes: list[str]) -> list[SampleFacts]:
         """Return the samples that can be used; how many cannot goes to `notes`. Raises BadInput when none can."""
@@ -239,19 +258,19 @@ class IndexCommand:
         return usable, notes
 
     def _class_names(self, samples: list[SampleFacts], old: Manifest | None) -> list[str]:
-        """Return the class names. Raises BadInput when a label is negative or has no name in the file."""
-        found = {label for facts in samples for label in facts.labels}
-        if max(found) >= MOST_CLASSES:
-            raise BadInput(f"label {max(found)} is out of range: number the classes from 0, or pass --label-kind none")
+        """Return the class names. Raises BadInput when a label has no name in the file."""
+        largest, key = max((max(facts.labels), facts.key) for facts in samples)
         if self.classes is None:
-            names = [str(i) for i in range(max(found) + 1)]
+            names = [str(i) for i in range(largest + 1)]
             if old is not None and len(old.classes) >= len(names):
                 names = old.classes
         else:
             names = _read_names(self.classes)
-        if min(found) < 0 or max(found) >= len(names):
-            wrong = min(found) if min(found) < 0 else max(found)
-            raise BadInput(f"label {wrong} is out of range: there are {len(names)} classes")
+        if largest >= len(names):
+            raise BadInput(
+                f"label {largest} is out of range: there are {len(names)} classes (sample {shown(key)}): mend it, or "
+                "name a file with more"
+            )
         return names
 
 

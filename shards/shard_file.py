@@ -11,18 +11,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from cmgan_dist.data.cache import kept_store
 from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import LabelKind, ShardInfo, check_shard_name
 from cmgan_dist.data.sample import MOST_NUMBERS, parse_sample
-from cmgan_dist.data.store import FileStore
+from cmgan_dist.data.store import FileStore, LocalStore
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.files import write_atomic
+from cmgan_dist.files import sha256_of, write_atomic
 from cmgan_dist.jobs.ledger import WRITTEN, Record
 from cmgan_dist.jobs.staging import staging
 from shards.pairs import RawPair, Readable
@@ -201,3 +202,22 @@ def finished_record(
     sidecar = index_name(info.name)
     beside = {"name": sidecar, "samples": info.samples, "sha256": info.index_sha256, "bytes": output.size(sidecar)}
     return Record(source, settings, True, written, left_out, [beside])
+
+
+def opened_source(data: str, source: ShardInfo, way_out: str) -> BinaryIO:
+    """Open a shard of a data set that another is made of; a remote one is compared when it is fetched.
+
+    Raises BadInput, with the `way_out`, when it is not what its manifest says, and OSError when it cannot be read."""
+    store = kept_store(data)
+    if isinstance(store, LocalStore) and sha256_of(store.folder / source.name) != source.sha256:
+        raise BadInput(f"{store.location(source.name)} is not what its manifest says: {way_out}")
+    return store.file(source)
+
+
+def check_count(source: ShardInfo, found: int) -> None:
+    """Raise BadInput when a shard that was read has another number of samples than its manifest says."""
+    if found != source.samples:
+        raise BadInput(
+            f"{source.name} has {found} samples, its manifest says {source.samples}: "
+            "write the manifest anew by 'python -m shards index --overwrite'"
+        )

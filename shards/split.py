@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -22,17 +22,16 @@ from cmgan_dist.data.output import owning_output
 from cmgan_dist.data.reader import open_data_set
 from cmgan_dist.data.sample import Sample
 from cmgan_dist.data.source import public_url
-from cmgan_dist.data.store import FileStore, LocalStore
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.data.tar import iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample, shown
-from cmgan_dist.files import open_regular
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
 from shards.groups import linked_groups, links_of_equal
 from shards.output import LOCK, finish_output, prepare_output
 from shards.pairs import split_shares
 from shards.same_text import compared
-from shards.shard_file import Members, put_shard
+from shards.shard_file import Members, check_count, opened_source, put_shard
 
 TRAIN = "train"
 """The split from which others are drawn."""
@@ -69,26 +68,19 @@ class SplitCommand:
 
 
 def _samples(data: str, shard: ShardInfo) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield key and members of each sample of a shard. Raises BadInput where it is damaged."""
-    place, key = kept_store(data).location(shard.name), ""
+    """Yield key and members of each sample of a shard. Raises BadInput where it is not what its manifest says."""
+    place, key, found = kept_store(data).location(shard.name), "", 0
     try:
-        with _opened(data, shard) as file:
+        with opened_source(data, shard, _see_verify(data)) as file:
             for group in iter_groups(file, shard.name):
                 key = f" sample {shown(group[0].key)}"
                 yield group[0].key, members_of(group)
-                key = ""
+                key, found = "", found + 1
+        check_count(shard, found)
     except BadSample as error:
         raise BadInput(f"{place}{key}: {error}: {_see_verify(data)}") from None
     except OSError as error:
         raise BadInput(f"{place} cannot be read ({error.strerror}): restore it") from None
-
-
-def _opened(data: str, shard: ShardInfo) -> BinaryIO:
-    """Open a shard; one at a URL is fetched and compared with its manifest. Raises BadInput and OSError."""
-    store = kept_store(data)
-    if isinstance(store, LocalStore):
-        return open_regular(store.folder / shard.name)
-    return store.file(shard)
 
 
 def _see_verify(data: str) -> str:

@@ -25,7 +25,7 @@ from cmgan_dist.errors import BadSample, shown
 from cmgan_dist.files import parse_json_once
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Members that are an encoded image; of several, the first in this order is taken."""
+"""Members that are an encoded image; a sample has one of them."""
 IMAGE_MEMBERS = ("image.npy", *IMAGE_EXTENSIONS)
 TEXT_MEMBERS = ("text.npy", "txt")
 MEMBERS = frozenset((*IMAGE_MEMBERS, *TEXT_MEMBERS, "json", "cls"))
@@ -36,8 +36,8 @@ MOST_TEXT_BYTES, MOST_JSON_BYTES = 1 << 20, 1 << 23
 """Bytes of the largest text, and of the largest JSON record, which can take thirty times as much in memory."""
 FEW = 10_000
 """Numbers of which OpenBLAS takes a dot product in the calling thread."""
-LABELS = range(-(1 << 31), 1 << 31)
-"""What the index sidecar can hold."""
+CLASSES = range(1 << 20)
+"""What a class index can be."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ def parse_labels(record: dict[str, Any]) -> tuple[int, ...]:
     """Return the class indices of a sample's JSON record, each once and rising: those of ``label`` (an int) or
     ``labels`` (a list of ints); () if it has neither, or null.
 
-    Raises BadLabel when a label is no integer of 32 bits, or the two fields do not say the same."""
+    Raises BadLabel when a label is no class index, or the two fields do not say the same."""
     found = [_class_indices(record[name]) for name in ("label", "labels") if record.get(name) is not None]
     if len(set(found)) > 1:
         raise BadLabel(f'"label" is {_brief(record["label"])} and "labels" is {_brief(record["labels"])}: keep one')
@@ -69,14 +69,19 @@ def parse_labels(record: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _labels_of(key: str, members: dict[str, bytes], record: dict[str, Any]) -> tuple[int, ...]:
-    """Return the class indices of a sample: those of its JSON record, else that of its ``.cls``. Raises BadLabel."""
+    """Return the class indices of a sample: those of its JSON record, else that of its ``.cls``.
+
+    Raises BadLabel where they are none, or the number in the ``.cls`` is none of the record's."""
     found = parse_labels(record)
-    if found or "cls" not in members:
+    if "cls" not in members:
         return found
     text = members["cls"][:100].decode(errors="backslashreplace").strip()
-    if not re.fullmatch(r"-?[0-9]{1,20}", text):
+    numbered = re.fullmatch(r"-?[0-9]{1,20}", text)
+    if found and numbered and int(text) not in found:
+        raise BadLabel(f"{key}.cls holds {_brief(text)}, its JSON has the labels {_brief(found)}: keep one")
+    if not found and not numbered:
         raise BadLabel(f"{key}.cls holds {_brief(text)}, expected the number of a class")
-    return _class_indices(int(text))
+    return found or _class_indices(int(text))
 
 
 def sources_of(members: dict[str, bytes]) -> tuple[str, str, str]:
@@ -94,8 +99,8 @@ def _class_indices(value: Any) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise BadLabel(f"label {_brief(value)} is not an integer or a list of integers")
-    if not all(v in LABELS for v in values):
-        raise BadLabel(f"label {_brief(value)} is out of range: a class index is below 2 ** 31")
+    if not all(v in CLASSES for v in values):
+        raise BadLabel(f"label {_brief(value)} is out of range: a class index is 0 or more and below 2 ** 20")
     return tuple(sorted(set(values)))
 
 
@@ -144,6 +149,7 @@ def npy_view(data: bytes) -> np.ndarray:
     return np.frombuffer(data, layout.dtype, math.prod(layout.shape), start).reshape(layout.shape)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what leaves the range is found, and said once
 def parse_array(data: bytes, what: str) -> np.ndarray:
     """Return a ``.npy`` member as float32, read-only; `what` is its name, for messages.
 
@@ -189,10 +195,12 @@ def _parse_image(key: str, members: dict[str, bytes]) -> bytes | np.ndarray:
         if image.ndim != 1:
             raise BadSample(f"{key}.image.npy has shape {image.shape}, expected one dimension")
         return image
-    found = next((e for e in IMAGE_EXTENSIONS if e in members), None)
-    if found is None:
+    found = [extension for extension in IMAGE_EXTENSIONS if extension in members]
+    if not found:
         raise BadSample("has no image: expected a .jpg, .png, .webp or .image.npy member")
-    return members[found]
+    if len(found) > 1:
+        raise BadSample(f"has {len(found)} images, .{' and .'.join(found)}: keep one")
+    return members[found[0]]
 
 
 def _parse_texts(key: str, members: dict[str, bytes], record: dict[str, Any]) -> list[str] | np.ndarray:
@@ -209,18 +217,25 @@ def _parse_texts(key: str, members: dict[str, bytes], record: dict[str, Any]) ->
             raise BadSample(f'{key}.json: "texts" must be a non-empty list of non-empty strings')
         if not all(map(is_unicode, listed)):
             raise BadSample(f'{key}.json: "texts" has half a character, a lone surrogate')
+        if "txt" in members and _parse_text(key, members["txt"]) not in map(str.strip, listed):
+            raise BadSample(f'{key}.txt is none of "texts" in {key}.json: write it there, or keep one')
         return list(listed)
     if "txt" not in members:
         raise BadSample('has no text: expected a .txt or .text.npy member, or "texts" in .json')
-    if len(members["txt"]) > MOST_TEXT_BYTES:
+    return [_parse_text(key, members["txt"])]
+
+
+def _parse_text(key: str, data: bytes) -> str:
+    """Return the text of a ``.txt``. Raises BadSample."""
+    if len(data) > MOST_TEXT_BYTES:
         raise BadSample(f"{key}.txt has more than {MOST_TEXT_BYTES >> 20} MiB")
     try:
-        text = members["txt"].decode("utf-8").strip()
+        text = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise BadSample(f"{key}.txt is not UTF-8 ({error})") from None
     if not text:
         raise BadSample(f"{key}.txt is empty")
-    return [text]
+    return text
 
 
 def parse_sample(key: str, members: dict[str, bytes], *, labelled: bool = True) -> Sample:

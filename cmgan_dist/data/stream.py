@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cmgan_dist.config.fields import DATA_SEPARATOR, StreamConfig, resolved_streams
 from cmgan_dist.data.batch import Batch, SampleDecoder, join, stack_texts
+from cmgan_dist.data.differences import other_features
 from cmgan_dist.data.handover import LOOK_S, Packed, next_item, pack
 from cmgan_dist.data.order import BalancedPlan, MixturePlan, Plan, SampleRef, streams_of_rank
 from cmgan_dist.data.reader import ShardReader
@@ -122,6 +123,7 @@ class Stream:
                     raise BadInput(
                         f"{reader.place} and {first.place} cannot be mixed: their {name} are {theirs!r} and {mine!r}"
                     )
+            _check_features(first, reader)
             if reader.counts.sum() < streams:
                 raise BadInput(
                     f"split '{reader.split}' of {reader.place} has {int(reader.counts.sum())} samples, fewer than the "
@@ -231,6 +233,18 @@ class Stream:
                 yield join([_good(next_item(loader, patience)) for _ in range(self.workers)], pinned)
         finally:
             del loader  # ends the workers now: a traceback would keep them until it is collected
+
+
+def _check_features(first: ShardReader, other: ShardReader) -> None:
+    """Raise BadInput when the features of two data sets are known to be of different backbones, weights or pools."""
+    for modality, kind in (("image", first.manifest.image), ("text", first.manifest.text)):
+        mine, theirs = (reader.manifest.details.get(modality) for reader in (first, other))
+        found = other_features(mine, theirs) if kind == "features" else ""
+        if found:
+            raise BadInput(
+                f"the {modality} features of {other.place} and {first.place} cannot be mixed ({found}): "
+                "make both alike by 'python -m shards features'"
+            )
 
 
 def _good(item: Packed | Batch | BadInput) -> Batch:

@@ -103,7 +103,7 @@ def make_plan(options: EmbedOptions) -> Plan:
 
 def check_source(saved: Saved, source: Source) -> None:
     """Raises BadInput unless the run can embed the source: features of its own sizes, or raw data for its backbones."""
-    check_kinds(saved, source.location, source.spec, raw_fits=True)
+    check_kinds(saved, source.location, source.spec, source.details, raw_fits=True)
     for modality in raw_modalities(source):
         if getattr(saved.spec, modality).name == "features":
             load_backbone(saved, modality)  # says why it cannot

@@ -12,12 +12,13 @@ import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,8 @@ class Source(ABC):
     """What it has, of "image" and "text"."""
     classes: Sequence[str] = ()
     attribution = ""
+    details: Mapping[str, Any] = MappingProxyType({})
+    """Those of a data set's manifest."""
 
     def __init__(self, kind: str, location: str) -> None:
         """`kind`: a key of FLAGS. `location`: URL, or absolute path."""
@@ -131,6 +134,7 @@ class ShardSource(Source):
         super().__init__(kind, location)
         self.store, self.manifest = open_data_set(location, stream)
         self.classes, self.attribution = self.manifest.classes, self.manifest.attribution
+        self.details = self.manifest.details
         self._reader = lru_cache(lambda split: ShardReader(location, split, opened=(self.store, self.manifest)))
 
     @property

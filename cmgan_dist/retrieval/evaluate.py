@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from cmgan_dist.config.fields import DATA_SEPARATOR
+from cmgan_dist.data.differences import other_class, other_features
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.source import public_url
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_sealed, sealed_json
-from cmgan_dist.models.saved import MODEL_NAME, Saved, load_generator, read_model
+from cmgan_dist.models.saved import MODEL_NAME, BackboneSpec, Saved, load_generator, read_model
 from cmgan_dist.retrieval.embed import embed_split
 from cmgan_dist.retrieval.embeddings import EmbeddingSet
 from cmgan_dist.retrieval.headline import MODEL
@@ -82,31 +83,45 @@ class Evaluation:
         return packed.getvalue()
 
 
-def check_kinds(saved: Saved, data: str, theirs: DataSpec, *, raw_fits: bool = False) -> None:
+def _as_details(made: BackboneSpec) -> dict[str, Any]:
+    """Return what a run knows of its features as a manifest's details say it."""
+    known = {"backbone": made.name, "weights_sha256": made.weights_sha256, "pools": made.pools}
+    return {} if made.name == "features" else known
+
+
+def check_kinds(
+    saved: Saved, data: str, theirs: DataSpec, details: Mapping[str, Any], *, raw_fits: bool = False
+) -> None:
     """Compare what a run takes with the images and texts of the data set `data`. Raises BadInput where they differ.
 
-    `raw_fits`: raw images and texts fit any run, because its backbones make features of them."""
-    mine = saved.spec.data
+    `details`: those of the data set's manifest, which say of what backbones its features are. `raw_fits`: raw images
+    and texts fit any run, because its backbones make features of them."""
+    mine, place = saved.spec.data, public_url(data)
     for what, a, b in (("images", mine.image_dim, theirs.image_dim), ("texts", mine.text_dim, theirs.text_dim)):
         if a != b and not (raw_fits and b is None):
             said = [f"features of {dim} numbers" if dim is not None else "raw" for dim in (a, b)]
             raise BadInput(
-                f"the {what} of {public_url(data)} are {said[1]}, those that {saved.folder} was trained on are "
+                f"the {what} of {place} are {said[1]}, those that {saved.folder} was trained on are "
                 f"{said[0]}: name data of the same kind"
+            )
+    for what, dim, made in (("image", theirs.image_dim, saved.spec.image), ("text", theirs.text_dim, saved.spec.text)):
+        found = other_features(_as_details(made), details.get(what)) if dim is not None else ""
+        if found:
+            raise BadInput(
+                f"the {what} features of {place} are not made as those that {saved.folder} was trained on ({found}): "
+                "name data whose features are made alike"
             )
 
 
 def check_data(saved: Saved, reader: ShardReader) -> None:
     """Compare a run with a data set. Raises BadInput, naming the first difference, unless it can be evaluated on it."""
     mine, theirs = saved.spec.data, DataSpec.of(reader.manifest)
-    check_kinds(saved, reader.data, theirs)
-    if mine.classes and theirs.classes and mine.classes != theirs.classes:
-        pairs = enumerate(zip(mine.classes, theirs.classes, strict=False))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(mine.classes), len(theirs.classes)))
-        first = [names[at] if at < len(names) else "none" for names in (mine.classes, theirs.classes)]
+    check_kinds(saved, reader.data, theirs, reader.manifest.details)
+    found = other_class(mine.classes, theirs.classes) if mine.classes and theirs.classes else ""
+    if found:
         raise BadInput(
-            f"{reader.place} has other classes than {saved.folder} was trained on (class {at} is '{first[1]}', not "
-            f"'{first[0]}'): name data with the same classes"
+            f"{reader.place} has other classes than {saved.folder} was trained on ({found}): "
+            "name data with the same classes"
         )
 
 

@@ -58,7 +58,11 @@ class Progress:
     epoch_samples: int = 0
     """Samples in an epoch."""
     data: str = ""
-    """Which data the run began with, by `Stream.fingerprint`."""
+    """The training split that the run began with, by `run.fingerprint_of`."""
+    validation: str = ""
+    """The validation split likewise: `best` is a score of no other; "" where it is not known."""
+    classes: list[str] | None = None
+    """The names of the classes in label order; None where they are not known."""
 
 
 def position_of(folder: Path) -> int | None:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from cmgan_dist.config.fields import CONFIG_NAME, Config, micro_batch
-from cmgan_dist.config.load import check_places, load_config, to_yaml, validate
+from cmgan_dist.config.load import LOSS_TERMS, check_places, load_config, to_yaml, validate
 from cmgan_dist.config.paths import get_value, settings
+from cmgan_dist.data.differences import other_class
 from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.order import steps_for
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 
 VOCABULARY_SAMPLES = 200_000
 """Samples of the training split whose words make the vocabulary of the text CNN."""
+CLASS_TERMS = ("classification", "class_contrastive")
+"""Weights of the generator's terms that are left out where the data has no labels."""
 LOCK = "train"
 """The kind of work for which a run owns its folder (`jobs.lock`)."""
 
@@ -104,6 +107,17 @@ def check_scoring(config: Config, data: DataSpec) -> None:
     for name, value in (("eval.score", "posterior"), ("eval.objective", "class"), ("eval.objective", "both")):
         if data.label_kind == "none" and get_value(config, name) == value:
             raise BadInput(f"{name} is {value}, but the data has no labels: set it to auto")
+
+
+def check_losses(config: Config, data: DataSpec) -> None:
+    """Raises BadInput when every loss term of the generator that is on needs classes and the data has none."""
+    chosen = [name for name in LOSS_TERMS if getattr(config.loss, name)]
+    if data.label_kind == "none" and not set(chosen) - set(CLASS_TERMS):
+        of_classes, free = (
+            ", ".join(f"loss.{name}" for name in names)
+            for names in (chosen, [name for name in LOSS_TERMS if name not in CLASS_TERMS])
+        )
+        raise BadInput(f"only {of_classes} trains the generator, but the data has no labels: set one of {free} above 0")
 
 
 def make_vocabulary(readers: list[ShardReader], config: Config) -> Vocabulary:
@@ -181,10 +195,23 @@ def best_is_whole(run: Path) -> bool:
     return True
 
 
-def fingerprint_of(stream: Stream) -> str:
-    """Return a SHA-256 of the checksums of the training split's shards: which data it is, wherever that lies."""
-    shards = [[[s.name, s.samples, s.sha256] for s in reader.shards] for reader in stream.readers]
+def fingerprint_of(readers: Sequence[ShardReader]) -> str:
+    """Return a SHA-256 of the checksums of a split's shards: which data it is, wherever that lies."""
+    shards = [[[s.name, s.samples, s.sha256] for s in reader.shards] for reader in readers]
     return hashlib.sha256(repr(shards).encode()).hexdigest()
+
+
+def other_data(before: Progress, start: Progress) -> str:
+    """Return in what the data of a `start` is another than a run had `before`, "" where it is the same."""
+    if before.epoch_samples != start.epoch_samples:
+        return f"epochs of {before.epoch_samples} samples, not {start.epoch_samples}"
+    if before.data != start.data:
+        return "shards with other checksums"
+    if before.validation and before.validation != start.validation:
+        return "a validation split with other checksums"
+    if before.classes is None or start.classes is None:
+        return ""
+    return other_class(start.classes, before.classes)
 
 
 def go_on(run: Path, networks: Networks, start: Progress, parallel: Parallel) -> Progress:
@@ -197,14 +224,13 @@ def go_on(run: Path, networks: Networks, start: Progress, parallel: Parallel) ->
     if found is None:
         return start
     progress, tensors = read_checkpoint(found)
-    if (progress.epoch_samples, progress.data) != (start.epoch_samples, start.data):
-        what = f"epochs of {progress.epoch_samples} samples, not {start.epoch_samples}"
-        if progress.epoch_samples == start.epoch_samples:
-            what = "shards with other checksums"
+    what = other_data(progress, start)
+    if what:
         raise BadInput(
             f"{run} was trained on other data ({what}): use the same data, another --output, or --resume never",
             everywhere=True,
         )
+    progress.validation, progress.classes = start.validation, start.classes
     networks.load(tensors, str(found))
     if not parallel.on_main(lambda: best_is_whole(run)):
         progress.best = None  # the next validation keeps what it finds
@@ -228,6 +254,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     data = DataSpec.of(stream.manifest)
     check_output(run, CONFIG_NAME)
     check_scoring(config, data)
+    check_losses(config, data)
     before = check_same_run(run, config, may_change) if resume == "auto" else None
     tracker = config.train.tracker if rank == 0 else "none"
     parallel = Parallel(
@@ -240,7 +267,12 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
         take_threads(config, parallel)
         vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
         networks = build_networks(config, data, vocabulary, parallel)
-        progress = Progress(epoch_samples=stream.epoch_samples, data=fingerprint_of(stream))
+        progress = Progress(
+            epoch_samples=stream.epoch_samples,
+            data=fingerprint_of(stream.readers),
+            validation=fingerprint_of([val_reader]),
+            classes=data.classes,
+        )
         if resume == "auto":
             progress = go_on(run, networks, progress, parallel)
         if before is not None and progress.position and parallel.main:

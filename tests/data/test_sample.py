@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 
@@ -83,3 +84,25 @@ def test_good_samples() -> None:
     sample = parse_sample("k", {"jpg": b"x", "json": json.dumps({"texts": ["a", "b"], "labels": [3, 1, 3]}).encode()})
     assert (sample.texts, sample.labels) == (["a", "b"], (1, 3))
     assert parse_sample("k", {"png": b"x", "txt": "  Grüße 你好 ".encode(), "exif": b"?"}).texts == ["Grüße 你好"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"png": b"y"}, r"has 2 images, \.jpg and \.png: keep one"),
+        ({"cls": b"2"}, r"a\.cls holds '2', its JSON has the labels \(1,\): keep one"),
+        ({"txt": b"other"}, r'a\.txt is none of "texts" in a\.json'),
+        ({"txt": b" one \n", "cls": b"1", "image.npy": npy(np.ones(3))}, ""),
+    ],
+)
+def test_of_two_that_disagree_none_is_taken_in_silence(more: dict[str, bytes], said: str) -> None:
+    members = {"jpg": b"x", "json": json.dumps({"texts": ["one", "two"], "label": 1}).encode()} | more
+    with pytest.raises(BadSample, match=said) if said else contextlib.nullcontext():
+        assert parse_sample("a", members).texts == ["one", "two"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("array", [np.array([1e300]), np.array([3e38, 3e38], np.float32), np.array([np.inf, -np.inf])])
+def test_numbers_out_of_range_give_no_warning(array: np.ndarray) -> None:
+    with contextlib.suppress(BadSample):
+        parse_array(npy(array), "x")

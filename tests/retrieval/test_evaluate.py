@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +12,17 @@ import numpy as np
 import pytest
 
 import cmgan_dist
+from cmgan_dist.config.fields import DATA_SEPARATOR
+from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.data.reader import ShardReader
+from cmgan_dist.data.stream import Stream
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.saved import load_generator, read_model
 from cmgan_dist.report.record import read_evaluation
 from cmgan_dist.retrieval.embed import embed_split
+from cmgan_dist.retrieval.embed_job import check_source
+from cmgan_dist.retrieval.embed_source import open_source
 from cmgan_dist.retrieval.evaluate import open_task, parse_record
 from cmgan_dist.retrieval.hub import find_evaluation
 from cmgan_dist.retrieval.metrics import Embeddings
@@ -56,6 +63,44 @@ def test_raw_data_is_refused_for_a_run_on_features(
     save_untrained(tmp_path / "run", feature_data(), small_config(8))
     with pytest.raises(BadInput, match=r"are raw, those that .* are features of 12 numbers"):
         open_task(tmp_path / "run", str(raw_data()))
+
+
+PIXELS = {"backbone": "resnet50", "weights": "hub", "weights_sha256": "a" * 64}
+TEXTS = {"backbone": "sentence", "weights": "hub", "weights_sha256": "b" * 64, "pools": ["max"]}
+
+
+def with_details(data: Path, details: dict[str, object]) -> Path:
+    manifest = load_manifest(data)
+    manifest.details = details
+    (data / "manifest.json").write_text(manifest.to_json())
+    return data
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"text": TEXTS | {"pools": ["cls"]}}, r"text features of .*other.* \(text pools cls, not max\)"),
+        ({"image": PIXELS | {"backbone": "vit"}}, r"image features of .*other.* \(backbone vit, not resnet50\)"),
+        ({"image": PIXELS | {"weights_sha256": "c" * 64}}, r"SHA-256 c{12}…, not a{12}…\)"),
+        ({"image": PIXELS, "text": TEXTS | {"weights": "/elsewhere"}}, ""),
+        ({"image": 5, "text": {"pools": None}}, ""),
+        ({}, ""),
+    ],
+)
+def test_features_that_are_made_otherwise_are_refused_where_both_sides_know(
+    made: dict[str, object], said: str, feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    mine = with_details(feature_data(), {"image": PIXELS, "text": TEXTS})
+    theirs = with_details(feature_data("other"), made)
+    save_untrained(tmp_path / "run", mine, small_config(8))
+    stream = dataclasses.replace(small_config(8).stream, logical_streams=4)
+    for work in (
+        lambda: open_task(tmp_path / "run", str(theirs)),
+        lambda: check_source(read_model(tmp_path / "run"), open_source("shards", str(theirs), stream)),
+        lambda: Stream(f"{mine}{DATA_SEPARATOR}{theirs}", stream, seed=0),
+    ):
+        with pytest.raises(BadInput, match=said) if said else contextlib.nullcontext():
+            work()
 
 
 def test_pairs_without_labels_are_evaluated_with_a_run_that_has_classes(

@@ -194,3 +194,44 @@ def test_a_cls_member_that_is_no_number_is_named_with_the_way_out(
     run_shards("index", data, "--processes", 1, "--label-kind", "none")
     assert load_manifest(data).label_kind == "none"
     assert verify(data, processes=1).problems == []
+
+
+@pytest.mark.parametrize("mark", ["train-000000.build.json", "part/0.features.json", ".packing"])
+def test_an_unfinished_output_is_not_taken_for_a_data_set(mark: str, tmp_path: Path) -> None:
+    data = make_features(tmp_path / "data")
+    (data / mark).parent.mkdir(exist_ok=True)
+    (data / mark).write_text("{}")
+    run_shards("index", data, "--processes", 1, "--overwrite")  # a manifest is there: it was finished
+    (data / "manifest.json").unlink()
+    with pytest.raises(
+        BadInput, match=rf"holds {mark} and no manifest\.json, so it is unfinished: start the same build"
+    ):
+        run_shards("index", data, "--processes", 1)
+    assert not (data / "manifest.json").exists()
+    run_shards("index", data, "--processes", 1, "--overwrite")
+    assert load_manifest(data).samples("train") == 96
+
+
+def test_finished_data_sets_below_a_folder_are_indexed_as_one(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_features(tmp_path / name, splits={"train": [6]})
+        (tmp_path / name / "train-000000.build.json").write_text("{}")
+    run_shards("index", tmp_path, "--processes", 1)
+    assert load_manifest(tmp_path).samples("train") == 12
+
+
+@pytest.mark.parametrize("label", [-1, 10**9, 10**30])
+def test_a_label_that_is_no_class_index_makes_one_bad_sample(
+    label: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"label": 0}, {"label": label}, {"label": 1}]
+    members = [
+        (f"k{i}.{extension}", data)
+        for i, record in enumerate(records)
+        for extension, data in (("png", picture(i)), ("txt", b"x"), ("json", json.dumps(record).encode()))
+    ]
+    write_members(tmp_path / "train-0.tar", dict(members))
+    run_shards("index", tmp_path, "--processes", 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"1 of 3 samples cannot be used (the first: k1, label {label} is out of range" in said
+    assert load_manifest(tmp_path).classes == ["0", "1"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +135,27 @@ def test_a_sample_that_cannot_be_used_is_named(bad: dict[str, bytes], reason: st
     run_shards("index", tmp_path / "data", "--processes", 1)
     with pytest.raises(BadInput, match=rf"train-0\.tar sample 0: .*{reason}.*shards verify {tmp_path}/data'"):
         split(SplitCommand(str(tmp_path / "data"), str(tmp_path / "out"), val=0.5, processes=1))
+
+
+@pytest.mark.parametrize("name", ["train-000000.tar", "test-000000.tar"])
+@pytest.mark.parametrize("how", ["bytes", "samples", "count"])
+def test_a_shard_that_is_not_what_its_manifest_says_stops_it(
+    name: str, how: str, feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = feature_data(splits={"train": [20], "test": [8]})
+    said = f"{name} is not what its manifest says: mend or remove what 'python -m shards verify"
+    tar = (data / name).read_bytes()
+    if how == "bytes":
+        (data / name).write_bytes(tar[:515] + bytes([tar[515] ^ 64]) + tar[516:])
+    elif how == "samples":
+        with tarfile.open(data / name) as old:
+            kept = [(member.name, old.extractfile(member).read()) for member in old.getmembers()[:-6]]  # type: ignore[union-attr]
+        write_members(data / name, dict(kept))
+    else:
+        manifest = load_manifest(data)
+        manifest.splits = {k: [replace(s, samples=s.samples + 1) for s in v] for k, v in manifest.splits.items()}
+        (data / "manifest.json").write_text(manifest.to_json())
+        said = r"has (20|8) samples, its manifest says (21|9): write the manifest anew"
+    with pytest.raises(BadInput, match=said):
+        split(SplitCommand(str(data), str(tmp_path / "out"), val=0.2, processes=1))
+    assert not (tmp_path / "out/manifest.json").exists()

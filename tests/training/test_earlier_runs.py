@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cmgan_dist.config.load import LOSS_TERMS
 from cmgan_dist.config.paths import settings
 from cmgan_dist.files import sha256_of
 from cmgan_dist.training.checkpoint import latest
@@ -73,6 +74,22 @@ def test_other_data_of_the_same_size_is_refused_and_data_that_moved_is_not(data:
     assert start(data.rename(tmp_path / "moved"), run, "train.epochs=3") == (0, "")
 
 
+def test_other_classes_and_another_validation_split_are_refused(data: Path, tmp_path: Path) -> None:
+    run, manifest = tmp_path / "run", data / "manifest.json"
+    assert start(data, run)[0] == 0
+    whole = manifest.read_text()
+    splits = json.loads(whole)["splits"]
+    for change, said in (
+        ({"classes": ["class 0", "class 2", "class 1"]}, "class 1 is 'class 1', not 'class 2'"),
+        ({"splits": {"train": splits["train"], "val": splits["test"]}}, "a validation split with other checksums"),
+    ):
+        manifest.write_text(json.dumps(json.loads(whole) | change))
+        code, error = start(data, run, "train.epochs=3")
+        assert (code, f"was trained on other data ({said}" in error) == (2, True), error
+    manifest.write_text(whole)
+    assert start(data, run, "train.epochs=3") == (0, "")
+
+
 def test_checkpoints_without_their_config_are_not_gone_on_from(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert start(data, run)[0] == 0
@@ -120,6 +137,16 @@ def test_a_scoring_that_needs_labels_is_refused_before_the_work(asked: str, tmp_
     code, error = start(pairs, tmp_path / "run", asked)
     assert (code, "but the data has no labels: set it to auto" in error) == (2, True)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("left", ["classification", "class_contrastive"])
+def test_losses_that_all_need_labels_are_refused_before_the_work(left: str, tmp_path: Path) -> None:
+    pairs = make_features(tmp_path / "pairs", label_kind="none")
+    off = [f"loss.{name}=0" for name in LOSS_TERMS if name != left]
+    code, error = start(pairs, tmp_path / "run", *off, f"loss.{left}=1")
+    said = f"only loss.{left} trains the generator, but the data has no labels: set one of loss.intra, loss.inter, "
+    assert (code, said in error) == (2, True), error
+    assert start(pairs, tmp_path / "run", *off, f"loss.{left}=1", "loss.inter=1") == (0, "")
 
 
 def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_goes_on(data: Path, tmp_path: Path) -> None:
