@@ -237,6 +237,16 @@ def go_on(run: Path, networks: Networks, start: Progress, parallel: Parallel) ->
     return progress
 
 
+def beginning(stream: Stream, val_reader: ShardReader, data: DataSpec) -> Progress:
+    """Return where a run on this data begins, which knows what data it is."""
+    return Progress(
+        epoch_samples=stream.epoch_samples,
+        data=fingerprint_of(stream.readers),
+        validation=fingerprint_of([val_reader]),
+        classes=data.classes,
+    )
+
+
 def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     """Return the run of `config`, ready for its next batch; `resume` is auto or never, as in `loop.train`.
 
@@ -267,12 +277,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
         take_threads(config, parallel)
         vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
         networks = build_networks(config, data, vocabulary, parallel)
-        progress = Progress(
-            epoch_samples=stream.epoch_samples,
-            data=fingerprint_of(stream.readers),
-            validation=fingerprint_of([val_reader]),
-            classes=data.classes,
-        )
+        progress = beginning(stream, val_reader, data)
         if resume == "auto":
             progress = go_on(run, networks, progress, parallel)
         if before is not None and progress.position and parallel.main:
