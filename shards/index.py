@@ -12,7 +12,15 @@ import tyro
 
 from cmgan_dist.data.folder import is_plain, walk_files
 from cmgan_dist.data.index import index_name
-from cmgan_dist.data.manifest import MANIFEST_NAME, LabelKind, Manifest, ShardInfo, load_manifest, natural_splits
+from cmgan_dist.data.manifest import (
+    MANIFEST_NAME,
+    UNFINISHED,
+    LabelKind,
+    Manifest,
+    ShardInfo,
+    load_manifest,
+    natural_splits,
+)
 from cmgan_dist.data.output import owning_output
 from cmgan_dist.data.sample import MEMBERS
 from cmgan_dist.data.source import public_url
@@ -26,7 +34,7 @@ from shards.pairs import drawing, missing_val
 from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, foreign_files, scan_shard
 from shards.shard_file import tar_names
 
-RECORDS = (".build.json", ".features.json")
+RECORDS = tuple(pattern.removeprefix("*") for pattern in UNFINISHED if pattern.startswith("*"))
 """How the names end of what a build and features note beside each shard."""
 
 
