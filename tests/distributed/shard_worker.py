@@ -162,16 +162,16 @@ def embed_unequally(networks: Networks, plain: Networks, parallel: Parallel) -> 
 
 
 def spoil(networks: Networks, parallel: Parallel, where: str) -> None:
-    """Make what `where` names infinite on the last process, in the generator's next steps: the loss, or its share of a
-    bias's gradient."""
+    """Make what `where` names infinite on the second process, in the generator's next steps: the loss, or its share of a
+    bias's gradient (of few numbers a fourth process would have none)."""
     engine = networks.engines["generator"]
     assert isinstance(engine, ShardedEngine)
     step, bias = engine.step, engine.sharded["text_backbone.convolutions.0.bias"]
 
     def spoilt(loss: Tensor, measure: bool) -> dict[str, Tensor]:
-        if parallel.rank == parallel.world - 1 and where == "loss":
+        if parallel.rank == 1 and where == "loss":
             loss = loss * math.inf
-        elif parallel.rank == parallel.world - 1 and bias.grad is not None:
+        elif parallel.rank == 1 and bias.grad is not None:
             bias.grad.to_local().fill_(math.inf)
         return step(loss, measure)
 
