@@ -162,8 +162,8 @@ def embed_unequally(networks: Networks, plain: Networks, parallel: Parallel) -> 
 
 
 def spoil(networks: Networks, parallel: Parallel, where: str) -> None:
-    """Make what `where` names infinite on the second process, in the generator's next steps: the loss, or its share of a
-    bias's gradient (of few numbers a fourth process would have none)."""
+    """Make what `where` names infinite on the second process, in the generator's next steps: the loss, or its share of
+    a bias's gradient (of few numbers a fourth process would have none)."""
     engine = networks.engines["generator"]
     assert isinstance(engine, ShardedEngine)
     step, bias = engine.step, engine.sharded["text_backbone.convolutions.0.bias"]
