@@ -23,7 +23,16 @@ from shards import __main__ as shards
 from tests.toy import ROOT
 
 ROOMS = ("cmgan_dist", "shards", "tune", "launchers")
-OF_LAUNCHERS = {"--nproc_per_node", "--config_file", "--nodes", "--accelerate-config", "--ntasks-per-node"}
+OF_LAUNCHERS = {
+    "--nproc_per_node",
+    "--config_file",
+    "--nodes",
+    "--accelerate-config",
+    "--ntasks-per-node",
+    "--rdzv-endpoint",
+    "--master_addr",
+    "--master_port",
+}
 """Flags of torchrun, accelerate, sbatch and our SLURM launcher."""
 SECTIONS = {name for name in Config.__dataclass_fields__ if name not in ("data", "output")}
 RAISED = {name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)}
