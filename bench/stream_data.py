@@ -70,6 +70,9 @@ def build(data: Path, images: int, work: Path, mds: Callable[[Path], object] | N
         place = place_of(work, source)
         done = place / f"done-{len(samples)}"
         if done.is_file():
+            if mds and not (place / "mds" / "index.json").is_file():  # built where its library was not installed
+                shutil.rmtree(place / "mds", ignore_errors=True)
+                mds(place)
             continue
         shutil.rmtree(place, ignore_errors=True)
         (place / "shards").mkdir(parents=True)
