@@ -80,22 +80,23 @@ def decode_image(
     """Return an encoded image as uint8 [size, size, 4]: RGB, upright, transparency on white, animations' first frame.
 
     Without `augment` the centred square is taken; with it, a random crop (Szegedy et al., CVPR 2015) and, half the
-    time, a horizontal flip. Equal draws give equal pixels. `out`: where to write them, such as a row of a batch.
+    time, a horizontal flip. Equal draws give equal pixels. `out`: where to write them, in one block of memory, such as
+    a row of a batch.
     Raises BadSample with the reason, for an image that is refused at any size and for any draws."""
+    exact, made = augment is None, np.empty((size, size, 4), np.uint8) if out is None else out
     with _refusing():
         picture = read_header(data)
         orientation = 1 if picture.image is None else orientation_of(picture.image)
         # In stored coordinates: turned upright, a box in the centre or drawn evenly is one again.
         box = centre_box(*picture.shape) if augment is None else random_box(*picture.shape, augment)
         flip = augment is not None and augment.random() < 0.5
-        pixels, scale = _decode(picture, eighths_for(box, size, exact=augment is None))
+        pixels, scale = _decode(picture, eighths_for(box, size, exact), made if exact else None)
     left, top, right, bottom = (edge * scale for edge in box)
-    made = np.empty((size, size, 4), np.uint8) if out is None else out
-    if augment is None:
+    if not exact:  # an edge half a pixel off is as random as the crop
+        resize_quick(pixels[round(top) : round(bottom), round(left) : round(right)], made)
+    elif pixels is not made:
         box_pixels = pixels[round(top) : math.ceil(bottom), round(left) : math.ceil(right)]
         np.copyto(made.view("<u4")[..., 0], resize(box_pixels, size, bottom - top))
-    else:  # an edge half a pixel off is as random as the crop
-        resize_quick(pixels[round(top) : round(bottom), round(left) : round(right)], made)
     if orientation in _UPRIGHT:
         turn, rows, columns = _UPRIGHT[orientation]
         square = made.view("<u4")[..., 0].copy()
@@ -235,15 +236,18 @@ def eighths_for(box: Box, size: int, exact: bool) -> int:
     return 8
 
 
-def _decode(picture: Picture, eighths: int) -> tuple[np.ndarray, float]:
+def _decode(picture: Picture, eighths: int, out: np.ndarray | None = None) -> tuple[np.ndarray, float]:
     """Return (all pixels, uint8 [h, w, 4]; scale): pixel x of the picture is found at x * scale.
 
-    A JPEG comes in `eighths` of its size. The image that Pillow opened is of no use afterwards."""
+    A JPEG comes in `eighths` of its size, and is `out` where that has its shape. The image that Pillow opened is of no
+    use afterwards."""
     image, shape = picture.image, picture.shape
     if image is None or (image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")):
         width, height = (-(-side * eighths // 8) for side in shape)  # libjpeg rounds up (jpeg_calc_output_dimensions)
+        room = out if out is not None and out.shape[:2] == (height, width) else None
         try:
-            return simplejpeg.decode_jpeg(picture.data, "RGBX", min_height=height, min_width=width), eighths / 8
+            pixels = simplejpeg.decode_jpeg(picture.data, "RGBX", min_height=height, min_width=width, buffer=room)
+            return pixels if room is None else room, eighths / 8
         except ValueError as error:
             if "premature" in str(error).lower():  # Pillow would fill up a picture whose cut end bears an end marker
                 raise BadSample(f"the image does not decode ({error})") from None

@@ -8,6 +8,7 @@ import random
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 import simplejpeg
@@ -325,6 +326,30 @@ def test_a_row_of_a_batch_is_filled_in_its_place(kind: str, exif: int, seed: int
     assert made.base is batch
     assert np.array_equal(batch[1, ..., :3].transpose(2, 0, 1), decode(data, 32, rngs[1]))
     assert (batch[[0, 2]] == 7).all()
+
+
+@pytest.mark.parametrize("exif", [1, 6])
+@pytest.mark.parametrize("side", [32, 64])
+def test_a_jpeg_that_needs_no_resize_is_what_libjpeg_gives(side: int, exif: int) -> None:
+    tag = Image.Exif()
+    tag[0x0112] = exif
+    data = encode(inputs(side, side), "JPEG", exif=tag)
+    batch = np.full((3, 32, 32, 4), 7, np.uint8)
+    decode_image(data, 32, None, batch[1])
+    plain = simplejpeg.decode_jpeg(data, "RGB", min_width=32, min_height=32)
+    assert plain.shape == (32, 32, 3)
+    assert np.array_equal(batch[1, ..., :3], plain if exif == 1 else np.rot90(plain, -1))
+    assert (batch[[0, 2]] == 7).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_crop_of_a_jpeg_of_the_squares_size_is_resized_from_its_pixels(seed: int) -> None:
+    data = encode(inputs(32, 32), "JPEG")
+    pixels, rng, made = simplejpeg.decode_jpeg(data, "RGBX"), random.Random(seed), np.zeros((32, 32, 4), np.uint8)
+    left, top, right, bottom = random_box(32, 32, rng)
+    expected = cv2.resize(pixels[top:bottom, left:right], (32, 32), interpolation=cv2.INTER_CUBIC)
+    expected = expected[:, ::-1] if rng.random() < 0.5 else expected
+    assert np.array_equal(decode_image(data, 32, random.Random(seed), made)[..., :3], expected[..., :3])
 
 
 @settings(deadline=None, max_examples=200)
