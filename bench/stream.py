@@ -158,6 +158,7 @@ def measure(arguments: Arguments, names: list[str], source: str, mode: str) -> d
         for name in names:
             python = arguments.peers if need_of(name) else sys.executable
             workers[name] = Worker(command(python, "serve", name, place, mode), env=environment())
+            workers[name].answer()  # one after the other: two of mosaicml's take the same shared memory
         apart = differences(place, workers) if mode == "eval" else {}
         if mode == "features":
             equal_features(place, workers)

@@ -52,9 +52,12 @@ def clocked(work: Callable[[], int]) -> dict[str, float]:
 
 
 def serve(name: str, place: Path, mode: str) -> None:
-    """Times an epoch, less its first batch, for every line on stdin; or gives the pixels of the keys on the line."""
+    """Times an epoch, less its first batch, for every line on stdin; or gives the pixels of the keys on the line.
+
+    Its first answer says that it is ready."""
     kind, how = (FEATURE_CONTESTANTS if mode == "features" else CONTESTANTS)[name]
     contestant = kind(place, how, mode == "train")
+    print("answer null", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         if "keys" in order:
