@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -316,7 +317,8 @@ def set_up(config: Config, classes: int = 3):  # type: ignore[no-untyped-def]
 
 
 def mixed_scoring(generator: Generator, classes: int, bank: int = 5) -> Scoring:
-    """A scoring of all blocks that has a bank and standardises, of random numbers, for a generator's dimensions."""
+    """A scoring of all blocks that has a class head and a bank and standardises, of random numbers, for a generator's
+    dimensions."""
     random, tensors = torch.Generator().manual_seed(0), {}
     dims = {"image": generator.image_backbone.dim, "text": generator.text_backbone.dim}
     common = generator.shared.linear[0].weight.shape[0]
@@ -327,6 +329,10 @@ def mixed_scoring(generator: Generator, classes: int, bank: int = 5) -> Scoring:
     for modality, dim in dims.items():
         tensors |= {f"{modality}_mean": normal(common).double(), f"{modality}_std": 0.5 + normal(common).double() ** 2}
         tensors |= {f"{modality}_pair_weight": normal(dim, 6), f"{modality}_pair_bias": normal(6)}
+        if classes:
+            head = {"scale": normal(dim).abs(), "landmarks": normal(4, dim).abs(), "weight": normal(4, classes)}
+            head["bias"] = normal(classes)
+            tensors |= {f"{modality}_class_{name}": tensor for name, tensor in head.items()}
         blocks = {"common": F.normalize(normal(bank, common)), "pair": F.normalize(normal(bank, 6))}
         blocks |= {"posterior": normal(bank, classes).softmax(1)} if classes else {}
         tensors |= {f"{modality}_bank_{name}": block for name, block in blocks.items()}
@@ -334,7 +340,10 @@ def mixed_scoring(generator: Generator, classes: int, bank: int = 5) -> Scoring:
     shares: dict[Objective, Shares] = {"pair": one}
     if classes:
         shares |= {"class": Shares(0.9, 0.1, 0.0), "both": one}
-    return Scoring(ScoringSpec("both" if classes else "pair", {}, shares, standardise=True), tensors, False)
+    spec = ScoringSpec("both" if classes else "pair", {}, shares, standardise=True)
+    if classes:
+        spec = dataclasses.replace(spec, kernels={"image": "rbf", "text": "chi2"}, class_head=0.3)
+    return Scoring(spec, tensors, False)
 
 
 def save_untrained(run: Path, data: Path, config: Config, seed: int = 0, mixed: bool = False) -> Generator:

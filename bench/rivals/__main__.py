@@ -7,7 +7,8 @@ budget: `--tries` settings drawn at random, trained for at most `--epochs` and s
 settings, the epoch and the way to compare, by MAP for what learns classes, by the mean R@10 for what learns pairs. Then
 it is trained anew from `--seeds` seeds, and the test split is read once a seed. Ours takes its preset as it is: one
 setting in this run, found on the validation splits of such data before, and a scoring that validation chooses.
-CCA, ridge and logistic regression search their own grids. Methods that need labels are left out where there are none.
+CCA, ridge, logistic regression and kernel ridge (our class head without the network) search their own grids. Methods
+that need labels are left out where there are none.
 Writes bench/results/NAME-DATA.json for each data set.
 """
 
@@ -128,6 +129,24 @@ def rival(name: str, data: Data, arguments: Arguments) -> dict[str, Any]:
     return row(runs, seconds, settings=settings, validation=score, ways=ways)
 
 
+def class_head(data: Data) -> dict[str, dict[str, Any]]:
+    """Return a row for the kernel classifiers that ours mixes with its network, by themselves; none without labels."""
+    from cmgan_dist.models.scoring import posterior_of
+    from cmgan_dist.retrieval.metrics import Embeddings, evaluate
+    from cmgan_dist.training.class_head import fit_class_head
+
+    train, val, test = (data.raw[split] for split in ("train", "val", "test"))
+    if train.labels is None:
+        return {}
+    multi = bool((train.labels.sum(1) > 1).any())
+    heads = fit_class_head(train, val, multi, 0, say)
+    if heads is None:
+        return {}
+    image, text = posterior_of(heads["image"](test.image), multi), posterior_of(heads["text"](test.text), multi)
+    metrics = evaluate(Embeddings(image, text, test.text_owner, test.labels), "inner")
+    return {"kernel ridge (our class head alone)": row([metrics], [])}
+
+
 def table_of(data: Data, rows: dict[str, dict[str, Any]], seeds: int) -> Table:
     """Return the rows as a table for the terminal."""
     table = Table(title=f"{data.name}: test split, mean ± deviation over {seeds} seeds", title_justify="left")
@@ -161,6 +180,7 @@ def compare(folder: Path, arguments: Arguments) -> None:
     baselines = baseline_table(best_baselines(data.raw["train"], data.raw["val"]), data.raw["test"])
     say(f"  {processor_seconds() - began:.1f} s together, with their search")
     rows |= {name: row([metrics], [], settings=metrics.get("settings")) for name, metrics in baselines.items()}
+    rows |= class_head(data)
     Console(width=160).print(table_of(data, rows, arguments.seeds))
     asked = {"seeds": arguments.seeds, "tries": arguments.tries, "epochs": arguments.epochs}
     path = write_results(f"{arguments.name}-{data.name}", {"data": data.name, **asked, "rows": rows})

@@ -268,6 +268,9 @@ class EvalConfig:
     pair_head: Annotated[bool, Resumable] = True
     """auto: fit a linear map of the features to the pairs when training ends (CCA, then InfoNCE), for validation to
     choose."""
+    class_head: Annotated[bool, Resumable] = True
+    """auto: fit a kernel classifier of the features a modality when training ends, for validation to mix with the
+    network's class posteriors."""
     bank: Annotated[int, Range(0, 100_000), Resumable] = 2000
     """auto: training items a modality against which items that are everybody's neighbours are marked down (QB-Norm),
     where validation gains by it; 0 is off."""

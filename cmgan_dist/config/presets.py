@@ -66,7 +66,7 @@ def paper() -> Config:
     config.loss.classification, config.loss.label_smoothing = 1.0, 0.0
     config.loss.contrastive = config.loss.class_contrastive = 0.0
     config.loss.modality, config.loss.r1 = 0.5, 1.0
-    config.eval.score, config.eval.pair_head = "cosine", False
+    config.eval.score, config.eval.pair_head, config.eval.class_head = "cosine", False, False
     return config
 
 

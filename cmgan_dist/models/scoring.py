@@ -2,7 +2,8 @@
 
 A vector joins up to three blocks, each with its share of the score:
 
-    class    posteriors p of the classes: p_image . p_text is the chance that both items are of one class
+    class    posteriors p of the classes: p_image . p_text is the chance that both items are of one class. They are the
+             network's, or a mixture of these with those of a kernel classifier (`training.class_head`)
     common   the common representation c at unit length: the cosine, raw or standardised by the training split
     pair     a linear map of the backbone's feature, fitted to pairs (`training.pair_head`): a cosine too
 
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmgan_dist.models.generator import Generator, Modality
+from cmgan_dist.models.kernel_classifier import Kernel, KernelClassifier
 
 Objective = Literal["class", "pair", "both"]
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
@@ -64,6 +66,10 @@ class ScoringSpec:
     """Common representations by mean and deviation of the training split."""
     validation: dict[Objective, dict[Objective, float]] = field(default_factory=dict)
     """Objective -> measures on the validation split by which its shares were chosen."""
+    kernels: dict[Modality, Kernel] = field(default_factory=dict)
+    """Modality -> kernel of its class head; empty without one."""
+    class_head: float = 0.0
+    """Share of the class heads in the posteriors; the network has the rest."""
 
 
 class Blocks(NamedTuple):
@@ -81,6 +87,13 @@ def _unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
 
 
+def posterior_of(logits: Tensor, multi_label: bool) -> Tensor:
+    """Return the class posteriors of logits [n, C], float64, each row no longer than 1."""
+    if multi_label:
+        return logits.double().sigmoid() / math.sqrt(logits.shape[1])
+    return logits.double().softmax(1)
+
+
 class Scoring(nn.Module):
     """The scoring of a model: its statistics, pair maps and bank, all float64, and the shares that are in use."""
 
@@ -92,6 +105,8 @@ class Scoring(nn.Module):
         for name, tensor in tensors.items():
             if name != SPEC:
                 self.register_buffer(name, tensor.double())
+        for modality in spec.kernels:
+            self._class_head(modality)
 
     @classmethod
     def plain(cls) -> Scoring:
@@ -120,6 +135,9 @@ class Scoring(nn.Module):
     def _tensor(self, name: str) -> Tensor | None:
         return self._buffers.get(name)
 
+    def _class_head(self, modality: Modality) -> KernelClassifier:
+        return KernelClassifier.of(self._buffers, modality, self.spec.kernels[modality])
+
     def dim(self, common: int, classes: int) -> int:
         """Return D for E = `common` and C = `classes`."""
         shares, weight = self.shares, self._tensor("image_pair_weight")
@@ -129,10 +147,11 @@ class Scoring(nn.Module):
     def blocks(self, modality: Modality, feature: Tensor, common: Tensor, logits: Tensor | None) -> Blocks:
         """Return the blocks of items with features [n, F], common representations [n, E] and class logits [n, C]."""
         posterior = pair = None
-        if logits is not None and self.multi_label:
-            posterior = logits.double().sigmoid() / math.sqrt(logits.shape[1])
-        elif logits is not None:
-            posterior = logits.double().softmax(1)
+        if logits is not None:
+            posterior, share = posterior_of(logits, self.multi_label), self.spec.class_head
+            if share:
+                other = posterior_of(self._class_head(modality)(feature), self.multi_label)
+                posterior = (1 - share) * posterior + share * other
         common = common.double()
         mean, std = self._tensor(f"{modality}_mean"), self._tensor(f"{modality}_std")
         if self.spec.standardise and mean is not None and std is not None:

@@ -1,15 +1,16 @@
 """What happens to a model when its training has ended: the scoring (`models.scoring`) that validation likes best.
 
-First the pair head is fitted; then validation chooses, for each objective, what share each block has of the score and
-whether a query bank counts. Everything is measured by the metrics that evaluation reports, on the vectors that an index
-would hold."""
+First the heads are fitted, for pairs and for classes; then validation chooses what share the class head has of the
+posteriors, and for each objective what share each block has of the score and whether a query bank counts. Everything is
+measured by the metrics that evaluation reports, on the vectors that an index would hold."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,26 @@ from torch import Tensor
 
 from cmgan_dist.config.fields import EvalConfig
 from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.models.generator import Modality
+from cmgan_dist.models.kernel_classifier import Kernel
 from cmgan_dist.models.scoring import MODALITIES, Blocks, Objective, Scoring, ScoringSpec, Shares
 from cmgan_dist.retrieval.embed import Embedded
 from cmgan_dist.retrieval.metrics import Embeddings, evaluate, l2_normalise, recall_of, score_of, zscore
+from cmgan_dist.training.class_head import fit_class_head, log_likelihood
 from cmgan_dist.training.pair_head import fit_pair_head
 
 SAMPLES = 20_000
-"""Samples of the training split, at most, to which the pair head and the statistics are fitted."""
+"""Samples of the training split, at most, to which the heads and the statistics are fitted."""
 IMAGES, CAPTIONS = 1000, 5
 """Images of the validation split and captions of each (with labels one) on which shares are chosen, at most."""
 COARSE, FINE = 5, (0.1, 0.05, 0.025)
 """Shares are multiples of 1 / COARSE first; then so much moves from one block to another where that helps."""
+CLASS_HEAD, MAP_SLACK = 0.5, 0.01
+"""Share of the class head in the posteriors where it is used, and what MAP of the validation split may lose by it.
+Likelihood decides: MAP of a small split says by chance which of two good classifiers is better."""
+AP_CHANCE = 0.12
+"""By how much MAP of two scorings can differ by chance, times the root of the number of queries: about two standard
+errors."""
 BANKS = tuple(itertools.product((0.5, 1.0), (10.0, 20.0, 30.0)))
 """(weight, sharpness) of the query bank that are tried."""
 ALONE = {"cosine": Shares(), "zscore": Shares(), "posterior": Shares(1.0, 0.0)}
@@ -46,7 +56,8 @@ def resolved_objective(config: EvalConfig, labelled: bool) -> Objective:
 def asked_of(config: EvalConfig, labelled: bool) -> dict[str, Any]:
     """Return what decides a choice beside model and data."""
     objective = resolved_objective(config, labelled)
-    return {"objective": objective, "score": config.score, "pair_head": config.pair_head, "bank": config.bank}
+    named = {name: getattr(config, name) for name in ("score", "pair_head", "class_head", "bank")}
+    return {"objective": objective, **named}
 
 
 def measures_of(data: Embeddings) -> dict[Objective, float]:
@@ -107,6 +118,16 @@ class _Choice:
             self.known[shares] = measures_of(Embeddings(image, text, self.owner, self.labels))
         return self.known[shares]
 
+    def likelihood(self, multi_label: bool) -> float:
+        """Return the mean log likelihood that labelled items have by the posteriors, of both modalities."""
+        assert self.labels is not None
+        found = []
+        for blocks, labels in ((self.image, self.labels), (self.text, self.labels[self.owner])):
+            assert blocks.posterior is not None
+            labelled = labels.any(1)
+            found.append(log_likelihood(blocks.posterior[labelled], labels[labelled], multi_label))
+        return sum(found) / 2
+
     def climbed(self, objective: Objective, blocks: list[str]) -> Shares:
         """Return the best known shares for an objective, after moving shares between blocks while that helps."""
 
@@ -120,6 +141,20 @@ class _Choice:
             if reached(candidate) > reached(best):
                 best = candidate
         return best
+
+    def settled(self, objective: Objective, blocks: list[str]) -> Shares:
+        """Return the shares for an objective: those of `climbed`, but for classes the best block alone where a mixture
+        gains no more than chance."""
+        best = self.climbed(objective, blocks)
+        if objective != "class":
+            return best
+        alone = max((_alone_of(block) for block in blocks), key=lambda each: self.measured(each)["class"])
+        gain = self.measured(best)["class"] - self.measured(alone)["class"]
+        return best if gain > AP_CHANCE / math.sqrt(len(self.image.common) + len(self.text.common)) else alone
+
+
+def _alone_of(block: str) -> Shares:
+    return Shares(**{**dict.fromkeys(BLOCKS, 0.0), block: 1.0})
 
 
 def _moved(shares: Shares, source: str, target: str, step: float) -> Shares | None:
@@ -171,17 +206,39 @@ class _Chooser:
     asked: dict[str, Any]
     multi_label: bool
     seed: int
+    kernels: dict[Modality, Kernel] = field(default_factory=dict)
+    class_head: float = 0.0
+    """Kernels and share of the class head, as in `ScoringSpec`."""
 
     def choice(self, tensors: Mapping[str, Tensor], standardise: bool) -> _Choice:
         """Return a choice among shares, with nothing measured yet."""
         objective = self.asked["objective"]
-        spec = ScoringSpec(objective, self.asked, {objective: Shares()}, standardise)
+        shares: dict[Objective, Shares] = {objective: Shares()}
+        spec = ScoringSpec(objective, self.asked, shares, standardise, {}, self.kernels, self.class_head)
         scoring = Scoring(spec, tensors, self.multi_label)
         images, texts, owner = _some(self.val)
         image = self.val.image.blocks(scoring, "image", images)
         text = self.val.text.blocks(scoring, "text", texts)
         labels = None if self.val.labels is None else self.val.labels[images]
         return _Choice(scoring, image, text, owner, labels, {})
+
+    def add_class_head(self, tensors: dict[str, Tensor], say: Callable[[str], None]) -> None:
+        """Fit the class head, and add it to `tensors` where validation is likelier by its share in the posteriors."""
+        heads = fit_class_head(self.train.features, self.val.features, self.multi_label, self.seed, say)
+        if heads is None:
+            return
+        fitted = {name: tensor for modality, head in heads.items() for name, tensor in head.tensors(modality).items()}
+        kernels = {m: heads[m].kernel for m in MODALITIES}
+        plain = self.choice(tensors, standardise=False)
+        mixed = dataclasses.replace(self, kernels=kernels, class_head=CLASS_HEAD).choice({**tensors, **fitted}, False)
+        maps = [each.measured(ALONE["posterior"]).get("class", 0.0) for each in (plain, mixed)]
+        found = [each.likelihood(self.multi_label) for each in (plain, mixed)]
+        used = found[1] > found[0] and maps[1] > maps[0] - MAP_SLACK
+        changes = ", ".join(f"{name} {a:.4f} -> {b:.4f}" for name, (a, b) in (("log likelihood", found), ("MAP", maps)))
+        say(f"class head: {'half' if used else 'none'} of the posteriors, validation {changes}")
+        if used:
+            tensors |= fitted
+            self.kernels, self.class_head = kernels, CLASS_HEAD
 
     def mixed(self, tensors: dict[str, Tensor]) -> tuple[_Choice, dict[Objective, Shares]]:
         """Choose shares of all blocks for each objective; a bank that one of them uses is added to `tensors`."""
@@ -191,7 +248,7 @@ class _Chooser:
         blocks += ["pair"] * (chosen.image.pair is not None)
         for each in _lattice(blocks):
             chosen.measured(each)
-        shares = {objective: chosen.climbed(objective, blocks) for objective in chosen.measured(Shares())}
+        shares = {objective: chosen.settled(objective, blocks) for objective in chosen.measured(Shares())}
         if not self.asked["bank"]:
             return chosen, shares
         bank = _bank(chosen.scoring, self.train, self.asked["bank"], self.seed)
@@ -209,7 +266,7 @@ def choose_scoring(
 ) -> Scoring:
     """Return the scoring that validation chooses for each objective, by `config`.
 
-    `train`: at most about SAMPLES samples of the training split. `seed`: of the pair head's draws and the bank's.
+    `train`: at most about SAMPLES samples of the training split. `seed`: of the heads' draws and the bank's.
     `say` gets lines for people."""
     asked = asked_of(config, val.labels is not None)
     tensors: dict[str, Tensor] = {}
@@ -219,6 +276,8 @@ def choose_scoring(
     if config.score == "auto":
         head = fit_pair_head(train.features, val.features, seed, say) if config.pair_head else None
         tensors |= {} if head is None else head.tensors()
+        if config.class_head and val.labels is not None:
+            chooser.add_class_head(tensors, say)
         chosen, shares = chooser.mixed(tensors)
     else:
         alone = Shares() if val.labels is None else ALONE[config.score]
@@ -229,7 +288,7 @@ def choose_scoring(
         say(f"scoring for {objective}: {described(each)}, validation {_shown(validation[objective])}")
     if asked["objective"] not in shares:  # no image and text of the validation split share a class
         shares[asked["objective"]] = shares["pair"]
-    spec = ScoringSpec(asked["objective"], asked, shares, chosen.scoring.spec.standardise, validation)
+    spec = dataclasses.replace(chosen.scoring.spec, objective=asked["objective"], shares=shares, validation=validation)
     return Scoring(spec, tensors, multi_label)
 
 

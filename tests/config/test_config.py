@@ -180,7 +180,7 @@ def test_a_name_that_is_no_setting_is_named(path: str, sentence: str) -> None:
 
 RESUMABLE = {
     *("preset", "data", "output", "model.kernels", "train.select", "eval.objective", "eval.score"),
-    *("eval.pair_head", "eval.bank", "eval.batch"),
+    *("eval.pair_head", "eval.class_head", "eval.bank", "eval.batch"),
     *("stream.workers", "stream.max_bad_share", "stream.cache", "stream.cache_gib", "stream.retries"),
     *("stream.timeout_s", "optim.generator_lr", "optim.discriminator_lr", "optim.clip"),
     *(f"train.{field.name}" for field in dataclasses.fields(Config().train) if field.name != "seed"),

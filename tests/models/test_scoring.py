@@ -36,9 +36,18 @@ def naive_blocks(scoring: Scoring, modality: Modality, item: int, made: tuple[to
     """Posterior, common and pair block of one item, by numpy."""
     kept = {k: v.double().numpy() for k, v in scoring.tensors().items() if k != "spec"}
     feature, common, logits = (x[item].double().numpy() for x in made)
-    posterior = (
-        1 / (1 + np.exp(-logits)) / math.sqrt(3) if scoring.multi_label else np.exp(logits) / np.exp(logits).sum()
-    )
+    scaled = feature * kept[f"{modality}_class_scale"]
+    if modality == "image":
+        apart = [((scaled - z) ** 2).sum() for z in kept["image_class_landmarks"]]
+    else:
+        positive = np.maximum(scaled, 0)
+        apart = [((positive - z) ** 2 / (positive + z)).sum() for z in kept["text_class_landmarks"]]
+    head = np.exp(-np.array(apart)) @ kept[f"{modality}_class_weight"] + kept[f"{modality}_class_bias"]
+
+    def probabilities(x: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-x)) / math.sqrt(3) if scoring.multi_label else np.exp(x) / np.exp(x).sum()
+
+    posterior = 0.7 * probabilities(logits) + 0.3 * probabilities(head)
     c = (common - kept[f"{modality}_mean"]) / kept[f"{modality}_std"]
     p = feature @ kept[f"{modality}_pair_weight"] + kept[f"{modality}_pair_bias"]
     return [posterior, c / np.linalg.norm(c), p / np.linalg.norm(p)]
@@ -84,8 +93,8 @@ def test_a_plain_scoring_is_the_cosine() -> None:
 def test_each_objective_has_shares_of_its_own(scoring: Scoring) -> None:
     made = random_items("text", 4, 1)
     of_class = scoring.made_for("class")
-    posterior = made[2].softmax(1) * math.sqrt(0.9)
-    torch.testing.assert_close(of_class("text", *made)[:, :3], posterior)
+    posterior = np.stack([naive_blocks(scoring, "text", i, made)[0] for i in range(4)]) * math.sqrt(0.9)
+    np.testing.assert_allclose(of_class("text", *made)[:, :3].numpy(), posterior, rtol=1e-5)
     assert of_class.dim(8, 3) == of_class("text", *made).shape[1] == 11
     assert scoring.shares != of_class.shares
 
@@ -111,6 +120,11 @@ def test_a_scoring_that_cannot_be_read_is_refused(
     save_untrained(tmp_path / "run", feature_data(), small_config(8), mixed=True)
     with pytest.raises(BadInput, match=r"model.safetensors has a scoring that cannot be read"):
         read_model(tmp_path / "run")
+
+
+def test_a_class_head_without_its_tensors_is_no_scoring() -> None:
+    with pytest.raises(KeyError):
+        Scoring(ScoringSpec("pair", {}, {"pair": Shares()}, kernels={"image": "rbf"}), {}, False)
 
 
 def test_an_objective_without_shares_is_no_scoring() -> None:

@@ -14,6 +14,7 @@ from cmgan_dist.models.saved import read_model
 from cmgan_dist.models.scoring import Scoring, Shares
 from cmgan_dist.retrieval.embed import Embedded, Made
 from cmgan_dist.retrieval.evaluate import open_task, run_task
+from cmgan_dist.training import choose_scoring as choose_scoring_module
 from cmgan_dist.training import loop
 from cmgan_dist.training.choose_scoring import asked_of, choose_scoring, measures_of
 from cmgan_dist.training.loop import train
@@ -34,6 +35,8 @@ def embedded(n: int, seed: int, labels: bool = True, captions: int = 1, informat
         logits = torch.randn(m, 3, generator=g)
         if "pair" in informative:
             feature = 0.1 * feature + hidden[rows] @ to_feature
+        if "feature" in informative:
+            feature = feature + 3 * torch.eye(3, to_feature.shape[1])[classes[rows]]
         if "common" in informative:
             common = common + 4 * torch.eye(6)[classes[rows]]
         if "posterior" in informative:
@@ -88,10 +91,40 @@ def test_one_way_alone_can_be_asked_for(score: str, shares: Shares, standardise:
     assert not any("pair" in name or "bank" in name for name in scoring.tensors())
 
 
-def test_no_bank_and_no_pair_head() -> None:
-    scoring = chosen("common", bank=0, pair_head=False)
-    assert not any("pair" in name or "bank" in name for name in scoring.tensors())
+def test_no_bank_and_no_heads() -> None:
+    scoring = chosen("common feature", bank=0, pair_head=False, class_head=False)
+    assert not any("pair" in name or "bank" in name or "class" in name for name in scoring.tensors())
     assert not any(shares.pair or shares.bank for shares in scoring.spec.shares.values())
+    assert not scoring.spec.class_head
+
+
+def test_a_class_head_has_half_of_the_posteriors_where_validation_is_likelier_by_it() -> None:
+    used, unused = chosen("posterior feature"), chosen("posterior")
+    assert used.spec.class_head == 0.5
+    assert used.spec.kernels == {"image": "rbf", "text": "rbf"}
+    assert not unused.spec.class_head
+    assert not unused.spec.kernels
+    assert not any("class" in name for name in unused.tensors())
+
+
+def test_a_head_by_which_the_classes_are_no_likelier_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter((-0.5, -0.6))
+    monkeypatch.setattr(choose_scoring_module._Choice, "likelihood", lambda self, multi: next(found))
+    assert not chosen("posterior feature").spec.class_head
+
+
+def test_a_head_by_which_map_falls_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_scoring_module, "MAP_SLACK", -1.0)
+    assert not chosen("posterior feature").spec.class_head
+
+
+@pytest.mark.parametrize(("chance", "mixed"), [(0.0, True), (100.0, False)])
+def test_classes_are_scored_by_a_mixture_only_where_it_gains_more_than_chance(
+    chance: float, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose_scoring_module, "AP_CHANCE", chance)
+    shares = chosen("posterior common").spec.shares["class"]
+    assert (max(shares.posterior, shares.common, shares.pair) < 1) == mixed
 
 
 def test_a_run_ends_with_a_scoring_and_chooses_anew_when_asked(

@@ -213,8 +213,8 @@ OTHERS = {
     "train.reduce_precision": "bf16", "train.ema": 0.9, "train.val_every": 1, "train.select": "last",
     "train.save_every": 1, "train.keep": 1, "train.log_every": 1, "train.timeout_s": 60, "train.trace": 1,
     "train.threads": 1, "train.report": "true", "train.tracker": "tensorboard", "eval.objective": "pair",
-    "eval.score": "cosine", "eval.pair_head": "false", "eval.bank": 0, "eval.batch": 7, "train.epochs": 3,
-    "model.kernels": "torch",
+    "eval.score": "cosine", "eval.pair_head": "false", "eval.class_head": "false", "eval.bank": 0, "eval.batch": 7,
+    "train.epochs": 3, "model.kernels": "torch",
 }  # fmt: skip
 ELSEWHERE = {"stream.cache", "train.shard_backbones", "train.compile", "preset", "data", "output"}
 """Settings that need another kind of data, a compiler or another place; each has a test where it is at home."""
