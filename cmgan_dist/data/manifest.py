@@ -196,7 +196,8 @@ def _write_anew(location: str) -> str:
     """Return what to do about a manifest at a path or URL. The one that is there is not kept: it cannot be read."""
     folder = location.rpartition("/")[0] or "."
     if "://" in location:
-        return f"restore it, or run 'python -m shards index --overwrite DIR' where the files of {folder} are kept and upload it"
+        command = "'python -m shards index --overwrite DIR'"
+        return f"restore it, or run {command} where the files of {folder} are kept and upload it"
     return f"restore it, or remove it and run 'python -m shards index --overwrite {folder}'"
 
 
