@@ -162,15 +162,19 @@ def _check_path(name: str) -> None:
 
 def as_picture(value: Any) -> Picture:
     """Return the image of a cell: a path, or the picture itself, alone or as ``{"bytes": ..., "path": ...}``, as
-    Hugging Face writes it. Raises BadSample when it is neither."""
+    Hugging Face writes it; or a list of one of these. Raises BadSample when it is neither."""
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
     path, data = value, None
-    if isinstance(value, dict) and value and value.keys() <= {"bytes", "path"}:
+    if isinstance(value, list) and value:
+        raise BadSample(f"has a list of {len(value)} images: give each a row of its own")
+    if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
         path, data = value.get("path"), value.get("bytes")
     elif isinstance(value, bytes) and not _is_path(value):
         path, data = None, value
     if data is not None and not isinstance(data, bytes):
         raise BadSample(f"its picture is {_kind(data)}, expected bytes")
-    if data is None and is_missing(path):
+    if data is None and (is_missing(path) or path == []):
         raise BadSample("has no image path")
     name = "" if is_missing(path) else _as_string(path, "image path")
     if data is None:

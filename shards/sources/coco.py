@@ -48,7 +48,7 @@ class CocoCommand(DrawCommand):
         self.draw(())
         check_names("--name", self.name)
         files = [_File(path, self.images) for path in self.input]
-        named = [file.split for file in files if file.split]
+        named = [file.split or "train" for file in files] if any(file.split for file in files) else []
         draw = self.draw(named)
         without = sum(len(file.without) for file in files)
 

@@ -50,9 +50,10 @@ COMMON_NAMES = {
         "img",
         "url",
         "image_url",
+        "images",
         "img_url",
     ),
-    "text": ("text", "caption", "captions", "texts", "title", "sentence", "description", "comment", "txt"),
+    "text": ("text", "caption", "captions", "texts", "sentences", "title", "sentence", "description", "comment", "txt"),
     "label": ("label", "labels", "class", "classes", "category", "categories", "class_name"),
     "split": ("split", "set", "partition", "subset"),
 }

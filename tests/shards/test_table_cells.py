@@ -90,6 +90,8 @@ def test_a_field_that_the_first_row_lacks_is_seen(folder: Path) -> None:
         ({"image": 7}, "its image path is the number 7"),
         ({"image": {"bytes": "x"}}, "its picture is a text, expected bytes"),
         ({"image": {"a": 1}}, "its image path is a record"),
+        ({"image": ["a.png", "b.png"]}, "has a list of 2 images: give each a row of its own"),
+        ({"image": []}, "has no image path"),
     ],
 )
 def test_a_cell_of_another_kind_is_refused_by_name(folder: Path, cells: dict[str, Any], said: str) -> None:
@@ -175,7 +177,8 @@ def test_pictures_inside_parquet_are_packed(tmp_path: Path, form: str) -> None:
 
 
 def test_a_cell_says_where_its_picture_is() -> None:
-    assert as_picture({"bytes": None, "path": "a.png"}) == as_picture("a.png") == ("a.png", None)
+    for value in ({"bytes": None, "path": "a.png"}, {"path": "a.png", "width": 3}, ["a.png"], [{"path": "a.png"}]):
+        assert as_picture(value) == as_picture("a.png") == ("a.png", None)
     assert as_picture({"bytes": picture(1), "path": "a.png"}) == ("a.png", picture(1))
     with pytest.raises(BadSample, match="has no image path"):
         as_picture({"bytes": None, "path": None})
