@@ -44,6 +44,7 @@ COMMON_NAMES = {
         "filepath",
         "file_path",
         "filename",
+        "image_name",
         "file_name",
         "file",
         "path",
@@ -57,7 +58,7 @@ COMMON_NAMES = {
     "label": ("label", "labels", "class", "classes", "category", "categories", "class_name"),
     "split": ("split", "set", "partition", "subset"),
 }
-"""Column names that are recognised, in this order, whatever their case."""
+"""Column names that are recognised, in this order, whatever their case and spaces around them."""
 
 
 MOST_COLUMNS = 50
@@ -256,7 +257,7 @@ class TableCommand(DrawCommand):
         table = public_url(str(self.input))
         for role, common in COMMON_NAMES.items():
             wanted = getattr(self, f"{role}_column")
-            lower = {name.lower(): name for name in reversed(names)}
+            lower = {name.strip().lower(): name for name in reversed(names)}
             column = wanted if wanted is not None else next((lower[c] for c in common if c in lower), None)
             if wanted is not None and wanted not in names:
                 raise BadInput(f"{table} has no column '{wanted}': it has {_listed(names)}")
@@ -335,7 +336,7 @@ def _describe(columns: dict[str, str], names: list[str], tables: list[Table]) ->
     if "label" not in columns:
         taken.append("no labels")
     known = {name for common in COMMON_NAMES.values() for name in common}
-    passed = [name for name in names if name.lower() in known and name not in columns.values()]
+    passed = [name for name in names if name.strip().lower() in known and name not in columns.values()]
     others = f"; not taken: {', '.join(passed)}" if passed else ""
     return shown("; ".join(taken) + others)
 

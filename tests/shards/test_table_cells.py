@@ -258,6 +258,12 @@ def test_a_tab_is_advised_as_it_can_be_typed(folder: Path) -> None:
     assert load_manifest(folder / "out").samples("train") == 4
 
 
+def test_names_of_columns_with_spaces_around_them_are_recognised(folder: Path) -> None:
+    rows = [f"{name}| {j}| text {i} {j}" for i, name in enumerate(NAMES) for j in (0, 1)]
+    build(csv_of(folder, "image_name| comment_number| comment", *rows), "--delimiter", "|")
+    assert samples_of(folder / "out")["3"] == (["text 3 0", "text 3 1"], ())
+
+
 def test_a_header_of_another_delimiter_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("Bild;Beschreibung;Klasse\na.jpg;ein Hund;Tier\n")
     with pytest.raises(BadInput, match=r"it has Bild;Beschreibung;Klasse, a single column: .* pass --delimiter ';'"):
