@@ -22,7 +22,7 @@ from shards.sources.columnar import columnar_rows
 from tests.toy import ROOT, picture, run_shards, samples_of, write_table
 
 MIB = 1 << 20
-TEXT = "x" * (8 * MIB)
+TEXT = "x" * (2 * MIB)
 
 
 def build(table: Path, *options: object) -> None:
@@ -43,7 +43,9 @@ def counted_memory() -> Iterator[pyarrow.MemoryPool]:
 
 
 @pytest.mark.parametrize("form", ["text", "list", "record", "delta"])
-def test_rows_that_share_a_long_text_are_not_in_memory_together(form: str, tmp_path: Path) -> None:
+def test_rows_that_share_a_long_text_are_not_in_memory_together(form: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("shards.sources.columnar.BATCH_BYTES", 4 * MIB)
+    monkeypatch.setattr("shards.sources.columnar.CHUNK_BYTES", MIB)
     value: Any = {"list": ["a", TEXT], "record": {"bytes": TEXT.encode(), "path": None}}.get(form, TEXT)
     options: dict[str, Any] = {}
     if form == "delta":
@@ -54,7 +56,7 @@ def test_rows_that_share_a_long_text_are_not_in_memory_together(form: str, tmp_p
         for number, row in columnar_rows(tmp_path / "t.parquet", list(columns)):
             assert row == {"image": f"{number - 1}.png", "text": value}
     assert number == 40
-    assert pool.max_memory() < 120 * MIB, "sixteen rows have 128"
+    assert pool.max_memory() < 20 * MIB, "sixteen rows have 32"
 
 
 MEASURE = """
