@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from cmgan_dist.config.commands import choose, program_name
-from cmgan_dist.errors import run_main
+from cmgan_dist.errors import BadInput, BadSample, run_main
 
 PROGRAM = "python -m shards"
 Table = dict[str, tuple[str, str, str]]
@@ -40,6 +40,21 @@ SOURCES: Table = {
 }
 
 
+FILE_URL = "file://"
+
+
+def _with_path(arg: str) -> str:
+    """Return an argument, or the value in ``--flag=value``, with the path where it is the URL of a file on this
+    machine. Raises BadInput where that names another one."""
+    from shards.urls import path_of
+
+    flag, mark, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+    try:
+        return flag + mark + path_of(value)
+    except BadSample as error:
+        raise BadInput(str(error)) from None
+
+
 def usage() -> str:
     """Return the help text: a line for each source and each command."""
     lines = [
@@ -65,6 +80,8 @@ def main(args: Sequence[str] | None = None) -> int | None:
     if name == "build":
         name = choose(SOURCES, rest, "source")
         table, prog, rest = SOURCES, f"{prog} {name}", rest[1:]
+    if any(FILE_URL in arg for arg in rest):
+        rest = [_with_path(arg) for arg in rest]
     from cmgan_dist.config.cli import parse  # the list of commands does without it
 
     module, command, _ = table[name]

@@ -24,6 +24,7 @@ from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.sample import IMAGE_MEMBERS, TEXT_MEMBERS
 from cmgan_dist.data.tar import Member, members_of
 from cmgan_dist.errors import shown
+from cmgan_dist.jobs.local import units_done
 from cmgan_dist.models.backbone import ImageBackbone, TextBackbone
 from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone, image_features, text_features
 from shards.shard_file import npy, try_sample
@@ -141,6 +142,7 @@ def feature_samples(
     while batch := list(itertools.islice(groups, options.batch_size)):
         futures = [(shown(group[0].key), made.pool.submit(_load, options, judge, group)) for group in batch]
         tried = [try_sample(f.result, f"{shard} sample {key}", options.skip_bad, left_out) for key, f in futures]
+        units_done(len(batch))
         rows = [row for row in tried if row is not None]
         if not rows:
             continue

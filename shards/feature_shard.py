@@ -8,13 +8,12 @@ from cmgan_dist.data.index import index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
 from cmgan_dist.data.output import abandon_record, is_whole, read_record, write_record
-from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.jobs import ledger
 from shards.extract import Options, extractor, feature_samples
-from shards.shard_file import check_count, finished_record, opened_source, put_shard
+from shards.shard_file import check_count, finished_record, opened_source, put_shard, see_verify
 
 Made = tuple[ShardInfo | None, list[str]]
 """What was written for a source (None when no sample was good), and a line for each sample left out."""
@@ -37,7 +36,7 @@ def make_shard(
     Raises BadInput when the source is not what its manifest says, at a bad sample unless the options skip them, and
     when a file cannot be written."""
     store, record = FileStore(output, "--output"), record_name(source.name)
-    with opened_source(data, source, _way_out(data)) as raw:
+    with opened_source(data, source) as raw:
         left_out: list[str] = []
         try:
             write_record(store, record, ledger.Record(source.sha256, settings))
@@ -47,15 +46,10 @@ def make_shard(
             check_count(source, (info.samples if info else 0) + len(left_out))
             write_record(store, record, finished_record(source.sha256, settings, info, store, left_out))
         except BadSample as error:
-            raise BadInput(f"{error}: {_way_out(data)}") from None
+            raise BadInput(f"{error}: {see_verify(data)}") from None
         finally:
             abandon_record(store, record, source.name)
     return info, left_out
-
-
-def _way_out(data: str) -> str:
-    """Return what is done about a shard that is damaged where it lies."""
-    return f"see 'python -m shards verify {public_url(data)}'"
 
 
 def is_recorded(output: FileStore, source: ShardInfo, settings: dict[str, Any]) -> bool:

@@ -14,12 +14,12 @@ from cmgan_dist.data.folder import is_plain, walk_files
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import (
     MANIFEST_NAME,
-    UNFINISHED,
     LabelKind,
     Manifest,
     ShardInfo,
     load_manifest,
     natural_splits,
+    unfinished_mark,
 )
 from cmgan_dist.data.output import owning_output
 from cmgan_dist.data.sample import MEMBERS
@@ -33,9 +33,6 @@ from shards.output import LOCK, PACKING_NAME
 from shards.pairs import drawing, missing_val
 from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, foreign_files, scan_shard
 from shards.shard_file import tar_names
-
-RECORDS = tuple(pattern.removeprefix("*") for pattern in UNFINISHED if pattern.startswith("*"))
-"""How the names end of what a build and features note beside each shard."""
 
 
 def split_of_shard(name: str) -> str:
@@ -187,19 +184,15 @@ class IndexCommand:
         for scan in scans:
             store.write(index_name(scan.info.name), scan.index.to_bytes())
         store.write(MANIFEST_NAME, manifest.to_json())
+        if manifest.classes and self.classes is None and old is None:
+            way = f"'python -m shards index --overwrite {self.place} --classes FILE' gives them others"
+            notes.append(f"the {len(manifest.classes)} classes have numbers for names: {way}")
         return manifest, notes
 
     def _check_finished(self, store: FileStore) -> None:
         """Raise BadInput when the folder is what a build or features began and have not finished."""
-        names = set(walk_files(Path(store.path), ["json"]) if store.local else store.names())
-        marks = [PACKING_NAME] * (store.size(PACKING_NAME) is not None)
-        # a folder below that has a manifest is a data set that was finished
-        marks += [
-            name
-            for name in sorted(names)
-            if name.endswith(RECORDS) and str(PurePosixPath(name).with_name(MANIFEST_NAME)) not in names
-        ]
-        found = next(iter(marks), None)
+        names = walk_files(Path(store.path), ["json"]) if store.local else store.names()
+        found = unfinished_mark([*names, *[PACKING_NAME] * (store.size(PACKING_NAME) is not None)])
         if found is not None:
             raise BadInput(
                 f"{self.place} holds {found} and no {MANIFEST_NAME}, so it is unfinished: start the same build (or "

@@ -24,6 +24,7 @@ from cmgan_dist.data.output import abandon_record, is_done, read_record, write_r
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadSample
 from cmgan_dist.jobs import ledger
+from cmgan_dist.jobs.local import units_done
 from shards.pairs import RawPair, Readable
 from shards.plan import PlannedShard
 from shards.shard_file import Members, finished_record, has_index, put_shard, read_members, try_sample
@@ -92,6 +93,7 @@ def make_shard(output: str, plan: Path, shard: PlannedShard, how: Making) -> Mad
     def samples() -> Iterator[tuple[str, Members]]:
         for pair, result in _read_ahead(partial(read_members, label_kind=how.label_kind, classes=how.classes), pairs):
             members = try_sample(result, pair.where, how.skip_bad, left_out)
+            units_done(1)
             if members is not None:
                 yield pair.key, members
 

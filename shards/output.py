@@ -48,10 +48,13 @@ def being_packed(output: FileStore) -> str:
         return ""
 
 
-def prepare_output(output: FileStore, fingerprint: str, overwrite: bool, keep: Collection[str] = ()) -> None:
+def prepare_output(
+    output: FileStore, fingerprint: str, overwrite: bool, keep: Collection[str] = (), done: Collection[str] = ()
+) -> None:
     """Make room for the plan with this fingerprint, and the folder, until `finish_output`.
 
-    `keep`: files that stay where the output holds this plan, or one that was not finished. Raises BadInput rather than
+    `keep`: files that stay where the output holds this plan, or one that was not finished. `done`: shards that are this
+    plan's by their records, also where the manifest that says so is lost. Raises BadInput rather than
     replace another data set unasked, and when nothing can be written there."""
     if output.local:
         try:
@@ -59,7 +62,7 @@ def prepare_output(output: FileStore, fingerprint: str, overwrite: bool, keep: C
         except OSError as error:
             raise BadInput(f"cannot write into the output folder {output.path}: {error.strerror}") from None
     interrupted, names, old = being_packed(output), output.own_names(), existing_manifest(output)
-    occupied = MANIFEST_NAME in names or (not interrupted and any(name.endswith(".tar") for name in names))
+    occupied = MANIFEST_NAME in names or (not interrupted and any(n.endswith(".tar") and n not in done for n in names))
     same = fingerprint in (interrupted, old.details.get("fingerprint") if old else "")
     if occupied and not same and not overwrite:
         raise refuse(output)

@@ -204,7 +204,7 @@ class _Job:
         again = {name for shard in todo if is_same and overwrite for name in files_of_shard(shard.name)}
         keep = {name for shard in shards for name in files_of_shard(shard.name)} - again
         self._check_others(fingerprint)
-        prepare_output(output, fingerprint, overwrite, keep)
+        prepare_output(output, fingerprint, overwrite, keep, done=made)
         made |= self._make(todo)
         made |= self._made_by_others([shard for shard in shards if shard.name not in made])
         if len(made) < len(shards):

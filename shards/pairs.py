@@ -19,6 +19,15 @@ Together = Literal["images-and-texts", "images"]
 """What keeps pairs on one side of a split when it is equal; images: for captions that many pictures share."""
 
 
+MOST_SHOWN, MOST_PATH_SHOWN = 80, 256
+"""Characters of a cell that a message shows, and of the path of a file."""
+
+
+def brief(text: str, most: int = MOST_SHOWN) -> str:
+    """Return a text of the input as a message shows it: in one line, what is beyond `most` characters left out."""
+    return shown(text if len(text) <= most else f"{text[: most - 1]}…")
+
+
 class Readable(Protocol):
     """Bytes that a worker process reads or makes."""
 
@@ -40,14 +49,20 @@ class FileBytes:
 
     path: str | Path
 
+    @property
+    def named(self) -> str:
+        """The path as messages show it: what is too long for a path, such as a picture in base64, is cut."""
+        path = str(self.path)
+        return path if len(path) < MOST_PATH_SHOWN else brief(path)
+
     def size(self) -> int:
         """Return the size of the file in bytes. Raises BadSample when there is no such file."""
         try:
             return os.stat(self.path).st_size
         except OSError as error:
-            raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
+            raise BadSample(f"{self.named} cannot be read ({error.strerror})") from None
         except ValueError:
-            raise BadSample(f"{self.path} cannot be read (no file has such a name)") from None
+            raise BadSample(f"{self.named} cannot be read (no file has such a name)") from None
 
     def identity(self) -> str:
         """Return the SHA-256 of the file. Raises BadSample when it cannot be read."""
@@ -58,9 +73,9 @@ class FileBytes:
         try:
             return read_bytes(self.path)
         except OSError as error:
-            raise BadSample(f"{self.path} cannot be read ({error.strerror})") from None
+            raise BadSample(f"{self.named} cannot be read ({error.strerror})") from None
         except ValueError:
-            raise BadSample(f"{self.path} cannot be read (no file has such a name)") from None
+            raise BadSample(f"{self.named} cannot be read (no file has such a name)") from None
 
 
 @dataclass(frozen=True)
@@ -163,7 +178,7 @@ def make_key(name: str) -> str:
     path = PurePosixPath(name)
     parts = [part for part in path.parts if part not in ("/", "..", ".")]
     if not parts:
-        raise BadInput(f"'{name}' is not the name of an image")
+        raise BadInput(f"'{brief(name)}' is not the name of an image")
     return "/".join([*parts[:-1], parts[-1].replace(".", "_")])
 
 
@@ -182,10 +197,15 @@ def split_shares(val: float | None, test: float | None, named: Collection[str]) 
     """Return the shares for `hash_split`, of what belongs to train or to no split where the source has `named` splits.
 
     `val` and `test` are as the user gave them: None is a tenth where the source names no splits, else nothing. Raises
-    BadInput unless they leave some pairs for train, and when the source has such a split already."""
+    BadInput unless they leave some pairs for train, and when the source has such a split already, or has no train."""
     for split, share in (("val", val), ("test", test)):
         if share and split in named:
             raise BadInput(f"--{split} is {share:g} but there is a split '{split}' already: leave the flag away")
+        if share and named and "train" not in named:
+            raise BadInput(
+                f"--{split} is {share:g}, of the split 'train', and there is none, only {brief(', '.join(named))}: "
+                "name the one to draw from train, or leave the flag away"
+            )
     rest = 0.0 if named else 0.1
     shares = rest if val is None else val, rest if test is None else test
     if not (min(shares) >= 0 and sum(shares) < 1):

@@ -15,6 +15,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Partitions:
             self._pictures[id(pair)] = picture
             self._bytes += len(picture)
         self._count += 1
+        self._bytes += sum(map(len, pair.texts)) if isinstance(pair.texts, tuple) else 0
         if self._count >= BUFFER_ROWS or self._bytes >= BUFFER_BYTES:
             self.flush()
 
@@ -103,17 +105,25 @@ class Partitions:
                 yield pair.with_image(last[1])
 
     def read(self, number: int) -> list[RawPair]:
-        """Return the rows of a partition, those of the first unit first."""
+        """Return the rows of a partition, those of the first unit first; equal texts are in memory once."""
         found: list[RawPair] = []
+        texts: dict[str, str] = {}
         for path in sorted(self.folder.glob(f"rows-{number:04d}-*.jsonl")):
             with open_regular(path) as file:
-                found += map(decode, file)
+                found += (_sharing(decode(line), texts) for line in file)
         return found
 
     def remove(self, number: int) -> None:
         """Remove the rows of a partition that was merged; pictures stay."""
         for path in self.folder.glob(f"rows-{number:04d}-*.jsonl"):
             path.unlink()
+
+
+def _sharing(pair: RawPair, texts: dict[str, str]) -> RawPair:
+    """Return a row whose texts are those of `texts` that are equal; others are put in."""
+    if not isinstance(pair.texts, tuple):
+        return pair
+    return replace(pair, texts=tuple(texts.setdefault(text, text) for text in pair.texts))
 
 
 # ---------------------------------------------------------------------------------------------- a row as a line

@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 
 from cmgan_dist.data.manifest import natural_splits
-from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import check_regular, open_regular, read_bytes
 from cmgan_dist.jobs.local import parallel_map
 from shards.draw import Drawn, content_hashes, draw_splits
-from shards.pairs import Draw, RawPair, RawPairs
+from shards.pairs import Draw, RawPair, RawPairs, brief
 from shards.partitions import Partitions, decode, encode, place_of
 from shards.seen import seen, seen_name
 from shards.shard_file import try_sample
@@ -151,9 +151,10 @@ def _merge_rows(rows: list[RawPair]) -> Iterator[RawPair]:
         for sample in (_merged(parts) for parts in samples.values()):
             if sample.key in first_of:
                 first = first_of[sample.key].where
-                raise BadInput(f"{sample.where} has the same key '{sample.key}' as {first}: rename one of them")
+                raise BadInput(f"{sample.where} has the same key '{brief(sample.key)}' as {first}: rename one of them")
             if sample.split and not re.fullmatch(r"[\w-]+", sample.split):
-                raise BadInput(f"{sample.where}: split '{sample.split}' may hold only letters, digits, '-' and '_'")
+                named = brief(sample.split)
+                raise BadInput(f"{sample.where}: split '{named}' may hold only letters, digits, '-' and '_'")
             first_of[sample.key] = sample
         yield from (first_of[key] for key in sorted(first_of))
 
@@ -166,7 +167,7 @@ def _merged(rows: list[RawPair]) -> RawPair:
     for row in rows:
         if (row.labels, row.split) != (first.labels, first.split):
             what = f"{row.where} has another label or split than {first.where}"
-            raise BadInput(f"{what} for image {shown(row.identity)}")
+            raise BadInput(f"{what} for image {brief(row.identity)}")
         assert isinstance(row.texts, tuple)
         texts += row.texts
     return replace(first, texts=tuple(texts))

@@ -21,6 +21,7 @@ from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import LabelKind, ShardInfo, check_shard_name
 from cmgan_dist.data.sample import MOST_NUMBERS, parse_sample
+from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore, LocalStore
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import sha256_of, write_atomic
@@ -204,13 +205,20 @@ def finished_record(
     return Record(source, settings, True, written, left_out, [beside])
 
 
-def opened_source(data: str, source: ShardInfo, way_out: str) -> BinaryIO:
+def see_verify(data: str) -> str:
+    """Return what to do about a shard of a data set that is damaged."""
+    place = public_url(data)
+    listed = f"mend or remove what 'python -m shards verify {place}' lists"
+    return listed if "://" in place else f"{listed}, then 'python -m shards index --overwrite {place}'"
+
+
+def opened_source(data: str, source: ShardInfo) -> BinaryIO:
     """Open a shard of a data set that another is made of; a remote one is compared when it is fetched.
 
-    Raises BadInput, with the `way_out`, when it is not what its manifest says, and OSError when it cannot be read."""
+    Raises BadInput when it is not what its manifest says, and OSError when it cannot be read."""
     store = kept_store(data)
     if isinstance(store, LocalStore) and sha256_of(store.folder / source.name) != source.sha256:
-        raise BadInput(f"{store.location(source.name)} is not what its manifest says: {way_out}")
+        raise BadInput(f"{store.location(source.name)} is not what its manifest says: {see_verify(data)}")
     return store.file(source)
 
 

@@ -31,7 +31,7 @@ from shards.groups import linked_groups, links_of_equal
 from shards.output import LOCK, finish_output, prepare_output
 from shards.pairs import split_shares
 from shards.same_text import compared
-from shards.shard_file import Members, check_count, opened_source, put_shard
+from shards.shard_file import Members, check_count, opened_source, put_shard, see_verify
 
 TRAIN = "train"
 """The split from which others are drawn."""
@@ -71,23 +71,16 @@ def _samples(data: str, shard: ShardInfo) -> Iterator[tuple[str, dict[str, bytes
     """Yield key and members of each sample of a shard. Raises BadInput where it is not what its manifest says."""
     place, key, found = kept_store(data).location(shard.name), "", 0
     try:
-        with opened_source(data, shard, _see_verify(data)) as file:
+        with opened_source(data, shard) as file:
             for group in iter_groups(file, shard.name):
                 key = f" sample {shown(group[0].key)}"
                 yield group[0].key, members_of(group)
                 key, found = "", found + 1
         check_count(shard, found)
     except BadSample as error:
-        raise BadInput(f"{place}{key}: {error}: {_see_verify(data)}") from None
+        raise BadInput(f"{place}{key}: {error}: {see_verify(data)}") from None
     except OSError as error:
         raise BadInput(f"{place} cannot be read ({error.strerror}): restore it") from None
-
-
-def _see_verify(data: str) -> str:
-    """Return what to do about a shard of a data set that is damaged."""
-    place = public_url(data)
-    listed = f"mend or remove what 'python -m shards verify {place}' lists"
-    return listed if "://" in place else f"{listed}, then 'python -m shards index --overwrite {place}'"
 
 
 def _digests(sample: Sample, texts_too: bool) -> list[bytes]:
@@ -108,7 +101,7 @@ def _facts(data: str, shard: ShardInfo, texts_too: bool, judge: Judge) -> list[t
             facts.append((key, _digests(judge.read(key, members), texts_too)))
         except BadSample as error:
             place = kept_store(data).location(shard.name)
-            raise BadInput(f"{place} sample {shown(key)}: {error}: {_see_verify(data)}") from None
+            raise BadInput(f"{place} sample {shown(key)}: {error}: {see_verify(data)}") from None
     return facts
 
 

@@ -35,6 +35,10 @@ from shards.scan import SampleFacts, ShardScan, scan_file, scan_shard
 GRID_SIDE = 224
 """Side of a picture in the grid, in pixels: the square in its centre."""
 
+CJK = ("Han", "Hiragana", "Katakana", "Katakana Or Hiragana", "Hangul", "Bopomofo")
+ONLY_SERIF = ("Tibetan", "Tangut", "Khitan Small Script", "Makasar", "Dogra", "Toto", "Nyiakeng Puachue Hmong")
+NOTO_NAMES = {"Nko": "NKo", "Phags Pa": "PhagsPa", "Signwriting": "SignWriting"}
+"""Scripts of Unicode, and how the fonts of the Noto family are named after them."""
 MOST_CELLS = 400
 """Pictures in the largest grid."""
 
@@ -198,11 +202,25 @@ def fonts_for(text: str) -> tuple[list[str], list[str]]:
 
 
 def describe_missing(characters: list[str]) -> str:
-    """Return a line that says which characters are drawn as boxes, a few of them, and which font has them."""
-    few = "".join(characters[:20]) + ("…" if len(characters) > 20 else "")
-    wide = any(unicodedata.east_asian_width(c) in "WF" for c in characters)
-    font = "Noto Sans CJK" if wide else "Noto Sans of their script"
-    return f"no installed font has {len(characters)} characters, drawn as boxes ({shown(few)}): install {font}"
+    """Return a line that says which characters are drawn as boxes, and which font of each script has them."""
+    by_font: dict[str, str] = {}
+    for character in characters:
+        by_font[_font_of(character)] = by_font.get(_font_of(character), "") + character
+    named = [f"{font} for {shown(own[:20])}{'…' * (len(own) > 20)}" for font, own in sorted(by_font.items())]
+    return f"no installed font has {len(characters)} characters, drawn as boxes: install {', '.join(named)}"
+
+
+def _font_of(character: str) -> str:
+    """Return the font of the Noto family that has a character, by its script in Unicode."""
+    from fontTools import unicodedata as scripts
+
+    script = scripts.script_name(scripts.script(character))
+    if script in CJK:
+        return "Noto Sans CJK"
+    if script not in ("Common", "Inherited", "Unknown"):
+        return f"Noto {'Serif' if script in ONLY_SERIF else 'Sans'} {NOTO_NAMES.get(script, script)}"
+    emoji = ord(character) >= 0x1F000 and unicodedata.category(character) in ("So", "Sk")
+    return "Noto Emoji" if emoji else "Noto Sans Symbols 2"
 
 
 def draw_grid(data: str, manifest: Manifest, rows: int, columns: int, picture: Path) -> list[str]:

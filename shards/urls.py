@@ -11,18 +11,21 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from fsspec.implementations.http import HTTPFileSystem
 
 from cmgan_dist.data.folder import MOST_FILE_BYTES
 from cmgan_dist.data.source import PACKAGES, NoRoom, RemoteSource, public_url
-from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.errors import BadInput, BadSample
+from shards.pairs import brief
 
 MOST_HOSTS = 32
 """Servers with which a process keeps connections: each is an open file."""
 USUAL_BYTES = 100_000
 """What a picture by URL is planned with: nobody asks a server for the sizes of all."""
 
+FILE = "file://"
 PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -34,7 +37,25 @@ def is_url(name: str) -> bool:
 def check_protocol(name: str) -> None:
     """Raise BadSample when a name is a URL by a protocol that is not read here."""
     if PROTOCOL.match(name) and not is_url(name):
-        raise BadSample(f"{shown(public_url(name))} is a URL by none of {', '.join(PACKAGES)}: name one, or a path")
+        known = ", ".join(["file", *PACKAGES])
+        raise BadSample(f"{brief(public_url(name))} is a URL by none of {known}: name one, or a path")
+
+
+def is_file_url(name: str) -> bool:
+    """Return whether a name is the URL of a file on this machine, or says that it is."""
+    return name[: len(FILE)].lower() == FILE
+
+
+def path_of(name: str) -> str:
+    """Return the path that a URL file:///PATH names (RFC 8089), of what is none the name itself.
+
+    Raises BadSample where it names another machine."""
+    if not is_file_url(name):
+        return name
+    host, slash, path = name[len(FILE) :].partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise BadSample(f"{brief(name)} names a file of another machine: write file:///PATH, with three slashes")
+    return unquote(slash + path, errors="surrogateescape")
 
 
 class _Host(RemoteSource):

@@ -13,7 +13,8 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from cmgan_dist.data.folder import is_plain, is_unicode, read_file
@@ -149,6 +150,15 @@ class Manifest:
             raise ValueError(f"it lists {max(names, key=names.count)} twice")
 
 
+def unfinished_mark(names: Iterable[str]) -> str | None:
+    """Return the first of the names of files that says that a data set beside it is unfinished, None for none: one of
+    UNFINISHED, in a folder that has no manifest."""
+    found = sorted(names)
+    finished = {PurePosixPath(name).parent for name in found if PurePosixPath(name).name == MANIFEST_NAME}
+    paths = (path for path in map(PurePosixPath, found) if path.parent not in finished)
+    return next((str(path) for path in paths if any(fnmatchcase(path.name, each) for each in UNFINISHED)), None)
+
+
 def manifest_path(folder: Path) -> Path:
     """Return DIR/manifest.json. Raises BadInput when the folder or the file is missing."""
     if not folder.is_dir():
@@ -156,7 +166,7 @@ def manifest_path(folder: Path) -> Path:
         raise BadInput(f"data folder {folder} does not exist{several}: pack one with 'python -m shards build'")
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        if any(next(folder.glob(pattern), None) for pattern in UNFINISHED):
+        if unfinished_mark(os.listdir(folder)) is not None:
             raise BadInput(
                 f"{folder} has no {MANIFEST_NAME}, as it is unfinished: start the same 'python -m shards build' (or "
                 "features), all its tasks, again"
@@ -186,8 +196,9 @@ def _write_anew(location: str) -> str:
     """Return what to do about a manifest at a path or URL. The one that is there is not kept: it cannot be read."""
     folder = location.rpartition("/")[0] or "."
     if "://" in location:
-        return f"restore it, or run 'python -m shards index DIR' where the files of {folder} are kept and upload it"
-    return f"restore it, or remove it and run 'python -m shards index {folder}'"
+        command = "'python -m shards index --overwrite DIR'"
+        return f"restore it, or run {command} where the files of {folder} are kept and upload it"
+    return f"restore it, or remove it and run 'python -m shards index --overwrite {folder}'"
 
 
 def natural_splits(names: Iterable[str]) -> list[str]:

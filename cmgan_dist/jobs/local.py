@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 Advance = Callable[[int], None]
 """Says how many more units are done."""
 LINE_EVERY_S = 60.0
+LOOK_S = 1.0
+"""Seconds between two looks at what workers have done of tasks that are not ended."""
 ENDING_S = 3.0
 """Seconds that a worker has to close what it has open."""
 
@@ -56,6 +58,75 @@ def _end_with_parent() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
+class _Counter:
+    """What `multiprocessing.Value` is, for one process."""
+
+    value = 0
+
+    def get_lock(self) -> contextlib.AbstractContextManager[None]:
+        """Return what need not be waited for."""
+        return contextlib.nullcontext()
+
+
+class _Units:
+    """How many units of tasks that are not ended are done, of all workers; and how many this process did of its own."""
+
+    def __init__(self, shared: Any = None) -> None:
+        """`shared`: what all workers count in, a number of `multiprocessing`; None: units are not counted."""
+        self.shared, self.own = shared, 0
+
+    def add(self, count: int) -> None:
+        """Count units of the task at hand."""
+        if self.shared is not None:
+            with self.shared.get_lock():
+                self.shared.value += count
+            self.own += count
+
+    def end(self) -> None:
+        """Forget the units of the task at hand, which is ended: who gave it out counts them all."""
+        self.add(-self.own)
+
+
+_units = _Units()
+
+
+def units_done(count: int) -> None:
+    """Say, in a task of `parallel_map`, that `count` more of its units are done; elsewhere this does nothing."""
+    _units.add(count)
+
+
+def _begin_worker(shared: Any) -> None:
+    """Prepare a worker, whose units are counted in `shared`."""
+    _end_with_parent()
+    _units.shared = shared
+
+
+@contextlib.contextmanager
+def _following(advance: Advance, shared: Any) -> Iterator[Advance]:
+    """Give what counts the units of tasks that are ended; beside them the bar moves by what is done of others."""
+    lock, ended, told, done = threading.Lock(), threading.Event(), 0, 0
+
+    def look(count: int) -> None:
+        nonlocal told, done
+        with lock:
+            done += count
+            more = max(done + shared.value - told, 0)
+            told += more
+            advance(more)
+
+    def follow() -> None:
+        while not ended.wait(LOOK_S):
+            look(0)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield look
+    finally:
+        ended.set()
+        thread.join()
+
+
 def _in_worker(function: Callable[..., Result], task: tuple[Any, ...]) -> Result:
     """Return ``function(*task)``. Where SIGTERM ends it, the worker ends too: its pool would take SystemExit for the
     task's result, and give it the next task."""
@@ -64,6 +135,8 @@ def _in_worker(function: Callable[..., Result], task: tuple[Any, ...]) -> Result
     except SystemExit:
         util._exit_function()  # type: ignore[attr-defined]  # what libraries left to it, such as semaphores
         os._exit(EXIT_LOST)
+    finally:
+        _units.end()
 
 
 def _end_workers() -> None:
@@ -87,22 +160,20 @@ def parallel_map(
 ) -> list[Result]:
     """Return ``[function(*task) for task in tasks]``, made in `processes` (None: one a core), which change no result.
 
-    `unit_counts` [tasks] is how far each task moves the bar (None: by 1). A bar is drawn on a terminal; elsewhere a
-    line a minute tells how far the work is. `function` and the tasks must pickle: workers are spawned. Raises what the
-    first failing task raised, in the order of the tasks, after the tasks that had begun; BadInput when a worker was
-    killed."""
+    `unit_counts` [tasks] is how far each task moves the bar (None: by 1), on the way too where it says `units_done`. A
+    bar is drawn on a terminal; elsewhere a line a minute tells how far the work is. `function` and the tasks must
+    pickle: workers are spawned. Raises what the first failing task raised, in the order of the tasks, after the tasks
+    that had begun; BadInput when a worker was killed."""
     if processes is not None and processes < 1:
         raise BadInput(f"--processes is {processes}: it must be at least 1")
     processes = min(processes or usable_cores(), max(len(tasks), 1))
     counts = unit_counts if unit_counts is not None else [1] * len(tasks)
-    with progress_of(title, sum(counts)) as advance:
+    context = get_context("spawn")
+    shared: Any = _Counter() if processes == 1 else context.Value("q", 0)
+    with progress_of(title, sum(counts)) as bar, _following(bar, shared) as advance:
         if processes == 1:
-            results = []
-            for task, count in zip(tasks, counts, strict=True):
-                results.append(function(*task))
-                advance(count)
-            return results
-        with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_end_with_parent) as pool:
+            return _in_turn(function, tasks, counts, advance, shared)
+        with ProcessPoolExecutor(processes, context, initializer=_begin_worker, initargs=(shared,)) as pool:
             with _for_parents(signal.SIGINT):
                 futures = [pool.submit(_in_worker, function, task) for task in tasks]
             for future, count in zip(futures, counts, strict=True):
@@ -118,6 +189,27 @@ def parallel_map(
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def _in_turn(
+    function: Callable[..., Result],
+    tasks: Sequence[tuple[Any, ...]],
+    counts: Sequence[int],
+    advance: Advance,
+    shared: Any,
+) -> list[Result]:
+    """Do what `parallel_map` says in this process."""
+    global _units
+    before, _units = _units, _Units(shared)
+    try:
+        results = []
+        for task, count in zip(tasks, counts, strict=True):
+            results.append(function(*task))
+            _units.end()
+            advance(count)
+        return results
+    finally:
+        _units = before
 
 
 def _on_success(advance: Advance, count: int) -> Callable[[Future[Any]], None]:

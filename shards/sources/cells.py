@@ -10,15 +10,17 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from cmgan_dist.data.folder import is_plain, is_unicode
-from cmgan_dist.data.sample import MOST_JSON_BYTES
-from cmgan_dist.errors import BadSample, shown
+from cmgan_dist.data.sample import MOST_TEXT_BYTES
+from cmgan_dist.errors import BadSample
 from cmgan_dist.files import parse_json_once
+from shards.pairs import brief
 from shards.scan import SPLIT_ALIASES
-from shards.urls import check_protocol
+from shards.urls import check_protocol, is_file_url, is_url
 
-PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
-"""First bytes of JPEG, PNG and WebP."""
-
+MOST_PATH, MOST_NAME = 4096, 255
+"""Bytes of the longest path, and of the name of a file or folder in it."""
+WHOLE = re.compile(r"(-?[0-9]+)\.0+")
+"""A whole number as pandas writes it among others that are missing."""
 PYTHON_LIST = re.compile(r"""\[\s*(['"]).*['"]\s*,?\s*\]""", re.DOTALL)
 """A list of texts as Python, pandas and numpy write it."""
 
@@ -44,7 +46,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
-        return f"the number {value}"
+        return f"the number {brief(str(value))}"
     kinds = {"dict": "a record", "list": "a list", "bytes": "bytes", "str": "a text"}
     name = type(value).__name__
     return kinds.get(name, f"a {name}")
@@ -72,10 +74,10 @@ def as_texts(value: Any) -> tuple[str, ...]:
     if not values or any(map(is_missing, values)):
         raise BadSample("has no text" if len(values) < 2 else "has a list of texts of which one is empty")
     texts = tuple(_as_string(each, "text") for each in values)
-    if max(map(len, texts)) > MOST_JSON_BYTES:
-        raise BadSample(f"has a text of more than {MOST_JSON_BYTES} characters: shorten it")
     if not all(map(is_unicode, texts)):
         raise BadSample("the text has half a character, a lone surrogate")
+    if any(len(text) > MOST_TEXT_BYTES or len(text.encode()) > MOST_TEXT_BYTES for text in texts):
+        raise BadSample(f"has a text of more than {MOST_TEXT_BYTES >> 20} MiB: shorten it")
     return texts
 
 
@@ -86,7 +88,7 @@ def _json_list(text: str, other: str) -> list[Any] | None:
         found = parse_json_once(text)
     except ValueError:
         if PYTHON_LIST.fullmatch(text.strip()):
-            raise BadSample(f"{shown(text)} looks like a list: write it as JSON (double quotes){other}") from None
+            raise BadSample(f"{brief(text)} looks like a list: write it as JSON (double quotes){other}") from None
         return None
     return found if isinstance(found, list) else None
 
@@ -122,10 +124,12 @@ def _as_class(value: Any) -> str:
     if not isinstance(value, str | bytes):
         raise BadSample(f"its label is {_kind(value)}, expected a name or a whole number")
     name = _as_string(value, "label")
+    whole = WHOLE.fullmatch(name)
+    name = whole[1] if whole else name
     if not is_unicode(name):
-        raise BadSample(f"image path or label {shown(name)} is not UTF-8: rename it")
+        raise BadSample(f"image path or label {brief(name)} is not UTF-8: rename it")
     if not is_plain(name):
-        raise BadSample(f"its label {shown(name)} holds control characters: rename it")
+        raise BadSample(f"its label {brief(name)} holds control characters: rename it")
     return name
 
 
@@ -137,23 +141,46 @@ def as_split(value: Any) -> str:
     return SPLIT_ALIASES.get(name.lower(), name)
 
 
+def _is_path(data: bytes) -> bool:
+    """Return whether bytes are the text of a path, which those of no picture are, of whatever format."""
+    try:
+        return len(data) <= MOST_PATH and is_plain(data.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def _check_path(name: str) -> None:
+    """Raise BadSample when a cell is no path, nor a URL that is read."""
+    if is_url(name):
+        return
+    if len(name) > MOST_PATH or max(map(len, name.split("/"))) > MOST_NAME:
+        way = "name a file, or put the picture's bytes into a column of Parquet"
+        raise BadSample(f"'{brief(name)}' of {len(name)} characters is no path of an image: {way}")
+    if not is_file_url(name):
+        check_protocol(name)
+
+
 def as_picture(value: Any) -> Picture:
     """Return the image of a cell: a path, or the picture itself, alone or as ``{"bytes": ..., "path": ...}``, as
-    Hugging Face writes it. Raises BadSample when it is neither."""
+    Hugging Face writes it; or a list of one of these. Raises BadSample when it is neither."""
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
     path, data = value, None
-    if isinstance(value, dict) and value and value.keys() <= {"bytes", "path"}:
+    if isinstance(value, list) and value:
+        raise BadSample(f"has a list of {len(value)} images: give each a row of its own")
+    if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
         path, data = value.get("path"), value.get("bytes")
-    elif isinstance(value, bytes) and value.startswith(PICTURE_STARTS):
+    elif isinstance(value, bytes) and not _is_path(value):
         path, data = None, value
     if data is not None and not isinstance(data, bytes):
         raise BadSample(f"its picture is {_kind(data)}, expected bytes")
-    if data is None and is_missing(path):
+    if data is None and (is_missing(path) or path == []):
         raise BadSample("has no image path")
     name = "" if is_missing(path) else _as_string(path, "image path")
     if data is None:
-        check_protocol(name)
+        _check_path(name)
     if name and PurePosixPath(name).name in ("", ".."):
-        raise BadSample(f"'{shown(name)}' is not the name of an image")
+        raise BadSample(f"'{brief(name)}' is not the name of an image")
     if not is_unicode(name):
-        raise BadSample(f"image path or label {shown(name)} is not UTF-8: rename it")
+        raise BadSample(f"image path or label {brief(name)} is not UTF-8: rename it")
     return Picture(name, data)

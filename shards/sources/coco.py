@@ -13,10 +13,10 @@ from typing import Any
 import tyro
 
 from cmgan_dist.data.folder import is_unicode
-from cmgan_dist.errors import BadInput, shown
+from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_json_once, read_bytes
 from shards.pack import DrawCommand
-from shards.pairs import RawPair, RawPairs, make_key, missing_val, say_splits
+from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
 from shards.sources.files import PlainFile, check_names
 
@@ -48,7 +48,7 @@ class CocoCommand(DrawCommand):
         self.draw(())
         check_names("--name", self.name)
         files = [_File(path, self.images) for path in self.input]
-        named = [file.split for file in files if file.split]
+        named = [file.split or "train" for file in files] if any(file.split for file in files) else []
         draw = self.draw(named)
         without = sum(len(file.without) for file in files)
 
@@ -94,17 +94,17 @@ class _File:
             if not isinstance(name, str) or not name or not isinstance(image.get("id"), int | str):
                 raise BadInput(f"{path}: image {number} has no id or no file_name: mend or remove it")
             if not Path(name).name or "\0" in name or not is_unicode(name):
-                raise BadInput(f"{path}: image {number} has the file_name {shown(name)}, which no file has: mend it")
+                raise BadInput(f"{path}: image {number} has the file_name {brief(name)}, which no file has: mend it")
             if by_id.setdefault(image["id"], name) != name or name in self.captions:
-                raise BadInput(f"{path}: image {number}, {shown(name)}, stands twice: remove one")
+                raise BadInput(f"{path}: image {number}, {brief(name)}, stands twice: remove one")
             self.captions[name] = []
         for number, annotation in enumerate(_list_in(record, "annotations", path)):
             number_of, caption = annotation.get("image_id"), annotation.get("caption")
             owner = by_id.get(number_of) if isinstance(number_of, int | str) else None
             if owner is None:
-                raise BadInput(f"{path}: annotation {number} is of image {number_of!r}, which is not in it")
+                raise BadInput(f"{path}: annotation {number} is of image {brief(repr(number_of))}, which is not in it")
             if not isinstance(caption, str) or not caption.strip():
-                raise BadInput(f"{path}: annotation {number} of {shown(owner)} has no caption: give captions_*.json")
+                raise BadInput(f"{path}: annotation {number} of {brief(owner)} has no caption: give captions_*.json")
             self.captions[owner].append(caption.strip())
         self.without = [name for name, captions in self.captions.items() if not captions]
         for name in self.without:
@@ -120,7 +120,7 @@ class _File:
             if (folder / first).is_file():
                 return folder
         places = " or ".join(str(folder) for folder in dict.fromkeys(choices))
-        raise BadInput(f"--images {images}: picture {shown(first)} of {self.path} is not in {places}")
+        raise BadInput(f"--images {images}: picture {brief(first)} of {self.path} is not in {places}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}): name an annotation file") from None
     except ValueError as error:
-        raise BadInput(f"{path} is not whole JSON ({shown(str(error))}): get it again") from None
+        raise BadInput(f"{path} is not whole JSON ({brief(str(error), 200)}): get it again") from None
     if not isinstance(record, dict):
         raise BadInput(f"{path} is not in COCO's format: expected an object with images and annotations")
     return record

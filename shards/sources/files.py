@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cmgan_dist.data.folder import is_plain, is_unicode, read_file
-from cmgan_dist.errors import BadInput, BadSample, shown
-from shards.pairs import FileBytes
+from cmgan_dist.errors import BadInput, BadSample
+from shards.pairs import FileBytes, brief
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class PlainFile(FileBytes):
         try:
             return read_file(self.path)
         except BadSample as error:
-            raise BadSample(f"{self.path} {error}") from None
+            raise BadSample(f"{self.named} {error}") from None
 
 
 def check_unicode(what: str, *texts: str) -> None:
     """Raise BadInput naming `what` when one of the texts cannot be written as UTF-8."""
     for text in texts:
         if not is_unicode(text):
-            raise BadInput(f"{what} {shown(text)} is not UTF-8: rename it")
+            raise BadInput(f"{what} {brief(text)} is not UTF-8: rename it")
 
 
 def check_names(what: str, *names: str) -> None:
@@ -33,4 +33,4 @@ def check_names(what: str, *names: str) -> None:
     check_unicode(what, *names)
     for name in names:
         if not is_plain(name):
-            raise BadInput(f"{what} {shown(name)} holds control characters: rename it")
+            raise BadInput(f"{what} {brief(name)} holds control characters: rename it")

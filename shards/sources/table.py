@@ -10,7 +10,7 @@ import hashlib
 import json
 import posixpath
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -18,45 +18,51 @@ from typing import Any, TypeVar
 import tyro
 
 from cmgan_dist.data.manifest import LabelKind, natural_splits
+from cmgan_dist.data.sample import IMAGE_EXTENSIONS
 from cmgan_dist.data.source import public_url
 from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs.cores import usable_cores
 from cmgan_dist.jobs.local import parallel_map
 from shards.pack import DrawCommand
-from shards.pairs import RawPair, RawPairs, Readable, make_key, missing_val, say_splits
+from shards.pairs import RawPair, RawPairs, Readable, brief, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
 from shards.sources.files import PlainFile, check_names, check_unicode
 from shards.sources.rows import Row, TextFormat, about_rows, check_ending, column_names, read_rows
 from shards.sources.table_folder import Table, check_partitions, say_named_splits, tables_of
-from shards.urls import UrlBytes, fetch, is_url, joined, key_of
+from shards.urls import UrlBytes, fetch, is_file_url, is_url, joined, key_of, path_of
 
 Value = TypeVar("Value")
 COMMON_NAMES = {
     "image": (
         "image",
+        *IMAGE_EXTENSIONS,  # the picture itself, as img2dataset names it
         "image_path",
         "image_file",
         "filepath",
         "file_path",
         "filename",
+        "image_name",
         "file_name",
         "file",
         "path",
         "img",
         "url",
         "image_url",
+        "images",
         "img_url",
     ),
-    "text": ("text", "caption", "captions", "texts", "title", "sentence", "description", "comment"),
+    "text": ("text", "caption", "captions", "texts", "sentences", "title", "sentence", "description", "comment", "txt"),
     "label": ("label", "labels", "class", "classes", "category", "categories", "class_name"),
     "split": ("split", "set", "partition", "subset"),
 }
-"""Column names that are recognised, in this order, whatever their case."""
+"""Column names that are recognised, in this order, whatever their case and spaces around them."""
 
 
+MOST_COLUMNS = 50
+"""Columns that a message names."""
 NOT_OF_THE_PLAN = ("output", "overwrite", "processes", "task", "ray", "work")
 """Options that change no plan."""
 
@@ -161,14 +167,16 @@ class TableCommand(DrawCommand):
         for found in parallel_map(_read_tables, tasks, title="reading", processes=self.processes):
             said.add(found)
         if not said.rows:
-            raise BadInput(f"{public_url(url)} has no rows" + (" that can be used" if said.left_out else ""))
+            why = f" that can be used, the first: {said.left_out[0]}" if said.left_out else ""
+            raise BadInput(f"{public_url(url)} has no rows{why}")
         classes = sorted(said.classes, key=_class_order)
         _check_spelling(classes)
         name = self.name or top.stem
         check_names("--name", name)
         check_unicode("--attribution", self.attribution)
         named = natural_splits(said.splits - {""})
-        draw = self.draw(named)
+        splits = natural_splits(split or "train" for split in said.splits)
+        draw = self.draw(splits if named else ())
         kind: LabelKind = "multi" if said.multi else "single" if classes else "none"
         return RawPairs(
             name=name,
@@ -177,8 +185,8 @@ class TableCommand(DrawCommand):
             attribution=self.attribution,
             details={"source": "table", **asdict(draw)},
             draw=draw,
-            expected_splits=(*(named or ["train"]), *draw.splits),
-            notes=[say_splits(named, draw), *missing_val([*(split or "train" for split in said.splits), *draw.splits])],
+            expected_splits=(*splits, *draw.splits),
+            notes=[say_splits(named, draw), *missing_val([*splits, *draw.splits])],
             left_out=said.left_out,
         )
 
@@ -212,7 +220,7 @@ class TableCommand(DrawCommand):
         parent = str(((top if path != top else top.parent) / table.folder).absolute())
         for where, own_row in read_rows(path, list(dict.fromkeys(columns.values())), text):
             place, row = f"{where} of {inside}", own_row if isinstance(own_row, BadSample) else own_row | table.columns
-            found = try_sample(lambda r=row: _parse_row(r, columns), place, self.skip_bad, said.left_out)  # type: ignore[misc]
+            found = try_sample(lambda r=row: self._parsed(r, columns), place, self.skip_bad, said.left_out)  # type: ignore[misc]
             if found is None:
                 continue
             own = found.split or table.split
@@ -225,6 +233,16 @@ class TableCommand(DrawCommand):
             said.rows += 1
             said.multi = said.multi or found.listed
         return said
+
+    def _parsed(self, row: Row, columns: dict[str, str]) -> _Row:
+        """Return what a row says, a file's URL as its path. Raises BadSample when it cannot be used."""
+        found = _parse_row(row, columns)
+        picture = found.picture
+        if picture.data is not None or not is_file_url(picture.path):
+            return found
+        if is_url(str(self.input)):
+            raise BadSample(f"{brief(picture.path)} names a file of this machine in a table by URL: name a URL")
+        return replace(found, picture=Picture(path_of(picture.path)))
 
     def _image(self, folder: str, path: str) -> Readable:
         """Return where the bytes of a picture are; `folder`: of its table."""
@@ -239,16 +257,16 @@ class TableCommand(DrawCommand):
         table = public_url(str(self.input))
         for role, common in COMMON_NAMES.items():
             wanted = getattr(self, f"{role}_column")
-            lower = {name.lower(): name for name in reversed(names)}
+            lower = {name.strip().lower(): name for name in reversed(names)}
             column = wanted if wanted is not None else next((lower[c] for c in common if c in lower), None)
             if wanted is not None and wanted not in names:
-                raise BadInput(f"{table} has no column '{wanted}': it has {shown(', '.join(names))}")
+                raise BadInput(f"{table} has no column '{wanted}': it has {_listed(names)}")
             if column is not None:
                 found[role] = column
             elif names and role in ("image", "text"):
                 raise BadInput(
                     f"{table} has no {role} column that is recognised: name it with --{role}-column; it has "
-                    f"{shown(', '.join(names))}{_other_delimiter(names)}"
+                    f"{_listed(names)}{_other_delimiter(names)}"
                 )
         return found
 
@@ -304,7 +322,7 @@ def _parse_row(row: Row, columns: dict[str, str]) -> _Row:
         try:
             return parse(row.get(columns[role]))
         except BadSample as error:
-            raise BadSample(f"{error} (column '{shown(columns[role])}')") from None
+            raise BadSample(f"{error} (column '{brief(columns[role])}')") from None
 
     labels, listed = cell("label", as_labels) if "label" in columns else ((), False)
     split = cell("split", as_split) if "split" in columns else None
@@ -313,14 +331,19 @@ def _parse_row(row: Row, columns: dict[str, str]) -> _Row:
 
 def _describe(columns: dict[str, str], names: list[str], tables: list[Table]) -> str:
     """Return a line that says which columns were taken for what, and which might have been; and splits from names."""
-    taken = [f"{role} is column '{column}'" for role, column in columns.items()]
+    taken = [f"{role} is column '{brief(column)}'" for role, column in columns.items()]
     taken += [] if "split" in columns else say_named_splits(tables)
     if "label" not in columns:
         taken.append("no labels")
     known = {name for common in COMMON_NAMES.values() for name in common}
-    passed = [name for name in names if name.lower() in known and name not in columns.values()]
+    passed = [name for name in names if name.strip().lower() in known and name not in columns.values()]
     others = f"; not taken: {', '.join(passed)}" if passed else ""
     return shown("; ".join(taken) + others)
+
+
+def _listed(names: list[str]) -> str:
+    """Return the names of columns for a message."""
+    return ", ".join(map(brief, names[:MOST_COLUMNS])) + (", …" if len(names) > MOST_COLUMNS else "")
 
 
 def _other_delimiter(names: list[str]) -> str:
@@ -340,9 +363,10 @@ def _check_spelling(classes: list[str]) -> None:
         except InvalidOperation:
             continue
         if number.is_finite() and first.setdefault(number, name) != name:
-            raise BadInput(f"labels '{first[number]}' and '{name}' are the same number: write it in one way")
+            pair = f"'{brief(first[number])}' and '{brief(name)}'"
+            raise BadInput(f"labels {pair} are the same number: write it in one way")
 
 
 def _class_order(name: str) -> tuple[int, str]:
     """Return a sort key that puts numbers by value, before names."""
-    return (int(name), "") if name.isdecimal() and len(name) < 100 else (1 << 62, name)
+    return (int(name), name) if name.isdecimal() and len(name) < 100 else (1 << 62, name)

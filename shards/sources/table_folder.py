@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
-from cmgan_dist.errors import BadInput, shown
+from cmgan_dist.errors import BadInput
+from shards.pairs import brief
 from shards.scan import SPLIT_ALIASES
 from shards.sources.rows import COLUMNAR, ENDINGS
 
@@ -69,7 +70,7 @@ def _partitions(path: Path, folders: Iterable[str]) -> dict[str, str | None]:
     for match in filter(None, map(PARTITION.fullmatch, folders)):
         name, value = (unquote(part, errors="surrogateescape") for part in match.groups())
         if name in columns:
-            raise BadInput(f"{path} lies in two partitions of column '{shown(name)}': rename one of these folders")
+            raise BadInput(f"{path} lies in two partitions of column '{brief(name)}': rename one of these folders")
         columns[name] = None if value == NULL else value
     return columns
 
@@ -79,7 +80,7 @@ def check_partitions(table: Table, names: list[str]) -> None:
     twice = [name for name in table.columns if name in names]
     if twice:
         raise BadInput(
-            f"{table.path} has a column '{shown(twice[0])}', for which a folder above it names a value: rename one"
+            f"{table.path} has a column '{brief(twice[0])}', for which a folder above it names a value: rename one"
         )
 
 

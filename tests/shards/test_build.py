@@ -328,3 +328,10 @@ def test_table_with_numbers_for_classes_orders_them_by_value(tmp_path: Path) -> 
     run_shards("build", "table", write_table(tmp_path / "t.csv", rows), "--output", tmp_path / "out", "--processes", 1)
     manifest = load_manifest(tmp_path / "out")
     assert (manifest.label_kind, manifest.classes[-2:]) == ("single", ["20", "30"])
+
+
+def test_each_sample_of_a_shard_is_counted_as_it_is_packed(raw: Path, tmp_path: Path, monkeypatch) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr("shards.make.units_done", counted.append)
+    build_folder(raw, tmp_path / "out", "--processes", 1)
+    assert counted == [1] * 52

@@ -92,3 +92,11 @@ def test_what_is_no_annotation_file_is_said(text: str, tmp_path: Path) -> None:
         build(tmp_path / "out", tmp_path / "captions_train.json", "--images", tmp_path)
     with pytest.raises(BadInput, match="cannot be read"):
         build(tmp_path / "out", tmp_path / "none.json", "--images", tmp_path)
+
+
+def test_a_file_of_no_split_beside_one_of_val_is_train(tmp_path: Path) -> None:
+    files = coco(tmp_path, "val", 5), coco(tmp_path, "extra", 40, first=5)
+    build(tmp_path / "out", *files, "--images", tmp_path, "--test", "0.3")
+    assert {"train", "val", "test"} == set(load_manifest(tmp_path / "out").splits)
+    with pytest.raises(BadInput, match=r"of the split 'train', and there is none, only val: name the one"):
+        build(tmp_path / "other", files[0], "--images", tmp_path, "--test", "0.3")

@@ -634,3 +634,11 @@ def test_bad_options_are_named(
 def test_there_must_be_data(command: Callable[..., FeaturesCommand], tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="does not exist"):
         write_features(command(tmp_path / "nothing"))
+
+
+def test_each_batch_of_a_shard_is_counted_as_it_is_made(raw: Path, command, monkeypatch, tmp_path: Path) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr("shards.extract.units_done", counted.append)
+    main(["build", "folder", str(raw), "--output", str(tmp_path / "data"), "--processes", "1"])
+    write_features(command(tmp_path / "data", text_backbone="features"))
+    assert (sum(counted), max(counted)) == (52, 7)

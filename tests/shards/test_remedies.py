@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.errors import BadInput
 from tests.toy import fill_folder, make_raw, picture, run_shards
 
@@ -103,7 +104,7 @@ TABLES: list[tuple[str, bytes | str, str, str, str, bytes | str, str]] = [
     ),
     (
         "t.csv",
-        "image,text,label\n0.png,a,1\n1.png,b,1.0\n",
+        "image,text,label\n0.png,a,1\n1.png,b,01\n",
         "",
         "are the same number: write it in one way",
         "t.csv",
@@ -281,3 +282,52 @@ def test_a_command(wrong: str, sentence: str, right: str, tmp_path: Path) -> Non
 
     refused(sentence, *words(wrong))
     assert not run_shards(*words(right))
+
+
+# ---------------------------------------------------------------------------------------------- a manifest
+
+
+def lose(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def cut(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text[: len(text) // 2])
+
+
+def rename_field(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"splits"', '"parts"'))
+
+
+def older(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"version": 1', '"version": 0'))
+
+
+@pytest.mark.parametrize("spoil", [lose, cut, rename_field, older])
+def test_the_manifest_of_a_finished_build(spoil: Callable[[Path], None], tmp_path: Path, capsys) -> None:
+    fill_folder(tmp_path / "in", [f"{c}/{i}" for c in ("cat", "dog") for i in range(3)])
+    out, words = tmp_path / "out", ["build", "folder", tmp_path / "in", "--output", tmp_path / "out", *EVERYTHING]
+    run_shards(*words)
+    whole = (out / "manifest.json").read_bytes()
+    tar = (out / "train-000000.tar").stat()
+    spoil(out)
+    with pytest.raises(BadInput) as error:
+        load_manifest(out)
+    said = str(error.value)
+    if "start the same 'python -m shards build'" in said:
+        run_shards(*words)
+    elif "pack the data again" in said:
+        refused("pass --overwrite to replace it", *words)
+        run_shards(*words, "--overwrite")
+    else:
+        assert f"remove it and run 'python -m shards index --overwrite {out}'" in said
+        lose(out)
+        run_shards("index", "--overwrite", out)
+        assert load_manifest(out).samples("train") == 6
+        assert "the 2 classes have numbers for names" in capsys.readouterr().out
+        run_shards(*words, "--overwrite")
+    assert (out / "manifest.json").read_bytes() == whole
+    assert (out / "train-000000.tar").stat().st_mtime_ns == tar.st_mtime_ns, "shards that are there are kept"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cmgan_dist.errors import BadInput
-from shards.stats import fonts_for
+from shards.stats import describe_missing, fonts_for
 from tests.toy import TEXTS, build_folder, picture, run_shards, write_members
 
 
@@ -53,3 +53,19 @@ def test_the_grid_is_bounded_and_no_larger_than_its_pictures(tmp_path: Path) -> 
     run_shards("stats", tmp_path, "--processes", 1, "--columns", 40, "--rows", 10)
     with Image.open(tmp_path / "stats.png") as image:
         assert image.width < 600
+
+
+def test_a_font_is_named_for_each_script_that_is_missing() -> None:
+    said = describe_missing(list("木あ한अسไ😀➤ߊཀ"))
+    for font, characters in (
+        ("Noto Sans CJK", "木あ한"),
+        ("Noto Sans Devanagari", "अ"),
+        ("Noto Sans Arabic", "س"),
+        ("Noto Sans Thai", "ไ"),
+        ("Noto Sans NKo", "ߊ"),
+        ("Noto Serif Tibetan", "ཀ"),
+        ("Noto Emoji", "😀"),
+        ("Noto Sans Symbols 2", "➤"),
+    ):
+        assert f"{font} for {characters}" in said
+    assert describe_missing(list("木")).endswith("has 1 characters, drawn as boxes: install Noto Sans CJK for 木")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -89,6 +90,8 @@ def test_a_field_that_the_first_row_lacks_is_seen(folder: Path) -> None:
         ({"image": 7}, "its image path is the number 7"),
         ({"image": {"bytes": "x"}}, "its picture is a text, expected bytes"),
         ({"image": {"a": 1}}, "its image path is a record"),
+        ({"image": ["a.png", "b.png"]}, "has a list of 2 images: give each a row of its own"),
+        ({"image": []}, "has no image path"),
     ],
 )
 def test_a_cell_of_another_kind_is_refused_by_name(folder: Path, cells: dict[str, Any], said: str) -> None:
@@ -101,12 +104,13 @@ def test_a_cell_of_another_kind_is_refused_by_name(folder: Path, cells: dict[str
 
 
 def test_whole_numbers_are_one_class_however_they_are_written(folder: Path) -> None:
-    assert as_labels(1) == as_labels(1.0) == as_labels("1") == (("1",), False)
+    assert as_labels(1) == as_labels(1.0) == as_labels("1") == as_labels("1.0") == (("1",), False)
+    assert as_labels("-2.00|2.5") == (("-2", "2.5"), True)
     assert as_labels([2.0, "a"]) == (("2", "a"), True)
     assert (as_texts(b"caf\xc3\xa9"), as_split(b"dev")) == (("café",), "val")
     assert as_labels(10**400)[0] == (str(10**400),)
-    with pytest.raises(BadInput, match=r"labels '1' and '1\.0' are the same number"):
-        build(csv_of(folder, "image,text,label", "0.png,x,1", "1.png,x,1.0"))
+    with pytest.raises(BadInput, match=r"labels '01' and '1' are the same number"):
+        build(csv_of(folder, "image,text,label", "0.png,x,01", "1.png,x,1.0"))
 
 
 @pytest.mark.parametrize("value", ["['a', 'b']", "[\"it's\", 'b']", "['a' 'b']", "[ 'a', ]"])
@@ -131,9 +135,18 @@ def test_without_a_split_train_it_is_that_which_is_missing(folder: Path, capsys:
     assert "--val" not in said
 
 
-@pytest.mark.parametrize("name", ["file:///a/b.png", "ftp://host/b.png", "FILE://b.png"])
+def test_the_url_of_a_file_is_its_path(folder: Path) -> None:
+    (folder / "a b%.png").write_bytes(picture(7))
+    images = [(folder / "0.png").as_uri(), (folder / "a b%.png").as_uri(), f"FILE://localhost{folder}/2.png", "3.png"]
+    build(csv_of(folder, "image,text", *(f"{image},text {i}" for i, image in enumerate(images))))
+    assert len(samples_of(folder / "out")) == 4
+    with pytest.raises(BadInput, match=r"row 2 of t\.csv: file://a/b\.png names a file of another machine"):
+        build(csv_of(folder, "image,text", "file://a/b.png,text"), "--overwrite")
+
+
+@pytest.mark.parametrize("name", ["ftp://host/b.png", "FTP://b.png"])
 def test_a_url_by_another_protocol_is_named(name: str) -> None:
-    with pytest.raises(BadSample, match="is a URL by none of http, https, s3, gs: name one, or a path"):
+    with pytest.raises(BadSample, match="is a URL by none of file, http, https, s3, gs: name one, or a path"):
         as_picture(name)
     assert as_picture({"path": name, "bytes": b"x"}).path == name
 
@@ -164,7 +177,8 @@ def test_pictures_inside_parquet_are_packed(tmp_path: Path, form: str) -> None:
 
 
 def test_a_cell_says_where_its_picture_is() -> None:
-    assert as_picture({"bytes": None, "path": "a.png"}) == as_picture("a.png") == ("a.png", None)
+    for value in ({"bytes": None, "path": "a.png"}, {"path": "a.png", "width": 3}, ["a.png"], [{"path": "a.png"}]):
+        assert as_picture(value) == as_picture("a.png") == ("a.png", None)
     assert as_picture({"bytes": picture(1), "path": "a.png"}) == ("a.png", picture(1))
     with pytest.raises(BadSample, match="has no image path"):
         as_picture({"bytes": None, "path": None})
@@ -195,21 +209,42 @@ def test_a_table_without_val_gets_one_as_build_advises(folder: Path, capsys: pyt
         build(table, "--val", "0.3", "--test", "0.1")
 
 
+@pytest.mark.parametrize(("flag", "splits"), [("--val", ["test"]), ("--val", ["a", "b_2"]), ("--test", ["a", "b_2"])])
+def test_there_must_be_a_train_to_draw_from(folder: Path, splits: list[str], flag: str, capsys) -> None:
+    lines = [f"{name},text {i},{splits[i % len(splits)]}" for i, name in enumerate(NAMES)]
+    table = csv_of(folder, "image,text,split", *lines)
+    options = {"--val": "0", "--test": "0"}
+    said = rf"{flag} is 0\.1, of the split 'train', and there is none, only {', '.join(splits)}: name the one"
+    with pytest.raises(BadInput, match=said):
+        build(table, *itertools.chain(*(options | {flag: "0.1"}).items()))
+    build(table, *itertools.chain(*options.items()))
+    assert "there is no split 'train', which training reads: name one so" in capsys.readouterr().out
+
+
+def test_rows_without_a_split_are_train(tmp_path: Path) -> None:
+    for name, count in (("pairs", 30), ("pairs-test", 4)):
+        columns = {"image": [picture(i + 99 * len(name)) for i in range(count)]}
+        columns |= {"text": [f"{name} {i}" for i in range(count)]}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+    run_shards("build", "table", tmp_path, "--output", tmp_path / "out", "--val", "0.2")
+    assert load_manifest(tmp_path / "out").samples("test") == 4
+    assert 0 < load_manifest(tmp_path / "out").samples("val") < 15
+
+
 def test_a_row_or_text_that_is_too_long_is_named_and_the_rest_read(folder: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("shards.sources.rows.MOST_LINE_CHARS", 100)
-    monkeypatch.setattr("shards.sources.cells.MOST_JSON_BYTES", 50)
-    texts = ["x" * 390, "a", "y" * 60, "b"]
+    texts = ["x" * 4_000_000, "a", "\u00e9" * 600_000, "b"]
+    monkeypatch.setattr("shards.sources.rows.MOST_LINE_CHARS", 4_000_000)
     lines = [json.dumps({"image": name, "text": text}) for name, text in zip(NAMES, texts, strict=True)]
     (folder / "t.jsonl").write_text("\n".join(lines))
-    with pytest.raises(BadInput, match=r"row 1 of t\.jsonl: has 100 characters or more: shorten its texts"):
+    with pytest.raises(BadInput, match=r"row 1 of t\.jsonl: has 4000000 characters or more: shorten its texts"):
         build(folder / "t.jsonl")
     build(folder / "t.jsonl", "--skip-bad")
     assert sorted(samples_of(folder / "out")) == ["1", "3"]
-    assert "row 3 of t.jsonl: has a text of more than 50 characters: shorten it" in capsys.readouterr().err
+    assert "row 3 of t.jsonl: has a text of more than 1 MiB: shorten it" in capsys.readouterr().err
 
 
 def test_a_large_batch_is_read_by_the_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.sources.rows.LARGE_BATCH_BYTES", 10)
+    monkeypatch.setattr("shards.sources.columnar.CHUNK_BYTES", 10)
     pyarrow.parquet.write_table(pyarrow.table({"image": NAMES, "text": ["a", "b", "c", "d"]}), folder / "t.parquet")
     build(folder / "t.parquet")
     assert load_manifest(folder / "out").samples("train") == 4
@@ -221,6 +256,12 @@ def test_a_tab_is_advised_as_it_can_be_typed(folder: Path) -> None:
         build(table)
     build(table, "--delimiter", "\\t")
     assert load_manifest(folder / "out").samples("train") == 4
+
+
+def test_names_of_columns_with_spaces_around_them_are_recognised(folder: Path) -> None:
+    rows = [f"{name}| {j}| text {i} {j}" for i, name in enumerate(NAMES) for j in (0, 1)]
+    build(csv_of(folder, "image_name| comment_number| comment", *rows), "--delimiter", "|")
+    assert samples_of(folder / "out")["3"] == (["text 3 0", "text 3 1"], ())
 
 
 def test_a_header_of_another_delimiter_is_told_of(tmp_path: Path) -> None:
