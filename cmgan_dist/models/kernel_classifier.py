@@ -14,21 +14,17 @@ from torch import Tensor
 Kernel = Literal["rbf", "chi2"]
 """exp of minus a distance: the squared Euclidean one, or for histograms sum (x - z)^2 / (x + z) (Zhang et al., "Local
 Features and Kernels for Classification of Texture and Object Categories", IJCV 2007)."""
-CHUNK_ELEMENTS = 1 << 22
-"""Numbers of the largest array that the chi-squared distance makes."""
+CHUNK_ELEMENTS = 1 << 12
+"""Numbers that the chi-squared distance makes at a time, for each item: a program that is exported takes any number."""
 
 
 def distance(kernel: Kernel, x: Tensor, z: Tensor) -> Tensor:
     """Return the distances [n, L] that a kernel goes by, of x [n, F] and z [L, F]; both non-negative for chi2."""
     if kernel == "rbf":
         return (x.square().sum(1)[:, None] + z.square().sum(1) - 2 * x @ z.T).clamp_min(0)
-    out = x.new_empty(len(x), len(z))
-    rows = max(1, CHUNK_ELEMENTS // z.numel())
-    tiny = torch.finfo(x.dtype).tiny
-    for first in range(0, len(x), rows):
-        some = x[first : first + rows, None]
-        out[first : first + rows] = ((some - z).square() / (some + z).clamp_min(tiny)).sum(-1)
-    return out
+    tiny, x = torch.finfo(x.dtype).tiny, x[:, None]
+    some = z.split(max(1, CHUNK_ELEMENTS // z.shape[1]))
+    return torch.cat([((x - part).square() / (x + part).clamp_min(tiny)).sum(-1) for part in some], dim=1)
 
 
 @dataclass(frozen=True)
