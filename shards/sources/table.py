@@ -19,7 +19,7 @@ import tyro
 
 from cmgan_dist.data.manifest import LabelKind, natural_splits
 from cmgan_dist.data.source import public_url
-from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.errors import BadInput, BadSample, reasons_of, shown
 from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs.cores import usable_cores
 from cmgan_dist.jobs.local import parallel_map
@@ -161,7 +161,8 @@ class TableCommand(DrawCommand):
         for found in parallel_map(_read_tables, tasks, title="reading", processes=self.processes):
             said.add(found)
         if not said.rows:
-            raise BadInput(f"{public_url(url)} has no rows" + (" that can be used" if said.left_out else ""))
+            why = f" that can be used, {reasons_of(said.left_out)}: mend some" if said.left_out else ": add some"
+            raise BadInput(f"{public_url(url)} has no rows{why}")
         classes = sorted(said.classes, key=_class_order)
         _check_spelling(classes)
         name = self.name or top.stem
