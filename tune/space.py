@@ -82,7 +82,7 @@ def check_space(space: Space, base: Config) -> Space:
         if isinstance(spec, list):
             if not spec:
                 raise BadInput(f"{where} is an empty list: name its values")
-            ends, out[path] = spec, spec
+            tried, out[path] = spec, spec
         else:
             if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in KINDS:
                 raise BadInput(
@@ -90,9 +90,9 @@ def check_space(space: Space, base: Config) -> Space:
                 )
             (name, ends), *_ = spec.items()
             out[path] = {name: _range(where, name, ends, whole=kind is int)}
-            ends = _tried(*out[path][name])
+            tried = list(_tried(*out[path][name]))
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
-        for value in ends:
+        for value in tried:
             if choices and value not in choices:
                 raise BadInput(f"{where} has {shown_value(value)}, expected one of {', '.join(map(str, choices))}")
             numeric = isinstance(current, int | float) and not isinstance(current, bool)

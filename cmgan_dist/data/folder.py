@@ -35,6 +35,12 @@ def is_plain(text: str) -> bool:
     return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
 
 
+def composed(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC): what looks alike and is written in two ways, as a Mac's file
+    names and a table may be, is one class, key or split."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
 def checked_path(path: object, what: str) -> Path:
     """Return a path that a user gave as `what`. Raises BadInput when it is none, or holds what no path can."""
     if not isinstance(path, str | os.PathLike):
