@@ -8,7 +8,15 @@ from typing import Any
 from cmgan_dist.data.folder import composed
 from cmgan_dist.errors import shown
 
-MADE = {"backbone": "backbone", "weights_sha256": "weights with the SHA-256", "pools": "text pools"}
+MADE = {
+    "backbone": "backbone",
+    "weights_sha256": "weights with the SHA-256",
+    "image_size": "image size",
+    "mean": "pixel mean",
+    "std": "pixel deviation",
+    "max_tokens": "max tokens",
+    "pools": "text pools",
+}
 """What decides the space in which features lie, as a manifest's details name it, and the words for it."""
 
 

@@ -85,8 +85,7 @@ class Evaluation:
 
 def _as_details(made: BackboneSpec) -> dict[str, Any]:
     """Return what a run knows of its features as a manifest's details say it."""
-    known = {"backbone": made.name, "weights_sha256": made.weights_sha256, "pools": made.pools}
-    return {} if made.name == "features" else known
+    return {} if made.name == "features" else {"backbone": made.name, **dataclasses.asdict(made)}
 
 
 def check_kinds(

@@ -209,6 +209,8 @@ def other_data(before: Progress, start: Progress) -> str:
         return "shards with other checksums"
     if before.validation and before.validation != start.validation:
         return "a validation split with other checksums"
+    if before.label_kind and before.label_kind != start.label_kind:
+        return f"label_kind {before.label_kind}, not {start.label_kind}"
     if before.classes is None or start.classes is None:
         return ""
     return other_class(start.classes, before.classes)
@@ -230,7 +232,7 @@ def go_on(run: Path, networks: Networks, start: Progress, parallel: Parallel) ->
             f"{run} was trained on other data ({what}): use the same data, another --output, or --resume never",
             everywhere=True,
         )
-    progress.validation, progress.classes = start.validation, start.classes
+    progress.validation, progress.classes, progress.label_kind = start.validation, start.classes, start.label_kind
     networks.load(tensors, str(found))
     if not parallel.on_main(lambda: best_is_whole(run)):
         progress.best = None  # the next validation keeps what it finds
@@ -244,6 +246,7 @@ def beginning(stream: Stream, val_reader: ShardReader, data: DataSpec) -> Progre
         data=fingerprint_of(stream.readers),
         validation=fingerprint_of([val_reader]),
         classes=data.classes,
+        label_kind=data.label_kind,
     )
 
 

@@ -81,6 +81,7 @@ def test_other_classes_and_another_validation_split_are_refused(data: Path, tmp_
     splits = json.loads(whole)["splits"]
     for change, said in (
         ({"classes": ["class 0", "class 2", "class 1"]}, "class 1 is 'class 1', not 'class 2'"),
+        ({"label_kind": "multi"}, "label_kind single, not multi"),
         ({"splits": {"train": splits["train"], "val": splits["test"]}}, "a validation split with other checksums"),
     ):
         manifest.write_text(json.dumps(json.loads(whole) | change))
