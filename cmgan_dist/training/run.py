@@ -32,7 +32,7 @@ from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.cores import threads_for
 from cmgan_dist.jobs.lock import lock_name, owning
 from cmgan_dist.jobs.staging import remove_leftovers
-from cmgan_dist.models.saved import BEST, ModelSpec, describe_model, keep_weights, read_model
+from cmgan_dist.models.saved import BEST, SPEC_NAME, ModelSpec, describe_model, keep_weights, read_model
 from cmgan_dist.models.vocabulary import Vocabulary
 from cmgan_dist.training.checkpoint import Checkpointer, Progress, checkpoints_of, latest, read_checkpoint
 from cmgan_dist.training.recorder import Recorder
@@ -100,6 +100,18 @@ def set_aside(run: Path) -> None:
     for path in inside:
         shutil.move(path, target / path.name)
     log.warning("an earlier run was moved to %s", target)
+
+
+def clear_way(run: Path, resume: str) -> None:
+    """Set an earlier run aside where this one begins anew: as `resume` asks, or because its checkpoints are gone and
+    its model in best/ would be written over.
+
+    Raises BadInput as `set_aside` and `checkpoints_of` do."""
+    lost = os.path.lexists(run / BEST / SPEC_NAME) and not checkpoints_of(run / "checkpoints")
+    if lost and resume == "auto":
+        log.warning("%s has a model in %s and no checkpoints to go on from: it begins anew", run, BEST)
+    if lost or resume == "never":
+        set_aside(run)
 
 
 def check_scoring(config: Config, data: DataSpec) -> None:
@@ -275,8 +287,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     )
     with contextlib.ExitStack() as held:
         parallel.on_main(lambda: held.enter_context(owning(run, LOCK)))
-        if resume == "never":
-            parallel.on_main(lambda: set_aside(run))
+        parallel.on_main(lambda: clear_way(run, resume))
         take_threads(config, parallel)
         vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
         networks = build_networks(config, data, vocabulary, parallel)

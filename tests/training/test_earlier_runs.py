@@ -102,6 +102,17 @@ def test_checkpoints_without_their_config_are_not_gone_on_from(data: Path, tmp_p
     assert start(data, run, "train.epochs=3") == (0, "")
 
 
+def test_a_model_whose_checkpoints_are_gone_is_set_aside(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert start(data, run)[0] == 0
+    kept = {name: sha256_of(run / name) for name in ("best/model.safetensors", "metrics.jsonl")}
+    shutil.rmtree(run / "checkpoints")
+    assert start(data, run) == (0, "")
+    assert {name: sha256_of(run / "earlier-1" / name) for name in kept} == kept
+    assert start(data, run) == (0, "")
+    assert not (run / "earlier-2").exists()
+
+
 def test_a_finished_cosine_run_that_is_lengthened_says_that_its_rate_jumps(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
