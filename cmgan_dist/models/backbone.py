@@ -112,10 +112,11 @@ def output_dim(model: nn.Module, config: ImageBackboneConfig) -> int:
         made = model(torch.zeros(1, 3, config.image_size, config.image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise BadInput(
-            f"model.image.image_size is {config.image_size}: {config.name} cannot take it ({first_line(error)})"
+            f"model.image.image_size is {config.image_size}: {config.name} cannot take it ({first_line(error)}): "
+            "set another, or name another model"
         ) from None
     if not isinstance(made, Tensor) or made.ndim != 2:
-        raise BadInput(f"model.image.name is '{config.name}', which does not make one vector of an image")
+        raise BadInput(f"model.image.name is '{config.name}', which does not make one vector of an image: name another")
     return made.shape[1]
 
 
