@@ -43,6 +43,8 @@ def composed(name: str) -> str:
 
 def checked_path(path: object, what: str) -> Path:
     """Return a path that a user gave as `what`. Raises BadInput when it is none, or holds what no path can."""
+    if path == "":  # which would be the folder that the program was started in
+        raise BadInput(f"{what} is empty: give a path")
     if not isinstance(path, str | os.PathLike):
         raise BadInput(f"{what} is {path!r}: give a path")
     try:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cmgan_dist.data import output
-from cmgan_dist.data.folder import composed
+from cmgan_dist.data.folder import checked_path, composed
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
@@ -218,6 +218,7 @@ class EmbeddingSet:
         """Open a folder or URL and check that every file is there with the size that its record tells.
 
         Raises BadInput, naming the file, when one is missing, cut, of another version or of another model."""
+        checked_path(location, "embeddings")
         store = FileStore(str(location), "embeddings")
         where = store.location(MANIFEST_NAME)
         try:

@@ -166,6 +166,11 @@ class Items:
         return self.table.set_column(column, "owner", pa.array(owner)).filter(kept)
 
 
+def are_several(values: object) -> bool:
+    """Return whether these are several values, and no text or number."""
+    return isinstance(values, Iterable) and not isinstance(values, str | bytes)
+
+
 def other_classes(name: object, known: Sequence[str]) -> str:
     """Return what may be meant by a class that is not known, in words."""
     close = difflib.get_close_matches(str(name), known, 1)
