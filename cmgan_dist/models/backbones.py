@@ -63,10 +63,12 @@ class TimmBackbone(PixelBackbone):
         size = {"img_size": config.image_size} if fixed else {}
         try:
             model = timm.create_model(name, pretrained=config.weights == "hub", num_classes=0, **size)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (ArithmeticError, *UNREADABLE) as error:
+            ways = ["give the path of a file as model.image.weights"] * (config.weights == "hub")
+            ways += [f"set another model.image.image_size than {config.image_size}"] * bool(fixed)
             raise BadInput(
                 f"model.image: timm cannot make {name} with weights '{config.weights}' ({first_line(error)}): "
-                "give the path of a file as model.image.weights"
+                f"{', or '.join([*ways, 'name another model'])}"
             ) from None
         mean, std = model.default_cfg["mean"], model.default_cfg["std"]
         if config.weights not in ("", "hub"):

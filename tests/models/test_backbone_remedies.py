@@ -62,6 +62,12 @@ FITS = f"does not fit the model .*{OF_MODEL}"
 CASES: list[tuple[Callable[..., None], dict[str, Any], str, dict[str, Any]]] = [
     (image, {"name": "test_eficientnet"}, "did you mean test_efficientnet", IMAGE),
     (image, {"name": "test_vit", "image_size": 17}, "cannot take it .*: set another", {"name": "test_vit"}),
+    (
+        image,
+        {"name": "xcit_nano_12_p16_224", "image_size": 8},
+        "timm cannot make .*: set another model.image.image_size than 8, or name another model",
+        {"name": "xcit_nano_12_p16_224", "image_size": 32},
+    ),
     (image, {"weights": "none.pth"}, r"give a \.pth or \.safetensors file", {"weights": "image.pth"}),
     (image, {"weights": "package:__main__"}, "no package '__main__'.*or name other", {"weights": "image.pth"}),
     (image, {"name": "test_vit", "weights": "image.pth"}, FITS, {"weights": "image.pth"}),
