@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,6 +62,25 @@ class BadInput(ValueError):
 
 class Unreadable(BadInput):
     """A file is there and the system does not give it: nothing is known of what it holds, so nothing may replace it."""
+
+
+_OF_ONE = re.compile(r"'[^']*'|\S*[\d/]\S*|\S+\.\w+")
+"""What in the reason against one sample is of that sample: names in quotes, numbers, paths and file names."""
+MOST_REASONS = 5
+"""Kinds of reasons that a sentence names."""
+
+
+def reasons_of(left_out: Sequence[str]) -> str:
+    """Return why samples were left out, for a sentence: the first line, and how many there are of each kind.
+
+    `left_out`: a line for each, ``where: reason``; "" for none."""
+    if not left_out:
+        return ""
+    kinds = Counter(_OF_ONE.sub("…", line.partition(": ")[2] or line) for line in left_out)
+    named = [f"{count} x {kind}" for kind, count in kinds.most_common(MOST_REASONS)]
+    rest = len(kinds) - len(named)
+    counted = f"; in all {'; '.join(named)}" if len(left_out) > 1 else ""
+    return f"the first: {shown(left_out[0])}{counted}" + (f"; and {rest} other reasons" if rest else "")
 
 
 class LostProcess(RuntimeError):

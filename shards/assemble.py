@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cmgan_dist.data.manifest import LabelKind, Manifest, ShardInfo
-from cmgan_dist.errors import BadInput, shown
+from cmgan_dist.errors import BadInput, reasons_of, shown
 
 
 def assemble(
@@ -24,15 +24,18 @@ def assemble(
     text_dim: int | None,
     attribution: str,
     details: dict[str, Any],
+    left_out: Sequence[str] = (),
 ) -> Manifest:
     """Return the manifest of the shards in `splits`; None stands for a shard without a good sample, which is not there.
 
-    `image_dim` and `text_dim` are the sizes of features, None for encoded images and for texts.
+    `image_dim` and `text_dim` are the sizes of features, None for encoded images and for texts; `left_out`
+    has a line for each bad pair.
     Raises BadInput when not one shard of a split has a sample, or a name has characters that no terminal can show."""
     written = {split: [shard for shard in shards if shard is not None] for split, shards in splits.items()}
     for split, shards in splits.items():
         if shards and not written[split]:
-            raise BadInput(f"split '{split}' of {name} has no samples: every pair of it was bad, mend some")
+            why = f" ({reasons_of(left_out)})" if left_out else ""
+            raise BadInput(f"split '{split}' of {name} has no samples: every pair of it was bad{why}: mend some")
     manifest = Manifest(
         name=name,
         label_kind=label_kind,

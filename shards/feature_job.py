@@ -272,6 +272,7 @@ def _finish(plan: _Plan, done: dict[str, Made], new: bool) -> Manifest:
             "left_out": len(left_out),
             "raw": manifest.details,
         },
+        left_out=left_out,
     )
     output.write(MANIFEST_NAME, written.to_json())
     place = public_url(plan.command.output)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from cmgan_dist.data.folder import is_plain, walk_files
+from cmgan_dist.data.folder import composed, is_plain, walk_files
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import (
     MANIFEST_NAME,
@@ -327,7 +327,7 @@ def _contents(splits: dict[str, list[ShardInfo]]) -> dict[str, list[tuple[str, s
 def _read_names(path: Path) -> list[str]:
     try:
         with open_once(path) as file:
-            names = [line.strip() for line in file.read().decode("utf-8-sig").splitlines() if line.strip()]
+            names = [composed(line.strip()) for line in file.read().decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"class file {path} cannot be read ({reason}): name a UTF-8 file with a name a line") from None

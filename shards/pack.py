@@ -22,7 +22,7 @@ from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, natural
 from cmgan_dist.data.output import read_record
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import BadInput, shown
+from cmgan_dist.errors import BadInput, reasons_of, shown
 from cmgan_dist.jobs.lock import lock_name, owning, owning_in_turn
 from cmgan_dist.jobs.machine import Share, absolute
 from cmgan_dist.jobs.ranks import Task, find_task
@@ -141,8 +141,11 @@ def plan_in(folder: Path, options: BuildCommand) -> tuple[RawPairs, Plan]:
     for split in source.expected_splits:
         if split not in {shard.split for shard in plan.shards}:
             way = ", or pass --together images" if split in source.draw.splits else ""
+            left_out = [*source.left_out, *plan.left_out]
+            why = f", {len(left_out)} pairs were left out ({reasons_of(left_out)})" if left_out else ""
             raise BadInput(
-                f"split '{split}' of {source.name} has no samples: add pairs or change how they are split{way}"
+                f"split '{split}' of {source.name} has no samples{why}: "
+                f"{'mend some, ' * bool(left_out)}add pairs or change how they are split{way}"
             )
     return source, plan
 
@@ -287,6 +290,7 @@ class _Job:
             text_dim=self.plan.text_dim,
             attribution=source.attribution,
             details={**self._settings, "fingerprint": fingerprint, "left_out": len(left_out)},
+            left_out=left_out,
         )
         finish_output(self.output, manifest)
         return Packed(manifest, [], left_out, False)

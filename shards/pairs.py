@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from cmgan_dist.data.folder import composed
 from cmgan_dist.data.manifest import LabelKind
 from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.files import open_regular, read_bytes
@@ -173,9 +174,10 @@ class RawPairs:
 def make_key(name: str) -> str:
     """Return a sample's key, made from a relative path without its extension.
 
-    Slashes stay; dots in the base name become ``_``, because a WebDataset key ends at the base name's first dot.
+    Slashes stay; dots in the base name become ``_``, because a WebDataset key ends at the base name's first dot;
+    the name is `composed`.
     Raises BadInput when nothing is left of the name."""
-    path = PurePosixPath(name)
+    path = PurePosixPath(composed(name))
     parts = [part for part in path.parts if part not in ("/", "..", ".")]
     if not parts:
         raise BadInput(f"'{brief(name)}' is not the name of an image")

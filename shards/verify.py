@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tyro
 
+from cmgan_dist.data.folder import composed
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
@@ -149,7 +150,7 @@ def _sample_problem(facts: SampleFacts) -> str:
 
 def _find_duplicates(scans: list[tuple[str, ShardScan]], report: Report) -> None:
     """Report equal keys and equal images: a problem across splits, a warning within one."""
-    for what, value_of in (("key", lambda facts: facts.key), ("image", lambda facts: facts.image_digest)):
+    for what, value_of in (("key", lambda facts: composed(facts.key)), ("image", lambda facts: facts.image_digest)):
         places: dict[str | bytes, list[tuple[str, str]]] = defaultdict(list)
         for split, scan in scans:
             for facts in scan.samples:

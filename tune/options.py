@@ -14,6 +14,7 @@ from cmgan_dist.data.source import public_data, public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_json
+from tune.record import FOLDER
 
 SAME = ("preset", "config", "data", "trials", "algorithm", "epochs", "val_every", "grace", "reduction", "seed")
 """Fields that --resume must find as they were."""
@@ -165,6 +166,11 @@ def check_resume(output: FileStore, identity: dict[str, Any], arguments: Argumen
         text = output.read("search.json")
     except FileNotFoundError:
         output.check_output("search.json")
+        if records := output.names(FOLDER):  # of which search, nobody knows: they must not become part of this one
+            raise BadInput(
+                f"{output.location(f'{FOLDER}/{records[0]}')} is of a search whose search.json is gone: restore it, or "
+                "name another --output"
+            ) from None
         return False
     place, now = public_url(output.url), json.loads(json.dumps(identity))
     try:

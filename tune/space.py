@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ SPACE: Space = {
 }
 """generator_steps is the D:G ratio: updates of the generator per update of each discriminator."""
 
+MOST_TRIED = 100
+"""Whole numbers of a range of which each is tried, as one between the ends may not do."""
 KINDS = ("log", "uniform", "int")
 SECTIONS = ("stream", "model", "loss", "optim", "train")
 FIXED = ("train.epochs", "train.val_every", "train.save_every", "train.keep", "train.threads", "train.seed")
@@ -79,25 +82,17 @@ def check_space(space: Space, base: Config) -> Space:
         if isinstance(spec, list):
             if not spec:
                 raise BadInput(f"{where} is an empty list: name its values")
-            ends, out[path] = spec, spec
+            tried, out[path] = spec, spec
         else:
             if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in KINDS:
                 raise BadInput(
                     f"{where} is {shown_value(spec)}, expected a list or one of {', '.join(KINDS)} with [low, high]"
                 )
             (name, ends), *_ = spec.items()
-            try:
-                low, high = (float(x) for x in ends)
-            except (TypeError, ValueError, OverflowError):
-                raise BadInput(f"{where} is {shown_value(spec)}, expected two numbers [low, high]") from None
-            if low >= high or (name == "log" and low <= 0):
-                raise BadInput(f"{where} goes from {low:g} to {high:g}: expected low < high, and low > 0 for log")
-            if kind is int and name != "int":
-                raise BadInput(f"{where} is a whole number: use int, or a list")
-            ends = [int(low), int(high)] if name == "int" else [low, high]
-            out[path] = {name: ends}
+            out[path] = {name: _range(where, name, ends, whole=kind is int)}
+            tried = list(_tried(*out[path][name]))
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
-        for value in ends:
+        for value in tried:
             if choices and value not in choices:
                 raise BadInput(f"{where} has {shown_value(value)}, expected one of {', '.join(map(str, choices))}")
             numeric = isinstance(current, int | float) and not isinstance(current, bool)
@@ -108,6 +103,33 @@ def check_space(space: Space, base: Config) -> Space:
             except BadInput as error:
                 raise BadInput(f"{where}: {error}") from None
     return out
+
+
+def _range(where: str, name: str, ends: Any, *, whole: bool) -> list[Any]:
+    """Return [low, high] of a range of the kind `name` as numbers. Raises BadInput when they are none, or no range for
+    a setting that is a `whole` number."""
+    try:
+        low, high = (float(x) for x in ends)
+        good = not any(isinstance(x, bool) for x in ends)
+    except (TypeError, ValueError, OverflowError):
+        good = False
+    if not good:
+        raise BadInput(f"{where} is {shown_value(ends)}, expected two numbers [low, high]")
+    if low >= high or (name == "log" and low <= 0):
+        raise BadInput(f"{where} goes from {low:g} to {high:g}: expected low < high, and low > 0 for log")
+    if whole and name != "int":
+        raise BadInput(f"{where} is a whole number: use int, or a list")
+    if name != "int":
+        return [low, high]
+    if not (low.is_integer() and high.is_integer()):
+        raise BadInput(f"{where} goes from {low:g} to {high:g}: int takes whole numbers")
+    return [int(low), int(high)]
+
+
+def _tried(low: float, high: float) -> Sequence[float]:
+    """Return the values of a range that are tried: all where they are few whole numbers, else its ends."""
+    few = isinstance(low, int) and isinstance(high, int) and high - low < MOST_TRIED
+    return range(int(low), int(high) + 1) if few else (low, high)
 
 
 def outside_of(space: Space, values: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import yaml
 
 from cmgan_dist.config.commands import program_name
 from cmgan_dist.config.fields import Config, micro_batch
-from cmgan_dist.config.paths import Setting, get_value, settings
+from cmgan_dist.config.paths import Setting, find_setting, get_value, settings
 from cmgan_dist.config.presets import preset
 from cmgan_dist.config.safe_yaml import parse_yaml, read_text, shown_value
 from cmgan_dist.errors import BadInput, refuse_url
@@ -25,6 +25,7 @@ TEST_SPLIT = "test"
 
 def validate(config: Config) -> Config:
     """Check what a config alone can tell and return it. Raises BadInput naming the field."""
+    _check_sections(Config, config, "")
     for path, setting in settings().items():
         _check_numbers(path, get_value(config, path), setting)
     _from_dict(Config, dataclasses.asdict(config), "")  # types and choices, as of a config from a file
@@ -45,6 +46,18 @@ def validate(config: Config) -> Config:
     if not config.model.text.kernel_sizes:
         raise BadInput("model.text.kernel_sizes is empty: name the width of one convolution or more")
     return config
+
+
+def _check_sections(kind: type, section: object, path: str) -> None:
+    """Raises BadInput where a config or a section of it is another thing, or has an attribute that is no field: it was
+    set by a name that is not quite right, and would do nothing."""
+    if not isinstance(section, kind):
+        raise BadInput(f"{path or 'config'} is {shown_value(section)}: give a {kind.__name__}, as preset() makes it")
+    for name in sorted(vars(section).keys() - {field.name for field in dataclasses.fields(kind)}):
+        find_setting(f"{path}.{name}".lstrip("."))  # it is none
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            _check_sections(typing.cast(type, hint), getattr(section, name), f"{path}.{name}".lstrip("."))
 
 
 def check_places(config: Config) -> None:

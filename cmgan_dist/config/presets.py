@@ -143,8 +143,8 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 def preset(name: str) -> Config:
     """Return the Config of preset `name`. Raises BadInput with the names that there are."""
-    if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, 1)
+    if not isinstance(name, str) or name not in PRESETS:
+        close = difflib.get_close_matches(str(name), PRESETS, 1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise BadInput(f"unknown preset '{name}': {hint}presets are {', '.join(PRESETS)}")
     return PRESETS[name]()

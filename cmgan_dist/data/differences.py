@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cmgan_dist.data.folder import composed
 from cmgan_dist.errors import shown
 
-MADE = {"backbone": "backbone", "weights_sha256": "weights with the SHA-256", "pools": "text pools"}
+MADE = {
+    "backbone": "backbone",
+    "weights_sha256": "weights with the SHA-256",
+    "image_size": "image size",
+    "mean": "pixel mean",
+    "std": "pixel deviation",
+    "max_tokens": "max tokens",
+    "pools": "text pools",
+}
 """What decides the space in which features lie, as a manifest's details name it, and the words for it."""
 
 
 def other_class(mine: Sequence[str], theirs: Sequence[str]) -> str:
     """Return which class is the first of `theirs` that is another, such as ``class 2 is 'dog', not 'cat'``; "" where
-    all are the same."""
-    if list(mine) == list(theirs):
+    all are the same. Names are compared in their composed form."""
+    mine, theirs = ([composed(name) for name in names] for names in (mine, theirs))
+    if mine == theirs:
         return ""
     pairs = enumerate(zip(mine, theirs, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))

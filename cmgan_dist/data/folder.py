@@ -35,8 +35,16 @@ def is_plain(text: str) -> bool:
     return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
 
 
+def composed(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC): what looks alike and is written in two ways, as a Mac's file
+    names and a table may be, is one class, key or split."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
 def checked_path(path: object, what: str) -> Path:
     """Return a path that a user gave as `what`. Raises BadInput when it is none, or holds what no path can."""
+    if path == "":  # which would be the folder that the program was started in
+        raise BadInput(f"{what} is empty: give a path")
     if not isinstance(path, str | os.PathLike):
         raise BadInput(f"{what} is {path!r}: give a path")
     try:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from cmgan_dist.data.folder import is_plain, is_unicode, read_file
+from cmgan_dist.data.folder import composed, is_plain, is_unicode, read_file
 from cmgan_dist.errors import BadInput, BadSample, Unreadable, shown
 from cmgan_dist.files import parse_json_once
 
@@ -36,6 +37,11 @@ def check_shard_name(name: str) -> None:
     characters."""
     if not is_plain(name) or {"", ".", ".."} & set(name.split("/")):
         raise ValueError(f"{shown(name) or 'an empty name'} is no name for a shard in the folder or below")
+
+
+def repeated(names: Iterable[str]) -> str:
+    """Return the first name that stands there twice, "" where none does."""
+    return next((name for name, count in Counter(names).items() if count > 1), "")
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,7 @@ class Manifest:
             splits = {k: [ShardInfo(**s) for s in v] for k, v in record.pop("splits").items()}
             manifest = cls(splits=splits, **record)
             manifest.check()
+            manifest.classes = [composed(name) for name in manifest.classes]
         except BadInput:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -138,6 +145,9 @@ class Manifest:
         for name in (self.name, *self.classes, *self.splits):
             if not isinstance(name, str) or not is_plain(name):
                 raise ValueError(f"{name!r} is no name: one of a line without control characters is")
+        twice = repeated(map(composed, self.classes))
+        if twice:
+            raise ValueError(f"it has class {twice!r} twice: rename one")
         if not isinstance(self.attribution, str) or not is_unicode(self.attribution):
             raise ValueError("its attribution is no text")
         for kind, dim, features in ((self.image, self.image_dim, "encoded"), (self.text, self.text_dim, "utf8")):
@@ -145,9 +155,9 @@ class Manifest:
                 raise ValueError(f"it holds {kind!r} of size {dim}")
             if dim is not None and (type(dim) is not int or dim < 1):
                 raise ValueError(f"features of size {dim!r}")
-        names = [shard.name for shards in self.splits.values() for shard in shards]
-        if len(set(names)) < len(names):
-            raise ValueError(f"it lists {max(names, key=names.count)} twice")
+        twice = repeated(shard.name for shards in self.splits.values() for shard in shards)
+        if twice:
+            raise ValueError(f"it lists {twice} twice")
 
 
 def unfinished_mark(names: Iterable[str]) -> str | None:

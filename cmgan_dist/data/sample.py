@@ -1,6 +1,6 @@
 """What a sample is: its members in a tar, and what is read from them. No torch here.
 
-Members of the sample KEY (everything else is ignored; an array is taken before what it was made from):
+Members of the sample KEY (everything else is ignored; ``KEY.text.npy`` is taken before what it was made from):
 
     KEY.jpg | KEY.png | KEY.webp     the image, encoded        or  KEY.image.npy  [F_i] image features
     KEY.txt                          one text, UTF-8           or  KEY.text.npy   [F_t] or [captions, F_t] features
@@ -25,8 +25,9 @@ from cmgan_dist.errors import BadSample, shown
 from cmgan_dist.files import parse_json_once
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Members that are an encoded image; a sample has one of them."""
+"""Members that are an encoded image."""
 IMAGE_MEMBERS = ("image.npy", *IMAGE_EXTENSIONS)
+"""Members that are an image; a sample has one of them."""
 TEXT_MEMBERS = ("text.npy", "txt")
 MEMBERS = frozenset((*IMAGE_MEMBERS, *TEXT_MEMBERS, "json", "cls"))
 """Extensions of what a sample is made of."""
@@ -190,17 +191,17 @@ def _parse_record(key: str, data: bytes) -> dict[str, Any]:
 
 def _parse_image(key: str, members: dict[str, bytes]) -> bytes | np.ndarray:
     """Return the encoded image of a sample, or its features [F_i]. Raises BadSample."""
-    if "image.npy" in members:
-        image = parse_array(members["image.npy"], f"{key}.image.npy")
-        if image.ndim != 1:
-            raise BadSample(f"{key}.image.npy has shape {image.shape}, expected one dimension")
-        return image
-    found = [extension for extension in IMAGE_EXTENSIONS if extension in members]
+    found = [extension for extension in IMAGE_MEMBERS if extension in members]
     if not found:
         raise BadSample("has no image: expected a .jpg, .png, .webp or .image.npy member")
     if len(found) > 1:
         raise BadSample(f"has {len(found)} images, .{' and .'.join(found)}: keep one")
-    return members[found[0]]
+    if found[0] != "image.npy":
+        return members[found[0]]
+    image = parse_array(members["image.npy"], f"{key}.image.npy")
+    if image.ndim != 1:
+        raise BadSample(f"{key}.image.npy has shape {image.shape}, expected one dimension")
+    return image
 
 
 def _parse_texts(key: str, members: dict[str, bytes], record: dict[str, Any]) -> list[str] | np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cmgan_dist.config.fields import ImageBackboneConfig
 from cmgan_dist.errors import BadInput
-from cmgan_dist.models.weights import first_line
+from cmgan_dist.models.weights import UNREADABLE, first_line
 
 TextInput = Tensor | Mapping[str, Tensor]
 """Features [B, F], or tokens: tensors whose first dimension is B."""
@@ -110,12 +110,13 @@ def output_dim(model: nn.Module, config: ImageBackboneConfig) -> int:
     model.eval()
     try:
         made = model(torch.zeros(1, 3, config.image_size, config.image_size))
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except (ArithmeticError, *UNREADABLE) as error:
         raise BadInput(
-            f"model.image.image_size is {config.image_size}: {config.name} cannot take it ({first_line(error)})"
+            f"model.image.image_size is {config.image_size}: {config.name} cannot take it ({first_line(error)}): "
+            "set another, or name another model"
         ) from None
     if not isinstance(made, Tensor) or made.ndim != 2:
-        raise BadInput(f"model.image.name is '{config.name}', which does not make one vector of an image")
+        raise BadInput(f"model.image.name is '{config.name}', which does not make one vector of an image: name another")
     return made.shape[1]
 
 

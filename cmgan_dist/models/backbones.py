@@ -63,10 +63,12 @@ class TimmBackbone(PixelBackbone):
         size = {"img_size": config.image_size} if fixed else {}
         try:
             model = timm.create_model(name, pretrained=config.weights == "hub", num_classes=0, **size)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (ArithmeticError, *UNREADABLE) as error:
+            ways = ["give the path of a file as model.image.weights"] * (config.weights == "hub")
+            ways += [f"set another model.image.image_size than {config.image_size}"] * bool(fixed)
             raise BadInput(
                 f"model.image: timm cannot make {name} with weights '{config.weights}' ({first_line(error)}): "
-                "give the path of a file as model.image.weights"
+                f"{', or '.join([*ways, 'name another model'])}"
             ) from None
         mean, std = model.default_cfg["mean"], model.default_cfg["std"]
         if config.weights not in ("", "hub"):
@@ -191,17 +193,15 @@ class SentenceEncoder(TextBackbone):
                 "another model"
             ) from None
         _check_tokeniser(model, weights)
-        limit = model.max_seq_length
-        model.max_seq_length = config.max_tokens if limit is None else min(limit, config.max_tokens)
+        _limit_tokens(model, config)
         for module in model.modules():
             if getattr(module, "pooler", None) is not None:
                 module.pooler = None  # its output is not used: it would be trained without a gradient
-        if not config.pools or len(set(config.pools)) < len(config.pools):
-            raise BadInput(f"model.text.pools is '{','.join(config.pools)}': name one or more pools, each once")
+        _check_pools(model, config)
         super().__init__(model.get_embedding_dimension() * len(config.pools), config.trainable)
         self.model, self.pools = model, config.pools
         if config.checkpoint and config.trainable:
-            model[0].auto_model.activation_checkpointing_enable({"use_reentrant": False})
+            _checkpoint_layers(model, config)
         self.settle()
 
     def tokenise(self, texts: list[str] | Tensor, device: torch.device | str = "cpu") -> TextInput:
@@ -232,6 +232,50 @@ class SentenceEncoder(TextBackbone):
             return F.normalize(words[:, 0], dim=1)
         padding = ~made["attention_mask"].bool().unsqueeze(2)
         return F.normalize(words.masked_fill(padding, -torch.inf).amax(1), dim=1)
+
+
+def _limit_tokens(model: Any, config: TextBackboneConfig) -> None:
+    """Raises BadInput where a model's texts have no length that can be set, as those of averaged word vectors, which
+    have no pools of tokens and nothing to checkpoint either."""
+    limit = model.max_seq_length
+    try:
+        model.max_seq_length = config.max_tokens if limit is None else min(limit, config.max_tokens)
+    except AttributeError:
+        raise BadInput(
+            f"model.text.weights: '{config.weights}' is a {type(model[0]).__name__}, whose texts cannot be cut at "
+            "model.text.max_tokens: name a transformer"
+        ) from None
+    marks = getattr(model.tokenizer, "num_special_tokens_to_add", int)()
+    if config.max_tokens <= marks:
+        raise BadInput(
+            f"model.text.max_tokens is {config.max_tokens} and {marks} tokens of each text are marks of "
+            f"'{config.weights}', so that no word is left: set it to {marks + 1} or more"
+        )
+
+
+def _check_pools(model: Any, config: TextBackboneConfig) -> None:
+    """Raises BadInput where the pools are none, or of tokens that the model makes no features of."""
+    pools = config.pools
+    if not pools or len(set(pools)) < len(pools):
+        raise BadInput(f"model.text.pools is '{','.join(pools)}': name one or more pools, each once")
+    if set(pools) - {"sentence"}:
+        with torch.no_grad():
+            made = model(model.preprocess(["a"]))
+        if not {"token_embeddings", "attention_mask"} <= made.keys():
+            raise BadInput(
+                f"model.text.pools is '{','.join(pools)}', and '{config.weights}' makes no features of tokens: set it "
+                "to sentence"
+            )
+
+
+def _checkpoint_layers(model: Any, config: TextBackboneConfig) -> None:
+    """Raises BadInput when the model's library cannot do it."""
+    try:
+        model[0].auto_model.activation_checkpointing_enable({"use_reentrant": False})
+    except (AttributeError, ValueError):
+        raise BadInput(
+            f"model.text.checkpoint: '{config.weights}' has no layers that can be checkpointed: set it to false"
+        ) from None
 
 
 def _check_tokeniser(model: Any, weights: str) -> None:

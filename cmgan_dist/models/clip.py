@@ -30,6 +30,10 @@ CONFIG_NAME = "open_clip_config.json"
 """What a folder of a stored model holds."""
 
 
+MARKS = 2
+"""Tokens of a text that mark its beginning and its end."""
+
+
 def is_open_clip(name: str) -> bool:
     """Return whether a backbone's name asks for a tower of open_clip."""
     return name.startswith(PREFIX)
@@ -129,13 +133,18 @@ class ClipTextBackbone(TextBackbone):
         """Raises BadInput naming the field."""
         if config.pools != ("sentence",):
             raise BadInput(
-                f"model.text.pools is '{','.join(config.pools)}': {config.name} has its own pooling, sentence"
+                f"model.text.pools is '{','.join(config.pools)}': {config.name} has its own pooling: set it to sentence"
             )
         tower = _model(config, "model.text").text
         context = int(tower.context_length)
         causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "pool_type", "") == "argmax"
         causal = causal and getattr(tower, "cls_emb", None) is None and not getattr(tower, "use_pad_mask", False)
         length = min(config.max_tokens, context) if causal else context
+        if length <= MARKS:
+            raise BadInput(
+                f"model.text.max_tokens is {config.max_tokens} and {MARKS} tokens of each text mark its ends, so that "
+                f"no word is left: set it to {MARKS + 1} or more"
+            )
         tokeniser = _tokeniser(config, length)
         with torch.no_grad():
             dim = tower.eval()(torch.zeros(1, context, dtype=torch.int64)).shape[1]

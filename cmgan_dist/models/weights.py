@@ -38,7 +38,10 @@ def in_package(weights: str, suffixes: tuple[str, ...], field: str) -> Path:
 
     Raises BadInput. The package's own code is not run."""
     name = weights.removeprefix("package:")
-    spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
+    try:
+        spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
+    except ValueError:  # of a module that was made while the program ran
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise BadInput(f"{field}: there is no package '{name}': install it with pip, or name other weights")
     folders = [Path(location) for location in spec.submodule_search_locations]
@@ -123,10 +126,10 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], weights: str) -> N
     """Load a state in which every key has its place and every place its key; a classifier's keys are left out.
 
     Raises BadInput naming the first keys that do not fit."""
-    if is_lite(state):
-        state = _from_lite(model, state)
-    elif "classifier.6.weight" in state and hasattr(model, "pre_logits"):
-        state = _from_torchvision_vgg(state)
+    try:
+        state = _with_own_names(model, state)
+    except (ValueError, LookupError, RuntimeError) as error:
+        raise _misfit(weights, [first_line(error)]) from None
     heads = model.default_cfg["classifier"]  # type: ignore[index]
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     state = {key: value for key, value in state.items() if not key.startswith(heads)}
@@ -138,13 +141,38 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], weights: str) -> N
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    wrong += [f"{key} holds {state[key].dtype}, {state[key].layout}" for key in own if not _same_kind(own, state, key)]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise BadInput(
-            f"model.image.weights: '{weights}' does not fit the model ({'; '.join(wrong[:3])}{more}): "
-            "name the model that these weights are of"
-        )
+        raise _misfit(weights, wrong)
     model.load_state_dict(state)
+
+
+def _same_kind(own: dict[str, Tensor], state: dict[str, Tensor], key: str) -> bool:
+    """Return whether a value, where there is one, is dense and holds floats where the model's own does: what is
+    quantised or complex is another number when it is copied."""
+    if key not in state:
+        return True
+    dense = state[key].layout == own[key].layout
+    return dense and (state[key].is_floating_point() or not own[key].is_floating_point())
+
+
+def _misfit(weights: str, wrong: list[str]) -> BadInput:
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return BadInput(
+        f"model.image.weights: '{weights}' does not fit the model ({'; '.join(wrong[:3])}{more}): "
+        "name the model that these weights are of"
+    )
+
+
+def _with_own_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state with the names of timm's models, also of EfficientNet-PyTorch's or torchvision's.
+
+    Raises ValueError, LookupError or RuntimeError where it only looks like one of these."""
+    if is_lite(state):
+        return _from_lite(model, state)
+    if "classifier.6.weight" in state and hasattr(model, "pre_logits"):
+        return _from_torchvision_vgg(state)
+    return state
 
 
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3

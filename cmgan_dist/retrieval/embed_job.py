@@ -17,7 +17,7 @@ from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.data.output import clear_leftovers, is_whole, owning_output
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import BadInput, shown
+from cmgan_dist.errors import BadInput, reasons_of, shown
 from cmgan_dist.jobs import ledger
 from cmgan_dist.jobs.local import threaded_map
 from cmgan_dist.jobs.machine import Share, absolute, find_share
@@ -240,13 +240,16 @@ def finish(plan: Plan, made: Sequence[Part]) -> EmbeddingSet:
     """Remove what killed processes left and write embeddings.json; all parts are whole. Return the embeddings."""
     clear_leftovers(plan.store)
     shards: list[EmbeddedShard] = []
+    left_out: list[str] = []
     for part in plan.parts:
         record = read_record(plan.store, part.name)
         if record is None:
             raise BadInput(f"{plan.store.location(record_name(part.name))} was removed meanwhile: start again")
         shards.append(counted(part.name, part.split, record))
+        left_out += record.left_out
     if not any(shard.images or shard.texts for shard in shards):
-        raise BadInput(f"{plan.source.location} has no sample that can be embedded: name another")
+        why = f" ({reasons_of(left_out)})" if left_out else ""
+        raise BadInput(f"{plan.source.location} has no sample that can be embedded{why}: mend some, or name another")
     spec = plan.saved.spec
     manifest = EmbeddingManifest(
         model=ModelIdentity(plan.job.model, str(Path(plan.job.run).resolve()), spec.data_name),

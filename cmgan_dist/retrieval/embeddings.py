@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cmgan_dist.data import output
+from cmgan_dist.data.folder import checked_path, composed
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
@@ -119,7 +120,8 @@ class EmbeddingManifest:
             record = parse_sealed(text, VERSION)
             model, source = ModelIdentity(**record.pop("model")), SourceIdentity(**record.pop("source"))
             shards = [EmbeddedShard(**shard) for shard in record.pop("shards")]
-            return cls(model=model, source=source, shards=shards, **record)
+            classes = [composed(name) for name in record.pop("classes", [])]
+            return cls(model=model, source=source, shards=shards, classes=classes, **record)
         except OtherVersion as error:
             raise BadInput(
                 f"{location} has version {error.version}, this program reads {VERSION}: embed again"
@@ -216,6 +218,7 @@ class EmbeddingSet:
         """Open a folder or URL and check that every file is there with the size that its record tells.
 
         Raises BadInput, naming the file, when one is missing, cut, of another version or of another model."""
+        checked_path(location, "embeddings")
         store = FileStore(str(location), "embeddings")
         where = store.location(MANIFEST_NAME)
         try:

@@ -15,6 +15,7 @@ import torch
 
 from cmgan_dist.config.fields import DATA_SEPARATOR
 from cmgan_dist.data.differences import other_class, other_features
+from cmgan_dist.data.folder import checked_path
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.source import public_url
@@ -85,8 +86,7 @@ class Evaluation:
 
 def _as_details(made: BackboneSpec) -> dict[str, Any]:
     """Return what a run knows of its features as a manifest's details say it."""
-    known = {"backbone": made.name, "weights_sha256": made.weights_sha256, "pools": made.pools}
-    return {} if made.name == "features" else known
+    return {} if made.name == "features" else {"backbone": made.name, **dataclasses.asdict(made)}
 
 
 def check_kinds(
@@ -137,6 +137,7 @@ def open_task(run: str | Path, data: str = "", *, split: str = "test") -> Evalua
             raise BadInput("--data is missing and the run names no data: name a folder of shards")
         if "://" not in data and not Path(data).is_dir():
             raise BadInput(f"the data that {run} was trained on is not at {data}: name where it is by --data")
+    checked_path(data, "data")
     reader = ShardReader(data, split, saved.config.stream)
     check_data(saved, reader)
     return EvaluationTask(saved, reader)

@@ -37,7 +37,7 @@ from cmgan_dist.retrieval.index_files import (
     sums_of,
     whole_file,
 )
-from cmgan_dist.retrieval.index_items import Hit, Items, write_items
+from cmgan_dist.retrieval.index_items import Hit, Items, are_several, write_items
 from cmgan_dist.retrieval.nearest import ExactVectors, Found, fitting_queries, write_exact
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ class Index:
             raise BadInput(f"k is {k!r}: it must be a whole number of at least 1")
         if modality not in (None, "image", "text"):
             raise BadInput(f"modality is {modality!r}: it must be image or text")
-        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes or ()):
+        if classes is not None and not (are_several(classes) and all(isinstance(name, str) for name in classes)):
             raise BadInput(f"classes are {classes!r}: give a list of names")
         opened, queries, allowed = self._opened, fitting_queries(vectors, self.dim), None
         if modality is not None or classes is not None:
@@ -353,7 +353,7 @@ class Index:
         """Remove items by id, or all items with some keys, in one step and from the disk; return how many.
 
         Raises BadInput when one is not there, or nothing would be left."""
-        if isinstance(items, str):
+        if not are_several(items):
             raise BadInput(f"items are {items!r}: give a list of ids or keys")
         with changing(self.folder):
             self._reload()

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cmgan_dist.data.folder import composed
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import (
     LATER,
@@ -99,7 +100,8 @@ def read_manifest(folder: Path) -> IndexManifest:
         record = parse_sealed(read_bytes(path), VERSION)
         files = {name: FileSums(**sums) for name, sums in record.pop("files").items()}
         mean, std = record.pop("chance")
-        manifest = IndexManifest(**record, chance=(float(mean), float(std)), files=files)
+        classes = [composed(name) for name in record.pop("classes")]
+        manifest = IndexManifest(**record, classes=classes, chance=(float(mean), float(std)), files=files)
         if set(files) - set(ENCODER_NAMES.values()) == {VECTORS_NAMES[manifest.kind], ITEMS_NAME}:
             return manifest
         raise ValueError(f"files are {sorted(files)}")

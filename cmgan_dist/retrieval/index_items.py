@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cmgan_dist.data.folder import is_unicode
+from cmgan_dist.data.folder import composed, is_unicode
 from cmgan_dist.errors import BadInput
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class Items:
         return self.ids[fits]
 
     def _label(self, name: str) -> int:
+        name = composed(name)
         if name not in self.classes:
             raise BadInput(f"the index {self.path.parent} has no class {name!r}: {other_classes(name, self.classes)}")
         return self.classes.index(name)
@@ -165,6 +166,11 @@ class Items:
         return self.table.set_column(column, "owner", pa.array(owner)).filter(kept)
 
 
+def are_several(values: object) -> bool:
+    """Return whether these are several values, and no text or number."""
+    return isinstance(values, Iterable) and not isinstance(values, str | bytes)
+
+
 def other_classes(name: object, known: Sequence[str]) -> str:
     """Return what may be meant by a class that is not known, in words."""
     close = difflib.get_close_matches(str(name), known, 1)
@@ -179,7 +185,7 @@ def chosen_classes(given: Iterable[str], known: Sequence[str]) -> list[str] | No
 
     Raises BadInput when one is not known."""
     names: list[str] = []
-    for value in given:
+    for value in map(composed, given):
         names += [value] if value in known else [name for part in value.split(",") if (name := part.strip())]
     for name in names:
         if name not in known:

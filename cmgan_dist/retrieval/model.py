@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from cmgan_dist.data.folder import checked_path
 from cmgan_dist.distributed.precision import autocast
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs.local import Advance, progress_of
 from cmgan_dist.models.backbone import ImageBackbone, TextBackbone
 from cmgan_dist.models.backbones import image_features, text_features
@@ -192,6 +193,8 @@ class Model:
             return chosen.returned(self._encode("text", _slices(rows, FEATURE_ROWS), torch.tensor))
         if isinstance(texts, bytes | bytearray):
             raise BadInput("the text is bytes: decode it first")
+        if isinstance(texts, os.PathLike):
+            raise BadInput(f"the text is the path {shown(os.fspath(texts))}: read it first")
         listed = [texts] if isinstance(texts, str) else list(texts)
         made = [chosen.take(text_of, text, position) for position, text in enumerate(listed)]
         good = [text for text in made if text is not None]

@@ -63,6 +63,8 @@ class Progress:
     """The validation split likewise: `best` is a score of no other; "" where it is not known."""
     classes: list[str] | None = None
     """The names of the classes in label order; None where they are not known."""
+    label_kind: str = ""
+    """single, multi or none (LabelKind); "" where it is not known."""
 
 
 def position_of(folder: Path) -> int | None:

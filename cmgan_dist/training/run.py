@@ -32,7 +32,7 @@ from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.cores import threads_for
 from cmgan_dist.jobs.lock import lock_name, owning
 from cmgan_dist.jobs.staging import remove_leftovers
-from cmgan_dist.models.saved import BEST, ModelSpec, describe_model, keep_weights, read_model
+from cmgan_dist.models.saved import BEST, SPEC_NAME, ModelSpec, describe_model, keep_weights, read_model
 from cmgan_dist.models.vocabulary import Vocabulary
 from cmgan_dist.training.checkpoint import Checkpointer, Progress, checkpoints_of, latest, read_checkpoint
 from cmgan_dist.training.recorder import Recorder
@@ -100,6 +100,18 @@ def set_aside(run: Path) -> None:
     for path in inside:
         shutil.move(path, target / path.name)
     log.warning("an earlier run was moved to %s", target)
+
+
+def clear_way(run: Path, resume: str) -> None:
+    """Set an earlier run aside where this one begins anew: as `resume` asks, or because its checkpoints are gone and
+    its model in best/ would be written over.
+
+    Raises BadInput as `set_aside` and `checkpoints_of` do."""
+    lost = os.path.lexists(run / BEST / SPEC_NAME) and not checkpoints_of(run / "checkpoints")
+    if lost and resume == "auto":
+        log.warning("%s has a model in %s and no checkpoints to go on from: it begins anew", run, BEST)
+    if lost or resume == "never":
+        set_aside(run)
 
 
 def check_scoring(config: Config, data: DataSpec) -> None:
@@ -209,6 +221,8 @@ def other_data(before: Progress, start: Progress) -> str:
         return "shards with other checksums"
     if before.validation and before.validation != start.validation:
         return "a validation split with other checksums"
+    if before.label_kind and before.label_kind != start.label_kind:
+        return f"label_kind {before.label_kind}, not {start.label_kind}"
     if before.classes is None or start.classes is None:
         return ""
     return other_class(start.classes, before.classes)
@@ -230,7 +244,7 @@ def go_on(run: Path, networks: Networks, start: Progress, parallel: Parallel) ->
             f"{run} was trained on other data ({what}): use the same data, another --output, or --resume never",
             everywhere=True,
         )
-    progress.validation, progress.classes = start.validation, start.classes
+    progress.validation, progress.classes, progress.label_kind = start.validation, start.classes, start.label_kind
     networks.load(tensors, str(found))
     if not parallel.on_main(lambda: best_is_whole(run)):
         progress.best = None  # the next validation keeps what it finds
@@ -244,6 +258,7 @@ def beginning(stream: Stream, val_reader: ShardReader, data: DataSpec) -> Progre
         data=fingerprint_of(stream.readers),
         validation=fingerprint_of([val_reader]),
         classes=data.classes,
+        label_kind=data.label_kind,
     )
 
 
@@ -272,8 +287,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     )
     with contextlib.ExitStack() as held:
         parallel.on_main(lambda: held.enter_context(owning(run, LOCK)))
-        if resume == "never":
-            parallel.on_main(lambda: set_aside(run))
+        parallel.on_main(lambda: clear_way(run, resume))
         take_threads(config, parallel)
         vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
         networks = build_networks(config, data, vocabulary, parallel)

@@ -9,7 +9,7 @@ import re
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from cmgan_dist.data.folder import is_plain, is_unicode
+from cmgan_dist.data.folder import composed, is_plain, is_unicode
 from cmgan_dist.data.sample import MOST_TEXT_BYTES
 from cmgan_dist.errors import BadSample
 from cmgan_dist.files import parse_json_once
@@ -23,6 +23,9 @@ WHOLE = re.compile(r"(-?[0-9]+)\.0+")
 """A whole number as pandas writes it among others that are missing."""
 PYTHON_LIST = re.compile(r"""\[\s*(['"]).*['"]\s*,?\s*\]""", re.DOTALL)
 """A list of texts as Python, pandas and numpy write it."""
+
+FIRST_UNEXACT = 2**53
+"""From here on a float stands for several whole numbers."""
 
 
 class Picture(NamedTuple):
@@ -120,6 +123,11 @@ def _as_class(value: Any) -> str:
     if isinstance(value, float):
         if not math.isfinite(value) or value != int(value):
             raise BadSample(f"its label is {_kind(value)}, expected a name or a whole number")
+        if abs(value) >= FIRST_UNEXACT:
+            raise BadSample(
+                f"its label is {_kind(value)}, a float of 2 ** 53 or more, which may have been another whole number: "
+                "write labels as whole numbers or texts"
+            )
         return str(int(value))
     if not isinstance(value, str | bytes):
         raise BadSample(f"its label is {_kind(value)}, expected a name or a whole number")
@@ -130,14 +138,14 @@ def _as_class(value: Any) -> str:
         raise BadSample(f"image path or label {brief(name)} is not UTF-8: rename it")
     if not is_plain(name):
         raise BadSample(f"its label {brief(name)} holds control characters: rename it")
-    return name
+    return composed(name)
 
 
 def as_split(value: Any) -> str:
     """Return the name of a split, val for what means the same. Raises BadSample when there is none."""
     if is_missing(value):
         raise BadSample("has no split")
-    name = _as_string(value, "split")
+    name = composed(_as_string(value, "split"))
     return SPLIT_ALIASES.get(name.lower(), name)
 
 

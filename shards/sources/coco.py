@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import tyro
@@ -18,7 +18,7 @@ from cmgan_dist.files import parse_json_once, read_bytes
 from shards.pack import DrawCommand
 from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
-from shards.sources.files import PlainFile, check_names
+from shards.sources.files import PlainFile, check_names, plain_path
 
 ATTRIBUTION = (
     "MS COCO captions: X. Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv "
@@ -55,7 +55,8 @@ class CocoCommand(DrawCommand):
         def raw_pairs() -> Iterator[RawPair]:
             for file in files:
                 for name, captions in file.captions.items():
-                    key = make_key(f"{file.folder.name}/{Path(name).with_suffix('').as_posix()}")
+                    plain = PurePosixPath(plain_path(str(file.folder.absolute()), name))
+                    key = make_key(f"{file.folder.name}/{plain.with_suffix('').as_posix()}")
                     image = PlainFile(str(file.folder.absolute() / name))
                     yield RawPair(key, file.split, image, tuple(captions), (), f"{name} of {file.path}")
 

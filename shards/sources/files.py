@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import posixpath
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from cmgan_dist.data.folder import is_plain, is_unicode, read_file
 from cmgan_dist.errors import BadInput, BadSample
@@ -19,6 +22,19 @@ class PlainFile(FileBytes):
             return read_file(self.path)
         except BadSample as error:
             raise BadSample(f"{self.named} {error}") from None
+
+
+def plain_path(folder: str, path: str) -> str:
+    """Return the one way in which a picture's path, relative to `folder` or not, is taken: without ``.``, ``x/..`` and
+    ``//``, and relative where it lies below `folder`.
+
+    ``x/..`` stays where x is a link to another place."""
+    flat = posixpath.normpath(path)
+    if ".." in path.split("/"):
+        both = (os.path.realpath(posixpath.join(folder, each)) for each in (flat, path))
+        flat = flat if len(set(both)) == 1 else str(PurePosixPath(path))
+    top = posixpath.normpath(folder).rstrip("/") + "/"
+    return flat.removeprefix(top)
 
 
 def check_unicode(what: str, *texts: str) -> None:

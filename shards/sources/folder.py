@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import tyro
 
-from cmgan_dist.data.folder import walk_files
+from cmgan_dist.data.folder import composed, walk_files
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
@@ -141,4 +141,4 @@ def _images(top: Path, splits: dict[str, str], others: list[str]) -> Iterator[tu
             if not folders:
                 raise BadInput(f"{top / path} stands beside the split folders: move it into one, or away")
             split, folders = splits[folders[0]], folders[1:]
-        yield top / path, split, folders[0] if folders else None
+        yield top / path, split, composed(folders[0]) if folders else None

@@ -12,7 +12,7 @@ import posixpath
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -20,7 +20,7 @@ import tyro
 from cmgan_dist.data.manifest import LabelKind, natural_splits
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS
 from cmgan_dist.data.source import public_url
-from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.errors import BadInput, BadSample, reasons_of, shown
 from cmgan_dist.files import sha256_of
 from cmgan_dist.jobs.cores import usable_cores
 from cmgan_dist.jobs.local import parallel_map
@@ -29,7 +29,7 @@ from shards.pairs import RawPair, RawPairs, Readable, brief, make_key, missing_v
 from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
-from shards.sources.files import PlainFile, check_names, check_unicode
+from shards.sources.files import PlainFile, check_names, check_unicode, plain_path
 from shards.sources.rows import Row, TextFormat, about_rows, check_ending, column_names, read_rows
 from shards.sources.table_folder import Table, check_partitions, say_named_splits, tables_of
 from shards.urls import UrlBytes, fetch, is_file_url, is_url, joined, key_of, path_of
@@ -167,7 +167,7 @@ class TableCommand(DrawCommand):
         for found in parallel_map(_read_tables, tasks, title="reading", processes=self.processes):
             said.add(found)
         if not said.rows:
-            why = f" that can be used, the first: {said.left_out[0]}" if said.left_out else ""
+            why = f" that can be used, {reasons_of(said.left_out)}: mend some" if said.left_out else ": add some"
             raise BadInput(f"{public_url(url)} has no rows{why}")
         classes = sorted(said.classes, key=_class_order)
         _check_spelling(classes)
@@ -217,14 +217,15 @@ class TableCommand(DrawCommand):
         said, path = _Said(), table.path
         inside = path.relative_to(top) if path != top else Path(path.name)
         folder = f"{table.folder}/" if table.folder else ""
-        parent = str(((top if path != top else top.parent) / table.folder).absolute())
+        base = str((top if path != top else top.parent).absolute())
+        parent = posixpath.join(base, table.folder)
         for where, own_row in read_rows(path, list(dict.fromkeys(columns.values())), text):
             place, row = f"{where} of {inside}", own_row if isinstance(own_row, BadSample) else own_row | table.columns
             found = try_sample(lambda r=row: self._parsed(r, columns), place, self.skip_bad, said.left_out)  # type: ignore[misc]
             if found is None:
                 continue
             own = found.split or table.split
-            key, identity = _place(folder, found.picture)
+            key, identity = _place(base, folder, found.picture)
             image = self._image(parent, found.picture.path)
             pair = RawPair(key, own, image, found.texts, found.labels, place, identity)
             rows.add(pair, found.picture.data)
@@ -300,13 +301,15 @@ def _read_tables(
     return said
 
 
-def _place(folder: str, picture: Picture) -> tuple[str, str]:
-    """Return the key of a picture, and what tells it from others. Raises BadInput when it has no name."""
+def _place(top: str, folder: str, picture: Picture) -> tuple[str, str]:
+    """Return the key of a picture, and what tells it from others. Raises BadInput when it has no name.
+
+    `top`: folder of all tables; `folder`: that of its own, relative to it."""
     if picture.data is None and is_url(picture.path):
         key = make_key(key_of(picture.path))
         return key, key
     if picture.data is None:
-        path = PurePosixPath(folder, picture.path).as_posix()
+        path = plain_path(top, posixpath.join(folder, picture.path))
         return make_key(posixpath.splitext(path)[0]), path
     digest = hashlib.sha256(picture.data).hexdigest()
     stem = posixpath.splitext(public_url(picture.path))[0]

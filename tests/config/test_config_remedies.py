@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 
 from cmgan_dist.config.cli import parse_arguments
-from cmgan_dist.config.load import check_places, from_yaml
+from cmgan_dist.config.load import check_places, from_yaml, validate
+from cmgan_dist.config.presets import preset
 from cmgan_dist.errors import BadInput
 
 SHARDED = "train.shard_backbones=true model.text.name=cnn"
@@ -110,3 +112,23 @@ def test_a_configuration_file_of_another_encoding(tmp_path: Path) -> None:
         parse_arguments([*words, "--preset", "smoke"])
     path.write_text("preset: smoke\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
     assert parse_arguments(words)[0].preset == "smoke"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("optim.generator_rl", 1e-3, r"optim\.generator_rl is no config field: did you mean optim\.generator_lr\?"),
+        ("epochs", 3, "epochs is no config field"),
+        ("stream", None, "stream is None: give a StreamConfig, as preset"),
+        ("model.image", "resnet18", r"model\.image is 'resnet18': give a ImageBackboneConfig"),
+    ],
+)
+def test_an_attribute_that_is_no_field_is_not_lost(path: str, value: object, said: str) -> None:
+    config = preset("smoke")
+    *sections, leaf = path.split(".")
+    setattr(functools.reduce(getattr, sections, config), leaf, value)
+    with pytest.raises(BadInput, match=said):
+        validate(config)
+    with pytest.raises(BadInput, match="config is 'smoke': give a Config, as preset"):
+        validate("smoke")  # type: ignore[arg-type]
+    validate(preset("smoke"))

@@ -65,8 +65,8 @@ def test_raw_data_is_refused_for_a_run_on_features(
         open_task(tmp_path / "run", str(raw_data()))
 
 
-PIXELS = {"backbone": "resnet50", "weights": "hub", "weights_sha256": "a" * 64}
-TEXTS = {"backbone": "sentence", "weights": "hub", "weights_sha256": "b" * 64, "pools": ["max"]}
+PIXELS = {"backbone": "resnet50", "weights": "hub", "weights_sha256": "a" * 64, "image_size": 224, "mean": [0.5] * 3}
+TEXTS = {"backbone": "sentence", "weights": "hub", "weights_sha256": "b" * 64, "max_tokens": 64, "pools": ["max"]}
 
 
 def with_details(data: Path, details: dict[str, object]) -> Path:
@@ -82,7 +82,11 @@ def with_details(data: Path, details: dict[str, object]) -> Path:
         ({"text": TEXTS | {"pools": ["cls"]}}, r"text features of .*other.* \(text pools cls, not max\)"),
         ({"image": PIXELS | {"backbone": "vit"}}, r"image features of .*other.* \(backbone vit, not resnet50\)"),
         ({"image": PIXELS | {"weights_sha256": "c" * 64}}, r"SHA-256 c{12}…, not a{12}…\)"),
+        ({"image": PIXELS | {"image_size": 384}}, r"image features of .*other.* \(image size 384, not 224\)"),
+        ({"image": PIXELS | {"mean": [0.4] * 3}}, r"\(pixel mean 0.4,0.4,0.4, not 0.5,0.5,0.5\)"),
+        ({"text": TEXTS | {"max_tokens": 128}}, r"text features of .*other.* \(max tokens 128, not 64\)"),
         ({"image": PIXELS, "text": TEXTS | {"weights": "/elsewhere"}}, ""),
+        ({"image": {k: v for k, v in PIXELS.items() if k != "image_size"}}, ""),
         ({"image": 5, "text": {"pools": None}}, ""),
         ({}, ""),
     ],

@@ -81,6 +81,7 @@ def test_other_classes_and_another_validation_split_are_refused(data: Path, tmp_
     splits = json.loads(whole)["splits"]
     for change, said in (
         ({"classes": ["class 0", "class 2", "class 1"]}, "class 1 is 'class 1', not 'class 2'"),
+        ({"label_kind": "multi"}, "label_kind single, not multi"),
         ({"splits": {"train": splits["train"], "val": splits["test"]}}, "a validation split with other checksums"),
     ):
         manifest.write_text(json.dumps(json.loads(whole) | change))
@@ -99,6 +100,17 @@ def test_checkpoints_without_their_config_are_not_gone_on_from(data: Path, tmp_p
     assert "has checkpoints and no config.yaml: restore it (best/config.yaml is a copy)" in error
     shutil.copy(run / "best" / "config.yaml", run)
     assert start(data, run, "train.epochs=3") == (0, "")
+
+
+def test_a_model_whose_checkpoints_are_gone_is_set_aside(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert start(data, run)[0] == 0
+    kept = {name: sha256_of(run / name) for name in ("best/model.safetensors", "metrics.jsonl")}
+    shutil.rmtree(run / "checkpoints")
+    assert start(data, run) == (0, "")
+    assert {name: sha256_of(run / "earlier-1" / name) for name in kept} == kept
+    assert start(data, run) == (0, "")
+    assert not (run / "earlier-2").exists()
 
 
 def test_a_finished_cosine_run_that_is_lengthened_says_that_its_rate_jumps(

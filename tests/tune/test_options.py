@@ -62,6 +62,13 @@ def test_a_search_goes_on_with_what_it_was_begun_with(tmp_path: Path) -> None:
     assert not check_resume(output, IDENTITY, Arguments(resume=True))
     output.write("search.json", json.dumps(IDENTITY))
     assert check_resume(output, IDENTITY, Arguments(resume=True))
+    output.write("records/search/000001.json", "{}")
+    (tmp_path / "search.json").rename(tmp_path / "kept.json")
+    for resume in (True, False):
+        with pytest.raises(BadInput, match=r"000001\.json is of a search whose search\.json is gone: restore it, or"):
+            check_resume(output, IDENTITY, Arguments(resume=resume))
+    (tmp_path / "kept.json").rename(tmp_path / "search.json")
+    assert check_resume(output, IDENTITY, Arguments(resume=True))
     with pytest.raises(BadInput, match="add --resume"):
         check_resume(output, IDENTITY, Arguments())
     with pytest.raises(BadInput, match="has trials 2, not 3: use that value"):

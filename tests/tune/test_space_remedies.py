@@ -22,6 +22,16 @@ SPACES = [
         "is a whole number: use int, or a list",
         ["model.common_dim: {int: [8, 16]}", "model.common_dim: [8, 16]"],
     ),
+    (
+        "model.common_dim: {int: [8.5, 16]}",
+        "from 8.5 to 16: int takes whole numbers",
+        ["model.common_dim: {int: [8, 16]}"],
+    ),
+    ("loss.inter: {int: [0, 2.9]}", "int takes whole numbers", ["loss.inter: {int: [0, 3]}"]),
+    ("model.dropout: {uniform: [-0.5, 2]}", "expected 0 to 0.999", ["model.dropout: {uniform: [0, 0.999]}"]),
+    ("loss.inter: {uniform: [true, 2]}", r"expected two numbers \[low, high\]", ["loss.inter: {uniform: [1, 2]}"]),
+    ("loss.inter: {uniform: [.nan, 2]}", "loss.inter is nan", ["loss.inter: {uniform: [0, 2]}"]),
+    ("optim.accumulate: {int: [1, 4]}", "optim.accumulate is 3", ["optim.accumulate: [1, 2, 4]"]),
     ("loss.adversarial: [x]", "expected one of", ["loss.adversarial: [hinge]"]),
     ("loss.inter: [x]", "expected a value like", ["loss.inter: [1.0]"]),
 ]

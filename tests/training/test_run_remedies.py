@@ -1,0 +1,118 @@
+"""What sentences on runs say to do leads out: a wrong start, its sentence, and one that follows it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launchers import train
+from tests.toy import SMALL, call, make_features
+
+LOSSES = ("intra", "inter", "contrastive", "classification", "class_contrastive")
+
+
+def start(data: Path, run: Path, *words: str) -> tuple[int, str]:
+    return call(train.main, *SMALL, "--data", str(data), "--output", str(run), "train.epochs=1", *words)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs without labels."""
+    return make_features(tmp_path_factory.mktemp("bare") / "data", label_kind="none")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_features(tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.mark.parametrize("word", ["eval.score=posterior", "eval.objective=class", "eval.objective=both"])
+def test_a_score_that_needs_labels(word: str, bare: Path, tmp_path: Path) -> None:
+    code, said = start(bare, tmp_path / "run", word)
+    assert code == 2
+    value = re.search("no labels: set it to (.*)", said)
+    assert value, said
+    assert start(bare, tmp_path / "run", f"{word.partition('=')[0]}={value[1]}") == (0, "")
+
+
+def test_losses_that_need_labels(bare: Path, tmp_path: Path) -> None:
+    words = [*(f"loss.{name}=0" for name in LOSSES), "loss.classification=1"]
+    code, said = start(bare, tmp_path / "run", *words)
+    names = re.search("set one of (.*) above 0", said)
+    assert (code, bool(names)) == (2, True), said
+    assert names
+    for name in names[1].split(", "):
+        assert start(bare, tmp_path / name, *words, f"{name}=0.5") == (0, ""), name
+
+
+def other_version(run: Path) -> None:
+    path = sorted(run.glob("checkpoints/*/state.json"))[-1]
+    path.write_text(re.sub(r'"version": \d+', '"version": 2', path.read_text()))
+
+
+def away(run: Path) -> None:
+    shutil.move(sorted((run / "checkpoints").iterdir())[-1], run.parent / "away")
+
+
+def link(run: Path) -> None:
+    shutil.move(run / "checkpoints", run.parent / "kept")
+    (run / "checkpoints").symlink_to("nowhere")
+
+
+def unlink(run: Path) -> None:
+    (run / "checkpoints").unlink()
+    shutil.move(run.parent / "kept", run / "checkpoints")
+
+
+def a_file(run: Path) -> None:
+    shutil.move(run / "checkpoints", run.parent / "kept")
+    (run / "checkpoints").write_text("")
+
+
+def a_folder(run: Path) -> None:
+    unlink(run)
+
+
+def damage_all(run: Path) -> None:
+    for path in run.glob("checkpoints/*/state.json"):
+        path.rename(path.with_name("kept.json"))
+
+
+def restore_one(run: Path) -> None:
+    path = sorted(run.glob("checkpoints/*/kept.json"))[-1]
+    path.rename(path.with_name("state.json"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said", "remedy"),
+    [
+        (other_version, "has version 2, .* or move it away to go back to the one before", away),
+        (link, "is a link that leads nowhere: mount what it leads to, or remove the link", unlink),
+        (a_file, "cannot be read .*: make it a readable folder", a_folder),
+        (damage_all, "can be used .*: restore one, or begin anew by --resume never", restore_one),
+    ],
+)
+def test_checkpoints(
+    damage: Callable[[Path], None], said: str, remedy: Callable[[Path], None], data: Path, tmp_path: Path
+) -> None:
+    run, words = tmp_path / "run", ["train.save_every=0.5", "train.keep=2"]
+    assert start(data, run, *words) == (0, "")
+    damage(run)
+    code, error = start(data, run, *words)
+    assert (code, bool(re.search(said, error))) == (2, True), error
+    remedy(run)
+    assert start(data, run, *words) == (0, "")
+    assert not (run / "earlier-1").exists()
+
+
+def test_an_output_that_is_no_run(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    code, said = start(data, tmp_path / "run", "--resume", "never")
+    assert code == 2
+    assert "holds what is no run (notes.txt): name a new folder" in said
+    assert start(data, tmp_path / "new", "--resume", "never") == (0, "")
