@@ -69,6 +69,8 @@ class Arguments:
     """Pictures of the processes whose peak memory is measured; 0 leaves them out."""
     memory_texts: int = 10_000
     """The same for texts."""
+    name: str = "encode"
+    """Of the results file in bench/results/."""
 
 
 # ---------------------------------------------------------------------------------------------- contestants
@@ -271,7 +273,7 @@ def main() -> None:
     results = {what: measure(arguments, what) for what in CONTESTANTS}
     show(results)
     asked = {name: getattr(arguments, name) for name in ("items", "rounds", "memory_pictures", "memory_texts")}
-    print(write_results("encode", {**asked, **results}))
+    print(write_results(arguments.name, {**asked, **results}))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ class Arguments:
     """Rounds, each with an empty cache."""
     work: Path = Path("runs/bench-first-batch")
     """Where the data is built."""
+    name: str = "first_batch"
+    """Of the results file in bench/results/."""
 
 
 class Server:
@@ -113,7 +115,7 @@ def main() -> None:
     Console(width=100).print(table)
     options = {"streams": arguments.streams, "latency_ms": arguments.latency_ms, "rounds": arguments.rounds}
     record = {**options, **record, "requests_cold": asked[0][0], "most_of_one_file_cold": asked[0][1]}
-    print(f"written to {write_results('first_batch', record)}")
+    print(f"written to {write_results(arguments.name, record)}")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ class Arguments:
     """CPU: processor time of one contestant in one round."""
     cpu: Part = field(default_factory=Part)
     gpu: Part = field(default_factory=Part)
+    name: str = "kernels"
+    """Of the results file in bench/results/."""
 
 
 def _show(console: Console, record: dict[str, Any]) -> None:
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from bench.kernels_model import modelled
 
     console = Console(width=140)
-    path = RESULTS / "kernels.json"
+    path = RESULTS / f"{args.name}.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     record.pop("machine", None)
     record["modelled on an H100, not measured"] = [modelled(batch) for batch in BATCHES]
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record["gpu"] = gpu(console)
     else:
         console.print("GPU left out: its times are modelled only")
-    console.print(f"written to {write_results('kernels', record)}")
+    console.print(f"written to {write_results(args.name, record)}")
 
 
 if __name__ == "__main__":

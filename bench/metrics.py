@@ -54,6 +54,8 @@ class Arguments:
     """Rounds."""
     whole: int = 0
     """Queries of one more run of ours and of ours before; 0 leaves it out."""
+    name: str = "metrics"
+    """Of the results file in bench/results/."""
 
 
 @dataclass
@@ -231,7 +233,7 @@ def main() -> None:
             whole[name] = {"cpu_s": took * len(case.query) / 1e3, "map": found}
             print(f"{arguments.whole} queries, {name}: {whole[name]['cpu_s']:.1f} s")
     asked = {name: getattr(arguments, name) for name in ("queries", "gallery", "rounds")}
-    print(write_results("metrics", {**asked, "missing": missing, "contestants": record, "whole": whole}))
+    print(write_results(arguments.name, {**asked, "missing": missing, "contestants": record, "whole": whole}))
 
 
 if __name__ == "__main__":

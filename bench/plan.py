@@ -1,6 +1,6 @@
 """How long planning takes a row, and how much memory: a table of that many rows, pictures in it, splits drawn.
 
-    python -m bench.plan --rows 10000000 --folder /tmp/plan
+    python -m bench.plan --rows 10000000
 
 The table is Parquet of 250,000 rows a file: one tiny picture with a number behind its end, so that all are unlike but
 every hundredth, which is that of the row before it, as its text is. Writing it is not counted. Memory is the most that
@@ -8,10 +8,10 @@ the process and its workers had at once, resident or swapped (watched ten times 
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
-import shutil
+import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -22,6 +22,8 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
+from cmgan_dist.config.cli import parse
+from cmgan_dist.errors import BadInput, run_main
 from shards.pack import plan_in
 from shards.sources.table import TableCommand
 
@@ -105,23 +107,34 @@ def measure(folder: Path, rows: int, processes: int) -> dict[str, float]:
     }
 
 
+@dataclass
+class Arguments:
+    """Plan tables of rising size and write bench/results/NAME.json."""
+
+    rows: int = SIZES[1]
+    """Rows of the largest table; smaller ones come before it."""
+    folder: Path = Path(tempfile.gettempdir())
+    """Where a folder for the tables and their plans is made, and removed at the end."""
+    processes: int = 1
+    """Processes that read the tables."""
+    name: str = "plan"
+    """Of the results file."""
+
+
 def main() -> None:
     """Measure each size in turn, up to --rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=SIZES[1])
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/bench-plan"))
-    parser.add_argument("--processes", type=int, default=1)
-    words = parser.parse_args()
+    arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.plan")
+    if min(arguments.rows, arguments.processes) < 1:
+        raise BadInput("--rows and --processes must be 1 or more")
     found = []
-    for rows in [size for size in SIZES if size < words.rows] + [words.rows]:
-        shutil.rmtree(words.folder, ignore_errors=True)
-        found.append(measure(words.folder, rows, words.processes))
+    for rows in [size for size in SIZES if size < arguments.rows] + [arguments.rows]:
+        with tempfile.TemporaryDirectory(prefix="bench-plan-", dir=arguments.folder) as folder:
+            found.append(measure(Path(folder), rows, arguments.processes))
         print(found[-1], flush=True)
-    shutil.rmtree(words.folder)
     from bench.common import write_results  # with torch, whose memory is not that of a build
 
-    print(write_results("plan", {"processes": words.processes, "planned": found}))
+    print(write_results(arguments.name, {"processes": arguments.processes, "planned": found}))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -53,6 +53,8 @@ class Arguments:
     """Settings that are confirmed beside the preset."""
     work: Path = Path("runs/search")
     """Where the searches are kept."""
+    name: str = ""
+    """Of the results file in bench/results/ (when left out: search-PRESET)."""
 
 
 def search(arguments: Arguments, name: str, *extra: str) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def main() -> None:
     preset_scores = test.get("preset", test["best"])
     rows = [(f"trial {asha['best']}", best, test["best"]), ("preset", preset, preset_scores)]
     show(figures, rows, arguments.confirm)
-    print(f"written to {write_results(f'search-{arguments.preset}', figures)}")
+    print(f"written to {write_results(arguments.name or f'search-{arguments.preset}', figures)}")
 
 
 if __name__ == "__main__":

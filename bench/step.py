@@ -65,7 +65,7 @@ class Arguments:
     """Take the contestants that torch.compile makes."""
     scale: int = 64
     """Rows a process when collectives are counted and one and two processes are timed; 0 leaves it out."""
-    output: str = "step"
+    name: str = "step"
     """Name of the results file."""
 
 
@@ -201,7 +201,7 @@ def main() -> None:
     if arguments.scale:
         record["processes"] = found = scale(arguments)
         print_scale(found)
-    print(f"written to {write_results(arguments.output, record)}")
+    print(f"written to {write_results(arguments.name, record)}")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ class Arguments:
     """Where the data of all contestants is built."""
     peers: str = sys.executable
     """Python that has the peers that are no dependencies of this project; those it lacks are named in the table."""
+    name: str = "stream"
+    """Of the results file in bench/results/."""
 
 
 def command(python: str, *words: object) -> list[str]:
@@ -292,7 +294,7 @@ def main() -> None:
     record["microseconds_per_sample"] = measure_parts(arguments.work)
     record["resume_seconds"] = measure_resume(arguments, absent)
     record["raw_mb_per_second"] = measure_raw(arguments)
-    print(f"written to {write_results('stream', record)}")
+    print(f"written to {write_results(arguments.name, record)}")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ class Arguments:
     """Rounds in which all contestants take turns."""
     work: Path | None = None
     """Folder for the files; a temporary one when left out."""
+    name: str = "use"
+    """Of the results file in bench/results/."""
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -274,17 +276,19 @@ def main() -> None:
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.use")
     if min(arguments.counts) < LEAST or arguments.rounds < 1:
         raise BadInput(f"--counts must be at least {LEAST}, --rounds at least 1")
+    if arguments.work is not None:
+        arguments.work.mkdir(parents=True, exist_ok=True)
     import faiss  # with much else, and --help waits
 
     faiss.omp_set_num_threads(1)
-    path = RESULTS / "use.json"
+    path = RESULTS / f"{arguments.name}.json"
     known = json.loads(path.read_text()).get("counts", {}) if path.is_file() else {}
     for count in arguments.counts:
         with TemporaryDirectory(dir=arguments.work) as work:
             known[str(count)] = measure(count, arguments.dim, arguments.rounds, Path(work))
         show(count, known[str(count)])
         record = {"dim": arguments.dim, "rounds": arguments.rounds, "queries": QUERIES, "k": K, "counts": known}
-        print(f"written to {write_results('use', record)}")
+        print(f"written to {write_results(arguments.name, record)}")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ class Arguments:
     """Starts of each command."""
     chromium: str = "/usr/bin/chromium"
     """Browser."""
+    name: str = "wait"
+    """Of the results file in bench/results/."""
 
 
 def started(command: list[str]) -> dict[str, float]:
@@ -169,7 +171,7 @@ def main() -> None:
         record: dict[str, Any] = {"rounds": arguments.rounds, "items": len(index)}
         record |= {"shell": shell(arguments.index, picture, arguments.rounds), "page": pages}
     show(record)
-    print(write_results("wait", record))
+    print(write_results(arguments.name, record))
 
 
 if __name__ == "__main__":

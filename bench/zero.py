@@ -57,6 +57,8 @@ class Arguments:
     """What is trained: reference, backbone."""
     kinds: tuple[str, ...] = KINDS
     """How: DDP, ZeRO-1, ZeRO-2, or FSDP2 where a backbone is trained. What was measured before of the others stays."""
+    name: str = "zero"
+    """Of the results file in bench/results/."""
 
 
 def setting(model: str) -> tuple[Config, DataSpec]:
@@ -186,7 +188,8 @@ def main() -> None:
             f"--models are {', '.join(MODELS)}, --kinds {', '.join(KINDS)}, --processes 2, 4, 8 or 16, --batches from "
             "1 on"
         )
-    before = json.loads((RESULTS / "zero.json").read_text())["each_process"]
+    path = RESULTS / f"{arguments.name}.json"
+    before = json.loads(path.read_text())["each_process"] if path.is_file() else {}
     record = before | {
         f"{model}, {processes} processes, {kind}": measure(model, kind, processes, arguments.batches)
         for model in arguments.models
@@ -195,7 +198,7 @@ def main() -> None:
         if kind != "FSDP2" or model == "backbone"
     }
     show(record)
-    print(write_results("zero", {"rows": ROWS, "each_process": record}))
+    print(write_results(arguments.name, {"rows": ROWS, "each_process": record}))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def main() -> None:
     from cmgan_dist.distributed.join import start_all_processes
     from cmgan_dist.distributed.processes import Parallel
     from cmgan_dist.files import write_atomic
+    from cmgan_dist.jobs.cores import take_threads
     from cmgan_dist.jobs.lock import owning
     from cmgan_dist.report.run import write_report
     from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, open_task, record_json, run_task
@@ -71,6 +72,7 @@ def main() -> None:
         return
     pictures = gallery_items(task.reader, arguments.pictures)  # first: a wrong folder is said before the work
     parallel = Parallel(task.saved.config.train.precision)
+    take_threads(parallel.local_world, say=parallel.main)
     with contextlib.ExitStack() as held:
         parallel.on_main(lambda: held.enter_context(owning(run, "evaluate")))
         found = run_task(task, baselines=arguments.baselines, parallel=parallel)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
 
+log = logging.getLogger(__name__)
+
 CGROUPS = Path("/sys/fs/cgroup")
-_LAUNCHERS = ("torch.distributed.run", "torchrun", "accelerate")
+MOST_THREADS = 4096
+"""Of a process; `train.threads` has the same bound."""
+_LAUNCHERS = re.compile(
+    r"(\S*\.)?(torchrun|accelerate|accelerate-launch|torch\.distributed\.(run|launch)|accelerate\.commands\.\w+"
+    r"|cmgan_dist\.distributed\.launch)(\.py)?"
+)
+"""A word of a command line, with dots for slashes, that names a launcher; the text that a shell runs has spaces."""
 
 
 def usable_cores() -> int:
@@ -58,26 +68,28 @@ def openmp_threads(environment: Mapping[str, str] = os.environ) -> int | None:
 
     torchrun and accelerate set it themselves where it is not set: what only a launcher says is not asked for."""
     text = environment.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if not text.isdigit() or not int(text) or not _stood_before_launchers():
+    if not re.fullmatch("[0-9]+", text) or not 0 < int(text) <= MOST_THREADS or not _stood_before_launchers():
         return None
     return int(text)
 
 
 def _stood_before_launchers() -> bool:
-    """Return whether OMP_NUM_THREADS was set when the outermost launcher above this process was started."""
+    """Return whether OMP_NUM_THREADS was set when the outermost launcher above this process was started, or is what its
+    command line says (accelerate's)."""
     try:
-        launchers = [one for one in psutil.Process().parents() if _is_launcher(one)]
-        return not launchers or "OMP_NUM_THREADS" in launchers[-1].environ()
+        lines = [(one, one.cmdline()) for one in psutil.Process().parents()]
+        launchers = [(one, words) for one, words in lines if any(map(_names_launcher, words[:4]))]
+        if not launchers:
+            return True
+        outermost, words = launchers[-1]
+        asked = any(word.replace("-", "_").startswith("__num_cpu_threads_per_process") for word in words)
+        return asked or "OMP_NUM_THREADS" in outermost.environ()
     except psutil.Error:
         return True
 
 
-def _is_launcher(process: psutil.Process) -> bool:
-    try:
-        words = process.cmdline()[:4]
-    except psutil.Error:
-        return False
-    return any(name in word.replace("/", ".") for word in words[:3] for name in _LAUNCHERS)
+def _names_launcher(word: str) -> bool:
+    return _LAUNCHERS.fullmatch(word.replace("/", ".")) is not None
 
 
 def threads_for(processes: int, asked: int = 0) -> tuple[int, str]:
@@ -91,4 +103,16 @@ def threads_for(processes: int, asked: int = 0) -> tuple[int, str]:
         return by_environment, f"OMP_NUM_THREADS is {by_environment}"
     quota, cores = cpu_quota(), usable_cores()
     limit = f", by a quota of {quota:g}" if quota is not None and math.ceil(quota) <= cores else ""
-    return max(1, cores // processes), f"{cores} usable cores{limit}, {processes} process{'es' * (processes > 1)} here"
+    usable = f"{cores} usable core{'s' * (cores > 1)}{limit}"
+    return max(1, cores // processes), f"{usable}, {processes} process{'es' * (processes > 1)} here"
+
+
+def take_threads(processes: int, asked: int = 0, *, say: bool = True) -> None:
+    """Set how many threads torch computes with in this one of `processes` on this machine, as `threads_for` says; with
+    `say` the log tells how many, and why."""
+    import torch
+
+    threads, why = threads_for(processes, asked)
+    torch.set_num_threads(threads)
+    if say:
+        log.info("%d thread%s a process (%s)", threads, "s" * (threads > 1), why)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cmgan_dist.config.fields import CONFIG_NAME, Config, micro_batch
@@ -29,7 +28,7 @@ from cmgan_dist.data.stream import Stream
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput, Unreadable
 from cmgan_dist.files import write_atomic
-from cmgan_dist.jobs.cores import threads_for
+from cmgan_dist.jobs.cores import take_threads
 from cmgan_dist.jobs.lock import lock_name, owning
 from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.saved import BEST, SPEC_NAME, ModelSpec, describe_model, keep_weights, read_model
@@ -288,7 +287,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     with contextlib.ExitStack() as held:
         parallel.on_main(lambda: held.enter_context(owning(run, LOCK)))
         parallel.on_main(lambda: clear_way(run, resume))
-        take_threads(config, parallel)
+        take_threads(parallel.local_world, config.train.threads, say=parallel.main)
         vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
         networks = build_networks(config, data, vocabulary, parallel)
         progress = beginning(stream, val_reader, data)
@@ -321,11 +320,3 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
             vocabulary=vocabulary,
             held=held.pop_all(),
         )
-
-
-def take_threads(config: Config, parallel: Parallel) -> None:
-    """Set how many threads this process computes with; the log says how many and why."""
-    threads, why = threads_for(parallel.local_world, config.train.threads)
-    torch.set_num_threads(threads)
-    if parallel.main:
-        log.info("%d thread%s a process (%s)", threads, "s" * (threads > 1), why)

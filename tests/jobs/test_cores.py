@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,19 +60,42 @@ def test_a_quota_makes_cores_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert threads_for(4, asked=7)[0] == 7
 
 
-@pytest.mark.parametrize(("text", "expected"), [("3", 3), ("2,1", 2), ("", None), ("0", None), ("many", None)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("3", 3), ("2,1", 2), ("", None), ("0", None), ("many", None), ("²", None), ("9" * 11, None)]
+)
 def test_what_a_user_says_in_the_environment(text: str, expected: int | None) -> None:
     assert openmp_threads({"OMP_NUM_THREADS": text}) == expected
 
 
-@pytest.mark.parametrize("asked", ["", "3"])
-def test_a_launchers_own_value_is_no_users(asked: str, tmp_path: Path) -> None:
-    """torchrun sets OMP_NUM_THREADS=1 where it is not set."""
-    script = tmp_path / "say.py"
+OWN = [sys.executable, "-m", "cmgan_dist.distributed.launch", "--standalone", "--nproc_per_node", "1"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
+
+
+@pytest.mark.parametrize(
+    ("command", "asked", "expected"),
+    [
+        ([*torchrun(2), "SCRIPT"], "", None),
+        ([*torchrun(2), "SCRIPT"], "3", 3),
+        ([*OWN, "SCRIPT"], "", None),
+        (["bash", "-c", f"export OMP_NUM_THREADS=3; {' '.join(torchrun(1))} SCRIPT; true"], "", 3),
+        ([*ACCELERATE, "SCRIPT"], "", None),
+        ([*ACCELERATE, "--num_cpu_threads_per_process", "3", "SCRIPT"], "", 3),
+        (["bash", "accelerate/run.sh", "SCRIPT"], "", 3),
+    ],
+)
+def test_a_launchers_own_value_is_no_users(
+    command: list[str], asked: str, expected: int | None, tmp_path: Path
+) -> None:
+    """torchrun sets OMP_NUM_THREADS=1 where it is not set, accelerate as many as there are cores for each process."""
+    script, folder = tmp_path / "say.py", tmp_path / "accelerate"
     said = "os.write(1, f'threads {openmp_threads()}\\n'.encode())"  # in one piece: two processes write
     script.write_text(f"import os\nfrom cmgan_dist.jobs.cores import openmp_threads\n{said}\n")
-    env = environment()
+    folder.mkdir()
+    (folder / "run.sh").write_text(f"export OMP_NUM_THREADS=3\n{sys.executable} $1\ntrue\n")
+    env = environment() | {"PYTHONPATH": str(ROOT)}
     del env["OMP_NUM_THREADS"]
     env |= {"OMP_NUM_THREADS": asked} if asked else {}
-    done = subprocess.run([*torchrun(2), str(script)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split("\n")[:2] == [f"threads {asked or None}"] * 2, done.stderr[-2000:]
+    words = [word.replace("SCRIPT", str(script)) for word in command]
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    found = [line for line in done.stdout.split("\n") if line.startswith("threads")]
+    assert set(found) == {f"threads {expected}"}, done.stderr[-2000:]
