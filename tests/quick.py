@@ -46,6 +46,9 @@ def folder_of(name: str) -> str:
 
 
 def main() -> int:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
     folders = sorted({folder for name in changed() if (folder := folder_of(name))})
     print("tests of", ", ".join(folders) or "the layout alone")
     if "--list" in sys.argv:

@@ -30,6 +30,21 @@ from cmgan_dist.jobs.startup import ended_by_signals
 if TYPE_CHECKING:  # torch takes seconds to import, and SLURM's launcher has no use for it
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+USAGE = """usage: python -m cmgan_dist.distributed.launch [OPTIONS] launchers/train.py [ITS OPTIONS]
+
+Starts the processes of a run as torchrun does, and ends with the sentence and the exit code of the process that failed
+first. Options are torchrun's, all of which `torchrun --help` lists, and one more:
+
+  --standalone                  one machine
+  --nproc_per_node N            processes on this machine, one a GPU
+  --nnodes N                    machines; each runs this command
+  --rdzv_backend c10d           how machines meet
+  --rdzv_endpoint HOST:PORT     where: one of them, the same in all commands
+  --rdzv_id ID                  name of the run, the same in all commands
+  --max_restarts N              how often all processes start again after a failure
+  --config_file FILE            an accelerate configuration, of which the part about DeepSpeed is taken
+"""
+
 PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """Signals that torchrun passes on to the processes before it ends."""
 
@@ -52,6 +67,9 @@ def take(arguments: list[str], flag: str) -> str | None:
 def main(words: Sequence[str]) -> int:
     """Start the processes that torchrun's command line `words` asks for and return the exit code of the first that
     failed (EXIT_LOST where a signal ended it), or 0. Raises BadInput as `launch_config` does."""
+    if words and words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
     with ended_by_signals():  # until torch has processes, and handlers that pass a signal on to them, which save
         return _launch(list(words))
 

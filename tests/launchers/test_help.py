@@ -22,6 +22,8 @@ SHARDS = ["shards", *(f"shards {name}" for name in COMMANDS), *(f"shards build {
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("words", [*FILES, *SHARDS, *(f"launchers {name}" for name in CMGAN)])
+@pytest.mark.parametrize(
+    "words", [*FILES, *SHARDS, *(f"launchers {name}" for name in CMGAN), "cmgan_dist.distributed.launch"]
+)
 def test_help_imports_nothing_heavy(words: str) -> None:
     assert "usage: " in help_of(words) or words.endswith("node.py")
