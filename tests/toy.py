@@ -331,7 +331,7 @@ def mixed_scoring(generator: Generator, classes: int, bank: int = 5) -> Scoring:
         tensors |= {f"{modality}_pair_weight": normal(dim, 6), f"{modality}_pair_bias": normal(6)}
         if classes:
             head = {"scale": normal(dim).abs(), "landmarks": normal(4, dim).abs(), "weight": normal(4, classes)}
-            head["bias"] = normal(classes)
+            head |= {"bias": normal(classes), "centre": normal(dim) if modality == "image" else torch.zeros(dim)}
             tensors |= {f"{modality}_class_{name}": tensor for name, tensor in head.items()}
         blocks = {"common": F.normalize(normal(bank, common)), "pair": F.normalize(normal(bank, 6))}
         blocks |= {"posterior": normal(bank, classes).softmax(1)} if classes else {}

@@ -9,7 +9,6 @@ Shapes: n items of F features, C classes."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,12 @@ from cmgan_dist.models.scoring import MODALITIES, posterior_of
 from cmgan_dist.retrieval.metrics import Embeddings
 
 LANDMARKS = 2000
-"""Training items of a modality, at most, on which a classifier is fitted; all of them are kept with the model."""
+"""Training items of a modality, at most, on which a classifier is fitted; all of them are kept with the model. Of the
+validation split as many judge it."""
+MOST_BINS = 512
+"""Of a histogram, at most, for the chi-squared kernel, whose time goes with them; longer ones get the other."""
+LEAST_VARIED, LEAST_DEVIATION = 1e-6, 1e-30
+"""Least deviation of a feature that counts, as a share of its largest value, and by itself."""
 WIDTHS = (0.25, 0.5, 1.0, 2.0)
 """Factors of the distances, whose mean is made 1."""
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -52,9 +56,11 @@ def _items(data: Embeddings, modality: Modality) -> _Items:
 
 
 def is_histogram(x: Tensor) -> bool:
-    """Whether each row of x [n, F] is a histogram: nothing below 0, and the same sum in each within a thousandth."""
+    """Whether each row of x [n, F] is a histogram of at most MOST_BINS: nothing below 0, and the same sum in each,
+    within a thousandth."""
     sums = x.sum(1)
-    return x.shape[1] > 2 and bool((x >= 0).all()) and bool(((sums - sums.mean()).abs() <= 1e-3 * sums.mean()).all())
+    alike = bool(((sums - sums.mean()).abs() <= 1e-3 * sums.mean()).all())
+    return 2 < x.shape[1] <= MOST_BINS and bool((x >= 0).all()) and alike
 
 
 def log_likelihood(posterior: Tensor, y: Tensor, multi_label: bool) -> float:
@@ -65,64 +71,73 @@ def log_likelihood(posterior: Tensor, y: Tensor, multi_label: bool) -> float:
     return float((p.log() * y).sum(1).mean())
 
 
-@dataclass(frozen=True)
+def _scales(x: Tensor) -> Tensor:
+    """Return by what each feature of x [n, F] is multiplied for a deviation of 1; 0 for one that has none but rounding,
+    or one so small that float32 has no such factor."""
+    deviation = x.std(0, correction=0)
+    varied = (deviation > LEAST_VARIED * x.abs().amax(0)) & (deviation > LEAST_DEVIATION)
+    return torch.where(varied, 1 / deviation, 0.0)
+
+
 class _Ridge:
-    """Kernel ridge regression from the items of a training split to their classes."""
+    """Kernel ridge regression from the items of a training split to their classes, judged by a validation split.
 
-    train: _Items
-    kernel: Kernel
-    scale: Tensor
-    """[F]."""
-    apart: Tensor
-    """[n, n], distances of the scaled items, of mean 1."""
-    factor: Tensor
-    """By which the scaled items are to be multiplied for a mean distance of 1."""
+    Its kernel is the chi-squared one between histograms, else the radial one of standardised features; distances are
+    divided by their mean."""
 
-    @classmethod
-    def of(cls, train: _Items) -> _Ridge:
-        """Measure the distances of training items: chi-squared between histograms, else standardised Euclidean."""
-        kernel: Kernel = "chi2" if is_histogram(train.x) else "rbf"
-        deviation = train.x.std(0, correction=0)
-        scale = torch.ones_like(deviation) if kernel == "chi2" else torch.where(deviation > 0, 1 / deviation, 0.0)
-        apart = distance(kernel, train.x * scale, train.x * scale)
+    def __init__(self, train: _Items, val: _Items, multi_label: bool) -> None:
+        self.train, self.val, self.multi_label = train, val, multi_label
+        self.kernel: Kernel = "chi2" if is_histogram(train.x) else "rbf"
+        chi2 = self.kernel == "chi2"
+        self.centre = torch.zeros_like(train.x[0]) if chi2 else train.x.mean(0)
+        scale = torch.ones_like(train.x[0]) if chi2 else _scales(train.x)
+        apart = distance(self.kernel, (train.x - self.centre) * scale, (train.x - self.centre) * scale)
         mean = apart.mean()
         # chi-squared is of the first degree in x, the squared distance of the second
-        return cls(train, kernel, scale, apart / mean, 1 / mean if kernel == "chi2" else 1 / mean.sqrt())
+        self.scale = scale / (mean if chi2 else mean.sqrt())
+        self.apart, self.landmarks = apart / mean, (train.x - self.centre) * self.scale
+        self.val_apart = distance(self.kernel, (val.x - self.centre) * self.scale, self.landmarks)
+        self.prior = train.y.mean(0).clamp(1e-6, 1 - 1e-6)
+        self.bias = self.prior.logit() if multi_label else self.prior.log()
 
-    def solve(self, width: float, ridge: float, multi_label: bool) -> KernelClassifier:
-        """Return the classifier of a width and a ridge, whose logits beyond the bias are 0 or 1 where they fit."""
-        prior = self.train.y.mean(0).clamp(1e-6, 1 - 1e-6)
+    def solve(self, width: float, ridge: float) -> tuple[float, Tensor]:
+        """Return the weights [n, C] for the kernel exp(-width * distance), times the temperature under which the
+        validation split is likeliest, behind that likelihood. Raises LinAlgError where there are none."""
         matrix = torch.exp(-width * self.apart)
         matrix.diagonal().add_(ridge)
-        weight = torch.cholesky_solve(self.train.y - prior, torch.linalg.cholesky(matrix))
-        scale = self.scale * self.factor * (width if self.kernel == "chi2" else math.sqrt(width))
-        bias = prior.logit() if multi_label else prior.log()
-        return KernelClassifier(self.kernel, scale, self.train.x * scale, weight, bias)
+        weight = torch.cholesky_solve(self.train.y - self.prior, torch.linalg.cholesky(matrix))
+        outputs = torch.exp(-width * self.val_apart) @ weight
 
+        def reached(temperature: float) -> float:
+            posterior = posterior_of(temperature * outputs + self.bias, self.multi_label)
+            return log_likelihood(posterior, self.val.y, self.multi_label)
 
-def _warmed(made: KernelClassifier, val: _Items, multi_label: bool) -> tuple[float, KernelClassifier]:
-    """Return a classifier with the temperature under which the validation split is likeliest, behind its likelihood."""
-    outputs = made(val.x) - made.bias
+        best = max(TEMPERATURES, key=reached)
+        return reached(best), best * weight
 
-    def reached(temperature: float) -> float:
-        return log_likelihood(posterior_of(temperature * outputs + made.bias, multi_label), val.y, multi_label)
-
-    best = max(TEMPERATURES, key=reached)
-    return reached(best), dataclasses.replace(made, weight=best * made.weight)
+    def classifier(self, width: float, weight: Tensor) -> KernelClassifier:
+        """Return what these weights make of any features."""
+        factor = width if self.kernel == "chi2" else math.sqrt(width)
+        return KernelClassifier(
+            self.kernel, self.centre, factor * self.scale, factor * self.landmarks, weight, self.bias
+        )
 
 
 def _fitted(train: _Items, val: _Items, multi_label: bool) -> tuple[str, KernelClassifier]:
     """Return the classifier under which the validation split is likeliest, behind its settings in words: first the
-    width is chosen, then the ridge."""
-    regression = _Ridge.of(train)
-
-    def warmed(width: float, ridge: float) -> tuple[float, KernelClassifier]:
-        return _warmed(regression.solve(width, ridge, multi_label), val, multi_label)
-
-    width = max(WIDTHS, key=lambda each: warmed(each, 1.0)[0])
-    found = {ridge: warmed(width, ridge) for ridge in RIDGES}
+    width is chosen, then the ridge. Raises LinAlgError where there is none."""
+    regression = _Ridge(train, val, multi_label)
+    width = max(WIDTHS, key=lambda each: regression.solve(each, 1.0)[0])
+    found = {ridge: regression.solve(width, ridge) for ridge in RIDGES}
     ridge = max(found, key=lambda each: found[each][0])
-    return f"{regression.kernel}, width {width:g}, ridge {ridge:g}", found[ridge][1]
+    words = f"{regression.kernel}, width {width:g}, ridge {ridge:g}"
+    return words, regression.classifier(width, found[ridge][1])
+
+
+def _drawn(items: _Items, rng: np.random.Generator) -> _Items:
+    """Return LANDMARKS of the items, or all where there are fewer."""
+    rows = torch.from_numpy(np.sort(rng.permutation(len(items.x))[:LANDMARKS]))
+    return _Items(items.x[rows], items.y[rows])
 
 
 def fit_class_head(
@@ -131,15 +146,21 @@ def fit_class_head(
     """Fit a classifier for each modality on labelled features of a training split, by the likelihood that classes of
     the validation split have under it; modality -> classifier.
 
-    `seed`: of the draw of LANDMARKS items where there are more. `say` gets a line for each. Return None where a split
-    has no labelled items, or features have no variance."""
+    `seed`: of the draw of LANDMARKS items of a split where there are more. `say` gets a line for each. Return None
+    where a split has no labelled items, features have no variance, or numbers leave the range of float32."""
     rng, out = np.random.default_rng(seed), dict[Modality, KernelClassifier]()
     for modality in MODALITIES:
-        items, held = _items(train, modality), _items(val, modality)
-        rows = torch.from_numpy(np.sort(rng.permutation(len(items.x))[:LANDMARKS]))
-        items = _Items(items.x[rows], items.y[rows])
-        if not len(held.x) or len(rows) < 2 or not bool((items.x != items.x[0]).any()):
+        items, held = _drawn(_items(train, modality), rng), _drawn(_items(val, modality), rng)
+        if not len(held.x) or len(items.x) < 2 or not bool(_scales(items.x).any()):
             return None
-        words, out[modality] = _fitted(items, held, multi_label)
+        try:
+            words, made = _fitted(items, held, multi_label)
+        except torch.linalg.LinAlgError:
+            say(f"class head: none, the {modality}s' features have no kernel that can be solved")
+            return None
+        if not all(bool(tensor.isfinite().all()) for tensor in made.tensors(modality).values()):
+            say(f"class head: none, the {modality}s' features leave the range of float32")
+            return None
+        out[modality] = made
         say(f"class head: kernel ridge of {modality}s, {words}")
     return out

@@ -36,7 +36,7 @@ def naive_blocks(scoring: Scoring, modality: Modality, item: int, made: tuple[to
     """Posterior, common and pair block of one item, by numpy."""
     kept = {k: v.double().numpy() for k, v in scoring.tensors().items() if k != "spec"}
     feature, common, logits = (x[item].double().numpy() for x in made)
-    scaled = feature * kept[f"{modality}_class_scale"]
+    scaled = (feature - kept[f"{modality}_class_centre"]) * kept[f"{modality}_class_scale"]
     if modality == "image":
         apart = [((scaled - z) ** 2).sum() for z in kept["image_class_landmarks"]]
     else:

@@ -38,6 +38,7 @@ def test_distances_are_those_of_loops_and_kernels_those_of_scikit_learn(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cmgan_dist.models.kernel_classifier.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("cmgan_dist.models.kernel_classifier.ROWS", min(chunk, 512))
     rng = np.random.default_rng(0)
     x, z = rng.random((5, 4)), rng.random((3, 4))
     x[0, 1] = z[:, 1] = 0
@@ -76,6 +77,11 @@ def test_outputs_are_those_of_kernel_ridge_with_the_chosen_settings(histograms: 
         np.testing.assert_allclose(head.bias.exp().numpy(), y.mean(0))
 
 
+def likeliest(plain: torch.Tensor, bias: torch.Tensor, y: torch.Tensor) -> float:
+    """The temperature under which classes are likeliest."""
+    return max(TEMPERATURES, key=lambda t: log_likelihood(posterior_of(t * plain + bias, False), y, False))
+
+
 def test_settings_are_the_likeliest_of_the_validation_split() -> None:
     train, val, said = items(90, 1), items(60, 2), list[str]()
     heads = fit_class_head(train, val, False, 0, said.append)
@@ -83,13 +89,15 @@ def test_settings_are_the_likeliest_of_the_validation_split() -> None:
     assert val.labels is not None
     y = val.labels.double()
     best = log_likelihood(posterior_of(heads["image"](val.image), False), y, False)
-    regression = class_head._Ridge.of(class_head._items(train, "image"))
+    regression = class_head._Ridge(class_head._items(train, "image"), class_head._items(val, "image"), False)
     width = float(said[0].split("width ")[1].split(",")[0])
     for settings in [(each, 1.0) for each in WIDTHS] + [(width, each) for each in RIDGES]:
-        made = regression.solve(*settings, False)
-        for t in TEMPERATURES:
-            logits = t * (made(val.image) - made.bias) + made.bias
-            assert log_likelihood(posterior_of(logits, False), y, False) <= best + 1e-12
+        reached, weight = regression.solve(*settings)
+        made = regression.classifier(settings[0], weight)
+        assert log_likelihood(posterior_of(made(val.image), False), y, False) == pytest.approx(reached)
+        outputs = made(val.image) - made.bias
+        assert any(likeliest(outputs / t, made.bias, y) == t for t in TEMPERATURES)
+        assert reached <= best + 1e-12
 
 
 @pytest.mark.parametrize("multi", [False, True])
@@ -136,6 +144,31 @@ def test_what_cannot_be_learned_from_has_no_head() -> None:
     assert fit_class_head(train, bare, False, 0, lambda line: None) is None
 
 
+@pytest.mark.parametrize("size", [1e-41, 1e-39, 1e17])
+def test_a_feature_that_is_as_good_as_constant_does_not_count(size: float) -> None:
+    train, val = items(60, 1), items(40, 2)
+    g = torch.Generator().manual_seed(0)
+    plain = fit_class_head(train, val, False, 0, lambda line: None)
+    for data in (train, val):
+        data.image[:, 0] = size
+        data.image[:, 1] = 1 + 1.2e-7 * torch.randint(-1, 2, (len(data.image),), generator=g)
+    if size < 1:
+        train.image[:, 0] *= torch.rand(60, generator=g)
+    heads = fit_class_head(train, val, False, 0, lambda line: None)
+    assert plain is not None
+    assert heads is not None
+    assert heads["image"].scale[:2].tolist() == [0, 0]
+    assert all(tensor.isfinite().all() for tensor in heads["image"].tensors("image").values())
+    torch.testing.assert_close(heads["text"].weight, plain["text"].weight)
+
+
+def test_a_matrix_that_cannot_be_solved_is_no_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(class_head, "RIDGES", (-2.0,))
+    said: list[str] = []
+    assert fit_class_head(items(60, 1), items(40, 2), False, 0, said.append) is None
+    assert said == ["class head: none, the images' features have no kernel that can be solved"]
+
+
 def test_items_without_a_label_are_left_out() -> None:
     train, val = items(60, 1), items(40, 2)
     assert train.labels is not None
@@ -157,6 +190,8 @@ def test_histograms_are_told_by_their_sums() -> None:
     assert is_histogram(x / x.sum(1, keepdim=True))
     assert not is_histogram(x)
     assert not is_histogram(x - 0.5)
+    wide = torch.rand(4, class_head.MOST_BINS + 1)
+    assert not is_histogram(wide / wide.sum(1, keepdim=True))
 
 
 def test_a_classifier_comes_back_from_its_tensors() -> None:
