@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -171,17 +172,23 @@ class RawPairs:
     """A line for each bad pair that the source has left out."""
 
 
+PASSED_OVER = re.compile(r"_*(\.+[^.]|__MACOSX\Z)")
+"""How a folder begins that a reader passes over (`Member.is_foreign`), or that `make_key` has made of one."""
+
+
 def make_key(name: str) -> str:
     """Return a sample's key, made from a relative path without its extension.
 
-    Slashes stay; dots in the base name become ``_``, because a WebDataset key ends at the base name's first dot;
-    the name is `composed`.
+    Slashes stay; dots in the base name become ``_``, because a WebDataset key ends at the base name's first dot; a
+    folder that readers of tars pass over gets a ``_`` before it, as one that looks like that does, so that two stay
+    two; the name is `composed`.
     Raises BadInput when nothing is left of the name."""
     path = PurePosixPath(composed(name))
     parts = [part for part in path.parts if part not in ("/", "..", ".")]
     if not parts:
         raise BadInput(f"'{brief(name)}' is not the name of an image")
-    return "/".join([*parts[:-1], parts[-1].replace(".", "_")])
+    folders = [f"_{part}" if PASSED_OVER.match(part) else part for part in parts[:-1]]
+    return "/".join([*folders, parts[-1].replace(".", "_")])
 
 
 def hash_number(text: str) -> int:

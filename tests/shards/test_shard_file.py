@@ -72,6 +72,13 @@ def test_what_fails_or_is_empty_leaves_nothing(tmp_path: Path) -> None:
         write_shard(tmp_path / "nowhere", NAME, samples(2))
 
 
+@pytest.mark.parametrize(("keys", "found"), [((".a/0", "a/0"), r"1 are found in it \(\.a/0\.image\.npy\)")])
+def test_what_is_not_found_again_is_not_packed(keys: tuple[str, ...], found: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"{NAME}: 2 samples were written and {found}: give these samples other names"):
+        write_shard(tmp_path, NAME, [(key, members) for key, (_, members) in zip(keys, samples(2), strict=True)])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bad_sample_stops_or_is_noted() -> None:
     left_out: list[str] = []
 
