@@ -72,11 +72,23 @@ def test_what_fails_or_is_empty_leaves_nothing(tmp_path: Path) -> None:
         write_shard(tmp_path / "nowhere", NAME, samples(2))
 
 
-@pytest.mark.parametrize(("keys", "found"), [((".a/0", "a/0"), r"1 are found in it \(\.a/0\.image\.npy\)")])
-def test_what_is_not_found_again_is_not_packed(keys: tuple[str, ...], found: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=f"{NAME}: 2 samples were written and {found}: give these samples other names"):
-        write_shard(tmp_path, NAME, [(key, members) for key, (_, members) in zip(keys, samples(2), strict=True)])
+def keyed(*keys: str) -> list[tuple[str, Members]]:
+    return [(key, members) for key, (_, members) in zip(keys, samples(len(keys)), strict=True)]
+
+
+@pytest.mark.parametrize(("key", "what"), [(".a/0", r"\.a/0\.image\.npy"), ("a/0.b", r"a/0\.b\.image\.npy")])
+def test_what_is_not_found_again_is_not_packed(key: str, what: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"{NAME}: 3 samples were written and . are found in it: {what}; give these"):
+        write_shard(tmp_path, NAME, keyed("b/0", key, "a/0.c"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_keys_get_a_number(tmp_path: Path) -> None:
+    info = write_shard(tmp_path, NAME, keyed("a", "a", "b", "a-3", "a", "a", "a-3"))
+    assert info is not None
+    assert info.samples == 7
+    found = [facts.key for facts in scan_shard(tmp_path / NAME, NAME).samples]
+    assert found == ["a", "a-2", "b", "a-3", "a-4", "a-5", "a-3-2"]
 
 
 def test_a_bad_sample_stops_or_is_noted() -> None:
