@@ -145,15 +145,28 @@ def drawn(keys: Sequence[str], groups: list[list[int]], shares: dict[str, float]
     return out
 
 
+def distinct(key: str, taken: dict[str, int]) -> str:
+    """Return a key that no sample of a shard has yet: the key itself, or with a number behind it, as samples of one key
+    that follow each other would be read as one. `taken`: key -> how often it was asked for; it is added to."""
+    found, times = key, taken.get(key, 0)
+    while found in taken:
+        times += 1
+        found = f"{key}-{times + 1}"
+    taken[key], taken[found] = times, taken.get(found, 0)
+    return found
+
+
 def _write(data: str, output: str, name: str, sources: dict[str, ShardInfo], places: list[Place]) -> ShardInfo | None:
     """Write a shard of samples from shards of `data`, `sources` by name, whose order in them is that of `places`."""
+
+    taken = dict[str, int]()
 
     def samples() -> Iterator[tuple[str, Members]]:
         for source, of_source in itertools.groupby(places, key=lambda place: place[0]):
             wanted = {position for _, position in of_source}
             for position, (key, members) in enumerate(_samples(data, sources[source])):
                 if position in wanted:
-                    yield key, list(members.items())
+                    yield distinct(key, taken), list(members.items())
 
     return put_shard(FileStore(output, "--output"), name, samples())
 

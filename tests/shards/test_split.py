@@ -16,7 +16,7 @@ from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput
 from shards.__main__ import main
-from shards.split import SplitCommand, drawn, grouped, split, unlike
+from shards.split import SplitCommand, distinct, drawn, grouped, split, unlike
 from shards.verify import verify
 from tests.toy import picture, run_shards, write_members
 
@@ -184,3 +184,9 @@ def test_a_key_is_drawn_by_alone_where_no_other_is_equal() -> None:
     keys = unlike(["a", "b", "a"], [("x.tar", 0), ("x.tar", 1), ("y.tar", 0)])
     assert keys[1] == "b"
     assert len(set(keys)) == 3
+
+
+def test_equal_keys_get_a_number() -> None:
+    taken = dict[str, int]()
+    found = [distinct(key, taken) for key in ("a", "a", "b", "a-3", "a", "a", "a-3")]
+    assert found == ["a", "a-2", "b", "a-3", "a-4", "a-5", "a-3-2"]
