@@ -30,6 +30,11 @@ def brief(text: str, most: int = MOST_SHOWN) -> str:
     return shown(text if len(text) <= most else f"{text[: most - 1]}…")
 
 
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text file, which end at \\n, \\r\\n or \\r; str.splitlines cuts sentences at more."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
 class Readable(Protocol):
     """Bytes that a worker process reads or makes."""
 

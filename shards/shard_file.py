@@ -27,7 +27,7 @@ from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.files import sha256_of, write_atomic
 from cmgan_dist.jobs.ledger import WRITTEN, Record
 from cmgan_dist.jobs.staging import staging
-from shards.pairs import RawPair, Readable
+from shards.pairs import RawPair, Readable, lines_of
 from shards.scan import ShardScan, scan_shard
 
 Members = Iterable[tuple[str, bytes]]
@@ -55,7 +55,7 @@ def read_texts(texts: tuple[str, ...] | Readable) -> tuple[str, ...]:
         lines: Iterable[str] = texts
     else:
         try:
-            lines = texts.read().decode("utf-8-sig").splitlines()
+            lines = lines_of(texts.read().decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise BadSample(f"the text is not UTF-8 ({error.reason} at byte {error.start})") from None
     found = tuple(line.strip() for line in lines if line.strip())
