@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,11 @@ MOST_SHOWN, MOST_PATH_SHOWN = 80, 256
 def brief(text: str, most: int = MOST_SHOWN) -> str:
     """Return a text of the input as a message shows it: in one line, what is beyond `most` characters left out."""
     return shown(text if len(text) <= most else f"{text[: most - 1]}…")
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text file, which end at \\n, \\r\\n or \\r; str.splitlines cuts sentences at more."""
+    return re.split(r"\r\n|\n|\r", text)
 
 
 class Readable(Protocol):
@@ -171,17 +177,23 @@ class RawPairs:
     """A line for each bad pair that the source has left out."""
 
 
+PASSED_OVER = re.compile(r"_*(\.+[^.]|__MACOSX\Z)")
+"""How a folder begins that a reader passes over (`Member.is_foreign`), or that `make_key` has made of one."""
+
+
 def make_key(name: str) -> str:
     """Return a sample's key, made from a relative path without its extension.
 
-    Slashes stay; dots in the base name become ``_``, because a WebDataset key ends at the base name's first dot;
-    the name is `composed`.
+    Slashes stay; dots in the base name become ``_``, because a WebDataset key ends at the base name's first dot; a
+    folder that readers of tars pass over gets a ``_`` before it, as one that looks like that does, so that two stay
+    two; the name is `composed`.
     Raises BadInput when nothing is left of the name."""
     path = PurePosixPath(composed(name))
     parts = [part for part in path.parts if part not in ("/", "..", ".")]
     if not parts:
         raise BadInput(f"'{brief(name)}' is not the name of an image")
-    return "/".join([*parts[:-1], parts[-1].replace(".", "_")])
+    folders = [f"_{part}" if PASSED_OVER.match(part) else part for part in parts[:-1]]
+    return "/".join([*folders, parts[-1].replace(".", "_")])
 
 
 def hash_number(text: str) -> int:

@@ -139,38 +139,47 @@ def _size(pair: RawPair) -> int:
     return image + (pair.texts.nbytes if isinstance(pair.texts, np.ndarray) else pair.texts.size())
 
 
-def _merge_rows(rows: list[RawPair]) -> Iterator[RawPair]:
-    """Yield samples in their order: rows of one identity are one. Raises BadInput on rows that contradict each other,
-    two samples with one key, and a split that cannot be part of a file name."""
+def _merge_rows(rows: list[RawPair], skip_bad: bool, left_out: list[str]) -> Iterator[RawPair]:
+    """Yield samples in their order: rows of one identity are one. Of rows that contradict each other, and of two
+    samples with one key, the later is left out where `skip_bad` is on, and `left_out` gets a line.
+
+    Raises BadInput at such where it is off, and on a split that cannot be part of a file name."""
     placed = sorted(((place_of(row.key), row) for row in rows), key=lambda item: item[0])
     for _, equal in itertools.groupby(placed, key=lambda item: item[0]):
         samples: dict[str, list[RawPair]] = {}
         for number, (_, row) in enumerate(equal):
             samples.setdefault(row.identity or f"\0{number}", []).append(row)
         first_of: dict[str, RawPair] = {}
-        for sample in (_merged(parts) for parts in samples.values()):
-            if sample.key in first_of:
-                first = first_of[sample.key].where
-                raise BadInput(f"{sample.where} has the same key '{brief(sample.key)}' as {first}: rename one of them")
+        for sample in (_merged(parts, skip_bad, left_out) for parts in samples.values()):
             if sample.split and not re.fullmatch(r"[\w-]+", sample.split):
                 named = brief(sample.split)
                 raise BadInput(f"{sample.where}: split '{named}' may hold only letters, digits, '-' and '_'")
-            first_of[sample.key] = sample
+            first = first_of.setdefault(sample.key, sample)
+            try_sample(partial(_check_own_key, sample, first), sample.where, skip_bad, left_out)
         yield from (first_of[key] for key in sorted(first_of))
 
 
-def _merged(rows: list[RawPair]) -> RawPair:
+def _check_own_key(sample: RawPair, first: RawPair) -> None:
+    """Raise BadSample where a sample is not the first one of its key."""
+    if sample is not first:
+        raise BadSample(f"has the same key '{brief(sample.key)}' as {first.where}: rename one of them")
+
+
+def _merged(rows: list[RawPair], skip_bad: bool, left_out: list[str]) -> RawPair:
+    """Return the sample of rows of one identity; what contradicts the first is as `_merge_rows` says."""
     first, *rest = rows
-    if not rest:
+    same = [try_sample(partial(_agreeing, row, first), row.where, skip_bad, left_out) for row in rest]
+    texts = [row.texts for row in (first, *same) if row is not None]
+    if len(texts) == 1:
         return first
-    texts: list[str] = []
-    for row in rows:
-        if (row.labels, row.split) != (first.labels, first.split):
-            what = f"{row.where} has another label or split than {first.where}"
-            raise BadInput(f"{what} for image {brief(row.identity)}")
-        assert isinstance(row.texts, tuple)
-        texts += row.texts
-    return replace(first, texts=tuple(texts))
+    return replace(first, texts=tuple(text for of_row in texts if isinstance(of_row, tuple) for text in of_row))
+
+
+def _agreeing(row: RawPair, first: RawPair) -> RawPair:
+    """Return a row of one picture with another. Raises BadSample where it has another label or split."""
+    if (row.labels, row.split) != (first.labels, first.split):
+        raise BadSample(f"has another label or split than {first.where} for image {brief(row.identity)}")
+    return row
 
 
 def _digest(pair: RawPair, size: int) -> bytes:
@@ -207,7 +216,7 @@ def _merge(rows: Partitions, number: int, folder: Path, classes: list[str], draw
     links, lines = list[tuple[int, int]](), list[bytes]()
     names = merged.splits
     with open(folder / f"pairs-{number:04d}.jsonl", "wb") as file, open(folder / seen_name(number), "w") as files:
-        for pair in _merge_rows(rows.read(number)):
+        for pair in _merge_rows(rows.read(number), skip_bad, merged.left_out):
             files.writelines(seen(pair))
             read = partial(_measured, pair, draw)
             found = try_sample(read, pair.where, skip_bad, merged.left_out)
@@ -258,8 +267,8 @@ def plan_shards(
 
     A shard holds at most `shard_samples` pairs and closes before `shard_bytes` of images and texts; within a split
     the pairs come in the order of their keys' hashes, so a shard is a random sample of its split.
-    Raises BadInput on two pairs with one key, rows of one image that contradict each other, a split that cannot be part
-    of a file name, features of several sizes, and a bad pair unless `skip_bad`."""
+    Raises BadInput on a split that cannot be part of a file name and features of several sizes, and unless `skip_bad`
+    on two pairs with one key, rows of one image that contradict each other, and a bad pair."""
     rows.flush()
     numbers = range(rows.partitions)
     tasks = [(rows, number, rows.folder, source.classes, source.draw, skip_bad) for number in numbers]

@@ -23,12 +23,12 @@ from cmgan_dist.data.manifest import LabelKind, ShardInfo, check_shard_name
 from cmgan_dist.data.sample import MOST_NUMBERS, parse_sample
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore, LocalStore
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadInput, BadSample, shown
 from cmgan_dist.files import sha256_of, write_atomic
 from cmgan_dist.jobs.ledger import WRITTEN, Record
 from cmgan_dist.jobs.staging import staging
-from shards.pairs import RawPair, Readable
-from shards.scan import scan_shard
+from shards.pairs import RawPair, Readable, lines_of
+from shards.scan import ShardScan, scan_shard
 
 Members = Iterable[tuple[str, bytes]]
 """(extension, bytes) of a sample's members, in their order in the tar."""
@@ -55,7 +55,7 @@ def read_texts(texts: tuple[str, ...] | Readable) -> tuple[str, ...]:
         lines: Iterable[str] = texts
     else:
         try:
-            lines = texts.read().decode("utf-8-sig").splitlines()
+            lines = lines_of(texts.read().decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise BadSample(f"the text is not UTF-8 ({error.reason} at byte {error.start})") from None
     found = tuple(line.strip() for line in lines if line.strip())
@@ -131,13 +131,24 @@ def _write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> int:
     return count
 
 
+def _check_all_found(scan: ShardScan, count: int, final: Path) -> None:
+    """Raise BadInput where a shard was read back otherwise than the `count` samples that were written."""
+    if scan.info.samples != count or scan.damage:
+        what = shown(scan.damage or scan.first_foreign or "some were read as one")
+        raise BadInput(
+            f"{final}: {count} samples were written and {scan.info.samples} are found in it: {what}; "
+            "give these samples other names"
+        )
+
+
 def write_shard(output: Path, name: str, samples: Iterable[tuple[str, Members]]) -> ShardInfo | None:
     """Write the shard `name` of (key, members) and its index sidecar into the folder `output`.
 
     The tar is written aside, flushed to disk and read back for its checksum and index. The sidecar gets its name first
     and the tar last, so a tar that is there is whole and has its sidecar. Several processes may write one shard at
     once: the last one wins. Returns None when there are no samples; then no file is written.
-    Raises BadInput when a file cannot be written, or `name` is none for a shard, and whatever `samples` raises."""
+    Raises BadInput when a file cannot be written, a sample that was written is not found when it is read back, or
+    `name` is none for a shard, and whatever `samples` raises."""
     try:
         check_shard_name(name)
     except ValueError as error:
@@ -145,9 +156,11 @@ def write_shard(output: Path, name: str, samples: Iterable[tuple[str, Members]])
     final, index = output / name, output / index_name(name)
     try:
         with staging(output) as folder:
-            if not _write_tar(folder / "tar", samples):
+            count = _write_tar(folder / "tar", samples)
+            if not count:
                 return None
             scan = scan_shard(folder / "tar", name)
+            _check_all_found(scan, count, final)
             write_atomic(folder / "index", scan.index.to_bytes())
             final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(folder / "index", index)

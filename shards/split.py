@@ -1,13 +1,15 @@
 """A data set without a split for validation or test -> one that has them, drawn from its training split.
 
 Samples with an equal picture, or an equal text, stay on one side: they are groups, and whole groups are drawn, in the
-order of a hash of their keys, so that the same data set gives the same splits."""
+order of a hash of their keys, so that the same data set gives the same splits. Where keys begin anew in each shard, as
+some tools write them, the shard and the position are drawn by; in a new shard an equal key gets a number behind it."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,6 +112,15 @@ def grouped(digests: Sequence[list[bytes]]) -> list[list[int]]:
     return linked_groups(len(digests), links_of_equal(digests))
 
 
+def unlike(keys: Sequence[str], places: Sequence[Place]) -> list[str]:
+    """Return what each sample is drawn by: its key, or its place where another sample has that key too."""
+    counts = Counter(keys)
+    return [
+        key if counts[key] == 1 else f"{key}\n{shard}\n{position}"
+        for key, (shard, position) in zip(keys, places, strict=True)
+    ]
+
+
 def drawn(keys: Sequence[str], groups: list[list[int]], shares: dict[str, float]) -> dict[str, list[int]]:
     """Draw whole groups for each split of `shares`, no more samples than its share of all, by a hash of their keys.
 
@@ -134,15 +145,28 @@ def drawn(keys: Sequence[str], groups: list[list[int]], shares: dict[str, float]
     return out
 
 
+def distinct(key: str, taken: dict[str, int]) -> str:
+    """Return a key that no sample of a shard has yet: the key itself, or with a number behind it, as samples of one key
+    that follow each other would be read as one. `taken`: key -> how often it was asked for; it is added to."""
+    found, times = key, taken.get(key, 0)
+    while found in taken:
+        times += 1
+        found = f"{key}-{times + 1}"
+    taken[key], taken[found] = times, taken.get(found, 0)
+    return found
+
+
 def _write(data: str, output: str, name: str, sources: dict[str, ShardInfo], places: list[Place]) -> ShardInfo | None:
     """Write a shard of samples from shards of `data`, `sources` by name, whose order in them is that of `places`."""
+
+    taken = dict[str, int]()
 
     def samples() -> Iterator[tuple[str, Members]]:
         for source, of_source in itertools.groupby(places, key=lambda place: place[0]):
             wanted = {position for _, position in of_source}
             for position, (key, members) in enumerate(_samples(data, sources[source])):
                 if position in wanted:
-                    yield key, list(members.items())
+                    yield distinct(key, taken), list(members.items())
 
     return put_shard(FileStore(output, "--output"), name, samples())
 
@@ -154,7 +178,7 @@ def _plan(command: SplitCommand, manifest: Manifest, shares: dict[str, float]) -
     tasks = [(command.data, shard, texts_too, judge) for shard in manifest.splits[TRAIN]]
     facts = parallel_map(_facts, tasks, title="comparing", processes=command.processes)
     places = [(task[1].name, i) for task, of_shard in zip(tasks, facts, strict=True) for i in range(len(of_shard))]
-    keys = [key for of_shard in facts for key, _ in of_shard]
+    keys = unlike([key for of_shard in facts for key, _ in of_shard], places)
     chosen = drawn(keys, grouped([digests for of_shard in facts for _, digests in of_shard]), shares)
     gone = {places[i] for positions in chosen.values() for i in positions}
     plan = {

@@ -11,7 +11,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from fsspec.implementations.http import HTTPFileSystem
 
@@ -129,13 +129,14 @@ def key_of(url: str) -> str:
 
 
 def joined(table: str, path: str) -> str:
-    """Return the URL of a picture that a table at a URL names by its path."""
+    """Return the URL of a picture that a table at a URL names by its path, or by a URL of its own.
+
+    The path is a file's name as it stands: by HTTP, what is no part of a URL's path, such as %, # and ?, is quoted."""
+    if is_url(path):
+        return path
     start, name = _split(table)
-    return (
-        path
-        if is_url(path)
-        else f"{start}/{posixpath.join(posixpath.dirname(name.partition('?')[0]), path).lstrip('/')}"
-    )
+    plain = quote(path, errors="surrogatepass") if start.startswith("http") else path
+    return f"{start}/{posixpath.join(posixpath.dirname(name.partition('?')[0]), plain).lstrip('/')}"
 
 
 def fetch(url: str, folder: Path, retries: int, timeout_s: float) -> Path:

@@ -149,7 +149,8 @@ def _sample_problem(facts: SampleFacts) -> str:
 
 
 def _find_duplicates(scans: list[tuple[str, ShardScan]], report: Report) -> None:
-    """Report equal keys and equal images: a problem across splits, a warning within one."""
+    """Report equal keys and equal images: images across splits are a problem, as what is measured was trained on; the
+    rest are warnings, as some tools begin keys anew in each shard."""
     for what, value_of in (("key", lambda facts: composed(facts.key)), ("image", lambda facts: facts.image_digest)):
         places: dict[str | bytes, list[tuple[str, str]]] = defaultdict(list)
         for split, scan in scans:
@@ -161,7 +162,7 @@ def _find_duplicates(scans: list[tuple[str, ShardScan]], report: Report) -> None
                 across = len({split for split, _ in same}) > 1
                 where = "across splits" if across else "within a split"
                 line = f"the same {what} {where}: {', '.join(place for _, place in same)}"
-                (report.problems if across else report.warnings).append(line)
+                (report.problems if across and what == "image" else report.warnings).append(line)
 
 
 def _shared_texts(scans: list[tuple[str, ShardScan]]) -> Iterator[str]:

@@ -76,7 +76,7 @@ def _labels_of(key: str, members: dict[str, bytes], record: dict[str, Any]) -> t
     found = parse_labels(record)
     if "cls" not in members:
         return found
-    text = members["cls"][:100].decode(errors="backslashreplace").strip()
+    text = members["cls"][:100].decode("utf-8-sig", errors="backslashreplace").strip()
     numbered = re.fullmatch(r"-?[0-9]{1,20}", text)
     if found and numbered and int(text) not in found:
         raise BadLabel(f"{key}.cls holds {_brief(text)}, its JSON has the labels {_brief(found)}: keep one")
@@ -227,11 +227,11 @@ def _parse_texts(key: str, members: dict[str, bytes], record: dict[str, Any]) ->
 
 
 def _parse_text(key: str, data: bytes) -> str:
-    """Return the text of a ``.txt``. Raises BadSample."""
+    """Return the text of a ``.txt``, without a byte order mark. Raises BadSample."""
     if len(data) > MOST_TEXT_BYTES:
         raise BadSample(f"{key}.txt has more than {MOST_TEXT_BYTES >> 20} MiB")
     try:
-        text = data.decode("utf-8").strip()
+        text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise BadSample(f"{key}.txt is not UTF-8 ({error})") from None
     if not text:

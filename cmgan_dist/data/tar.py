@@ -19,6 +19,8 @@ PIECE = 1 << 24
 NOTES = ("readme", "license", "licence", "copying", "notice", "changelog")
 """Names of texts that say something of a tar, not of a picture."""
 
+COMPRESSED = {b"\x1f\x8b\x08": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+"""How files begin that a tool compressed."""
 NO_FILES = (b"5", b"g", b"K", b"V", b"D", b"M")
 """Kinds of headers that are no file: folders, records for all that follows, names of links, labels, further volumes."""
 NOT_REGULAR = " (a link, a device or a sparse file: write the tar by 'tar --dereference --hard-dereference')"
@@ -151,10 +153,11 @@ def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
         if not header or header == b"\0" * BLOCK:
             return
         if len(header) < BLOCK:
-            raise BadSample(f"{name} is truncated at byte {offset + len(header)}")
+            raise BadSample(_fault(header, name, offset, f"{name} is truncated at byte {offset + len(header)}"))
         kind = header[156:157]
         plain = None if pax else _plain(header)
-        size = plain[1] if plain else _size(header, kind, pax, f"{name} has a damaged tar header at byte {offset}")
+        damage = "" if plain else _fault(header, name, offset, f"{name} has a damaged tar header at byte {offset}")
+        size = plain[1] if plain else _size(header, kind, pax, damage)
         too_large = size > MOST_FILE_BYTES
         data = b"" if too_large else _read(file, size)
         there = _pass_over(file, size) if too_large else len(data)
@@ -177,6 +180,14 @@ def iter_members(file: BinaryIO, name: str) -> Iterator[Member]:
         except (ValueError, struct.error):
             raise BadSample(f"{name} has a damaged extended header before byte {offset}") from None
         longname, pax, start = None, {}, offset
+
+
+def _fault(header: bytes, name: str, offset: int, otherwise: str) -> str:
+    """Return what is wrong with a tar at `offset`, where `header` is none: it is compressed, or as `otherwise` says."""
+    tool = "" if offset else next((tool for start, tool in COMPRESSED.items() if header.startswith(start)), "")
+    if not tool:
+        return otherwise
+    return f"{name} is compressed by {tool}, no plain tar ('{tool} -dc < {name} > NEW && mv NEW {name}' makes it one)"
 
 
 def _size(header: bytes, kind: bytes, pax: dict[str, str], damage: str) -> int:

@@ -107,3 +107,13 @@ def test_of_two_that_disagree_none_is_taken_in_silence(more: dict[str, bytes], s
 def test_numbers_out_of_range_give_no_warning(array: np.ndarray) -> None:
     with contextlib.suppress(BadSample):
         parse_array(npy(array), "x")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_or_a_label() -> None:
+    mark = b"\xef\xbb\xbf"
+    members = {"png": b"x", "txt": mark + b"a dog", "cls": mark + b"3\n"}
+    sample = parse_sample("k", members)
+    assert (sample.texts, sample.labels) == (["a dog"], (3,))
+    assert parse_sample("k", members | {"json": mark + b'{"texts": ["a dog", "b"]}'}).texts == ["a dog", "b"]
+    with pytest.raises(BadSample, match=r"k\.txt is empty"):
+        parse_sample("k", members | {"txt": mark})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
 from pathlib import Path
 
@@ -76,3 +79,16 @@ def test_a_tar_cut_anywhere_is_named_or_shorter(tmp_path: Path) -> None:
     broken = data[:1536] + b"\xff" * 512 + data[2048:]
     with pytest.raises(BadSample, match="damaged tar header at byte 1536"):
         list(iter_samples(io.BytesIO(broken), "a.tar"))
+
+
+@pytest.mark.parametrize("members", [MEMBERS, [(f"{i}.txt", f"{i**9}".encode()) for i in range(300)]])
+def test_a_compressed_tar_is_said_to_be_one(members: list[tuple[str, bytes]]) -> None:
+    """Shorter than a header, or longer. A name that begins as such a file does is none."""
+    data = tar_of(members)
+    for tool, compress in (("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress)):
+        unpack = rf"'{tool} -dc < d/a\.tar > NEW && mv NEW d/a\.tar'"
+        with pytest.raises(
+            BadSample, match=rf"^d/a\.tar is compressed by {tool}, no plain tar \({unpack} makes it one\)$"
+        ):
+            list(iter_samples(io.BytesIO(compress(data)), "d/a.tar"))
+    assert [key for key, _, _ in iter_samples(io.BytesIO(tar_of([("BZh.txt", b"a")])), "a.tar")] == ["BZh"]

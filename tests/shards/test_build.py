@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 
@@ -22,7 +24,7 @@ from cmgan_dist.data.output import read_record
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import parse_sample
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.data.tar import iter_samples
+from cmgan_dist.data.tar import Member, iter_samples
 from cmgan_dist.errors import BadInput
 from shards.make import record_name
 from shards.pairs import make_key
@@ -254,6 +256,27 @@ def test_skip_bad_counts_and_lists(raw: Path, tmp_path: Path, capsys: pytest.Cap
 )
 def test_a_key_has_no_dot_in_its_base_name(name: str, key: str) -> None:
     assert make_key(name) == key
+
+
+HIDDEN = ["a", ".a", "_.a", "__.a", "..a", "...", "a/.b", "__MACOSX", "___MACOSX", "_MACOSX", ".a.", "__MACOSX2", "."]
+
+
+def test_no_reader_passes_over_a_key_and_keys_stay_distinct() -> None:
+    keys = [make_key(f"/data/{folder}/{base}") for folder in HIDDEN for base in ("x", ".x", "__MACOSX", "...")]
+    assert len(set(keys)) == len(keys)
+    assert not [key for key in keys if Member(key, "png", 0, b"", b"").is_foreign()]
+
+
+def test_pictures_in_hidden_folders_are_packed(tmp_path: Path) -> None:
+    """As the paths in a Parquet file say that was made in a cache."""
+    names = [".cache/me/0.png", "__MACOSX/1.png", "_.cache/me/0.png", "x/.hidden.png"]
+    rows = [{"image": {"bytes": picture(i), "path": name}, "caption": f"text {i}"} for i, name in enumerate(names)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    run_shards("build", "table", tmp_path / "t.parquet", "--output", tmp_path / "out", "--val", 0, "--test", 0)
+    assert sorted(sample.texts[0] for sample in ShardReader(str(tmp_path / "out"), "train")) == [
+        f"text {i}" for i in range(4)
+    ]
+    assert not verify(tmp_path / "out", processes=1).problems
 
 
 # ---------------------------------------------------------------------------------------------- folder

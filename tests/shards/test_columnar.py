@@ -138,3 +138,16 @@ def test_messages_show_the_beginning_of_a_long_cell_only(tmp_path: Path) -> None
         with pytest.raises(BadInput, match=r"row 1 of t\.jsonl|9/9/9/") as error:
             build(write_table(tmp_path / "t.jsonl", [rows[0] | wrong]))
         assert len(str(error.value)) < 400, str(error.value)
+
+
+def test_one_picture_in_two_splits_goes_into_the_first_with_skip_bad(tmp_path: Path, capsys) -> None:
+    (tmp_path / "raw").mkdir()
+    for split, numbers in (("test", [5, 10, 11]), ("train", range(6))):
+        columns = {"image": [picture(i) for i in numbers], "caption": [f"text {i}" for i in numbers]}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "raw" / f"{split}.parquet")
+    with pytest.raises(BadInput, match=r"row 6 of train\.parquet: has another label or split .* pass --skip-bad"):
+        build(tmp_path / "raw")
+    build(tmp_path / "raw", "--skip-bad")
+    manifest = load_manifest(tmp_path / "out")
+    assert {split: manifest.samples(split) for split in manifest.splits} == {"train": 5, "test": 3}
+    assert "row 6 of train.parquet: has another label or split than row 1 of test.parquet" in capsys.readouterr().err

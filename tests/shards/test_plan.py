@@ -99,9 +99,11 @@ def test_rows_of_one_picture_are_one_sample_whatever_lies_between(tmp_path: Path
     found = {each.key: each.texts for shard in plan.shards for each in shard.read(plan.folder)}
     assert found["4"] == ("text 4", "text 14", "text 24")
     assert len(found) == 10
-    with pytest.raises(BadInput, match="row of 4 has another label or split than row of 4 for image 4"):
+    with pytest.raises(
+        BadInput, match=r"row of 4: has another label or split than row of 4 for image 4; .* --skip-bad"
+    ):
         planned(tmp_path / "b", [*rows, pair("4", split="val", identity="4")], partitions=3)
-    with pytest.raises(BadInput, match="row of 4 has the same key '4' as row of 4: rename one"):
+    with pytest.raises(BadInput, match=r"row of 4: has the same key '4' as row of 4: rename one .* --skip-bad"):
         planned(tmp_path / "c", [*rows, pair("4", identity="4.png")], partitions=3)
 
 
@@ -185,3 +187,16 @@ def test_pictures_in_several_parquet_files_on_two_processes(tmp_path: Path) -> N
     assert any(texts == ["text 3", "text 43"] for texts, _ in found.values())
     assert load_manifest(tmp_path / "out-one").details["together"] == "images-and-texts"
     assert not list((tmp_path / "out-one").glob(".*"))
+
+
+def test_with_skip_bad_the_later_of_two_that_contradict_each_other_is_left_out(tmp_path: Path) -> None:
+    rows = [pair(f"{i % 3}", (f"text {i}",), "train", identity=f"{i % 3}") for i in range(6)]
+    rows += [pair("1", ("lost",), "test", identity="1"), pair("2", ("lost too",), "train", identity="2.png")]
+    plan = planned(tmp_path / "plan", [*rows, pair("3", ("new",), "test")], partitions=2, skip_bad=True)
+    found = {each.key: (each.split, each.texts) for shard in plan.shards for each in shard.read(plan.folder)}
+    texts = {f"{i}": ("train", (f"text {i}", f"text {i + 3}")) for i in range(3)}
+    assert found == texts | {"3": ("test", ("new",))}
+    assert sorted(plan.left_out) == [
+        "row of 1: has another label or split than row of 1 for image 1",
+        "row of 2: has the same key '2' as row of 2: rename one of them",
+    ]

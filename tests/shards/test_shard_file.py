@@ -12,8 +12,9 @@ from cmgan_dist.data.index import index_name
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput, BadSample
+from shards.pairs import FileBytes
 from shards.scan import scan_shard
-from shards.shard_file import Members, has_index, npy, try_sample, write_shard
+from shards.shard_file import Members, has_index, npy, read_texts, try_sample, write_shard
 
 NAME = "train-000000.tar"
 
@@ -72,6 +73,20 @@ def test_what_fails_or_is_empty_leaves_nothing(tmp_path: Path) -> None:
         write_shard(tmp_path / "nowhere", NAME, samples(2))
 
 
+def keyed(*keys: str) -> list[tuple[str, Members]]:
+    return [(key, members) for key, (_, members) in zip(keys, samples(len(keys)), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [(".a/0", r"\.a/0\.image\.npy"), ("b/0", "some were read as one")],
+)
+def test_what_is_not_found_again_is_not_packed(key: str, what: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"{NAME}: 3 samples were written and 2 are found in it: {what}; give these"):
+        write_shard(tmp_path, NAME, keyed("b/0", key, "a/0"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bad_sample_stops_or_is_noted() -> None:
     left_out: list[str] = []
 
@@ -95,3 +110,12 @@ def test_features_are_finite(value: float, dtype: str) -> None:
 def test_no_array_is_written_that_is_not_read() -> None:
     with pytest.raises(BadSample, match="more than 16777216"):
         npy(np.broadcast_to(np.float32(0), (1 << 14, (1 << 10) + 1)))
+
+
+def test_a_text_ends_at_the_end_of_a_line_alone(tmp_path: Path) -> None:
+    """Not where ``str.splitlines`` sees an end too, such as U+2028, U+0085 and a form feed."""
+    kept = [f"a dog{c}runs" for c in "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"]
+    for number, end in enumerate(("\n", "\r\n", "\r", "\n\n")):
+        file = tmp_path / f"{number}.txt"
+        file.write_bytes((end.join(kept) + end).encode())
+        assert read_texts(FileBytes(file)) == tuple(kept)

@@ -16,7 +16,7 @@ from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput
 from shards.__main__ import main
-from shards.split import SplitCommand, drawn, grouped, split
+from shards.split import SplitCommand, distinct, drawn, grouped, split, unlike
 from shards.verify import verify
 from tests.toy import picture, run_shards, write_members
 
@@ -159,3 +159,34 @@ def test_a_shard_that_is_not_what_its_manifest_says_stops_it(
     with pytest.raises(BadInput, match=said):
         split(SplitCommand(str(data), str(tmp_path / "out"), val=0.2, processes=1))
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_keys_that_begin_anew_in_each_tar_lose_nothing(tmp_path: Path) -> None:
+    """As ``webdataset.TarWriter`` is often used; by the key alone, val would be the same few of every tar."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for shard in range(6):
+        names = {i: f"{i:04d}" for i in range(20)}
+        members = {f"{name}.png": picture(20 * shard + i) for i, name in names.items()}
+        texts = {f"{name}.txt": b"text number %d" % (20 * shard + i) for i, name in names.items()}
+        write_members(data / f"{shard:05d}.tar", dict(sorted((members | texts).items())))
+    run_shards("index", data, "--processes", 1, "--no-decode")
+    made = split(SplitCommand(str(data), str(tmp_path / "out"), val=0.2, processes=1))
+    assert {name: made.samples(name) for name in made.splits} == {"train": 96, "val": 24}
+    val = list(ShardReader(str(tmp_path / "out"), "val"))
+    texts_of = [sample.texts[0] for name in made.splits for sample in ShardReader(str(tmp_path / "out"), name)]
+    assert sorted(texts_of) == sorted(f"text number {i}" for i in range(120))
+    assert len({sample.key for sample in val}) == 24
+    assert len({sample.key[:4] for sample in val}) > 24 // 6 + 4
+
+
+def test_a_key_is_drawn_by_alone_where_no_other_is_equal() -> None:
+    keys = unlike(["a", "b", "a"], [("x.tar", 0), ("x.tar", 1), ("y.tar", 0)])
+    assert keys[1] == "b"
+    assert len(set(keys)) == 3
+
+
+def test_equal_keys_get_a_number() -> None:
+    taken = dict[str, int]()
+    found = [distinct(key, taken) for key in ("a", "a", "b", "a-3", "a", "a", "a-3")]
+    assert found == ["a", "a-2", "b", "a-3", "a-4", "a-5", "a-3-2"]

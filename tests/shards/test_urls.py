@@ -6,12 +6,14 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import boto3
 import psutil
 import pytest
 
 from cmgan_dist.data import source
+from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput
 from shards.urls import MOST_HOSTS, UrlBytes, joined, key_of
 from tests.services.faulty_server import FaultyServer
@@ -114,6 +116,23 @@ MALFORMED = ["127.0.0.1:99999", "[::1", "127.0.0.1:abc", "user:word@", f"{'a' * 
 """Hosts that no server can be asked by."""
 
 
+class Unquoted(dict[str, bytes]):
+    """Files by their names, for a server that is asked by paths of URLs."""
+
+    def get(self, path: str, default: bytes | None = None) -> bytes | None:  # type: ignore[override]
+        return super().get(unquote(path), default)
+
+
+def test_names_beside_a_table_at_a_url_are_those_of_files(server: FaultyServer, tmp_path: Path) -> None:
+    names = ["a b.png", "a%20b.png", "a#1.png", "q?x.png", "é+&;=.png", "x/%2e/c:d.png", "%zz.png"]
+    rows = [{"image": name, "caption": f"text {i}"} for i, name in enumerate(names)]
+    table = write_table(tmp_path / "t.csv", rows).read_bytes()
+    server.files = Unquoted({f"/p/{name}": picture(i) for i, name in enumerate(names)} | {"/p/t.csv": table})
+    build(f"{server.url}/p/t.csv", tmp_path / "out")
+    found = {sample.texts[0]: sample.image for sample in ShardReader(str(tmp_path / "out"), "train")}
+    assert found == {f"text {i}": picture(i) for i in range(len(names))}
+
+
 def test_malformed_urls_are_left_out_and_named_when_asked(
     server: FaultyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +155,8 @@ def test_malformed_urls_are_left_out_and_named_when_asked(
 def test_places_of_pictures_beside_a_table() -> None:
     assert joined("https://h/a/t.csv?x=1", "p/1.jpg") == "https://h/a/p/1.jpg"
     assert joined("s3://bucket/t.csv", "1.jpg") == "s3://bucket/1.jpg"
+    assert joined("s3://bucket/t.csv", "a%20b#1?.jpg") == "s3://bucket/a%20b#1?.jpg"
+    assert joined("HTTP://h/a%20b/t.csv", "p/c%20d#1?.jpg") == "http://h/a%20b/p/c%2520d%231%3F.jpg"
     assert joined("https://h/a/t.csv", "http://other/1.jpg") == "http://other/1.jpg"
     assert key_of("https://u:p@h/a/b.jpg?sig=1") != key_of("https://u:p@h/a/b.jpg?sig=2")
     assert key_of("https://u:p@h/a/b.jpg?sig=1").startswith("b-")
