@@ -14,7 +14,7 @@ from cmgan_dist.data.sample import MOST_TEXT_BYTES
 from cmgan_dist.errors import BadSample
 from cmgan_dist.files import parse_json_once
 from shards.pairs import brief
-from shards.scan import SPLIT_ALIASES
+from shards.split_words import SPLIT_ALIASES
 from shards.urls import check_protocol, is_file_url, is_url
 
 MOST_PATH, MOST_NAME = 4096, 255

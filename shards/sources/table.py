@@ -31,7 +31,8 @@ from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
 from shards.sources.files import PlainFile, check_names, check_unicode, plain_path
 from shards.sources.rows import Row, TextFormat, about_rows, check_ending, column_names, read_rows
-from shards.sources.table_folder import Table, check_partitions, say_named_splits, tables_of
+from shards.sources.table_folder import Table, check_partitions, tables_of
+from shards.split_words import say_named_splits
 from shards.urls import UrlBytes, fetch, is_file_url, is_url, joined, key_of, path_of
 
 Value = TypeVar("Value")
@@ -335,7 +336,7 @@ def _parse_row(row: Row, columns: dict[str, str]) -> _Row:
 def _describe(columns: dict[str, str], names: list[str], tables: list[Table]) -> str:
     """Return a line that says which columns were taken for what, and which might have been; and splits from names."""
     taken = [f"{role} is column '{brief(column)}'" for role, column in columns.items()]
-    taken += [] if "split" in columns else say_named_splits(tables)
+    taken += [] if "split" in columns else say_named_splits((table.split, table.path) for table in tables)
     if "label" not in columns:
         taken.append("no labels")
     known = {name for common in COMMON_NAMES.values() for name in common}

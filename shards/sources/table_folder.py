@@ -10,13 +10,9 @@ from urllib.parse import unquote
 
 from cmgan_dist.errors import BadInput
 from shards.pairs import brief
-from shards.scan import SPLIT_ALIASES
 from shards.sources.rows import COLUMNAR, ENDINGS
+from shards.split_words import split_in
 
-NAMED_SPLITS = {**SPLIT_ALIASES, **dict.fromkeys(("eval", "evaluation"), "test")}
-"""Word in the name of a table -> split, as Hugging Face's datasets has them."""
-SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(NAMED_SPLITS)})(?:set)?(?![^\W\d_])", re.IGNORECASE)
-"""Such a word, between what are no letters."""
 PARTITION = re.compile(r"([^=]+)=(.*)", re.DOTALL)
 """The name of a folder that holds the rows with one value of a column (Hive's partitions)."""
 NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -55,13 +51,7 @@ def tables_of(path: Path) -> list[Table]:
 def _table(path: Path, inside: Path) -> Table:
     plain = [name for name in inside.parts if not PARTITION.fullmatch(name) or name == inside.name]
     folder = Path(*plain[:-1]) if path.suffix.lower() in COLUMNAR else inside.parent
-    return Table(path, _split_of(plain), _partitions(path, inside.parent.parts), folder.as_posix())
-
-
-def _split_of(names: list[str]) -> str:
-    """Return the split that a table's name says, or else the nearest folder's; "" for none."""
-    found = (SPLIT_WORD.search(name) for name in reversed(names))
-    return next((NAMED_SPLITS[word[1].lower()] for word in found if word), "")
+    return Table(path, split_in(plain), _partitions(path, inside.parent.parts), folder.as_posix())
 
 
 def _partitions(path: Path, folders: Iterable[str]) -> dict[str, str | None]:
@@ -82,19 +72,3 @@ def check_partitions(table: Table, names: list[str]) -> None:
         raise BadInput(
             f"{table.path} has a column '{brief(twice[0])}', for which a folder above it names a value: rename one"
         )
-
-
-def say_named_splits(tables: list[Table]) -> list[str]:
-    """Return a line for each split that names of files or folders say: which, and by which table it can be seen."""
-    named: dict[str, list[Path]] = {}
-    for table in tables:
-        if table.split:
-            named.setdefault(table.split, []).append(table.path)
-    lines = [f"split {split} by the name of {_first_of(paths)}" for split, paths in named.items()]
-    rest = [table.path for table in tables if not table.split]
-    return [*lines, f"no split in the name of {_first_of(rest)}"] if lines and rest else lines
-
-
-def _first_of(paths: list[Path]) -> str:
-    shortest = Path(*paths[0].parts[-2:])
-    return f"{shortest}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
