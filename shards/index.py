@@ -35,7 +35,6 @@ from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
 from shards.shard_file import tar_names
 from shards.split_words import say_named_splits, split_in
 
-
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
 """How tars end that were compressed: no sample of these can be read alone, so no training reads them."""
 
@@ -108,8 +107,8 @@ def _one_kind(what: str, samples: list[SampleFacts], dims: list[int | None]) -> 
 class IndexCommand:
     """Write manifest.json and an index beside each tar, for WebDataset shards made elsewhere.
 
-    Splits: by a word in the name (cc3m-val-00000.tar) or the folder's (val/00000.tar), else train. Labels are read from KEY.json
-    and, as numbers, from KEY.cls."""
+    Splits: by a word in the name (cc3m-val-00000.tar) or the folder's (val/00000.tar), else train. Labels are read
+    from KEY.json and, as numbers, from KEY.cls."""
 
     data: tyro.conf.Positional[str]
     """Folder or URL (s3, gs) of tars, searched to its depth; a URL's tars are read where this runs, and stay."""

@@ -141,7 +141,7 @@ class TableCommand(DrawCommand):
         asked = {name: str(value) for name, value in vars(self).items() if name not in NOT_OF_THE_PLAN}
         if is_url(str(self.input)):
             return ""
-        paths = [table.path for table in tables_of(Path(self.input))]
+        paths = [table.path for table in tables_of(Path(self.input)).read]
         try:
             if not all(path.is_file() for path in paths):
                 return ""
@@ -157,10 +157,13 @@ class TableCommand(DrawCommand):
             raise BadInput("--retries must be from 0 to 100, and --timeout-s from 0.01 to 100000")
         text, url = self._text_format(), str(self.input)
         top = self._fetched(rows.folder / "table") if is_url(url) else Path(self.input)
-        tables = tables_of(top)
+        found_tables = tables_of(top)
+        tables = found_tables.read
         names = list(dict.fromkeys(name for table in tables for name in _names(table, text)))
         columns, said = self._columns(names), _Said()
         print(_describe(columns, names, tables), flush=True)
+        if found_tables.passed:
+            print(shown(found_tables.passed), flush=True)
         rows.partitions = partitions_for(sum(about_rows(table.path) for table in tables))
         units = _units(tables, usable_cores() if self.processes is None else self.processes)
         places = [Partitions(rows.folder, rows.partitions, i) for i in range(len(units))]
