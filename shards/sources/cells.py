@@ -14,6 +14,7 @@ from cmgan_dist.data.sample import MOST_TEXT_BYTES
 from cmgan_dist.errors import BadSample
 from cmgan_dist.files import parse_json_once
 from shards.pairs import brief
+from shards.sources.columnar import ClassName
 from shards.split_words import SPLIT_ALIASES
 from shards.urls import check_protocol, is_file_url, is_url
 
@@ -123,6 +124,8 @@ def as_labels(value: Any) -> tuple[tuple[str, ...], bool]:
     Raises BadSample when there is none, or one is no name."""
     if isinstance(value, bytes):
         value = _as_string(value, "label")
+    if isinstance(value, ClassName):
+        return (_as_class(value),), False
     found = _json_list(value, " or with |") if isinstance(value, str) and LIKE_A_LIST.match(value) else None
     value = value if found is None else found
     if isinstance(value, str) and "|" in value:

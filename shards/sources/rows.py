@@ -18,7 +18,7 @@ from cmgan_dist.data.sample import MOST_JSON_BYTES
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import open_regular, parse_json_once
 from shards.pairs import brief
-from shards.sources.columnar import COLUMNAR, Numbered, Row, columnar_rows, schema_names
+from shards.sources.columnar import COLUMNAR, Numbered, Row, columnar_rows, label_form, schema_names
 
 ENDINGS = (".csv", ".tsv", ".jsonl", *COLUMNAR)
 MOST_LINE_CHARS = 2 * MOST_JSON_BYTES
@@ -54,6 +54,21 @@ def column_names(path: Path, text: TextFormat) -> list[str]:
     if twice:
         raise BadInput(f"{path} has two columns '{brief(twice[0])}': rename one")
     return names
+
+
+def check_label_forms(paths: list[Path], column: str) -> None:
+    """Raise BadInput where a column has numbers of classes, in some tables with their names and in others without: a
+    number and a name may be one class."""
+    first: dict[str, Path] = {}
+    for path in paths:
+        if path.suffix.lower() in COLUMNAR:
+            with _naming_damage(path):
+                first.setdefault(label_form(path, column), path)
+    if {"names", "numbers"} <= first.keys():
+        raise BadInput(
+            f"column '{brief(column)}' has names of classes in {first['names']} and numbers alone in "
+            f"{first['numbers']}: write both with names, or pass --label-column '' for no labels"
+        )
 
 
 def about_rows(path: Path) -> int:

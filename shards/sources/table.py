@@ -29,8 +29,8 @@ from shards.pairs import RawPair, RawPairs, Readable, brief, make_key, missing_v
 from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
-from shards.sources.files import PlainFile, check_names, check_unicode, plain_path
-from shards.sources.rows import Row, TextFormat, about_rows, check_ending, column_names, read_rows
+from shards.sources.files import PlainFile, check_names, check_unicode, plain_path, say_classes
+from shards.sources.rows import Row, TextFormat, about_rows, check_ending, check_label_forms, column_names, read_rows
 from shards.sources.table_folder import Table, check_partitions, tables_of
 from shards.split_words import say_named_splits
 from shards.urls import UrlBytes, fetch, is_file_url, is_url, joined, key_of, path_of
@@ -62,6 +62,8 @@ COMMON_NAMES = {
 """Column names that are recognised, in this order, whatever their case and spaces around them."""
 
 
+DECLINED = ("label", "split")
+"""Roles that a data set can do without."""
 MOST_COLUMNS = 50
 """Columns that a message names."""
 NOT_OF_THE_PLAN = ("output", "overwrite", "processes", "task", "ray", "work")
@@ -119,9 +121,9 @@ class TableCommand(DrawCommand):
     text_column: str | None = None
     """Column of texts (None: the first of text, caption, title, ...)."""
     label_column: str | None = None
-    """Column of class names (None: the first of label, class, category, ..., or pairs without labels)."""
+    """Column of class names (None: the first of label, class, category, ...; '': pairs without labels)."""
     split_column: str | None = None
-    """Column of splits (None: the first of split, set, ..., or a hash split)."""
+    """Column of splits (None: the first of split, set, ...; '': a hash split, or one by the tables' names)."""
     delimiter: str = ""
     r"""Between the fields of a CSV or TSV, a single character, \t for a tab ("": a comma, and a tab in .tsv)."""
     encoding: str = "utf-8-sig"
@@ -164,6 +166,8 @@ class TableCommand(DrawCommand):
         print(_describe(columns, names, tables), flush=True)
         if found_tables.passed:
             print(shown(found_tables.passed), flush=True)
+        if "label" in columns:
+            check_label_forms([table.path for table in tables], columns["label"])
         rows.partitions = partitions_for(sum(about_rows(table.path) for table in tables))
         units = _units(tables, usable_cores() if self.processes is None else self.processes)
         places = [Partitions(rows.folder, rows.partitions, i) for i in range(len(units))]
@@ -190,7 +194,7 @@ class TableCommand(DrawCommand):
             details={"source": "table", **asdict(draw)},
             draw=draw,
             expected_splits=(*splits, *draw.splits),
-            notes=[say_splits(named, draw), *missing_val([*splits, *draw.splits])],
+            notes=[*say_classes(classes), say_splits(named, draw), *missing_val([*splits, *draw.splits])],
             left_out=said.left_out,
         )
 
@@ -262,6 +266,8 @@ class TableCommand(DrawCommand):
         table = public_url(str(self.input))
         for role, common in COMMON_NAMES.items():
             wanted = getattr(self, f"{role}_column")
+            if wanted == "" and role in DECLINED:
+                continue
             lower = {name.strip().lower(): name for name in reversed(names)}
             column = wanted if wanted is not None else next((lower[c] for c in common if c in lower), None)
             if wanted is not None and wanted not in names:
@@ -329,7 +335,8 @@ def _parse_row(row: Row, columns: dict[str, str]) -> _Row:
         try:
             return parse(row.get(columns[role]))
         except BadSample as error:
-            raise BadSample(f"{error} (column '{brief(columns[role])}')") from None
+            way = f", or --{role}-column '' to do without" if role in DECLINED else ""
+            raise BadSample(f"{error} (column '{brief(columns[role])}'{way})") from None
 
     labels, listed = cell("label", as_labels) if "label" in columns else ((), False)
     split = cell("split", as_split) if "split" in columns else None
