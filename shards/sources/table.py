@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -128,6 +128,8 @@ class TableCommand(DrawCommand):
     r"""Between the fields of a CSV or TSV, a single character, \t for a tab ("": a comma, and a tab in .tsv)."""
     encoding: str = "utf-8-sig"
     """Of a CSV, TSV or JSONL: a codec of Python, such as latin-1 or utf-16."""
+    quoting: Literal["standard", "none"] = "standard"
+    """Of a CSV or TSV: whether quotes stand around fields, or (none) are part of the texts."""
     name: str | None = None
     """Name of the data set (None: the table's)."""
     attribution: str = ""
@@ -215,7 +217,7 @@ class TableCommand(DrawCommand):
             raise BadInput(
                 f"--encoding is '{shown(self.encoding)}', which is no encoding of texts in Python: give one as latin-1"
             ) from None
-        return TextFormat(delimiter, self.encoding)
+        return TextFormat(delimiter, self.encoding, self.quoting == "standard")
 
     def read(self, top: Path, table: Table, text: TextFormat, columns: dict[str, str], rows: Partitions) -> _Said:
         """Put the rows of a table into `rows` and return what they say. Raises BadInput naming the row.
