@@ -31,19 +31,25 @@ from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
 from shards.output import LOCK, PACKING_NAME
 from shards.pairs import drawing, missing_val
-from shards.scan import SPLIT_ALIASES, SampleFacts, ShardScan, foreign_files, scan_shard
+from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
 from shards.shard_file import tar_names
+from shards.split_words import say_named_splits, split_in
+
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
+"""How tars end that were compressed: no sample of these can be read alone, so no training reads them."""
 
 
 def split_of_shard(name: str) -> str:
-    """Return the split of a shard by its folder (``val/0.tar``) or how its name begins (``val-0.tar``), else train."""
-    path = PurePosixPath(name)
-    words = [part.lower() for part in path.parts[:-1]]
-    stem = path.stem.lower()
-    words += [
-        stem[: len(alias)] for alias in SPLIT_ALIASES if stem == alias or stem.startswith((f"{alias}-", f"{alias}_"))
-    ]
-    return next((SPLIT_ALIASES[word] for word in words if word in SPLIT_ALIASES), "train")
+    """Return the split of a shard by a word in its name (``val-0.tar``) or its folder's (``val/0.tar``), else train."""
+    return split_in(PurePosixPath(name).parts) or "train"
+
+
+def _packed(names: list[str]) -> str:
+    """Return how many compressed tars are among files, the first, and what to do; "" where there are none."""
+    found = sorted(name for name in names if name.lower().endswith(PACKED))
+    if not found:
+        return ""
+    return f"{len(found)} compressed tars are passed over, the first is {shown(found[0])}: unpack them to .tar"
 
 
 def _taken(samples: list[SampleFacts], kind: LabelKind) -> str:
@@ -101,8 +107,8 @@ def _one_kind(what: str, samples: list[SampleFacts], dims: list[int | None]) -> 
 class IndexCommand:
     """Write manifest.json and an index beside each tar, for WebDataset shards made elsewhere.
 
-    Splits: by sub-folder (val/00000.tar) or name (val-00000.tar), else train. Labels are read from KEY.json
-    and, as numbers, from KEY.cls."""
+    Splits: by a word in the name (cc3m-val-00000.tar) or the folder's (val/00000.tar), else train. Labels are read
+    from KEY.json and, as numbers, from KEY.cls."""
 
     data: tyro.conf.Positional[str]
     """Folder or URL (s3, gs) of tars, searched to its depth; a URL's tars are read where this runs, and stay."""
@@ -152,22 +158,23 @@ class IndexCommand:
         old = self._old_manifest(store, lost)
         if store.size(MANIFEST_NAME) is None and not self.overwrite:
             self._check_finished(store)
-        names = walk_files(Path(store.path), ["tar"]) if store.local else tar_names(store)
+        others: list[str] = [] if store.local else store.names()
+        names = walk_files(Path(store.path), ["tar"], others) if store.local else tar_names(store)
+        packed = _packed(others)
         if not names:
-            raise BadInput(f"{self.place} holds no .tar files")
+            raise BadInput(f"{self.place} holds no .tar files" + f"; {packed}" * bool(packed))
         odd = next((name for name in names if not is_plain(name)), None)
         if odd is not None:
             raise BadInput(f"{shown(odd)} in {self.place} is not UTF-8 or holds control characters: rename it")
         tasks = [(self.data, name, self.decode) for name in names]
         scans, notes = self._usable(parallel_map(_scan, tasks, title="indexing", processes=self.processes))
-        notes += (
-            lost + _gone(old, names) + _shrunk(old, scans) + [line for scan in scans for line in foreign_files(scan)]
-        )
+        notes += lost + [packed] * bool(packed) + _gone(old, names) + _shrunk(old, scans)
+        notes += [line for scan in scans for line in foreign_files(scan)]
         good = self._good([facts for scan in scans for facts in scan.samples], notes)
         image_dim = _one_kind("images", good, [facts.image_dim for facts in good])
         text_dim = _one_kind("texts", good, [facts.text_dim for facts in good])
         kind = self.label_kind or label_kind_of(good)
-        print(shown(_taken(good, kind)), flush=True)
+        print(shown("; ".join([_taken(good, kind), *_splits_said(scans)])), flush=True)
         if kind != "none":
             check_labels(good, kind)
         splits = {split: [s.info for s in scans if split_of_shard(s.info.name) == split] for split in _splits(scans)}
@@ -317,6 +324,12 @@ def _shrunk(old: Manifest | None, scans: list[ShardScan]) -> list[str]:
 
 def _splits(scans: list[ShardScan]) -> list[str]:
     return natural_splits(split_of_shard(scan.info.name) for scan in scans)
+
+
+def _splits_said(scans: list[ShardScan]) -> list[str]:
+    """Return a line for each split that names of shards say."""
+    paths = [PurePosixPath(scan.info.name) for scan in scans]
+    return say_named_splits((split_in(path.parts), path) for path in paths)
 
 
 def _contents(splits: dict[str, list[ShardInfo]]) -> dict[str, list[tuple[str, str]]]:

@@ -21,12 +21,6 @@ from cmgan_dist.files import NotRegular, open_regular
 from cmgan_dist.models.vocabulary import split_words
 from shards.same_text import compared
 
-SPLIT_ALIASES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-
 
 @dataclass
 class SampleFacts:

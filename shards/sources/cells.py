@@ -14,7 +14,8 @@ from cmgan_dist.data.sample import MOST_TEXT_BYTES
 from cmgan_dist.errors import BadSample
 from cmgan_dist.files import parse_json_once
 from shards.pairs import brief
-from shards.scan import SPLIT_ALIASES
+from shards.sources.columnar import ClassName
+from shards.split_words import SPLIT_ALIASES
 from shards.urls import check_protocol, is_file_url, is_url
 
 MOST_PATH, MOST_NAME = 4096, 255
@@ -23,6 +24,15 @@ WHOLE = re.compile(r"(-?[0-9]+)\.0+")
 """A whole number as pandas writes it among others that are missing."""
 PYTHON_LIST = re.compile(r"""\[\s*(['"]).*['"]\s*,?\s*\]""", re.DOTALL)
 """A list of texts as Python, pandas and numpy write it."""
+PYTHON_ITEM = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|[-+]?(?:\d++\.?\d*+|\.\d++)(?:e[-+]?\d++)?(?![\w.])"""
+PYTHON_ITEM = rf"(?:{PYTHON_ITEM}|None\b|nan\b|True\b|False\b|\.\.\.)"
+"""A text, a number or another value as Python, pandas and numpy write it."""
+PYTHON_ITEMS = re.compile(rf"(?:[\s,\[\](){{}}]|np\.\w++\({PYTHON_ITEM}\)|{PYTHON_ITEM})++", re.DOTALL | re.IGNORECASE)
+"""What stands in a list, set or tuple of such."""
+LIKE_A_LIST = re.compile(r"\s*(?:[\[({]|(?:np\.)?\w+\()")
+"""How a text begins that may be one."""
+WRAPPED = re.compile(r"(?:np\.)?(?:array|tensor|frozenset|set|deque)\(\s*(?=[\[({])")
+"""How the names of other kinds stand around one."""
 
 FIRST_UNEXACT = 2**53
 """From here on a float stands for several whole numbers."""
@@ -70,7 +80,7 @@ def _as_string(value: Any, what: str) -> str:
 def as_texts(value: Any) -> tuple[str, ...]:
     """Return the texts of a cell, which may be a list, also one in JSON. Raises BadSample when one is missing or no
     text."""
-    if isinstance(value, str) and value.strip().startswith("["):
+    if isinstance(value, str) and LIKE_A_LIST.match(value):
         listed = _json_list(value, "")
         value = listed if listed is not None and all(isinstance(each, str) for each in listed) else value
     values = value if isinstance(value, list) else [value]
@@ -90,10 +100,22 @@ def _json_list(text: str, other: str) -> list[Any] | None:
     try:
         found = parse_json_once(text)
     except ValueError:
-        if PYTHON_LIST.fullmatch(text.strip()):
+        if _is_python_list(text):
             raise BadSample(f"{brief(text)} looks like a list: write it as JSON (double quotes){other}") from None
         return None
     return found if isinstance(found, list) else None
+
+
+def _is_python_list(text: str) -> bool:
+    """Return whether a text is a list, set, tuple or array as Python, pandas and numpy write it: ``[0 2]``,
+    ``{'a', 'b'}``, ``('a', 'b')``, ``array([0., 1.])``."""
+    inner = text.strip()
+    if (name := WRAPPED.match(inner)) and inner.endswith(")"):
+        inner = inner[name.end() : max(map(inner[:-1].rfind, "])}")) + 1]  # without what follows, as dtype=object
+    if inner[:1] + inner[-1:] not in ("[]", "{}", "()") or (inner[0] == "(" and "," not in inner):
+        return False
+    found = PYTHON_ITEMS.fullmatch(inner[1:-1]) if inner[1:-1].strip() else name
+    return bool(found or PYTHON_LIST.fullmatch(inner))
 
 
 def as_labels(value: Any) -> tuple[tuple[str, ...], bool]:
@@ -102,11 +124,10 @@ def as_labels(value: Any) -> tuple[tuple[str, ...], bool]:
     Raises BadSample when there is none, or one is no name."""
     if isinstance(value, bytes):
         value = _as_string(value, "label")
-    if isinstance(value, str) and value.strip().startswith("["):
-        found = _json_list(value, " or with |")
-        if found is None:
-            return (_as_class(value),), False  # a class name that begins with a bracket
-        value = found
+    if isinstance(value, ClassName):
+        return (_as_class(value),), False
+    found = _json_list(value, " or with |") if isinstance(value, str) and LIKE_A_LIST.match(value) else None
+    value = value if found is None else found
     if isinstance(value, str) and "|" in value:
         value = [part for part in value.split("|") if part.strip()]
     listed = isinstance(value, list)

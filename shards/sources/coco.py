@@ -4,7 +4,6 @@ A file is ``{"images": [{"id", "file_name"}], "annotations": [{"image_id", "capt
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -13,12 +12,14 @@ from typing import Any
 import tyro
 
 from cmgan_dist.data.folder import is_unicode
+from cmgan_dist.data.manifest import natural_splits
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_json_once, read_bytes
 from shards.pack import DrawCommand
 from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
 from shards.sources.files import PlainFile, check_names, plain_path
+from shards.split_words import say_named_splits, split_in
 
 ATTRIBUTION = (
     "MS COCO captions: X. Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv "
@@ -30,7 +31,8 @@ ATTRIBUTION = (
 class CocoCommand(DrawCommand):
     """Pack pictures with the captions of COCO's annotation files, without classes.
 
-    A file whose name holds train, val or test is that split; the pictures of other files are split by a hash."""
+    A file whose name has a word for train, val (dev, validation) or test is that split, as captions_val2017.json; the
+    pictures of other files are split by a hash."""
 
     input: tyro.conf.Positional[tuple[Path, ...]]
     """Annotation files, such as captions_train2017.json captions_val2017.json."""
@@ -48,7 +50,7 @@ class CocoCommand(DrawCommand):
         self.draw(())
         check_names("--name", self.name)
         files = [_File(path, self.images) for path in self.input]
-        named = [file.split or "train" for file in files] if any(file.split for file in files) else []
+        named = natural_splits(file.split or "train" for file in files) if any(file.split for file in files) else []
         draw = self.draw(named)
         without = sum(len(file.without) for file in files)
 
@@ -69,10 +71,11 @@ class CocoCommand(DrawCommand):
             attribution=self.attribution,
             details={"source": "coco", **asdict(draw), "without_caption": without},
             draw=draw,
-            expected_splits=tuple(dict.fromkeys([*(named or ["train"]), *draw.splits])),
+            expected_splits=(*(named or ["train"]), *draw.splits),
             notes=[
                 f"{sum(len(file.captions) for file in files)} pictures with captions, no labels",
-                say_splits(dict.fromkeys(named), draw),
+                *say_named_splits((file.split, file.path) for file in files),
+                say_splits(named, draw),
                 *[f"{without} pictures have no caption and were left out"] * bool(without),
                 *missing_val([*(named or ["train"]), *draw.splits]),
             ],
@@ -85,8 +88,7 @@ class _File:
     def __init__(self, path: Path, images: Path) -> None:
         """Raises BadInput when it cannot be read, is of another format, or its pictures are not there."""
         self.path = path
-        found = re.search(r"train|val|test", path.stem.lower())
-        self.split = found[0] if found else ""
+        self.split = split_in([path.stem])
         record = _read(path)
         self.captions: dict[str, list[str]] = {}
         by_id: dict[Any, str] = {}

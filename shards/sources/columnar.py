@@ -8,11 +8,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.files import check_regular, parse_json
+from cmgan_dist.files import check_regular, parse_json, parse_json_once
 from shards.pairs import brief
+
+
+class ClassName(str):
+    """The name of a class that a number in a file stands for: it is taken whole, whatever it holds."""
+
 
 Row = dict[str, Any] | BadSample
 """Column -> value; or why it is no row."""
@@ -43,13 +48,28 @@ def columnar_rows(path: Path, columns: list[str]) -> Numbered:
     Raises what pyarrow does at a file that is damaged, and BadInput."""
     number = 0
     with _batches(path) as (schema, batches):
-        named = _class_names(path, schema)
+        named, encoded = _class_names(path, schema), _json_columns(schema)
         for batch in batches([column for column in columns if column in schema.names]):
             for row in _python_rows(batch):
                 number += 1
                 if named and isinstance(row, dict):
                     row = {column: _named(value, named.get(column)) for column, value in row.items()}
-                yield number, row
+                yield number, _decoded(row, encoded)
+
+
+def label_form(path: Path, column: str) -> Literal["names", "numbers", ""]:
+    """Return whether a column of a file has numbers with the names of their classes, or numbers alone; "" for neither.
+
+    Raises what pyarrow does at a file that is damaged, and BadInput."""
+    import pyarrow.types as kinds
+
+    with _batches(path) as (schema, _):
+        if column not in schema.names:
+            return ""
+        if column in _class_names(path, schema):
+            return "names"
+        kind = _inner(schema.field(column).type)
+        return "numbers" if kinds.is_integer(kind) or kinds.is_floating(kind) else ""
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -175,6 +195,36 @@ def _class_names(path: Path, schema: Any) -> dict[str, list[str]]:
     return found
 
 
+def _json_columns(schema: Any) -> list[str]:
+    """Return the columns whose texts are JSON, as Hugging Face's datasets writes values of several kinds."""
+    return [field.name for field in schema if getattr(_inner(field.type), "extension_name", "") == "arrow.json"]
+
+
+def _inner(kind: Any) -> Any:
+    """Return the type of a column, or of the items of its lists."""
+    import pyarrow.types as kinds
+
+    while kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return kind
+
+
+def _decoded(row: Row, encoded: list[str]) -> Row:
+    """Return a row with the values of JSON columns as they are; a BadSample where one is no JSON."""
+    if isinstance(row, BadSample) or not encoded:
+        return row
+    try:
+        return {column: _from_json(value) if column in encoded else value for column, value in row.items()}
+    except ValueError as error:
+        return BadSample(f"has a value that is not JSON ({brief(str(error), 200)}): write the table anew by datasets")
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(each) for each in value]
+    return parse_json_once(value) if isinstance(value, str) else value
+
+
 def _of_an_item(made: Any) -> dict[str, Any]:
     """Return how a column is made, or the items of its lists, which are written as [item] or {"feature": item}."""
     while (isinstance(made, list) and len(made) == 1) or (isinstance(made, dict) and "feature" in made):
@@ -188,4 +238,4 @@ def _named(value: Any, names: list[str] | None) -> Any:
         return value
     if isinstance(value, list):
         return [_named(each, names) for each in value]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+    return ClassName(names[value]) if isinstance(value, int) and 0 <= value < len(names) else None

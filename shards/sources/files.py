@@ -11,6 +11,9 @@ from cmgan_dist.data.folder import is_plain, is_unicode, read_file
 from cmgan_dist.errors import BadInput, BadSample
 from shards.pairs import FileBytes, brief
 
+MOST_CLASSES = 8
+"""Names of classes that a line shows."""
+
 
 @dataclass(frozen=True)
 class PlainFile(FileBytes):
@@ -50,3 +53,9 @@ def check_names(what: str, *names: str) -> None:
     for name in names:
         if not is_plain(name):
             raise BadInput(f"{what} {brief(name)} holds control characters: rename it")
+
+
+def say_classes(classes: list[str]) -> list[str]:
+    """Return a line with how many classes there are and the first of their names; none where there are none."""
+    more = f" and {len(classes) - MOST_CLASSES} more" if len(classes) > MOST_CLASSES else ""
+    return [f"{len(classes)} classes: {', '.join(map(brief, classes[:MOST_CLASSES]))}{more}"] * bool(classes)

@@ -3,10 +3,12 @@
     DIR/[SPLIT/]CLASS/NAME.jpg      the image (jpg, jpeg, png, webp)
     DIR/[SPLIT/]CLASS/NAME.txt      its texts, UTF-8, one a line
 
-SPLIT is train, val or test (dev and validation are val). Images without a class folder make pairs without labels."""
+SPLIT is a name with a word for one: train, val or test (dev and validation are val). Images without a class folder make
+pairs without labels, and so do the numbered folders that img2dataset writes."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -18,10 +20,15 @@ from cmgan_dist.data.sample import IMAGE_EXTENSIONS
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from shards.pack import DrawCommand
-from shards.pairs import RawPair, RawPairs, make_key, missing_val, say_splits
+from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
-from shards.scan import SPLIT_ALIASES
-from shards.sources.files import PlainFile, check_names, check_unicode
+from shards.sources.files import PlainFile, check_names, check_unicode, say_classes
+from shards.split_words import SPLIT_WORD, say_named_splits, split_in
+
+PART = re.compile(r"[0-9]{5}")
+"""The name of a folder that img2dataset writes."""
+Image = tuple[Path, str | None, str | None]
+"""Its path, its split and its class, None for none."""
 
 
 @dataclass(kw_only=True)
@@ -33,6 +40,8 @@ class FolderCommand(DrawCommand):
 
     input: tyro.conf.Positional[Path]
     """The folder."""
+    split_folders: bool = True
+    """Take folders that are named after splits as splits; without, they are classes as the others are."""
     name: str | None = None
     """Name of the data set (None: the folder's)."""
     attribution: str = ""
@@ -48,12 +57,9 @@ class FolderCommand(DrawCommand):
         if folder == self.input.resolve():
             raise BadInput(f"--output {self.output} is the input folder itself: name another folder")
         self.draw(())
-        splits = _split_folders(self.input, folder)
+        splits = _split_folders(self.input, folder) if self.split_folders else {}
         others: list[str] = []
-        images = list(_images(self.input, splits, others))
-        if not images:
-            kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
-            raise BadInput(f"{self.input} holds no images ({kinds})")
+        images, parts = _pictures(self.input, splits, others)
         classes = sorted({class_name for _, _, class_name in images if class_name is not None})
         flat = next((path for path, _, class_name in images if class_name is None), None)
         if flat is not None and classes:
@@ -92,7 +98,8 @@ class FolderCommand(DrawCommand):
             draw=draw,
             expected_splits=(*(named or ("train",)), *draw.splits),
             notes=[
-                f"{len(classes)} class folders are the labels" if classes else "no class folders: no labels",
+                _say_classes(classes, parts),
+                *say_named_splits((split, Path(name)) for name, split in splits.items()),
                 say_splits(named, draw),
                 *_left_out(others),
                 *missing_val([*(named or ["train"]), *draw.splits]),
@@ -102,16 +109,52 @@ class FolderCommand(DrawCommand):
 
 def _split_folders(top: Path, output: Path | None) -> dict[str, str]:
     """Return the names of the sub-folders with their splits when they are named after splits, `output` and what a Mac
-    leaves in an archive apart, else {}. Raises BadInput at another one beside two or more splits."""
+    leaves in an archive apart, else {}.
+
+    They are when one is nothing but such a word, as train2017, or two have words of different splits. Raises BadInput
+    at another one beside these."""
     found = (path for path in top.iterdir() if path.is_dir() and path.resolve() != output)
     folders = sorted(path.name for path in found if not path.name.startswith(".") and path.name != "__MACOSX")
-    named = {name: SPLIT_ALIASES[name.lower()] for name in folders if name.lower() in SPLIT_ALIASES}
-    stray = [name for name in folders if name not in named]
-    if stray and len(set(named.values())) > 1:
+    named = {name: split for name in folders if (split := split_in([name]))}
+    if len(set(named.values())) < 2 and not any(map(_is_split_alone, named)):
+        return {}
+    stray = next((name for name in folders if name not in named), None)
+    if stray is not None:
         raise BadInput(
-            f"{top / stray[0]} stands beside the split folders {', '.join(named)}: move it away, or into one of them"
+            f"{top / stray} stands beside the split folders {brief(', '.join(named))}: move it away, or into one of "
+            "them, or pass --no-split-folders where all are classes"
         )
-    return {} if stray else named
+    return named
+
+
+def _is_split_alone(name: str) -> bool:
+    """Return whether a folder's name is a word for a split, with digits at most."""
+    return not re.search(r"[^\W\d_]", SPLIT_WORD.sub("", name))
+
+
+def _pictures(top: Path, splits: dict[str, str], others: list[str]) -> tuple[list[Image], bool]:
+    """Return what `_images` gives, and whether its folders are img2dataset's parts, which are no classes. Raises
+    BadInput as it does, and where there are none."""
+    images = list(_images(top, splits, others))
+    if not images:
+        raise BadInput(f"{top} holds no images ({', '.join(f'.{extension}' for extension in IMAGE_EXTENSIONS)})")
+    parts = _parts_of_img2dataset(top, images, others)
+    return [(path, split, None if parts else class_name) for path, split, class_name in images], parts
+
+
+def _parts_of_img2dataset(top: Path, images: list[Image], others: list[str]) -> bool:
+    """Return whether the class folders are parts that img2dataset numbers, with a JSON file beside each image."""
+    if not all(class_name is not None and PART.fullmatch(class_name) for _, _, class_name in images):
+        return False
+    records = {name.removesuffix(".json") for name in others if name.endswith(".json")}
+    return all(path.relative_to(top).with_suffix("").as_posix() in records for path, _, _ in images)
+
+
+def _say_classes(classes: list[str], parts: bool) -> str:
+    """Return a line that says what the labels are, with the first of their names."""
+    if parts:
+        return "the folders are numbered parts that img2dataset wrote, no classes: no labels"
+    return f"class folders are the labels, {say_classes(classes)[0]}" if classes else "no class folders: no labels"
 
 
 def _left_out(others: list[str]) -> list[str]:
@@ -123,8 +166,8 @@ def _left_out(others: list[str]) -> list[str]:
     ]
 
 
-def _images(top: Path, splits: dict[str, str], others: list[str]) -> Iterator[tuple[Path, str | None, str | None]]:
-    """Give (image, its split or None, its class or None) in and below `top`, hidden files apart.
+def _images(top: Path, splits: dict[str, str], others: list[str]) -> Iterator[Image]:
+    """Give the images in and below `top`, hidden files apart.
 
     `splits`: split folders. `others` gets the paths of files of other kinds. Raises BadInput at a text without an
     image, or an image beside the split folders."""

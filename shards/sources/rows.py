@@ -13,14 +13,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from cmgan_dist.data.sample import MOST_JSON_BYTES
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import open_regular, parse_json_once
 from shards.pairs import brief
-from shards.sources.columnar import COLUMNAR, Numbered, Row, columnar_rows, schema_names
+from shards.sources.columnar import COLUMNAR, Numbered, Row, columnar_rows, label_form, schema_names
 
 ENDINGS = (".csv", ".tsv", ".jsonl", *COLUMNAR)
+UNQUOTED = "--quoting none where quotes are part of texts"
+"""What to do about quotes that stand for nothing else."""
 MOST_LINE_CHARS = 2 * MOST_JSON_BYTES
 """Of a row of JSONL, the longest."""
 
@@ -33,6 +36,8 @@ class TextFormat:
     """Between the fields of a row; "" is a comma, and a tab in .tsv files."""
     encoding: str = "utf-8-sig"
     """A codec of Python; this one is UTF-8 with or without a mark at its beginning."""
+    quoted: bool = True
+    """Whether quotes stand around fields; else they are part of them."""
 
 
 def check_ending(name: str) -> None:
@@ -54,6 +59,21 @@ def column_names(path: Path, text: TextFormat) -> list[str]:
     if twice:
         raise BadInput(f"{path} has two columns '{brief(twice[0])}': rename one")
     return names
+
+
+def check_label_forms(paths: list[Path], column: str) -> None:
+    """Raise BadInput where a column has numbers of classes, in some tables with their names and in others without: a
+    number and a name may be one class."""
+    first: dict[str, Path] = {}
+    for path in paths:
+        if path.suffix.lower() in COLUMNAR:
+            with _naming_damage(path):
+                first.setdefault(label_form(path, column), path)
+    if {"names", "numbers"} <= first.keys():
+        raise BadInput(
+            f"column '{brief(column)}' has names of classes in {first['names']} and numbers alone in "
+            f"{first['numbers']}: write both with names, or pass --label-column '' for no labels"
+        )
 
 
 def about_rows(path: Path) -> int:
@@ -116,7 +136,8 @@ def _fields(path: Path, text: TextFormat) -> Iterator[tuple[int, list[str]]]:
     delimiter = text.delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
     csv.field_size_limit(MOST_JSON_BYTES)  # of all readers; the judge of samples has narrower ones
     with io.TextIOWrapper(open_regular(path), text.encoding, newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if text.quoted else csv.QUOTE_NONE
+        rows = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         for number in itertools.count(1):
             line = rows.line_num + 1
             try:
@@ -125,6 +146,11 @@ def _fields(path: Path, text: TextFormat) -> Iterator[tuple[int, list[str]]]:
                 return
             except csv.Error as error:
                 raise _no_row(f"row {number} of {path}, from line {line} on,", str(error)) from None
+            if delimiter == "\t" and rows.line_num > line:
+                raise BadInput(
+                    f"row {number} of {path} goes from line {line} to {rows.line_num} between two quotes: pass "
+                    f"{UNQUOTED}, or write texts of several lines as CSV"
+                )
             if fields:
                 yield number, fields
 
@@ -136,8 +162,9 @@ def _no_row(where: str, said: str) -> BadInput:
             f"{where} has a field of more than {MOST_JSON_BYTES} characters: shorten it, or close its quote"
         )
     if "unexpected end" in said:
-        return BadInput(f"{where} is not whole ({said}): close the quote that opens there")
-    return BadInput(f"{where} is not whole ({said}): write a quote inside a text twice, in a text that is in quotes")
+        return BadInput(f"{where} is not whole ({said}): close the quote that opens there, or pass {UNQUOTED}")
+    way = f"write a quote inside a text twice, in a text that is in quotes, or pass {UNQUOTED}"
+    return BadInput(f"{where} is not whole ({said}): {way}")
 
 
 def _csv(path: Path, text: TextFormat) -> Numbered:
@@ -147,7 +174,9 @@ def _csv(path: Path, text: TextFormat) -> Numbered:
         if len(fields) == len(names):
             yield number, dict(zip(names, fields, strict=True))
         else:
-            advice = "put a text that holds the separator in quotes" if len(fields) > len(names) else "fill it up"
+            split = "put a text that holds the separator in quotes"
+            split += "" if text.quoted else ", and leave --quoting none away"
+            advice = split if len(fields) > len(names) else "fill it up"
             yield number, BadSample(f"has {len(fields)} fields, the header has {len(names)}: {advice}")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -29,9 +29,10 @@ from shards.pairs import RawPair, RawPairs, Readable, brief, make_key, missing_v
 from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
-from shards.sources.files import PlainFile, check_names, check_unicode, plain_path
-from shards.sources.rows import Row, TextFormat, about_rows, check_ending, column_names, read_rows
-from shards.sources.table_folder import Table, check_partitions, say_named_splits, tables_of
+from shards.sources.files import PlainFile, check_names, check_unicode, plain_path, say_classes
+from shards.sources.rows import Row, TextFormat, about_rows, check_ending, check_label_forms, column_names, read_rows
+from shards.sources.table_folder import Table, check_partitions, tables_of
+from shards.split_words import say_named_splits
 from shards.urls import UrlBytes, fetch, is_file_url, is_url, joined, key_of, path_of
 
 Value = TypeVar("Value")
@@ -61,6 +62,8 @@ COMMON_NAMES = {
 """Column names that are recognised, in this order, whatever their case and spaces around them."""
 
 
+DECLINED = ("label", "split")
+"""Roles that a data set can do without."""
 MOST_COLUMNS = 50
 """Columns that a message names."""
 NOT_OF_THE_PLAN = ("output", "overwrite", "processes", "task", "ray", "work")
@@ -118,13 +121,15 @@ class TableCommand(DrawCommand):
     text_column: str | None = None
     """Column of texts (None: the first of text, caption, title, ...)."""
     label_column: str | None = None
-    """Column of class names (None: the first of label, class, category, ..., or pairs without labels)."""
+    """Column of class names (None: the first of label, class, category, ...; '': pairs without labels)."""
     split_column: str | None = None
-    """Column of splits (None: the first of split, set, ..., or a hash split)."""
+    """Column of splits (None: the first of split, set, ...; '': a hash split, or one by the tables' names)."""
     delimiter: str = ""
     r"""Between the fields of a CSV or TSV, a single character, \t for a tab ("": a comma, and a tab in .tsv)."""
     encoding: str = "utf-8-sig"
     """Of a CSV, TSV or JSONL: a codec of Python, such as latin-1 or utf-16."""
+    quoting: Literal["standard", "none"] = "standard"
+    """Of a CSV or TSV: whether quotes stand around fields, or (none) are part of the texts."""
     name: str | None = None
     """Name of the data set (None: the table's)."""
     attribution: str = ""
@@ -140,7 +145,7 @@ class TableCommand(DrawCommand):
         asked = {name: str(value) for name, value in vars(self).items() if name not in NOT_OF_THE_PLAN}
         if is_url(str(self.input)):
             return ""
-        paths = [table.path for table in tables_of(Path(self.input))]
+        paths = [table.path for table in tables_of(Path(self.input)).read]
         try:
             if not all(path.is_file() for path in paths):
                 return ""
@@ -156,10 +161,15 @@ class TableCommand(DrawCommand):
             raise BadInput("--retries must be from 0 to 100, and --timeout-s from 0.01 to 100000")
         text, url = self._text_format(), str(self.input)
         top = self._fetched(rows.folder / "table") if is_url(url) else Path(self.input)
-        tables = tables_of(top)
+        found_tables = tables_of(top)
+        tables = found_tables.read
         names = list(dict.fromkeys(name for table in tables for name in _names(table, text)))
         columns, said = self._columns(names), _Said()
         print(_describe(columns, names, tables), flush=True)
+        if found_tables.passed:
+            print(shown(found_tables.passed), flush=True)
+        if "label" in columns:
+            check_label_forms([table.path for table in tables], columns["label"])
         rows.partitions = partitions_for(sum(about_rows(table.path) for table in tables))
         units = _units(tables, usable_cores() if self.processes is None else self.processes)
         places = [Partitions(rows.folder, rows.partitions, i) for i in range(len(units))]
@@ -186,7 +196,7 @@ class TableCommand(DrawCommand):
             details={"source": "table", **asdict(draw)},
             draw=draw,
             expected_splits=(*splits, *draw.splits),
-            notes=[say_splits(named, draw), *missing_val([*splits, *draw.splits])],
+            notes=[*say_classes(classes), say_splits(named, draw), *missing_val([*splits, *draw.splits])],
             left_out=said.left_out,
         )
 
@@ -207,7 +217,7 @@ class TableCommand(DrawCommand):
             raise BadInput(
                 f"--encoding is '{shown(self.encoding)}', which is no encoding of texts in Python: give one as latin-1"
             ) from None
-        return TextFormat(delimiter, self.encoding)
+        return TextFormat(delimiter, self.encoding, self.quoting == "standard")
 
     def read(self, top: Path, table: Table, text: TextFormat, columns: dict[str, str], rows: Partitions) -> _Said:
         """Put the rows of a table into `rows` and return what they say. Raises BadInput naming the row.
@@ -258,6 +268,8 @@ class TableCommand(DrawCommand):
         table = public_url(str(self.input))
         for role, common in COMMON_NAMES.items():
             wanted = getattr(self, f"{role}_column")
+            if wanted == "" and role in DECLINED:
+                continue
             lower = {name.strip().lower(): name for name in reversed(names)}
             column = wanted if wanted is not None else next((lower[c] for c in common if c in lower), None)
             if wanted is not None and wanted not in names:
@@ -325,7 +337,8 @@ def _parse_row(row: Row, columns: dict[str, str]) -> _Row:
         try:
             return parse(row.get(columns[role]))
         except BadSample as error:
-            raise BadSample(f"{error} (column '{brief(columns[role])}')") from None
+            way = f", or --{role}-column '' to do without" if role in DECLINED else ""
+            raise BadSample(f"{error} (column '{brief(columns[role])}'{way})") from None
 
     labels, listed = cell("label", as_labels) if "label" in columns else ((), False)
     split = cell("split", as_split) if "split" in columns else None
@@ -335,7 +348,7 @@ def _parse_row(row: Row, columns: dict[str, str]) -> _Row:
 def _describe(columns: dict[str, str], names: list[str], tables: list[Table]) -> str:
     """Return a line that says which columns were taken for what, and which might have been; and splits from names."""
     taken = [f"{role} is column '{brief(column)}'" for role, column in columns.items()]
-    taken += [] if "split" in columns else say_named_splits(tables)
+    taken += [] if "split" in columns else say_named_splits((table.split, table.path) for table in tables)
     if "label" not in columns:
         taken.append("no labels")
     known = {name for common in COMMON_NAMES.values() for name in common}

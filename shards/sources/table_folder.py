@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
+from cmgan_dist.data.folder import walk_files
 from cmgan_dist.errors import BadInput
 from shards.pairs import brief
-from shards.scan import SPLIT_ALIASES
 from shards.sources.rows import COLUMNAR, ENDINGS
+from shards.sources.saved_to_disk import listed_by_datasets
+from shards.split_words import split_in
 
-NAMED_SPLITS = {**SPLIT_ALIASES, **dict.fromkeys(("eval", "evaluation"), "test")}
-"""Word in the name of a table -> split, as Hugging Face's datasets has them."""
-SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(NAMED_SPLITS)})(?:set)?(?![^\W\d_])", re.IGNORECASE)
-"""Such a word, between what are no letters."""
 PARTITION = re.compile(r"([^=]+)=(.*)", re.DOTALL)
 """The name of a folder that holds the rows with one value of a column (Hive's partitions)."""
+LIKE_A_TABLE = re.compile(
+    r"\.(csv|tsv|jsonl|ndjson|parquet|parq|pq|arrow|feather|ipc|orc|xlsx?)(\.(gz|bz2|xz|zst|zip))?$", re.IGNORECASE
+)
+"""How the name of a table ends, also of one in a format that is not read."""
+MOST_SHOWN = 5
+"""Names of what is passed over that a line shows."""
 NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -35,33 +40,88 @@ class Table:
     """Where its pictures are, relative to the folder of all tables: partitions hold none."""
 
 
-def tables_of(path: Path) -> list[Table]:
-    """Return the tables of a folder; a file is its own.
+@dataclass(frozen=True)
+class Tables:
+    """The tables of a folder that are read, and what is not."""
+
+    read: list[Table]
+    passed: str = ""
+    """What lies in the folder too and is not read, in one line; "" where there is nothing."""
+
+
+def tables_of(path: Path) -> Tables:
+    """Return the tables of a folder, linked folders too; a file is its own.
 
     A folder is what Hugging Face's ``save_to_disk`` or a data set's repository is (Arrow or Parquet files, named or put
     into folders by split), one that is partitioned into folders ``column=value``, or a picture folder with
-    ``metadata.jsonl`` or ``.csv`` files. Raises BadInput where there is no table in it, or a column is named twice."""
+    ``metadata.jsonl`` or ``.csv`` files. Raises BadInput where there is no table in it, a link leads nowhere, a folder
+    or what ``save_to_disk`` wrote beside its tables cannot be read, a table stands there in two formats, or a column is
+    named twice."""
     if not path.is_dir():
-        return [Table(path)]
-    found = [each for each in sorted(path.rglob("*")) if each.is_file() and not each.name.startswith((".", "cache-"))]
-    tables = [each for each in found if each.suffix.lower() in COLUMNAR and each.stem != "metadata"]
-    tables = tables or [each for each in found if each.stem == "metadata" and each.suffix.lower() in ENDINGS]
+        return Tables([Table(path)])
+    found, hidden = _files(path)
+    meant = [each for each in found if not _is_cache(each)]
+    tables = [each for each in meant if each.suffix.lower() in COLUMNAR and each.stem != "metadata"]
+    tables = tables or [each for each in meant if each.stem == "metadata" and each.suffix.lower() in ENDINGS]
+    tables = listed_by_datasets(path, tables)
+    passed = _say_passed([each.relative_to(path) for each in sorted({*found} - {*tables})], hidden)
     if not tables:
         expected = ".parquet or .arrow files, or metadata.jsonl or .csv beside pictures"
-        raise BadInput(f"{path} has no table: expected {expected}")
-    return [_table(each, each.relative_to(path)) for each in tables]
+        way = f" ({passed}: name one of these itself, or write it anew)" if passed else ""
+        raise BadInput(f"{path} has no table: expected {expected}{way}")
+    _check_formats(tables)
+    return Tables([_table(each, each.relative_to(path)) for each in tables], passed)
+
+
+def _files(top: Path) -> tuple[list[Path], list[str]]:
+    """Return the files that are like tables, sorted, and the hidden folders, in and below a folder. Raises BadInput at
+    a link to such a file, or what may have been a folder, that leads nowhere."""
+    others: list[str] = []
+    names = walk_files(top, [ending[1:] for ending in ENDINGS], others)
+    others = [name for name in others if LIKE_A_TABLE.search(name) or not PurePosixPath(name).suffix]
+    found = sorted(top / name for name in [*names, *others])
+    lost = next((each for each in found if each.is_symlink() and not each.exists()), None)
+    if lost is not None:
+        raise BadInput(f"{lost} is a link that leads nowhere: restore what it names, or remove it")
+    return [each for each in found if LIKE_A_TABLE.search(each.name)], _hidden_folders(top)
+
+
+def _hidden_folders(top: Path) -> list[str]:
+    found = []
+    for place, folders, _ in os.walk(top):
+        found += [os.path.relpath(os.path.join(place, name), top) for name in folders if name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return sorted(found)
+
+
+def _is_cache(path: Path) -> bool:
+    """Return whether a file is what ``datasets`` leaves beside its tables when it maps or filters them."""
+    return path.name.startswith("cache-") and path.suffix.lower() == ".arrow"
+
+
+def _check_formats(tables: list[Path]) -> None:
+    """Raise BadInput at two tables with one name before their endings: one may be the other in another format."""
+    first: dict[Path, Path] = {}
+    for table in tables:
+        other = first.setdefault(table.with_suffix(""), table)
+        if other != table:
+            raise BadInput(f"{other} and {table.name} beside it may be one table in two formats: remove or rename one")
+
+
+def _say_passed(files: list[Path], hidden: list[str]) -> str:
+    """Return which files that are like tables, and which hidden folders, are not read."""
+    parts = [f"hidden folders {_some(hidden)}"] * bool(hidden) + [_some(list(map(str, files)))] * bool(files)
+    return f"passed over: {'; '.join(parts)}" if parts else ""
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:MOST_SHOWN]) + (f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else "")
 
 
 def _table(path: Path, inside: Path) -> Table:
     plain = [name for name in inside.parts if not PARTITION.fullmatch(name) or name == inside.name]
     folder = Path(*plain[:-1]) if path.suffix.lower() in COLUMNAR else inside.parent
-    return Table(path, _split_of(plain), _partitions(path, inside.parent.parts), folder.as_posix())
-
-
-def _split_of(names: list[str]) -> str:
-    """Return the split that a table's name says, or else the nearest folder's; "" for none."""
-    found = (SPLIT_WORD.search(name) for name in reversed(names))
-    return next((NAMED_SPLITS[word[1].lower()] for word in found if word), "")
+    return Table(path, split_in(plain), _partitions(path, inside.parent.parts), folder.as_posix())
 
 
 def _partitions(path: Path, folders: Iterable[str]) -> dict[str, str | None]:
@@ -82,19 +142,3 @@ def check_partitions(table: Table, names: list[str]) -> None:
         raise BadInput(
             f"{table.path} has a column '{brief(twice[0])}', for which a folder above it names a value: rename one"
         )
-
-
-def say_named_splits(tables: list[Table]) -> list[str]:
-    """Return a line for each split that names of files or folders say: which, and by which table it can be seen."""
-    named: dict[str, list[Path]] = {}
-    for table in tables:
-        if table.split:
-            named.setdefault(table.split, []).append(table.path)
-    lines = [f"split {split} by the name of {_first_of(paths)}" for split, paths in named.items()]
-    rest = [table.path for table in tables if not table.split]
-    return [*lines, f"no split in the name of {_first_of(rest)}"] if lines and rest else lines
-
-
-def _first_of(paths: list[Path]) -> str:
-    shortest = Path(*paths[0].parts[-2:])
-    return f"{shortest}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

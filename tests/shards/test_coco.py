@@ -50,6 +50,25 @@ def test_published_splits_with_all_captions(tmp_path: Path) -> None:
     assert not verify(tmp_path / "out", processes=1).problems
 
 
+def test_splits_are_words_of_the_names_and_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"retrieval_test": "test", "captions_dev": "val", "my-val": "val", "latest": "train", "interval": "train"}
+    files = [
+        coco(tmp_path / name, "x", 2, first=10 * i).rename(tmp_path / f"{name}.json") for i, name in enumerate(names)
+    ]
+    for i in range(len(names)):
+        for path in (tmp_path / list(names)[i] / "x2017").iterdir():
+            path.rename(tmp_path / path.name)
+    build(tmp_path / "out", *files, "--images", tmp_path)
+    manifest = load_manifest(tmp_path / "out")
+    assert {split: manifest.samples(split) for split in manifest.splits} == {"train": 4, "val": 4, "test": 2}
+    assert "the source names the splits train, val, test" in " ".join(capsys.readouterr().out.split())
+    build(tmp_path / "val", *files[1:3], "--images", tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "captions_dev.json and 1 more" in said
+    assert "there are val" in said
+    assert "val, val" not in said
+
+
 def test_a_file_of_no_split_is_split_by_a_hash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = coco(tmp_path, "train", 60).rename(tmp_path / "all.json")
     record = json.loads(path.read_text())

@@ -14,6 +14,8 @@ from tests.toy import build_folder, fill_folder, run_shards
 
 SPLITS = [f"{split}/{name}{i}" for split in ("train", "val", "test") for name in ("a", "b") for i in range(3)]
 
+WHOLE = ("--val", "0", "--test", "0")
+
 
 def test_a_folder_beside_those_of_splits_is_named(tmp_path: Path) -> None:
     raw = fill_folder(tmp_path / "raw", [name.replace("/a", "/a/x").replace("/b", "/b/x") for name in SPLITS])
@@ -40,3 +42,39 @@ def test_a_name_that_no_file_has_is_a_sentence(name: str, tmp_path: Path) -> Non
     if name != ".":
         with pytest.raises(BadSample, match="no file has such a name"):
             FileBytes(name).size()
+
+
+@pytest.mark.parametrize(
+    "folders", [("train", "eval"), ("train2017", "test2017"), ("train", "test_images"), ("my-train", "my-test")]
+)
+def test_folders_with_words_for_splits_are_splits(folders: tuple[str, str], tmp_path: Path) -> None:
+    raw = fill_folder(tmp_path / "raw", [f"{folder}/{c}/0" for folder in folders for c in ("cat", "dog")])
+    manifest = build_folder(raw, tmp_path / "out")
+    assert {split: manifest.samples(split) for split in manifest.splits} == {"train": 2, "test": 2}
+    assert manifest.classes == ["cat", "dog"]
+
+
+def test_a_folder_without_such_a_word_beside_one_is_refused_or_all_are_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = fill_folder(tmp_path / "raw", ["Training/0", "holdout/0", "test tube/0"])
+    with pytest.raises(BadInput, match=r"holdout stands beside the split folders .*: move .* or pass --no-split-fold"):
+        build_folder(raw, tmp_path / "out")
+    assert build_folder(raw, tmp_path / "out", "--no-split-folders", *WHOLE).classes == [
+        "Training",
+        "holdout",
+        "test tube",
+    ]
+    assert "are the labels, 3 classes: Training, holdout, test tube" in " ".join(capsys.readouterr().out.split())
+    alone = fill_folder(tmp_path / "alone", ["test tube/0", "beaker/0"])
+    assert build_folder(alone, tmp_path / "glass", *WHOLE).classes == ["beaker", "test tube"]
+
+
+def test_numbered_parts_of_img2dataset_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"{part}/{part}000{i}" for part in ("00000", "00001") for i in range(2)]
+    raw = fill_folder(tmp_path / "raw", names)
+    assert build_folder(raw, tmp_path / "out", *WHOLE).classes == ["00000", "00001"]
+    for name in names:
+        (raw / f"{name}.json").write_text("{}")
+    assert build_folder(raw, tmp_path / "new", *WHOLE).label_kind == "none"
+    assert "numbered parts that img2dataset wrote, no classes: no labels" in " ".join(capsys.readouterr().out.split())

@@ -58,6 +58,30 @@ def test_index_takes_splits_from_names_and_folders(tmp_path: Path) -> None:
         run_shards("index", tmp_path, "--classes", tmp_path / "names.txt", "--overwrite", "--processes", 1)
 
 
+def test_splits_are_words_anywhere_in_names_and_compressed_tars_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("cc3m-validation-0000", "imagenet1k-test-00", "val2017-000", "validation.0000", "retrieval-7", "x-train")
+    for number, name in enumerate(names):
+        write_members(tmp_path / f"{name}.tar", {f"{number}.png": picture(number), f"{number}.txt": b"x"})
+    (tmp_path / "train-1.tar.gz").write_bytes(b"")
+    run_shards("index", tmp_path, "--processes", 1)
+    splits = {split: [s.name for s in shards] for split, shards in load_manifest(tmp_path).splits.items()}
+    assert splits == {
+        "train": ["retrieval-7.tar", "x-train.tar"],
+        "val": ["cc3m-validation-0000.tar", "val2017-000.tar", "validation.0000.tar"],
+        "test": ["imagenet1k-test-00.tar"],
+    }
+    said = " ".join(capsys.readouterr().out.split())
+    assert "split val by the name of cc3m-validation-0000.tar and 2 more" in said
+    assert "no split in the name of retrieval-7.tar" in said
+    assert "1 compressed tars are passed over, the first is train-1.tar.gz" in said
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/0.tgz").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"holds no \.tar files; 1 compressed tars .* 0\.tgz: unpack them to \.tar"):
+        run_shards("index", tmp_path / "packed")
+
+
 def test_index_sees_several_labels_and_refuses_some_without(tmp_path: Path) -> None:
     def members(labels: list[dict[str, object]]) -> dict[str, bytes]:
         found = {}

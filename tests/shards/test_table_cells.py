@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,26 @@ def test_a_header_of_another_delimiter_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("Bild;Beschreibung;Klasse\na.jpg;ein Hund;Tier\n")
     with pytest.raises(BadInput, match=r"it has Bild;Beschreibung;Klasse, a single column: .* pass --delimiter ';'"):
         run_shards("build", "table", tmp_path / "t.csv", "--output", tmp_path / "out")
+
+
+AS_PYTHON = "[0 2]", "[0. 1.]", "{'a', 'b'}", "('a', 'b')", "['a', None]", "['a' None]", "(1, 2)", "[nan 1.]"
+AS_PYTHON += (
+    "array(['a'], dtype=object)",
+    "[np.str_('a'), np.str_('b')]",
+    "tensor([0, 2])",
+    "[0 1 ... 9]",
+    "[['a'], []]",
+)
+
+
+@pytest.mark.parametrize("written", AS_PYTHON)
+def test_lists_as_python_prints_them_are_no_labels_and_no_texts(written: str) -> None:
+    for parse in (as_labels, as_texts):
+        with pytest.raises(BadSample, match=re.escape(f"{written} looks like a list: write it as JSON")):
+            parse(written)
+
+
+@pytest.mark.parametrize("name", ["[unk]", "(2)", "(a, b)", "{a}", "[1st place]", "array (1)", "((((" * 20000])
+def test_names_in_brackets_stay(name: str) -> None:
+    assert as_labels(name) == ((name,), False)
+    assert as_texts(name) == (name,)

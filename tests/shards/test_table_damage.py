@@ -84,3 +84,23 @@ def test_a_csv_that_is_not_whole_names_the_row_and_the_way(row: str, said: str, 
     (tmp_path / "t.csv").write_text(f'image,text\na.png,"red\nand blue"\na.png,red\n{row}')
     with pytest.raises(BadInput, match=said):
         build(tmp_path / "t.csv", "--skip-bad")
+
+
+def test_quotes_in_a_tsv_swallow_no_rows(tmp_path: Path) -> None:
+    rows = {"0": '"Big dog', "1": "a cat", "2": '12 inch"', "3": '"a" "b"'}
+    for name in rows:
+        (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
+    table = tmp_path / "t.tsv"
+    table.write_text("text\timage\n" + "".join(f"{text}\t{name}.png\n" for name, text in rows.items()))
+    with pytest.raises(BadInput, match=r"row 2 of .*t\.tsv.*from line 2.*pass --quoting none where quotes are part"):
+        build(table)
+    build(table, "--quoting", "none", "--val", 0, "--test", 0)
+    assert {key: texts for key, (texts, _) in samples_of(tmp_path / "out").items()} == {
+        name: [text] for name, text in rows.items()
+    }
+    table.write_text('text\timage\n"Big dog\t0.png\n12 inch"\t2.png\n')
+    with pytest.raises(BadInput, match=r"row 2 of .*t\.tsv goes from line 2 to 3 between two quotes: pass --quo"):
+        build(table)
+    table.write_text("text\timage\na\tb\t0.png\n")
+    with pytest.raises(BadInput, match=r"has 3 fields, .* in quotes, and leave --quoting none away"):
+        build(table, "--quoting", "none")

@@ -167,3 +167,58 @@ def test_the_names_of_classes_in_lists_are_kept(form: str, tmp_path: Path) -> No
     pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "t.parquet")
     build(tmp_path / "t.parquet", tmp_path / "out", "--val", "0", "--test", "0")
     assert load_manifest(tmp_path / "out").classes == ["cat", "dog"]
+
+
+def test_links_are_followed_and_hidden_folders_and_other_tables_passed_over_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    top = tmp_path / "in"
+    parquet(top / "a.parquet", 0, 2)
+    parquet(tmp_path / "far" / "b.parquet", 2, 3)
+    (top / "more").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(top)
+    parquet(top / ".git" / "annex" / "a.parquet", 5, 1)
+    parquet(top / ".Trash" / "old.parquet", 6, 1)
+    for name in ("test.csv", "x.pq", "y.parquet.gz", "cache-1.arrow"):
+        (top / name).write_text("")
+    assert len(build(top, tmp_path / "out", "--val", "0", "--test", "0")["train"]) == 5
+    said = " ".join(capsys.readouterr().out.split())
+    assert "passed over: hidden folders .Trash, .git; cache-1.arrow, test.csv, x.pq, y.parquet.gz" in said
+    for name in ("c.parquet", "gone"):
+        (top / name).symlink_to(tmp_path / "nowhere")
+        with pytest.raises(BadInput, match=rf"in/{name} is a link that leads nowhere: restore"):
+            build(top, tmp_path / "new")
+        (top / name).unlink()
+
+
+def test_one_table_in_two_formats_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "in" / "train.parquet"
+    parquet(table, 0, 2)
+    pyarrow.feather.write_feather(pyarrow.parquet.read_table(table), table.with_suffix(".arrow"))
+    with pytest.raises(BadInput, match=r"train.arrow and train.parquet beside it may be one table in two formats"):
+        build(tmp_path / "in", tmp_path / "out")
+    for ending in ("jsonl", "csv"):
+        (tmp_path / f"metadata.{ending}").write_text("")
+    (tmp_path / "in" / "train.arrow").unlink()
+    table.unlink()
+    with pytest.raises(BadInput, match=r"metadata.csv and metadata.jsonl beside it"):
+        build(tmp_path, tmp_path / "out")
+
+
+def test_of_a_saved_data_set_what_its_records_list_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    top = tmp_path / "in"
+    state = {"_data_files": [{"filename": "data-0.parquet"}]}
+    for first, split in ((0, "train"), (4, "test"), (8, "old")):
+        parquet(top / split / "data-0.parquet", first, 2)
+        (top / split / "state.json").write_text(json.dumps(state))
+    parquet(top / "train" / "data-of-before.parquet", 2, 2)
+    (top / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    found = build(top, tmp_path / "out")
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 2, "test": 2}
+    assert "passed over: old/data-0.parquet, train/data-of-before.parquet" in " ".join(capsys.readouterr().out.split())
+    (top / "test" / "data-0.parquet").unlink()
+    with pytest.raises(BadInput, match=r"test/state.json lists data-0.parquet, which is not there"):
+        build(top, tmp_path / "new")
+    (top / "test" / "state.json").write_text("{")
+    with pytest.raises(BadInput, match=r"test/state.json cannot be read as JSON: save the data set anew"):
+        build(top, tmp_path / "new")
