@@ -94,6 +94,8 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
+    damaged: tuple[type[Exception], ...] = (MatReadError, *DAMAGED)
+
     try:
         arrays = loadmat(path, variable_names=["I_tr", "I_te", "T_tr", "T_te"])
         return {name: arrays[name].astype(np.float32) for name in ("I_tr", "I_te", "T_tr", "T_te")}
@@ -103,5 +105,5 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
         raise BadInput(f"{path} has no array {error}") from None
     except NotImplementedError:
         raise BadInput(f"{path} is of MATLAB 7.3, which is not read: save it as version 7 (save -v7)") from None
-    except (MatReadError, *DAMAGED) as error:
+    except damaged as error:
         raise BadInput(f"{path} is damaged or not a MATLAB file ({shown(repr(error))}): restore it") from None
