@@ -16,12 +16,19 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from cmgan_dist.config.cli import log_to_stderr, parse
 from cmgan_dist.errors import BadInput, run_main
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from cmgan_dist.retrieval.evaluate import Evaluation
+    from cmgan_dist.retrieval.gallery import GalleryItem
+
+EMBEDDINGS = "embeddings_sha256"
+"""Where evaluation.json has the checksum of the embeddings.npz that belongs to it."""
 
 
 @dataclass
@@ -51,11 +58,9 @@ def main() -> None:
     from cmgan_dist.data.source import public_url
     from cmgan_dist.distributed.join import start_all_processes
     from cmgan_dist.distributed.processes import Parallel
-    from cmgan_dist.files import write_atomic
     from cmgan_dist.jobs.cores import take_threads
     from cmgan_dist.jobs.lock import owning
-    from cmgan_dist.report.run import write_report
-    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, open_task, record_json, run_task
+    from cmgan_dist.retrieval.evaluate import RECORD_NAME, open_task, run_task
     from cmgan_dist.retrieval.gallery import gallery_items
 
     run = arguments.run
@@ -64,7 +69,8 @@ def main() -> None:
     asked = task.identity() | {"pictures": public_url(arguments.pictures)}
     known = known_record(run / RECORD_NAME)
     complete = bool(known.get("baselines")) or not arguments.baselines
-    if asked == {k: known.get(k) for k in asked} and complete and "metrics" in known and not arguments.again:
+    same = asked == {k: known.get(k) for k in asked} and complete and "metrics" in known
+    if same and not arguments.again and is_whole(run, known):
         if int(os.environ.get("RANK", "0")):
             return
         print("already evaluated (--again does it anew)", file=sys.stderr)
@@ -77,15 +83,46 @@ def main() -> None:
         parallel.on_main(lambda: held.enter_context(owning(run, "evaluate")))
         found = run_task(task, baselines=arguments.baselines, parallel=parallel)
         if parallel.main:
-            record = found.record | asked
-            try:
-                write_atomic(run / EMBEDDINGS_NAME, found.embeddings_npz())
-                write_atomic(run / RECORD_NAME, record_json(record))
-                report = write_report(run, pictures)
-            except OSError as error:
-                raise BadInput(f"{run} cannot be written ({error.strerror}): make it writable or free space") from None
+            record, report = keep(run, found, asked, pictures)
             show(record, report, arguments.json)
     parallel.close()
+
+
+def keep(
+    run: Path, found: Evaluation, asked: dict[str, Any], pictures: list[GalleryItem]
+) -> tuple[dict[str, Any], Path]:
+    """Write the three files of an evaluation, evaluation.json last; return what that holds and where the report is.
+
+    No evaluation.json is there whose report is another's. Raises BadInput when the run cannot be written."""
+    from cmgan_dist.files import sha256_of, write_atomic
+    from cmgan_dist.report.run import write_report
+    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, record_json
+
+    try:
+        write_atomic(run / EMBEDDINGS_NAME, found.embeddings_npz())
+        (run / RECORD_NAME).unlink(missing_ok=True)
+        record = found.record | asked | {EMBEDDINGS: sha256_of(run / EMBEDDINGS_NAME)}
+        report = write_report(run, pictures, record)
+        write_atomic(run / RECORD_NAME, record_json(record))
+    except OSError as error:
+        raise BadInput(f"{run} cannot be written ({error.strerror}): make it writable or free space") from None
+    return record, report
+
+
+def is_whole(run: Path, known: dict[str, Any]) -> bool:
+    """Return whether the report and the embeddings of an evaluation are there; what is not is named on stderr."""
+    from cmgan_dist.files import sha256_of
+    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME
+
+    report, embeddings = run / "report.html", run / EMBEDDINGS_NAME
+    for path in (report, embeddings):
+        if not path.is_file():
+            print(f"{path} is missing: evaluating anew", file=sys.stderr)
+            return False
+    if sha256_of(embeddings) != known.get(EMBEDDINGS):
+        print(f"{embeddings} is not of this evaluation: evaluating anew", file=sys.stderr)
+        return False
+    return True
 
 
 def known_record(path: Path) -> dict[str, Any]:

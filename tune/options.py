@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from cmgan_dist.config.fields import DATA_SEPARATOR, Config
 from cmgan_dist.config.load import load_config, validate
+from cmgan_dist.config.paths import get_value, settings
 from cmgan_dist.config.presets import preset
 from cmgan_dist.data.source import public_data, public_url
 from cmgan_dist.data.store import FileStore
@@ -18,6 +19,11 @@ from tune.record import FOLDER
 
 SAME = ("preset", "config", "data", "trials", "algorithm", "epochs", "val_every", "grace", "reduction", "seed")
 """Fields that --resume must find as they were."""
+OF_MACHINE: tuple[str, ...] = ("train.threads", "train.timeout_s", "stream.workers", "stream.cache")
+OF_MACHINE += ("stream.cache_gib", "stream.retries", "stream.timeout_s")
+"""Settings by which data is read and machines are used: --resume may find others."""
+OF_DATA = ("epoch_samples", "data", "validation", "label_kind", "classes")
+"""Fields of a run's `Progress` that say what data it is of."""
 LEAST = 0.0001
 """Ray counts in so fine steps."""
 RANGES: dict[str, tuple[float, float]] = {
@@ -137,19 +143,29 @@ def base_config(arguments: Arguments) -> Config:
     return validate(config)
 
 
-def check_data(config: Config, test_split: str) -> int:
-    """Return the number of validations in a whole trial.
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return the settings that every trial shares, by dotted name: all that decides what a trial comes to."""
+    beside = ("preset", "data", "output", *OF_MACHINE)
+    return {name: get_value(config, name) for name in settings() if name not in beside}
+
+
+def check_data(config: Config, test_split: str) -> tuple[int, dict[str, Any]]:
+    """Return the number of validations in a whole trial, and OF_DATA: what data it is, wherever that lies.
 
     Raises BadInput for data that no trial could train on, be validated on or, when `test_split` is named, tested on."""
+    from cmgan_dist.data.manifest import DataSpec
     from cmgan_dist.data.order import steps_for
     from cmgan_dist.data.stream import Stream
+    from cmgan_dist.training.run import beginning
 
     stream = Stream(config.data, config.stream, seed=0, image_size=config.model.image.image_size, rank=0, world=1)
-    for split in filter(None, (config.stream.val_split, test_split)):
-        stream.readers[0].of(split)
+    validation = stream.readers[0].of(config.stream.val_split)
+    if test_split:
+        validation.of(test_split)
+    start = beginning(stream, validation, DataSpec.of(stream.manifest))
     batch = config.stream.global_batch
     total, every = (steps_for(e, stream.epoch_samples, batch) for e in (config.train.epochs, config.train.val_every))
-    return -(-total // every)
+    return -(-total // every), {name: getattr(start, name) for name in OF_DATA}
 
 
 def load_base(arguments: Arguments) -> Config:
@@ -182,14 +198,25 @@ def check_resume(output: FileStore, identity: dict[str, Any], arguments: Argumen
             f"{output.location('search.json')} is damaged or of another version, so that the search there cannot go "
             "on: name another --output"
         )
-    if isinstance(before.get("data"), str):
-        before["data"] = public_data(before["data"])
     if not arguments.resume:
         raise BadInput(f"--output {place} holds a search: add --resume to go on with it, or name another place")
+    if isinstance(before.get("data"), str):
+        before["data"] = public_data(before["data"])
     for name, value in before.items():
         if now[name] != value:
-            raise BadInput(
-                f"--resume: the search in {place} has {name} {value!r}, not {now[name]!r}: use that value, or "
-                "another --output"
-            )
+            raise BadInput(f"--resume: the search in {place} has {_differing(name, value, now[name])}")
     return True
+
+
+def _differing(name: str, before: Any, now: Any) -> str:
+    """Return in what a search differs from the one that --resume found, and what to do."""
+    if name != "fingerprint":
+        return f"{name} {before!r}, not {now!r}: use that value, or another --output"
+    from cmgan_dist.training.checkpoint import Progress
+    from cmgan_dist.training.run import other_data
+
+    try:
+        what = other_data(Progress(**before), Progress(**now))
+    except TypeError:  # a field is of another kind
+        what = "a damaged fingerprint in search.json"
+    return f"other data ({what}): use the same data, or another --output"

@@ -39,7 +39,7 @@ from cmgan_dist.interrupts import EXIT_SIGNALLED
 from cmgan_dist.jobs.lock import owning
 from cmgan_dist.jobs.ray import start_ray
 from tune.confirm import best_config, confirm, test_scores
-from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base
+from tune.options import SAME, Arguments, base_config, check_data, check_resume, load_base, settings_of
 from tune.record import VERSION as RECORDS
 from tune.record import Record, is_gone, read_records, record_path
 from tune.results import Confirmed, TrialResult, importance, ranked, show_mean, show_table, trials_json
@@ -125,10 +125,10 @@ def make_plan(arguments: Arguments) -> Plan:
     config = base_config(arguments)
     space = check_space(load_space(arguments.space), config)
     output = FileStore(arguments.output, "--output")
+    validations, fingerprint = check_data(config, arguments.test_split if arguments.test else "")
     identity = {name: getattr(arguments, name) for name in SAME} | {"data": public_data(config.data), "space": space}
-    identity["records"] = RECORDS
+    identity |= {"records": RECORDS, "fingerprint": fingerprint, **settings_of(config)}
     resumed = check_resume(output, identity, arguments)
-    validations = check_data(config, arguments.test_split if arguments.test else "")
     start = {path: get_value(config, path) for path in space}
     return Plan(arguments, config, space, output, identity, validations, resumed, start)
 

@@ -230,7 +230,7 @@ def save_model(
 def _finish_save(best: Path) -> None:
     """Give the files of a save that was killed after model.json their names: the next save writes over NAME.new."""
     try:
-        files = _read_spec(best / SPEC_NAME).files
+        files = read_spec(best / SPEC_NAME).files
     except BadInput:  # there is none yet, or none that could be used
         return
     for name, checksum in files.items():
@@ -271,7 +271,8 @@ def best_folder(run: str | Path) -> Path:
     raise BadInput(f"{run} has no {BEST}/{SPEC_NAME}: train it first, or name another run")
 
 
-def _read_spec(path: Path) -> ModelSpec:
+def read_spec(path: Path) -> ModelSpec:
+    """Return what a model.json says. Raises BadInput when it is missing, damaged or of another version."""
     try:
         record = parse_sealed(read_bytes(path), VERSION)
         for name in record["files"]:  # a model may come from anywhere: its files lie below its folder
@@ -308,7 +309,7 @@ def whole_file(folder: Path, name: str, expected: str | None) -> Path:
 def read_model(run: str | Path) -> Saved:
     """Read RUN/best, or a copy of that folder. Raises BadInput, naming the file, when one is missing or damaged."""
     folder = best_folder(run)
-    spec = _read_spec(folder / SPEC_NAME)
+    spec = read_spec(folder / SPEC_NAME)
     path = whole_file(folder, MODEL_NAME, spec.files.get(MODEL_NAME))
     try:
         tensors = load(read_bytes(path))

@@ -97,6 +97,8 @@ def make_plan(options: EmbedOptions) -> Plan:
         device=share.device,
         threads=share.threads,
         skip_bad=options.skip_bad,
+        label_kind=source.spec.label_kind,
+        classes=tuple(source.classes),
     )
     return Plan(job, saved, source, parts, task, share, options.overwrite, store)
 
@@ -136,8 +138,11 @@ def _otherwise(plan: Plan, record: ledger.Record) -> str:
     """Return how a part was made that was made otherwise, in words."""
     if record.settings.get("model") != plan.job.model:
         return f"embeddings by another model than that of {plan.job.run}"
-    if record.settings != plan.job.settings:
-        differing = [f"{k} {v}" for k, v in record.settings.items() if plan.job.settings.get(k) != v]
+    now = plan.job.settings
+    if any(record.settings.get(name) != now[name] for name in ("label_kind", "classes")):
+        return "embeddings of data with other labels or classes"
+    if record.settings != now:
+        differing = [f"{k} {v}" for k, v in record.settings.items() if now.get(k) != v]
         return f"embeddings with other options ({', '.join(differing)})"
     return "embeddings of other data"
 

@@ -5,6 +5,7 @@ Shapes: n images and m texts of the part, D dimensions of a vector."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,11 +42,17 @@ class Job:
     threads: int
     """Threads that decode images."""
     skip_bad: bool
+    label_kind: str
+    """Whether samples have labels: single, multi or none (LabelKind)."""
+    classes: tuple[str, ...]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return what decides the bytes of a part's files beside its source: the same on every machine."""
-        return {"model": self.model, "batch": self.batch, "dtype": self.dtype}
+        """Return what decides the bytes of a part's files, and what they mean, beside its source: the same on every
+        machine."""
+        named = hashlib.sha256(repr(self.classes).encode()).hexdigest()
+        labels = {"label_kind": self.label_kind, "classes": named}
+        return {"model": self.model, "batch": self.batch, "dtype": self.dtype, **labels}
 
 
 class Worker:

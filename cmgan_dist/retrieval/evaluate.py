@@ -22,7 +22,7 @@ from cmgan_dist.data.source import public_url
 from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_sealed, sealed_json
-from cmgan_dist.models.saved import MODEL_NAME, BackboneSpec, Saved, load_generator, read_model
+from cmgan_dist.models.saved import MODEL_NAME, BackboneSpec, ModelSpec, Saved, load_generator, read_model
 from cmgan_dist.retrieval.embed import embed_split
 from cmgan_dist.retrieval.embeddings import EmbeddingSet
 from cmgan_dist.retrieval.headline import MODEL
@@ -42,6 +42,11 @@ def parse_record(text: str | bytes) -> dict[str, Any]:
 
     Raises ValueError when it is none, has changed since it was written, or is of another version."""
     return parse_sealed(text, VERSION)
+
+
+def is_of_model(record: Mapping[str, Any], spec: ModelSpec) -> bool:
+    """Return whether an evaluation is one of this very model; best/ may hold another since."""
+    return record.get("model") == spec.files.get(MODEL_NAME)
 
 
 @dataclass(frozen=True)

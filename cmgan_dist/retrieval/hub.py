@@ -28,9 +28,9 @@ from cmgan_dist.data.folder import checked_path
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import read_bytes, sha256_of, write_atomic
 from cmgan_dist.jobs.staging import staging
-from cmgan_dist.models.saved import BEST, MODEL_NAME, SPEC_NAME, Saved, spec_json, whole_file
+from cmgan_dist.models.saved import BEST, SPEC_NAME, Saved, spec_json, whole_file
 from cmgan_dist.models.weights import first_line
-from cmgan_dist.retrieval.evaluate import RECORD_NAME, parse_record, record_json
+from cmgan_dist.retrieval.evaluate import RECORD_NAME, is_of_model, parse_record, record_json
 from cmgan_dist.retrieval.headline import headline
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def find_evaluation(saved: Saved) -> dict[str, Any]:
             path = folder / RECORD_NAME
             log.warning("%s is not as it was written (%s), and left out: evaluate the run again", path, error)
             continue
-        if record.get("model") == saved.spec.files[MODEL_NAME]:
+        if is_of_model(record, saved.spec):
             return {name: record[name] for name in EVALUATION_FIELDS if name in record}
     return {}
 

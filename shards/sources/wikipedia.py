@@ -5,13 +5,15 @@ and trainset_txt_img_cat.list and testset_txt_img_cat.list (text id, image id, c
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, shown
 from shards.pack import BuildCommand
 from shards.pairs import RawPair, RawPairs, hash_split, make_key
 from shards.partitions import Partitions
@@ -22,6 +24,16 @@ ATTRIBUTION = (
     "The data come without a licence: use them for research and do not distribute these shards."
 )
 VAL_SHARE = 0.1
+DAMAGED: tuple[type[Exception], ...] = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+)
+DAMAGED += (RuntimeError, OSError, EOFError, MemoryError, zlib.error, struct.error)
+"""What scipy makes of the bytes of a damaged .mat file; its own MatReadError is a plain Exception."""
 
 
 @dataclass(kw_only=True)
@@ -82,6 +94,8 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
+    damaged: tuple[type[Exception], ...] = (MatReadError, *DAMAGED)
+
     try:
         arrays = loadmat(path, variable_names=["I_tr", "I_te", "T_tr", "T_te"])
         return {name: arrays[name].astype(np.float32) for name in ("I_tr", "I_te", "T_tr", "T_te")}
@@ -89,5 +103,7 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
         raise BadInput(f"{path} does not exist: name the folder that holds it with --input") from None
     except KeyError as error:
         raise BadInput(f"{path} has no array {error}") from None
-    except (MatReadError, ValueError, OSError) as error:
-        raise BadInput(f"{path} is not a MATLAB file ({error})") from None
+    except NotImplementedError:
+        raise BadInput(f"{path} is of MATLAB 7.3, which is not read: save it as version 7 (save -v7)") from None
+    except damaged as error:
+        raise BadInput(f"{path} is damaged or not a MATLAB file ({shown(repr(error))}): restore it") from None

@@ -60,7 +60,7 @@ def test_the_config_in_a_report_has_its_urls_without_secrets(tmp_path: Path) -> 
 def test_a_search_keeps_urls_without_secrets(
     feature_data: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tune.search.check_data", lambda *_: 1)
+    monkeypatch.setattr("tune.search.check_data", lambda *_: (1, {}))
     urls = [signed("https://one.org/a"), signed("s3://two/b")]
     assert public_data("\n".join(urls)) == "https://one.org/a\ns3://two/b"
     plan = make_plan(Arguments(preset="smoke", data="\n".join(urls), output=str(tmp_path / "search")))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cmgan_dist.data.manifest import MANIFEST_NAME
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.saved import load_generator, read_model, save_model, stored_tensors
@@ -238,6 +239,20 @@ def test_embeddings_of_others_are_refused_and_replaced_when_asked(features: tupl
     (tmp_path / "changed" / "test-000000.tar").write_bytes((data / "val-000000.tar").read_bytes())
     with pytest.raises(BadInput, match=r"test-000000\.tar is not what its manifest says"):
         embedded(run, fresh, data=tmp_path / "changed", splits="test")
+
+
+def test_labels_that_were_added_or_renamed_are_seen(features: tuple[Path, Path], tmp_path: Path) -> None:
+    """The tars are the same; how their labels are read says the manifest alone."""
+    (run, data), emb = features, tmp_path / "emb"
+    manifest = json.loads((data / MANIFEST_NAME).read_text())
+    kinds: list[dict[str, Any]] = [{"label_kind": "none", "classes": []}, {}, {"classes": ["a", "b", "d"]}]
+    for number, changed in enumerate(kinds):
+        (data / MANIFEST_NAME).write_text(json.dumps(manifest | changed))
+        if number:
+            with pytest.raises(BadInput, match=r"is of embeddings of data with other labels or classes: .*--overwrite"):
+                embedded(run, emb, data=data, splits="test")
+        made = whole(run, emb, data=data, splits="test", overwrite=True)
+        assert made.manifest.classes == (manifest | changed)["classes"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from cmgan_dist.distributed.processes import Parallel
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.saved import load_generator, read_model
 from cmgan_dist.report.record import read_evaluation
+from cmgan_dist.report.run import write_report
 from cmgan_dist.retrieval.embed import embed_split
 from cmgan_dist.retrieval.embed_job import check_source
 from cmgan_dist.retrieval.embed_source import open_source
@@ -116,6 +118,13 @@ def test_pairs_without_labels_are_evaluated_with_a_run_that_has_classes(
     assert "map/mean" not in metrics
 
 
+def launch(*words: str) -> None:
+    """Run launchers/evaluate.py in this process."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["evaluate.py", *words])
+        launcher.main()
+
+
 def evaluate_run(run: Path, *words: str, processes: int = 1) -> dict[str, object]:
     """The record that launchers/evaluate.py prints."""
     command = [str(ROOT / "launchers" / "evaluate.py"), str(run), "--json", "--no-baselines", *words]
@@ -159,3 +168,57 @@ def test_a_record_that_was_changed_is_made_anew_and_shown_nowhere(
     assert call(launcher.main, str(run), "--no-baselines") == (0, "")
     assert path.read_text() == whole
     assert find_evaluation(read_model(run))["metrics"] == read_evaluation(path)["metrics"]
+
+
+def test_what_is_missing_or_of_another_evaluation_is_made_anew(
+    feature_data: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    save_untrained(run, feature_data(), small_config(8))
+    words = [str(run), "--no-baselines"]
+    assert call(launcher.main, *words, "--split", "val") == (0, "")
+    of_val = (run / "embeddings.npz").read_bytes()
+    assert call(launcher.main, *words) == (0, "")
+    whole = {name: (run / name).read_bytes() for name in ("evaluation.json", "embeddings.npz", "report.html")}
+    for name, left, said in (
+        ("report.html", None, "report.html is missing"),
+        ("embeddings.npz", None, "embeddings.npz is missing"),
+        ("embeddings.npz", of_val, "embeddings.npz is not of this evaluation"),
+    ):
+        (run / name).unlink() if left is None else (run / name).write_bytes(left)
+        capsys.readouterr()
+        launch(*words)
+        assert f"{said}: evaluating anew" in capsys.readouterr().err
+        assert {name: (run / name).read_bytes() for name in whole} == whole
+    capsys.readouterr()
+    launch(*words)
+    assert "already evaluated" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_was_killed_at_its_report_has_no_record(
+    feature_data: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    save_untrained(run, feature_data(), small_config(8))
+    launch(str(run), "--no-baselines", "--split", "val")
+    with monkeypatch.context() as patched:
+        patched.setattr("cmgan_dist.report.run.write_report", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            launch(str(run), "--no-baselines")
+    assert not (run / "evaluation.json").exists()
+
+
+def test_a_report_leaves_out_an_evaluation_whose_model_is_gone(
+    feature_data: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, data = tmp_path / "run", feature_data()
+    save_untrained(run, data, small_config(8))
+    launch(str(run), "--no-baselines")
+    said = "of another model than best/ holds, and left out"
+    assert said not in write_report(run).read_text()
+    assert "<h2>Results</h2>" in write_report(run).read_text()
+    save_untrained(run, data, small_config(8), seed=1)
+    page = write_report(run).read_text()
+    assert said in page
+    assert f"evaluation.json is {said}" in caplog.text
+    assert "<h2>Results</h2>" not in page

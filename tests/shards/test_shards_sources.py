@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 import tarfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import loadmat
+from scipy.io import loadmat, savemat
 
 from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.data.sample import Sample, parse_sample
@@ -19,6 +21,7 @@ from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadInput
 from shards.__main__ import main
 from shards.sources.openmoji import base_form, base_name, group_roots, split_of
+from shards.sources.wikipedia import _load_arrays
 from shards.verify import verify
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -230,6 +233,30 @@ def wikipedia(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not WIKIPEDIA.is_dir():
         pytest.skip("../shared/data/wikipedia_features is not here")
     return build("wikipedia", tmp_path_factory.mktemp("wikipedia"), "--input", str(WIKIPEDIA))
+
+
+@pytest.mark.parametrize("error", [TypeError("a"), zlib.error("b"), IndexError("c"), NotImplementedError("d")])
+def test_a_damaged_or_newer_mat_is_one_sentence(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever scipy makes of its bytes."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("scipy.io.loadmat", fail)
+    with pytest.raises(BadInput, match=r"features\.mat is (damaged .*: restore it|of MATLAB 7\.3, .*save -v7)"):
+        _load_arrays(tmp_path / "features.mat")
+
+
+def test_a_mat_with_a_byte_changed_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "features.mat"
+    savemat(path, {name: np.ones((3, 2)) for name in ("I_tr", "I_te", "T_tr", "T_te")}, do_compression=True)
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 5):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        with contextlib.suppress(BadInput):
+            _load_arrays(path)
 
 
 def test_wikipedia_has_the_published_test_split_and_a_tenth_of_train_for_val(wikipedia: Path) -> None:
