@@ -146,10 +146,10 @@ def _fields(path: Path, text: TextFormat) -> Iterator[tuple[int, list[str]]]:
                 return
             except csv.Error as error:
                 raise _no_row(f"row {number} of {path}, from line {line} on,", str(error)) from None
-            if delimiter == "\t" and rows.line_num > line:
+            if delimiter == "\t" and any("\n" in field and delimiter in field for field in fields):
                 raise BadInput(
-                    f"row {number} of {path} goes from line {line} to {rows.line_num} between two quotes: pass "
-                    f"{UNQUOTED}, or write texts of several lines as CSV"
+                    f"row {number} of {path} goes from line {line} to {rows.line_num}, with tabs, between two quotes: "
+                    f"pass {UNQUOTED}, or write texts that hold tabs and lines as CSV"
                 )
             if fields:
                 yield number, fields

@@ -99,7 +99,9 @@ def test_quotes_in_a_tsv_swallow_no_rows(tmp_path: Path) -> None:
         name: [text] for name, text in rows.items()
     }
     table.write_text('text\timage\n"Big dog\t0.png\n12 inch"\t2.png\n')
-    with pytest.raises(BadInput, match=r"row 2 of .*t\.tsv goes from line 2 to 3 between two quotes: pass --quo"):
+    with pytest.raises(
+        BadInput, match=r"row 2 of .*t\.tsv goes from line 2 to 3, with tabs, between two quotes: pass --quo"
+    ):
         build(table)
     table.write_text("text\timage\na\tb\t0.png\n")
     with pytest.raises(BadInput, match=r"has 3 fields, .* in quotes, and leave --quoting none away"):
