@@ -130,7 +130,7 @@ def test_wrong_tables_end_as_one_sentence(tmp_path: Path, capsys: pytest.Capture
     assert "has no text (column 'caption')" in message
     assert "row 4 of" in (message := error(2, label=""))
     assert "has no label" in message
-    assert "has no split (column 'split')" in error(2, split="")
+    assert "has no split (column 'split', or --split-column '' to do without)" in error(2, split="")
     assert "may hold only letters" in error(2, split="../up")
     assert "has no image path" in error(2, filepath="")
     assert "row 12 of" in (message := error(10, label="a"))
