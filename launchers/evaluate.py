@@ -11,6 +11,7 @@ if __name__ == "__main__":
     heed()
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -94,14 +95,15 @@ def keep(
     """Write the three files of an evaluation, evaluation.json last; return what that holds and where the report is.
 
     No evaluation.json is there whose report is another's. Raises BadInput when the run cannot be written."""
-    from cmgan_dist.files import sha256_of, write_atomic
+    from cmgan_dist.files import write_atomic
     from cmgan_dist.report.run import write_report
     from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, record_json
 
     try:
-        write_atomic(run / EMBEDDINGS_NAME, found.embeddings_npz())
+        embeddings = found.embeddings_npz()
+        write_atomic(run / EMBEDDINGS_NAME, embeddings)
         (run / RECORD_NAME).unlink(missing_ok=True)
-        record = found.record | asked | {EMBEDDINGS: sha256_of(run / EMBEDDINGS_NAME)}
+        record = found.record | asked | {EMBEDDINGS: hashlib.sha256(embeddings).hexdigest()}
         report = write_report(run, pictures, record)
         write_atomic(run / RECORD_NAME, record_json(record))
     except OSError as error:

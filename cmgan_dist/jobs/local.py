@@ -102,9 +102,27 @@ def _begin_worker(shared: Any) -> None:
 
 
 @contextlib.contextmanager
+def _every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    """Do something every so many seconds, in a thread of its own, until the block ends."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextlib.contextmanager
 def _following(advance: Advance, shared: Any) -> Iterator[Advance]:
     """Give what counts the units of tasks that are ended; beside them the bar moves by what is done of others."""
-    lock, ended, told, done = threading.Lock(), threading.Event(), 0, 0
+    lock, told, done = threading.Lock(), 0, 0
 
     def look(count: int) -> None:
         nonlocal told, done
@@ -114,17 +132,8 @@ def _following(advance: Advance, shared: Any) -> Iterator[Advance]:
             told += more
             advance(more)
 
-    def follow() -> None:
-        while not ended.wait(LOOK_S):
-            look(0)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
+    with _every(LOOK_S, lambda: look(0)):
         yield look
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _in_worker(function: Callable[..., Result], task: tuple[Any, ...]) -> Result:
@@ -241,7 +250,7 @@ def progress_of(title: str, total: int | None) -> Iterator[Advance]:
             bar = progress.add_task(title, total=total)
             yield lambda count: progress.advance(bar, count)
         return
-    lock, ended, begun, done = threading.Lock(), threading.Event(), time.monotonic(), 0
+    lock, begun, done = threading.Lock(), time.monotonic(), 0
 
     def advance(count: int) -> None:
         nonlocal done
@@ -249,16 +258,10 @@ def progress_of(title: str, total: int | None) -> Iterator[Advance]:
             done += count
 
     def report() -> None:
-        while not ended.wait(LINE_EVERY_S):
-            print(progress_line(title, done, total, time.monotonic() - begun), file=sys.stderr, flush=True)
+        print(progress_line(title, done, total, time.monotonic() - begun), file=sys.stderr, flush=True)
 
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
+    with _every(LINE_EVERY_S, report):
         yield advance
-    finally:
-        ended.set()
-        thread.join()
 
 
 def progress_line(title: str, done: int, total: int | None, seconds: float) -> str:

@@ -148,13 +148,14 @@ class _Choice:
         best = self.climbed(objective, blocks)
         if objective != "class":
             return best
-        alone = max((_alone_of(block) for block in blocks), key=lambda each: self.measured(each)["class"])
+        alone = max((_shares_of({block: 1.0}) for block in blocks), key=lambda each: self.measured(each)["class"])
         gain = self.measured(best)["class"] - self.measured(alone)["class"]
         return best if gain > AP_CHANCE / math.sqrt(len(self.image.common) + len(self.text.common)) else alone
 
 
-def _alone_of(block: str) -> Shares:
-    return Shares(**{**dict.fromkeys(BLOCKS, 0.0), block: 1.0})
+def _shares_of(parts: Mapping[str, float]) -> Shares:
+    """Return shares of the blocks that are named; the others have none."""
+    return Shares(**{**dict.fromkeys(BLOCKS, 0.0), **parts})
 
 
 def _moved(shares: Shares, source: str, target: str, step: float) -> Shares | None:
@@ -167,9 +168,8 @@ def _moved(shares: Shares, source: str, target: str, step: float) -> Shares | No
 def _lattice(blocks: list[str]) -> list[Shares]:
     """All shares of some blocks in multiples of 1 / COARSE."""
     counts = itertools.product(range(COARSE + 1), repeat=len(blocks))
-    zero = dict.fromkeys(BLOCKS, 0.0)
     return [
-        Shares(**{**zero, **{block: n / COARSE for block, n in zip(blocks, each, strict=True)}})
+        _shares_of({block: n / COARSE for block, n in zip(blocks, each, strict=True)})
         for each in counts
         if sum(each) == COARSE
     ]

@@ -91,7 +91,8 @@ class _Ridge:
         chi2 = self.kernel == "chi2"
         self.centre = torch.zeros_like(train.x[0]) if chi2 else train.x.mean(0)
         scale = torch.ones_like(train.x[0]) if chi2 else _scales(train.x)
-        apart = distance(self.kernel, (train.x - self.centre) * scale, (train.x - self.centre) * scale)
+        scaled = (train.x - self.centre) * scale
+        apart = distance(self.kernel, scaled, scaled)
         mean = apart.mean()
         # chi-squared is of the first degree in x, the squared distance of the second
         self.scale = scale / (mean if chi2 else mean.sqrt())
@@ -127,8 +128,9 @@ def _fitted(train: _Items, val: _Items, multi_label: bool) -> tuple[str, KernelC
     """Return the classifier under which the validation split is likeliest, behind its settings in words: first the
     width is chosen, then the ridge. Raises LinAlgError where there is none."""
     regression = _Ridge(train, val, multi_label)
-    width = max(WIDTHS, key=lambda each: regression.solve(each, 1.0)[0])
-    found = {ridge: regression.solve(width, ridge) for ridge in RIDGES}
+    solved = {each: regression.solve(each, 1.0) for each in WIDTHS}
+    width = max(solved, key=lambda each: solved[each][0])
+    found = {ridge: solved[width] if ridge == 1.0 else regression.solve(width, ridge) for ridge in RIDGES}
     ridge = max(found, key=lambda each: found[each][0])
     words = f"{regression.kernel}, width {width:g}, ridge {ridge:g}"
     return words, regression.classifier(width, found[ridge][1])
