@@ -18,7 +18,8 @@ from cmgan_dist.config.fields import Config
 from cmgan_dist.config.presets import preset
 from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.manifest import DataSpec
-from cmgan_dist.distributed.processes import Parallel, keep_freed_memory
+from cmgan_dist.distributed.processes import Parallel
+from cmgan_dist.jobs.memory import keep_freed_memory
 from cmgan_dist.training.phases import phase_table, run_phase
 from cmgan_dist.training.state import Networks, build_networks
 from cmgan_dist.training.step import build_step_inputs

@@ -25,6 +25,7 @@ from cmgan_dist.data.sample import IMAGE_MEMBERS, TEXT_MEMBERS
 from cmgan_dist.data.tar import Member, members_of
 from cmgan_dist.errors import shown
 from cmgan_dist.jobs.local import units_done
+from cmgan_dist.jobs.memory import keep_freed_memory
 from cmgan_dist.models.backbone import ImageBackbone, TextBackbone
 from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone, image_features, text_features
 from shards.shard_file import npy, try_sample
@@ -50,6 +51,7 @@ class Extractor:
 
     def __init__(self, options: Options) -> None:
         """Load the backbones. Raises BadInput when one cannot be made."""
+        keep_freed_memory()
         self.options = options
         self.image: ImageBackbone | None = None
         self.text: TextBackbone | None = None

@@ -11,7 +11,6 @@ Shapes: W processes, B rows a process.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -45,11 +44,10 @@ from cmgan_dist.distributed.shard import ShardedEngine, Turns, shard, sharded_na
 from cmgan_dist.distributed.sync_norm import synchronise_statistics
 from cmgan_dist.errors import BadInput, LostProcess
 from cmgan_dist.jobs import startup
+from cmgan_dist.jobs.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""The parameters M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)."""
 
 
 class _GatherRows(torch.autograd.Function):
@@ -70,17 +68,6 @@ class _GatherRows(torch.autograd.Function):
         own = torch.empty_like(grad[0])
         dist.reduce_scatter_single(own, grad.flatten(0, 1))
         return own
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse freed memory instead of handing it back to the kernel.
-
-    Each step frees and takes the same gradients, and a page fault for each 4 KiB of them took a quarter of a step on a
-    CPU (bench/step.py)."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):  # glibc has it, musl has not
-        library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 class Parallel:

@@ -18,6 +18,7 @@ from cmgan_dist.data.batch import EvalBatch
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from cmgan_dist.jobs import ledger
+from cmgan_dist.jobs.memory import keep_freed_memory
 from cmgan_dist.models.generator import Modality
 from cmgan_dist.models.saved import MODEL_NAME, read_model
 from cmgan_dist.retrieval.embed import embed_items, evaluating
@@ -60,6 +61,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         """Load them. Raises BadInput when they cannot be read, or the run has another model by now."""
+        keep_freed_memory()
         saved = read_model(job.run)
         if saved.spec.files[MODEL_NAME] != job.model:
             raise BadInput(f"{saved.folder} was replaced while it was in use: start again when its training has ended")
