@@ -29,6 +29,8 @@ from cmgan_dist.errors import BadInput, BadSample, shown
 
 INDEX_THREADS = 16
 """Sidecars that are read at a time: from a URL each waits for an answer."""
+KEPT_BYTES = 256 << 20
+"""Of samples with image features that a reader keeps once they are parsed: in later epochs that is most of reading."""
 PIECE = 1 << 18
 """Bytes that are read at a time where samples follow each other; much more is slower: fresh memory each time."""
 
@@ -97,6 +99,8 @@ class ShardReader:
         self.index = lru_cache(maxsize=indexes)(self._read_index)
         """Number of a shard -> its sidecar. Raises BadInput when that is missing or not the shard's."""
         self._indexed: set[int] = set()
+        self._kept: dict[tuple[int, int], Sample] = {}
+        self._room = KEPT_BYTES
 
     def of(self, split: str) -> ShardReader:
         """Return a reader of another split, by the manifest that this one has read. Raises BadInput as this did."""
@@ -188,8 +192,16 @@ class ShardReader:
             raise BadSample(reason if reason.startswith(name) else f"{name} sample {index}: {reason}") from None
 
     def read(self, shard: int, index: int) -> Sample:
-        """Return a sample. Raises BadSample, naming shard and reason, when it cannot be used."""
-        return self._parse(shard, *self.raw(shard, index))
+        """Return a sample. Raises BadSample, naming shard and reason, when it cannot be used.
+
+        Those with image features are kept while KEPT_BYTES last; of pictures it is decoding that takes time."""
+        if (kept := self._kept.get((shard, index))) is not None:
+            return kept
+        sample = self._parse(shard, *self.raw(shard, index))
+        if self._room > 0 and not isinstance(sample.image, bytes):
+            self._room -= sample.nbytes
+            self._kept[shard, index] = sample
+        return sample
 
     def _parse(self, shard: int, key: str, members: dict[str, bytes]) -> Sample:
         """Return the sample of its members. Raises BadSample when it cannot be used or does not fit the manifest."""

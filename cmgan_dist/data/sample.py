@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from tokenize import TokenError
@@ -39,6 +40,8 @@ FEW = 10_000
 """Numbers of which OpenBLAS takes a dot product in the calling thread."""
 CLASSES = range(1 << 20)
 """What a class index can be."""
+OVERHEAD = 1000
+"""Bytes of a sample's objects, beside its image and texts."""
 
 
 @dataclass
@@ -52,6 +55,13 @@ class Sample:
     """Texts in their stored order, or features [captions, F_t]."""
     labels: tuple[int, ...]
     """Class indices; empty where the pair has none."""
+
+    @property
+    def nbytes(self) -> int:
+        """About the bytes of memory that it takes."""
+        image = len(self.image) if isinstance(self.image, bytes) else self.image.nbytes
+        texts = self.texts.nbytes if isinstance(self.texts, np.ndarray) else sum(map(sys.getsizeof, self.texts))
+        return image + texts + OVERHEAD
 
 
 class BadLabel(BadSample):

@@ -25,6 +25,7 @@ from cmgan_dist.config.fields import Config, StreamConfig
 from cmgan_dist.config.load import validate
 from cmgan_dist.data.batch import Batch, join
 from cmgan_dist.data.index import ShardIndex, index_name
+from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.order import MixturePlan, Plan
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample
@@ -736,6 +737,28 @@ def measured(script: str, *args: object) -> dict[str, float]:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kept", [83, 10, 0])
+def test_features_are_parsed_once_while_there_is_room(
+    cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    case = cases["features"]
+    parsed: list[str] = []
+    size = ShardReader(str(case.data), "train").read(0, 0).nbytes
+    monkeypatch.setattr("cmgan_dist.data.reader.KEPT_BYTES", kept * size)
+    plain = Judge.read
+
+    def read(self: Judge, key: str, members: dict[str, bytes]) -> Sample:
+        parsed.append(key)
+        return plain(self, key, members)
+
+    monkeypatch.setattr(Judge, "read", read)
+    assert draw(case.data, case.config, steps=BATCHES) == case.reference
+    expected = Counter(keys(case.reference))
+    for key in list(expected)[:kept]:
+        expected[key] = 1
+    assert Counter(parsed) == expected
 
 
 @pytest.mark.process
