@@ -32,7 +32,7 @@ from shards.assemble import assemble, print_summary
 from shards.output import LOCK, PACKING_NAME
 from shards.pairs import drawing, missing_val
 from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
-from shards.shard_file import tar_names
+from shards.shard_file import tars_among
 from shards.split_words import say_named_splits, split_in
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
@@ -156,10 +156,10 @@ class IndexCommand:
         """Do what `index` says."""
         lost: list[str] = []
         old = self._old_manifest(store, lost)
-        if store.size(MANIFEST_NAME) is None and not self.overwrite:
-            self._check_finished(store)
         others: list[str] = [] if store.local else store.names()
-        names = walk_files(Path(store.path), ["tar"], others) if store.local else tar_names(store)
+        names = walk_files(Path(store.path), ["tar"], others) if store.local else tars_among(others)
+        if store.size(MANIFEST_NAME) is None and not self.overwrite:
+            self._check_finished(store, others)
         packed = _packed(others)
         if not names:
             raise BadInput(f"{self.place} holds no .tar files" + f"; {packed}" * bool(packed))
@@ -196,9 +196,10 @@ class IndexCommand:
             notes.append(f"the {len(manifest.classes)} classes have numbers for names: {way}")
         return manifest, notes
 
-    def _check_finished(self, store: FileStore) -> None:
-        """Raise BadInput when the folder is what a build or features began and have not finished."""
-        names = walk_files(Path(store.path), ["json"]) if store.local else store.names()
+    def _check_finished(self, store: FileStore, names: list[str]) -> None:
+        """Raise BadInput when the folder is what a build or features began and have not finished.
+
+        `names`: of the files in it that are no tars."""
         found = unfinished_mark([*names, *[PACKING_NAME] * (store.size(PACKING_NAME) is not None)])
         if found is not None:
             raise BadInput(

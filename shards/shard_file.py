@@ -184,12 +184,10 @@ def put_shard(output: FileStore, name: str, samples: Iterable[tuple[str, Members
     return info
 
 
-def tar_names(output: FileStore) -> list[str]:
-    """Return the names of the tars in a folder, or at a URL, and below it, hidden folders apart; sorted.
-
-    Raises BadInput when they cannot be listed."""
-    names = [name for name in output.names() if name.endswith(".tar")]
-    return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+def tars_among(names: list[str]) -> list[str]:
+    """Return the tars among the names of files, those that are hidden or in hidden folders apart."""
+    tars = [name for name in names if name.endswith(".tar")]
+    return [name for name in tars if not any(part.startswith(".") for part in name.split("/"))]
 
 
 def has_index(output: FileStore, shard: ShardInfo) -> bool:

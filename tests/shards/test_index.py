@@ -7,10 +7,12 @@ import os
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from cmgan_dist.data.index import ShardIndex
 from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.errors import BadInput
 from shards.index import IndexCommand
@@ -259,3 +261,22 @@ def test_a_label_that_is_no_class_index_makes_one_bad_sample(
     said = " ".join(capsys.readouterr().out.split())
     assert f"1 of 3 samples cannot be used (the first: k1, label {label} is out of range" in said
     assert load_manifest(tmp_path).classes == ["0", "1"]
+
+
+def test_a_folder_is_walked_once_and_a_place_listed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = img2dataset(tmp_path / "laion")
+    (folder / "again").symlink_to(folder)  # each walk warns of it
+    run_shards("index", folder, "--processes", 1, "--no-decode")
+    assert len([each for each in caplog.records if "its files are taken once" in each.getMessage()]) == 1
+
+    listings: list[str] = []
+    names = FileStore.names
+    monkeypatch.setattr(FileStore, "names", lambda store, *rest: listings.append(store.url) or names(store, *rest))
+    memory, url = fsspec.filesystem("memory"), f"memory://{tmp_path.name}-once"
+    for tar in folder.glob("*.tar"):
+        memory.pipe_file(f"/{tmp_path.name}-once/{tar.name}", tar.read_bytes())
+    run_shards("index", url, "--processes", 1, "--no-decode")
+    assert listings == [url]
+    assert memory.exists(f"/{tmp_path.name}-once/manifest.json")
