@@ -67,6 +67,7 @@ def test_splits_are_words_anywhere_in_names_and_compressed_tars_are_told_of(
     for number, name in enumerate(names):
         write_members(tmp_path / f"{name}.tar", {f"{number}.png": picture(number), f"{number}.txt": b"x"})
     (tmp_path / "train-1.tar.gz").write_bytes(b"")
+    (tmp_path / "._train-0.tar").write_bytes(b"Mac OS X")
     run_shards("index", tmp_path, "--processes", 1)
     splits = {split: [s.name for s in shards] for split, shards in load_manifest(tmp_path).splits.items()}
     assert splits == {
@@ -78,6 +79,7 @@ def test_splits_are_words_anywhere_in_names_and_compressed_tars_are_told_of(
     assert "split val by the name of cc3m-validation-0000.tar and 2 more" in said
     assert "no split in the name of retrieval-7.tar" in said
     assert "1 compressed tars are passed over, the first is train-1.tar.gz" in said
+    assert "1 hidden files and folders are passed over, the first is ._train-0.tar" in said
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed/0.tgz").write_bytes(b"")
     with pytest.raises(BadInput, match=r"holds no \.tar files; 1 compressed tars .* 0\.tgz: unpack them to \.tar"):
