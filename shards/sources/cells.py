@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from cmgan_dist.data.folder import composed, is_plain, is_unicode
 from cmgan_dist.data.sample import MOST_TEXT_BYTES
+from cmgan_dist.data.source import lower_protocol
 from cmgan_dist.errors import BadSample
 from cmgan_dist.files import parse_json_once
 from shards.pairs import brief
@@ -243,4 +244,4 @@ def as_picture(value: Any) -> Picture:
         raise BadSample(f"'{brief(name)}' is not the name of an image")
     if not is_unicode(name):
         raise BadSample(f"image path or label {brief(name)} is not UTF-8: rename it")
-    return Picture(name, data)
+    return Picture(lower_protocol(name) if data is None else name, data)

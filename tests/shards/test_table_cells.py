@@ -152,6 +152,10 @@ def test_a_url_by_another_protocol_is_named(name: str) -> None:
     assert as_picture({"path": name, "bytes": b"x"}).path == name
 
 
+def test_a_url_is_one_in_any_case_of_its_protocol() -> None:
+    assert as_picture("HTTPS://Host/A.png") == as_picture("https://Host/A.png") == ("https://Host/A.png", None)
+
+
 def test_bytes_that_are_no_text_are_refused() -> None:
     for parse in (as_texts, as_labels, as_split):
         with pytest.raises(BadSample, match="bytes that are not UTF-8"):
