@@ -113,6 +113,17 @@ def try_sample(read: Callable[[], Result], where: str, skip_bad: bool, left_out:
         return None
 
 
+def distinct(key: str, taken: dict[str, int]) -> str:
+    """Return a key that no sample of a shard has yet: the key itself, or with a number behind it, as samples of one key
+    that follow each other would be read as one. `taken`: key -> how often it was asked for; it is added to."""
+    found, times = key, taken.get(key, 0)
+    while found in taken:
+        times += 1
+        found = f"{key}-{times + 1}"
+    taken[key], taken[found] = times, taken.get(found, 0)
+    return found
+
+
 def _write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> int:
     """Write a tar of (key, members) and flush it to disk; returns the number of samples.
 
