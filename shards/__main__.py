@@ -80,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> int | None:
     if name == "build":
         name = choose(SOURCES, rest, "source")
         table, prog, rest = SOURCES, f"{prog} {name}", rest[1:]
-    if any(FILE_URL in arg for arg in rest):
+    if any(FILE_URL in arg.lower() for arg in rest):
         rest = [_with_path(arg) for arg in rest]
     from cmgan_dist.config.cli import parse  # the list of commands does without it
 

@@ -28,7 +28,7 @@ from cmgan_dist.jobs.local import units_done
 from cmgan_dist.jobs.memory import keep_freed_memory
 from cmgan_dist.models.backbone import ImageBackbone, TextBackbone
 from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone, image_features, text_features
-from shards.shard_file import npy, try_sample
+from shards.shard_file import distinct, npy, try_sample
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,9 @@ def feature_samples(
 ) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
     """Give (key, members) with features for each good sample of a shard, of which `iter_groups` gives the members.
 
-    A bad sample gives a line of `left_out`. Raises BadInput at the first one unless the options skip them."""
-    options, groups = made.options, iter(groups)
+    A bad sample gives a line of `left_out`; where it stood between two of one key, the second gets another. Raises
+    BadInput at the first one unless the options skip them."""
+    options, groups, before = made.options, iter(groups), ""
     while batch := list(itertools.islice(groups, options.batch_size)):
         futures = [(shown(group[0].key), made.pool.submit(_load, options, judge, group)) for group in batch]
         tried = [try_sample(f.result, f"{shard} sample {key}", options.skip_bad, left_out) for key, f in futures]
@@ -158,5 +159,11 @@ def feature_samples(
         for row, image, text in zip(rows, images, texts, strict=True):
             write = partial(_feature_members, row, image, text, options.dtype)
             found = try_sample(write, f"{shard} sample {shown(row.key)}", options.skip_bad, left_out)
-            if found is not None:
-                yield row.key, found
+            if found is None:
+                continue
+            key = distinct(row.key, {before: 0})
+            if key != row.key:
+                said = f"is named {key}, as what stood between it and another of its key is left out"
+                print(shown(f"{shard} sample {row.key} {said}"), flush=True)
+            yield key, found
+            before = key

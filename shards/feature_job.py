@@ -32,7 +32,7 @@ from shards.extract import Extractor, Options, extractor
 from shards.feature_options import FeatureOptions
 from shards.feature_shard import Made, MadeOtherwise, finished_shard, is_recorded, make_shard, record_name
 from shards.pairs import drawing, missing_val
-from shards.shard_file import tar_names
+from shards.shard_file import tars_among
 from shards.unfit import warnings_of
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -148,7 +148,7 @@ def _remove(output: FileStore, shard: str) -> None:
 
 def _remove_foreign(output: FileStore, names: set[str], overwrite: bool) -> None:
     """Remove the tars that have no source in this data set. Raises BadInput rather than do that unasked."""
-    foreign = [name for name in tar_names(output) if name not in names]
+    foreign = [name for name in tars_among(output.names()) if name not in names]
     if foreign and not overwrite:
         raise BadInput(
             f"{public_url(output.url)} holds another data set ({foreign[0]} has no source): "

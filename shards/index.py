@@ -30,9 +30,9 @@ from cmgan_dist.files import open_once
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
 from shards.output import LOCK, PACKING_NAME
-from shards.pairs import drawing, missing_val
+from shards.pairs import drawing, missing_val, say_hidden
 from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
-from shards.shard_file import tar_names
+from shards.shard_file import tars_among
 from shards.split_words import say_named_splits, split_in
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
@@ -44,12 +44,27 @@ def split_of_shard(name: str) -> str:
     return split_in(PurePosixPath(name).parts) or "train"
 
 
-def _packed(names: list[str]) -> str:
-    """Return how many compressed tars are among files, the first, and what to do; "" where there are none."""
+def _tars(store: FileStore) -> tuple[list[str], list[str], list[str]]:
+    """Return the tars of a place, which is looked through once, the other files, and lines that say which are passed
+    over: compressed ones, and what is hidden. Raises BadInput when it cannot be listed."""
+    others: list[str] = []
+    hidden: list[str] = []
+    if store.local:
+        names = walk_files(Path(store.path), ["tar"], others, hidden)
+    else:
+        others = store.names()
+        names = tars_among(others)
+        hidden = sorted({name for name in others if name.endswith(".tar")} - {*names})
+    return names, others, _packed(others) + say_hidden([name for name in hidden if name.endswith((".tar", "/"))])
+
+
+def _packed(names: list[str]) -> list[str]:
+    """Return a line with how many compressed tars are among files, the first, and what to do; none where there are
+    none."""
     found = sorted(name for name in names if name.lower().endswith(PACKED))
     if not found:
-        return ""
-    return f"{len(found)} compressed tars are passed over, the first is {shown(found[0])}: unpack them to .tar"
+        return []
+    return [f"{len(found)} compressed tars are passed over, the first is {shown(found[0])}: unpack them to .tar"]
 
 
 def _taken(samples: list[SampleFacts], kind: LabelKind) -> str:
@@ -156,19 +171,17 @@ class IndexCommand:
         """Do what `index` says."""
         lost: list[str] = []
         old = self._old_manifest(store, lost)
+        names, others, passed = _tars(store)
         if store.size(MANIFEST_NAME) is None and not self.overwrite:
-            self._check_finished(store)
-        others: list[str] = [] if store.local else store.names()
-        names = walk_files(Path(store.path), ["tar"], others) if store.local else tar_names(store)
-        packed = _packed(others)
+            self._check_finished(store, others)
         if not names:
-            raise BadInput(f"{self.place} holds no .tar files" + f"; {packed}" * bool(packed))
+            raise BadInput("; ".join([f"{self.place} holds no .tar files", *passed]))
         odd = next((name for name in names if not is_plain(name)), None)
         if odd is not None:
             raise BadInput(f"{shown(odd)} in {self.place} is not UTF-8 or holds control characters: rename it")
         tasks = [(self.data, name, self.decode) for name in names]
         scans, notes = self._usable(parallel_map(_scan, tasks, title="indexing", processes=self.processes))
-        notes += lost + [packed] * bool(packed) + _gone(old, names) + _shrunk(old, scans)
+        notes += [*lost, *passed] + _gone(old, names) + _shrunk(old, scans)
         notes += [line for scan in scans for line in foreign_files(scan)]
         good = self._good([facts for scan in scans for facts in scan.samples], notes)
         image_dim = _one_kind("images", good, [facts.image_dim for facts in good])
@@ -196,9 +209,10 @@ class IndexCommand:
             notes.append(f"the {len(manifest.classes)} classes have numbers for names: {way}")
         return manifest, notes
 
-    def _check_finished(self, store: FileStore) -> None:
-        """Raise BadInput when the folder is what a build or features began and have not finished."""
-        names = walk_files(Path(store.path), ["json"]) if store.local else store.names()
+    def _check_finished(self, store: FileStore, names: list[str]) -> None:
+        """Raise BadInput when the folder is what a build or features began and have not finished.
+
+        `names`: of the files in it that are no tars."""
         found = unfinished_mark([*names, *[PACKING_NAME] * (store.size(PACKING_NAME) is not None)])
         if found is not None:
             raise BadInput(

@@ -193,7 +193,7 @@ class _Job:
         output, overwrite, shards = self.output, self.options.overwrite, self.plan.shards
         own = [shards[i] for i in self.task.share(len(shards))]
         fingerprint = _fingerprint(self.source, shards, self._settings)
-        old, found = existing_manifest(output), self._find(own, read_inputs=True)
+        old, found = existing_manifest(output), self._find(own, self._names(own), read_inputs=True)
         made = {name: one.made for name, one in found.items() if one.made is not None}
         is_same = old is not None and old.details.get("fingerprint") == fingerprint
         if is_same and overwrite:  # pictures by URL may be there by now; without a manifest, such a start goes on
@@ -249,9 +249,14 @@ class _Job:
         share = Share("cpu", self.options.processes, 1, self.options.ray)
         return share.map(function, tasks, title=title, unit_counts=counts)
 
-    def _find(self, shards: list[PlannedShard], *, read_inputs: bool) -> dict[str, Found]:
-        """Return what earlier runs, or other tasks, left of some shards, by name."""
-        names = self.output.own_names() if shards else set()
+    def _names(self, shards: list[PlannedShard]) -> set[str]:
+        """Return the names of what lies in the output, where there are shards to look for."""
+        return self.output.own_names() if shards else set()
+
+    def _find(self, shards: list[PlannedShard], names: set[str], *, read_inputs: bool) -> dict[str, Found]:
+        """Return what earlier runs, or other tasks, left of some shards, by name.
+
+        `names`: of what lies in the output."""
         there = [shard for shard in shards if not names.isdisjoint(files_of_shard(shard.name))]
         found = self._each(find_shard, "comparing", there, read_inputs)
         for said in (one.said for one in found if one.said):
@@ -266,10 +271,10 @@ class _Job:
     def _made_by_others(self, shards: list[PlannedShard]) -> dict[str, Made]:
         """Return what other tasks made of their shards, by name; nothing is compared before all are there, nor what
         the pairs hold now where all went by this plan."""
-        names = self.output.own_names() if shards else set()
+        names = self._names(shards)
         if not names.issuperset(record_name(shard.name) for shard in shards):
             return {}
-        found = self._find(shards, read_inputs=not self.is_shared or were_renewed(self.work))
+        found = self._find(shards, names, read_inputs=not self.is_shared or were_renewed(self.work))
         return {name: one.made for name, one in found.items() if one.made is not None}
 
     def _finish(self, fingerprint: str, made: dict[str, Made]) -> Packed:

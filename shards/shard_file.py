@@ -113,6 +113,17 @@ def try_sample(read: Callable[[], Result], where: str, skip_bad: bool, left_out:
         return None
 
 
+def distinct(key: str, taken: dict[str, int]) -> str:
+    """Return a key that no sample of a shard has yet: the key itself, or with a number behind it, as samples of one key
+    that follow each other would be read as one. `taken`: key -> how often it was asked for; it is added to."""
+    found, times = key, taken.get(key, 0)
+    while found in taken:
+        times += 1
+        found = f"{key}-{times + 1}"
+    taken[key], taken[found] = times, taken.get(found, 0)
+    return found
+
+
 def _write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> int:
     """Write a tar of (key, members) and flush it to disk; returns the number of samples.
 
@@ -184,12 +195,10 @@ def put_shard(output: FileStore, name: str, samples: Iterable[tuple[str, Members
     return info
 
 
-def tar_names(output: FileStore) -> list[str]:
-    """Return the names of the tars in a folder, or at a URL, and below it, hidden folders apart; sorted.
-
-    Raises BadInput when they cannot be listed."""
-    names = [name for name in output.names() if name.endswith(".tar")]
-    return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+def tars_among(names: list[str]) -> list[str]:
+    """Return the tars among the names of files, those that are hidden or in hidden folders apart."""
+    tars = [name for name in names if name.endswith(".tar")]
+    return [name for name in tars if not any(part.startswith(".") for part in name.split("/"))]
 
 
 def has_index(output: FileStore, shard: ShardInfo) -> bool:

@@ -33,7 +33,7 @@ from shards.groups import linked_groups, links_of_equal
 from shards.output import LOCK, finish_output, prepare_output
 from shards.pairs import split_shares
 from shards.same_text import compared
-from shards.shard_file import Members, check_count, opened_source, put_shard, see_verify
+from shards.shard_file import Members, check_count, distinct, opened_source, put_shard, see_verify
 
 TRAIN = "train"
 """The split from which others are drawn."""
@@ -143,17 +143,6 @@ def drawn(keys: Sequence[str], groups: list[list[int]], shares: dict[str, float]
             )
         order, out[name] = left, sorted(taken)
     return out
-
-
-def distinct(key: str, taken: dict[str, int]) -> str:
-    """Return a key that no sample of a shard has yet: the key itself, or with a number behind it, as samples of one key
-    that follow each other would be read as one. `taken`: key -> how often it was asked for; it is added to."""
-    found, times = key, taken.get(key, 0)
-    while found in taken:
-        times += 1
-        found = f"{key}-{times + 1}"
-    taken[key], taken[found] = times, taken.get(found, 0)
-    return found
 
 
 def _write(data: str, output: str, name: str, sources: dict[str, ShardInfo], places: list[Place]) -> ShardInfo | None:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import os
 import posixpath
-import re
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from urllib.parse import quote, unquote
 from fsspec.implementations.http import HTTPFileSystem
 
 from cmgan_dist.data.folder import MOST_FILE_BYTES
-from cmgan_dist.data.source import PACKAGES, NoRoom, RemoteSource, public_url
+from cmgan_dist.data.source import PACKAGES, PROTOCOL, NoRoom, RemoteSource, public_url
 from cmgan_dist.errors import BadInput, BadSample
 from shards.pairs import brief
 
@@ -26,7 +25,6 @@ USUAL_BYTES = 100_000
 """What a picture by URL is planned with: nobody asks a server for the sizes of all."""
 
 FILE = "file://"
-PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def is_url(name: str) -> bool:

@@ -24,6 +24,9 @@ from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
 
 FOUND_PROBLEMS = 1
 """Exit code when there are problems; 0 when there are none."""
+ACROSS, WITHIN = "across splits", "within a split"
+MOST_LINES, MOST_PLACES = 10, 5
+"""Lines on keys, or images, that are there again and make nothing wrong; samples that such a line names."""
 
 
 @dataclass
@@ -157,12 +160,32 @@ def _find_duplicates(scans: list[tuple[str, ShardScan]], report: Report) -> None
             for facts in scan.samples:
                 if value_of(facts):
                     places[value_of(facts)].append((split, f"{facts.key} ({split}, {scan.info.name})"))
-        for same in places.values():
-            if len(same) > 1:
-                across = len({split for split, _ in same}) > 1
-                where = "across splits" if across else "within a split"
-                line = f"the same {what} {where}: {', '.join(place for _, place in same)}"
-                (report.problems if across and what == "image" else report.warnings).append(line)
+        repeated = [same for same in places.values() if len(same) > 1]
+        across = [same for same in repeated if len({split for split, _ in same}) > 1]
+        within = [same for same in repeated if len({split for split, _ in same}) == 1]
+        if what == "image":
+            report.problems += [_same(what, ACROSS, same) for same in across]
+        else:
+            report.warnings += _first_of(what, ACROSS, across)
+        report.warnings += _first_of(what, WITHIN, within)
+
+
+def _first_of(what: str, where: str, repeated: list[list[tuple[str, str]]]) -> Iterator[str]:
+    """Give a line for each of the first of what is repeated, and one that counts the rest: where keys begin anew in
+    each shard, that is nearly all there are."""
+    yield from (_same(what, where, same) for same in repeated[:MOST_LINES])
+    if len(repeated) > MOST_LINES:
+        samples = sum(map(len, repeated))
+        yield (
+            f"the same {what} {where}: {len(repeated)} {what}s in {samples} samples, of which the first {MOST_LINES} "
+            "are named"
+        )
+
+
+def _same(what: str, where: str, same: list[tuple[str, str]]) -> str:
+    """Return a line that says where something stands again."""
+    more = f" and {len(same) - MOST_PLACES} more" if len(same) > MOST_PLACES else ""
+    return f"the same {what} {where}: {', '.join(place for _, place in same[:MOST_PLACES])}{more}"
 
 
 def _shared_texts(scans: list[tuple[str, ShardScan]]) -> Iterator[str]:

@@ -42,7 +42,7 @@ from urllib.parse import unquote
 from cmgan_dist.data.folder import MOST_FILE_BYTES
 from cmgan_dist.data.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, ShardInfo
 from cmgan_dist.data.shared_file import COPY_FRESH_S, FAILED, Patience, digest_of, is_at, locked, read_once
-from cmgan_dist.data.source import PACKAGES, BadBody, RemoteSource, public_url
+from cmgan_dist.data.source import PACKAGES, BadBody, RemoteSource, lower_protocol, public_url
 from cmgan_dist.data.store import LocalStore, ShardStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import sha256_of
@@ -77,7 +77,7 @@ def open_store(
     `cache`: the folder for remote shards; None takes ``cmgan_dist/shards`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
     `timeout_s`: to connect, and without a byte. A dead source ends after at most `RemoteSource.dead_after_s`.
     Raises BadInput when the protocol is unknown, its package missing or the cache folder unusable."""
-    data = os.fspath(data)
+    data = lower_protocol(os.fspath(data))
     protocol, separator, rest = data.partition("://")
     if not separator:
         return LocalStore(Path(data))

@@ -102,19 +102,23 @@ def read_file(path: str | os.PathLike[str], most: int = MOST_FILE_BYTES, *, foll
     return data
 
 
-def walk_files(folder: Path, endings: Collection[str], others: list[str] | None = None) -> list[str]:
+def walk_files(
+    folder: Path, endings: Collection[str], others: list[str] | None = None, hidden: list[str] | None = None
+) -> list[str]:
     """Return the paths from `folder`, with "/" between names, of what has one of `endings` in it and below, sorted.
 
-    `endings`: in lower case, without dots. `others` gets the paths of other files. What is hidden stays apart. Linked
-    folders are walked too, but each folder once: under its own path where it lies below `folder`, else under the link
-    that sorts first; a line of the log names each further way, and each link without such an ending that leads nowhere.
-    Whether a path is a file that can be read is found out by reading it. Raises BadInput naming a folder that cannot be
-    read."""
+    `endings`: in lower case, without dots. `others` gets the paths of other files. What is hidden stays apart: `hidden`
+    gets the paths of such files, and of such folders, which end in "/" and are not walked. Linked folders are walked
+    too, but each folder once: under its own path where it lies below `folder`, else under the link that sorts first; a
+    line of the log names each further way, and each link without such an ending that leads nowhere. Whether a path is a
+    file that can be read is found out by reading it. Raises BadInput naming a folder that cannot be read."""
     walk = _Walk(folder, endings)
     while walk.links:
         walk.go(heapq.heappop(walk.links))
     if others is not None:
         others += sorted(walk.others)
+    if hidden is not None:
+        hidden += sorted(walk.hidden)
     return sorted(walk.found)
 
 
@@ -125,6 +129,7 @@ class _Walk:
         self.folder, self.endings = folder, endings
         self.found: list[str] = []
         self.others: list[str] = []
+        self.hidden: list[str] = []
         self.links = [""]
         """Ways to folders, as a heap; the folder itself is the first."""
         self.met: dict[tuple[int, int], Path] = {}
@@ -153,11 +158,13 @@ class _Walk:
             log.warning("%s is the folder %s: its files are taken once", shown(str(path)), shown(str(known)))
             return []
         with os.scandir(path) as opened:
-            entries = [entry for entry in opened if not entry.name.startswith(".")]
+            entries = sorted(opened, key=lambda entry: entry.name)
         folders = []
-        for entry in sorted(entries, key=lambda entry: entry.name):
+        for entry in entries:
             inside = f"{place}/{entry.name}" if place else entry.name
-            if entry.is_dir(follow_symlinks=False):
+            if entry.name.startswith("."):
+                self.hidden.append(f"{inside}/" if entry.is_dir() else inside)
+            elif entry.is_dir(follow_symlinks=False):
                 folders.append(inside)
             elif entry.is_symlink() and self._leads_to_folder(inside):
                 heapq.heappush(self.links, inside)

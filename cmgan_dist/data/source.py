@@ -14,6 +14,7 @@ import importlib
 import logging
 import os
 import random
+import re
 import threading
 import time
 import weakref
@@ -41,6 +42,8 @@ LEAST_BYTES_S = 16 << 10
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # Else gcsfs asks by gRPC, which does not outlive a fork nor knows STORAGE_EMULATOR_HOST, what kind of bucket it is.
 
+PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+"""How a URL begins."""
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
 """Protocol -> the package that fsspec reads it by."""
 FAILURES = {
@@ -63,6 +66,12 @@ def _keep_those_of_the_parent() -> None:
 
 
 os.register_at_fork(after_in_child=_keep_those_of_the_parent)
+
+
+def lower_protocol(place: str) -> str:
+    """Return a URL with its protocol in lower case, which means the same (RFC 3986); a path as it is."""
+    begins = PROTOCOL.match(place)
+    return begins[0].lower() + place[begins.end() :] if begins else place
 
 
 def public_url(url: str) -> str:
@@ -178,6 +187,7 @@ class RemoteSource:
         """`url`: http(s)://, s3:// or gs://; `timeout_s` is for connecting, and for a time without a byte.
 
         Raises BadInput when the package for its protocol is missing."""
+        url = lower_protocol(url)
         self.protocol = url.partition("://")[0]
         self.package = PACKAGES[self.protocol]
         try:

@@ -27,6 +27,7 @@ from cmgan_dist.data.source import (
     failures_of,
     http_status,
     is_beyond_the_end,
+    lower_protocol,
     public_url,
     refuse_full,
 )
@@ -122,6 +123,7 @@ class FileStore:
 
         Raises BadInput when the protocol is unknown, its package missing, or no path has such characters."""
         checked_path(url, flag)
+        url = lower_protocol(url)
         try:
             self.filesystem, path = fsspec.core.url_to_fs(url)
             # ValueError: of a URL that no server can be asked by
@@ -326,7 +328,7 @@ class FileStore:
 
 def _real(place: str) -> str:
     """Return a path without links, or a URL, so that one place has one name."""
-    path = place.removeprefix("file://")
+    path = lower_protocol(place).removeprefix("file://")
     return path.rstrip("/") if "://" in path else os.path.realpath(path)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from cmgan_dist.data.folder import composed, is_plain, is_unicode
 from cmgan_dist.data.sample import MOST_TEXT_BYTES
+from cmgan_dist.data.source import lower_protocol
 from cmgan_dist.errors import BadSample
 from cmgan_dist.files import parse_json_once
 from shards.pairs import brief
@@ -18,21 +19,31 @@ from shards.sources.columnar import ClassName
 from shards.split_words import SPLIT_ALIASES
 from shards.urls import check_protocol, is_file_url, is_url
 
+NAME_OR_BYTES = "name a file, or put the picture's bytes into a column of Parquet"
+"""What to do where a cell is no image."""
 MOST_PATH, MOST_NAME = 4096, 255
 """Bytes of the longest path, and of the name of a file or folder in it."""
 WHOLE = re.compile(r"(-?[0-9]+)\.0+")
 """A whole number as pandas writes it among others that are missing."""
 PYTHON_LIST = re.compile(r"""\[\s*(['"]).*['"]\s*,?\s*\]""", re.DOTALL)
 """A list of texts as Python, pandas and numpy write it."""
-PYTHON_ITEM = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|[-+]?(?:\d++\.?\d*+|\.\d++)(?:e[-+]?\d++)?(?![\w.])"""
-PYTHON_ITEM = rf"(?:{PYTHON_ITEM}|None\b|nan\b|True\b|False\b|\.\.\.)"
+PYTHON_STRING = r"""(?:[bru]?'(?:[^'\\]|\\.)*+'|[bru]?"(?:[^"\\]|\\.)*+")"""
+PYTHON_NUMBER = r"[-+]?(?:\d++\.?\d*+|\.\d++)(?:e[-+]?\d++)?(?![\w.])"
+PYTHON_ITEM = rf"(?:{PYTHON_STRING}|{PYTHON_NUMBER}|None\b|nan\b|True\b|False\b|\.\.\.)"
 """A text, a number or another value as Python, pandas and numpy write it."""
 PYTHON_ITEMS = re.compile(rf"(?:[\s,\[\](){{}}]|np\.\w++\({PYTHON_ITEM}\)|{PYTHON_ITEM})++", re.DOTALL | re.IGNORECASE)
 """What stands in a list, set or tuple of such."""
-LIKE_A_LIST = re.compile(r"\s*(?:[\[({]|(?:np\.)?\w+\()")
-"""How a text begins that may be one."""
+PYTHON_RECORD = re.compile(
+    r"\s*+(?:(?:OrderedDict|Counter|mappingproxy)\([\[{]|defaultdict\(<|Row\(\w++=|"
+    rf"(?:[\s\[(]|array\()*+\{{\s*+{PYTHON_ITEM}\s*+:).*[\])}}]\s*",
+    re.DOTALL | re.IGNORECASE,
+)
+"""A record, or a list of some, as Python, pandas and Spark write it."""
+PYTHON_BYTES = re.compile(rf"\s*+(?:b{PYTHON_STRING}|bytearray\(b{PYTHON_STRING}\))\s*", re.DOTALL)
+LIKE_A_VALUE = re.compile(r"""\s*(?:[\[({]|(?:np\.)?\w+\(|b['"])""")
+"""How a text begins that may be one of these."""
 WRAPPED = re.compile(r"(?:np\.)?(?:array|tensor|frozenset|set|deque)\(\s*(?=[\[({])")
-"""How the names of other kinds stand around one."""
+"""How the names of other kinds stand around a list."""
 
 FIRST_UNEXACT = 2**53
 """From here on a float stands for several whole numbers."""
@@ -80,13 +91,11 @@ def _as_string(value: Any, what: str) -> str:
 def as_texts(value: Any) -> tuple[str, ...]:
     """Return the texts of a cell, which may be a list, also one in JSON. Raises BadSample when one is missing or no
     text."""
-    if isinstance(value, str) and LIKE_A_LIST.match(value):
-        listed = _json_list(value, "")
-        value = listed if listed is not None and all(isinstance(each, str) for each in listed) else value
+    value = _read(value, "text", "write its text alone")
     values = value if isinstance(value, list) else [value]
     if not values or any(map(is_missing, values)):
         raise BadSample("has no text" if len(values) < 2 else "has a list of texts of which one is empty")
-    texts = tuple(_as_string(each, "text") for each in values)
+    texts = tuple(_as_string(_read(each, "text", "write its text alone"), "text") for each in values)
     if not all(map(is_unicode, texts)):
         raise BadSample("the text has half a character, a lone surrogate")
     if any(len(text) > MOST_TEXT_BYTES or len(text.encode()) > MOST_TEXT_BYTES for text in texts):
@@ -94,16 +103,39 @@ def as_texts(value: Any) -> tuple[str, ...]:
     return texts
 
 
-def _json_list(text: str, other: str) -> list[Any] | None:
-    """Return the list that a text is in JSON, None where it is none. Raises BadSample where it is one in Python's form,
-    naming JSON and an `other` way."""
+def _read(value: Any, what: str, alone: str, of_list: str = "write it as JSON (double quotes)") -> Any:
+    """Return the list or record that a text, or bytes that hold one, is in JSON; any other value as it is, a list of
+    numbers too.
+
+    Raises BadSample where a text is a list, a record or bytes in Python's form; `alone` and `of_list` say what to do.
+    """
+    found = _listed(_as_string(value, what) if isinstance(value, bytes) else value, alone, of_list)
+    numbers = isinstance(found, list) and found and all(isinstance(each, int | float) for each in found)
+    return value if numbers else found
+
+
+def _listed(value: Any, alone: str, of_list: str) -> Any:
+    """Return what `_read` does; a list of numbers too."""
+    if not isinstance(value, str) or not LIKE_A_VALUE.match(value):
+        return value
     try:
-        found = parse_json_once(text)
+        found = parse_json_once(value)
     except ValueError:
-        if _is_python_list(text):
-            raise BadSample(f"{brief(text)} looks like a list: write it as JSON (double quotes){other}") from None
-        return None
-    return found if isinstance(found, list) else None
+        if kind := _python_kind(value):
+            way = of_list if kind == "a list" else alone
+            raise BadSample(f"{brief(value)} looks like {kind}: {way}") from None
+        return value
+    return found if isinstance(found, list | dict) else value
+
+
+def _python_kind(text: str) -> str:
+    """Return which value a text is as Python, pandas, numpy or Spark write it: "a list" (or set, tuple, array),
+    "a record", "bytes"; "" for none."""
+    if PYTHON_BYTES.fullmatch(text):
+        return "bytes"
+    if PYTHON_RECORD.fullmatch(text):
+        return "a record"
+    return "a list" if _is_python_list(text) else ""
 
 
 def _is_python_list(text: str) -> bool:
@@ -126,8 +158,7 @@ def as_labels(value: Any) -> tuple[tuple[str, ...], bool]:
         value = _as_string(value, "label")
     if isinstance(value, ClassName):
         return (_as_class(value),), False
-    found = _json_list(value, " or with |") if isinstance(value, str) and LIKE_A_LIST.match(value) else None
-    value = value if found is None else found
+    value = _listed(value, "write the name of the class alone", "write it as JSON (double quotes) or with |")
     if isinstance(value, str) and "|" in value:
         value = [part for part in value.split("|") if part.strip()]
     listed = isinstance(value, list)
@@ -166,7 +197,7 @@ def as_split(value: Any) -> str:
     """Return the name of a split, val for what means the same. Raises BadSample when there is none."""
     if is_missing(value):
         raise BadSample("has no split")
-    name = composed(_as_string(value, "split"))
+    name = composed(_as_string(_read(value, "split", "write its name alone", "write its name alone"), "split"))
     return SPLIT_ALIASES.get(name.lower(), name)
 
 
@@ -183,8 +214,7 @@ def _check_path(name: str) -> None:
     if is_url(name):
         return
     if len(name) > MOST_PATH or max(map(len, name.split("/"))) > MOST_NAME:
-        way = "name a file, or put the picture's bytes into a column of Parquet"
-        raise BadSample(f"'{brief(name)}' of {len(name)} characters is no path of an image: {way}")
+        raise BadSample(f"'{brief(name)}' of {len(name)} characters is no path of an image: {NAME_OR_BYTES}")
     if not is_file_url(name):
         check_protocol(name)
 
@@ -192,6 +222,8 @@ def _check_path(name: str) -> None:
 def as_picture(value: Any) -> Picture:
     """Return the image of a cell: a path, or the picture itself, alone or as ``{"bytes": ..., "path": ...}``, as
     Hugging Face writes it; or a list of one of these. Raises BadSample when it is neither."""
+    if isinstance(value, str):
+        value = _read(value, "image path", NAME_OR_BYTES, "name each image in a row of its own")
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
     path, data = value, None
@@ -212,4 +244,4 @@ def as_picture(value: Any) -> Picture:
         raise BadSample(f"'{brief(name)}' is not the name of an image")
     if not is_unicode(name):
         raise BadSample(f"image path or label {brief(name)} is not UTF-8: rename it")
-    return Picture(name, data)
+    return Picture(lower_protocol(name) if data is None else name, data)

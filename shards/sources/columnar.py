@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,10 +37,31 @@ ARROW_FILE = b"ARROW1"
 """First bytes of Arrow's file format; else it is a stream of batches."""
 
 
-def schema_names(path: Path) -> list[str]:
-    """Return the names of a file's columns. Raises what pyarrow does at one that is damaged."""
-    with _batches(path) as (schema, _):
-        return list(schema.names)
+@dataclass(frozen=True)
+class Head:
+    """What a table says of its rows before they are read."""
+
+    names: list[str]
+    """Of its columns."""
+    rows: int
+    """About how many there are."""
+    labels: dict[str, Literal["names", "numbers"]] = field(default_factory=dict)
+    """Column -> whether it has numbers with the names of their classes, or numbers alone; without those of texts."""
+
+
+def columnar_head(path: Path) -> Head:
+    """Return what a file says of its rows. Raises what pyarrow does at one that is damaged, and BadInput."""
+    with _batches(path) as (schema, rows, _):
+        named = _class_names(path, schema)
+        forms: dict[str, Literal["names", "numbers"]] = {each.name: "numbers" for each in schema if _is_number(each)}
+        return Head(list(schema.names), rows, forms | {name: "names" for name in named if name in schema.names})
+
+
+def _is_number(column: Any) -> bool:
+    import pyarrow.types as kinds
+
+    kind = _inner(column.type)
+    return bool(kinds.is_integer(kind) or kinds.is_floating(kind))
 
 
 def columnar_rows(path: Path, columns: list[str]) -> Numbered:
@@ -47,7 +69,7 @@ def columnar_rows(path: Path, columns: list[str]) -> Numbered:
 
     Raises what pyarrow does at a file that is damaged, and BadInput."""
     number = 0
-    with _batches(path) as (schema, batches):
+    with _batches(path) as (schema, _, batches):
         named, encoded = _class_names(path, schema), _json_columns(schema)
         for batch in batches([column for column in columns if column in schema.names]):
             for row in _python_rows(batch):
@@ -57,34 +79,20 @@ def columnar_rows(path: Path, columns: list[str]) -> Numbered:
                 yield number, _decoded(row, encoded)
 
 
-def label_form(path: Path, column: str) -> Literal["names", "numbers", ""]:
-    """Return whether a column of a file has numbers with the names of their classes, or numbers alone; "" for neither.
-
-    Raises what pyarrow does at a file that is damaged, and BadInput."""
-    import pyarrow.types as kinds
-
-    with _batches(path) as (schema, _):
-        if column not in schema.names:
-            return ""
-        if column in _class_names(path, schema):
-            return "names"
-        kind = _inner(schema.field(column).type)
-        return "numbers" if kinds.is_integer(kind) or kinds.is_floating(kind) else ""
-
-
 # ---------------------------------------------------------------------------------------------- batches
 
 
 @contextlib.contextmanager
-def _batches(path: Path) -> Iterator[tuple[Any, Callable[[list[str]], Iterator[Any]]]]:
-    """Give the schema of a Parquet or Arrow file, and what reads its batches of some columns."""
+def _batches(path: Path) -> Iterator[tuple[Any, int, Callable[[list[str]], Iterator[Any]]]]:
+    """Give the schema of a Parquet or Arrow file, about how many rows it has, and what reads its batches of some
+    columns."""
     import pyarrow
     import pyarrow.parquet
 
     check_regular(path)
     if path.suffix.lower() == ".parquet":
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES) as file:
-            yield file.schema_arrow, lambda columns: _parquet_batches(path, file, columns)
+            yield file.schema_arrow, file.metadata.num_rows, lambda columns: _parquet_batches(path, file, columns)
         return
     with pyarrow.memory_map(str(path)) as memory, _opened_arrow(memory) as (schema, whole):
 
@@ -93,7 +101,12 @@ def _batches(path: Path) -> Iterator[tuple[Any, Callable[[list[str]], Iterator[A
                 chosen = batch.select(columns)
                 yield from (chosen.slice(at, BATCH_ROWS) for at in range(0, len(chosen), BATCH_ROWS))
 
-        yield schema, batches
+        yield schema, guessed_rows(path), batches
+
+
+def guessed_rows(path: Path) -> int:
+    """Return about how many rows a table has that does not say it: one for each 100 bytes."""
+    return path.stat().st_size // 100
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from cmgan_dist.data.sample import IMAGE_EXTENSIONS
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from shards.pack import DrawCommand
-from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_splits
+from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_hidden, say_splits
 from shards.partitions import Partitions, partitions_for
 from shards.sources.files import PlainFile, check_names, check_unicode, say_classes
 from shards.split_words import SPLIT_WORD, say_named_splits, split_in
@@ -58,8 +58,9 @@ class FolderCommand(DrawCommand):
             raise BadInput(f"--output {self.output} is the input folder itself: name another folder")
         self.draw(())
         splits = _split_folders(self.input, folder) if self.split_folders else {}
-        others: list[str] = []
-        images, parts = _pictures(self.input, splits, others)
+        others, hidden = list[str](), list[str]()
+        images, parts = _pictures(self.input, splits, others, hidden)
+        hidden = [name for name in hidden if folder not in (self.input / name).resolve().parents]
         classes = sorted({class_name for _, _, class_name in images if class_name is not None})
         flat = next((path for path, _, class_name in images if class_name is None), None)
         if flat is not None and classes:
@@ -102,6 +103,7 @@ class FolderCommand(DrawCommand):
                 *say_named_splits((split, Path(name)) for name, split in splits.items()),
                 say_splits(named, draw),
                 *_left_out(others),
+                *say_hidden(hidden),
                 *missing_val([*(named or ["train"]), *draw.splits]),
             ],
         )
@@ -132,10 +134,10 @@ def _is_split_alone(name: str) -> bool:
     return not re.search(r"[^\W\d_]", SPLIT_WORD.sub("", name))
 
 
-def _pictures(top: Path, splits: dict[str, str], others: list[str]) -> tuple[list[Image], bool]:
+def _pictures(top: Path, splits: dict[str, str], others: list[str], hidden: list[str]) -> tuple[list[Image], bool]:
     """Return what `_images` gives, and whether its folders are img2dataset's parts, which are no classes. Raises
     BadInput as it does, and where there are none."""
-    images = list(_images(top, splits, others))
+    images = list(_images(top, splits, others, hidden))
     if not images:
         raise BadInput(f"{top} holds no images ({', '.join(f'.{extension}' for extension in IMAGE_EXTENSIONS)})")
     parts = _parts_of_img2dataset(top, images, others)
@@ -166,12 +168,12 @@ def _left_out(others: list[str]) -> list[str]:
     ]
 
 
-def _images(top: Path, splits: dict[str, str], others: list[str]) -> Iterator[Image]:
+def _images(top: Path, splits: dict[str, str], others: list[str], hidden: list[str]) -> Iterator[Image]:
     """Give the images in and below `top`, hidden files apart.
 
-    `splits`: split folders. `others` gets the paths of files of other kinds. Raises BadInput at a text without an
-    image, or an image beside the split folders."""
-    files = [PurePosixPath(name) for name in walk_files(top, (*IMAGE_EXTENSIONS, "txt"), others)]
+    `splits`: split folders. `others` gets the paths of files of other kinds, `hidden` those that are. Raises BadInput
+    at a text without an image, or an image beside the split folders."""
+    files = [PurePosixPath(name) for name in walk_files(top, (*IMAGE_EXTENSIONS, "txt"), others, hidden)]
     images = [path for path in files if path.suffix.lower() != ".txt"]
     owners = {path.with_suffix("") for path in images}
     for path in files:

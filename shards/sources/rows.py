@@ -19,7 +19,7 @@ from cmgan_dist.data.sample import MOST_JSON_BYTES
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import open_regular, parse_json_once
 from shards.pairs import brief
-from shards.sources.columnar import COLUMNAR, Numbered, Row, columnar_rows, label_form, schema_names
+from shards.sources.columnar import COLUMNAR, Head, Numbered, Row, columnar_head, columnar_rows, guessed_rows
 
 ENDINGS = (".csv", ".tsv", ".jsonl", *COLUMNAR)
 UNQUOTED = "--quoting none where quotes are part of texts"
@@ -46,46 +46,33 @@ def check_ending(name: str) -> None:
         raise BadInput(f"{name} is not a table that can be read: expected {', '.join(ENDINGS)}")
 
 
-def column_names(path: Path, text: TextFormat) -> list[str]:
-    """Return the columns of a table, in their order; of JSONL, the fields that any row has.
+def head_of(path: Path, text: TextFormat) -> Head:
+    """Return what a table says of its rows, with its columns in their order; of JSONL, the fields that any row has.
 
     Raises BadInput when the file is missing, of another kind or encoding or damaged, or has a column twice."""
     check_ending(str(path))
     if not path.is_file():
         raise BadInput(f"table {path} {'is no file' if path.exists() else 'does not exist'}: name a file")
     with _naming_damage(path):
-        names = _names(path, text)
-    twice = [name for name, count in Counter(names).items() if count > 1]
+        head = columnar_head(path) if path.suffix.lower() in COLUMNAR else Head(_names(path, text), guessed_rows(path))
+    twice = [name for name, count in Counter(head.names).items() if count > 1]
     if twice:
         raise BadInput(f"{path} has two columns '{brief(twice[0])}': rename one")
-    return names
+    return head
 
 
-def check_label_forms(paths: list[Path], column: str) -> None:
+def check_label_forms(heads: list[tuple[Path, Head]], column: str) -> None:
     """Raise BadInput where a column has numbers of classes, in some tables with their names and in others without: a
     number and a name may be one class."""
     first: dict[str, Path] = {}
-    for path in paths:
-        if path.suffix.lower() in COLUMNAR:
-            with _naming_damage(path):
-                first.setdefault(label_form(path, column), path)
+    for path, head in heads:
+        if column in head.labels:
+            first.setdefault(head.labels[column], path)
     if {"names", "numbers"} <= first.keys():
         raise BadInput(
             f"column '{brief(column)}' has names of classes in {first['names']} and numbers alone in "
             f"{first['numbers']}: write both with names, or pass --label-column '' for no labels"
         )
-
-
-def about_rows(path: Path) -> int:
-    """Return about how many rows a table has: of Parquet as many as it says, else one for each 100 bytes.
-
-    Raises BadInput when the file is damaged."""
-    import pyarrow.parquet
-
-    if path.suffix.lower() != ".parquet":
-        return path.stat().st_size // 100
-    with _naming_damage(path):
-        return int(pyarrow.parquet.read_metadata(path).num_rows)
 
 
 def read_rows(path: Path, columns: list[str], text: TextFormat) -> Iterator[tuple[str, Row]]:
@@ -123,10 +110,8 @@ def _naming_damage(path: Path) -> Iterator[None]:
 
 
 def _names(path: Path, text: TextFormat) -> list[str]:
-    kind = path.suffix.lower()
-    if kind in COLUMNAR:
-        return schema_names(path)
-    if kind == ".jsonl":
+    """Return the columns of a table of text."""
+    if path.suffix.lower() == ".jsonl":
         return list(dict.fromkeys(name for _, row in _jsonl(path, text) if isinstance(row, dict) for name in row))
     return next((fields for _, fields in _fields(path, text)), [])
 

@@ -6,11 +6,12 @@ split. Rows with the same image become several captions of one sample. A label i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import posixpath
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,9 +30,10 @@ from shards.pairs import RawPair, RawPairs, Readable, brief, make_key, missing_v
 from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
+from shards.sources.columnar import Head
 from shards.sources.files import PlainFile, check_names, check_unicode, plain_path, say_classes
-from shards.sources.rows import Row, TextFormat, about_rows, check_ending, check_label_forms, column_names, read_rows
-from shards.sources.table_folder import Table, check_partitions, tables_of
+from shards.sources.rows import Row, TextFormat, check_ending, check_label_forms, head_of, read_rows
+from shards.sources.table_folder import Table, Tables, check_partitions, tables_of
 from shards.split_words import say_named_splits
 from shards.urls import UrlBytes, fetch, is_file_url, is_url, joined, key_of, path_of
 
@@ -142,10 +144,10 @@ class TableCommand(DrawCommand):
     def stamp(self) -> str:
         """Return a hash of the tables and of the options that decide how they are read; "" where `pairs` will say what
         is wrong with them."""
-        asked = {name: str(value) for name, value in vars(self).items() if name not in NOT_OF_THE_PLAN}
+        asked = {each.name: str(getattr(self, each.name)) for each in fields(self) if each.name not in NOT_OF_THE_PLAN}
         if is_url(str(self.input)):
             return ""
-        paths = [table.path for table in tables_of(Path(self.input)).read]
+        paths = [table.path for table in self._found.read]
         try:
             if not all(path.is_file() for path in paths):
                 return ""
@@ -154,6 +156,11 @@ class TableCommand(DrawCommand):
             return ""
         return hashlib.sha256(json.dumps([str(Path.cwd()), asked, tables]).encode()).hexdigest()
 
+    @functools.cached_property
+    def _found(self) -> Tables:
+        """The tables of `input`, a path, which is walked once. Raises BadInput as `tables_of` does."""
+        return tables_of(Path(self.input))
+
     def pairs(self, rows: Partitions) -> RawPairs:
         """Put in the rows of the table. Raises BadInput naming the row or column that is wrong."""
         self.draw(())
@@ -161,19 +168,21 @@ class TableCommand(DrawCommand):
             raise BadInput("--retries must be from 0 to 100, and --timeout-s from 0.01 to 100000")
         text, url = self._text_format(), str(self.input)
         top = self._fetched(rows.folder / "table") if is_url(url) else Path(self.input)
-        found_tables = tables_of(top)
+        found_tables = Tables([Table(top)]) if is_url(url) else self._found
         tables = found_tables.read
-        names = list(dict.fromkeys(name for table in tables for name in _names(table, text)))
+        heads = [(table.path, _head(table, text)) for table in tables]
+        columned = zip(heads, tables, strict=True)
+        names = list(dict.fromkeys(name for (_, head), table in columned for name in [*head.names, *table.columns]))
         columns, said = self._columns(names), _Said()
         print(_describe(columns, names, tables), flush=True)
         if found_tables.passed:
             print(shown(found_tables.passed), flush=True)
         if "label" in columns:
-            check_label_forms([table.path for table in tables], columns["label"])
-        rows.partitions = partitions_for(sum(about_rows(table.path) for table in tables))
+            check_label_forms(heads, columns["label"])
+        rows.partitions = partitions_for(sum(head.rows for _, head in heads))
         units = _units(tables, usable_cores() if self.processes is None else self.processes)
         places = [Partitions(rows.folder, rows.partitions, i) for i in range(len(units))]
-        tasks = [(self, top, own, unit, text, columns) for own, unit in zip(places, units, strict=True)]
+        tasks = [(replace(self), top, own, unit, text, columns) for own, unit in zip(places, units, strict=True)]
         for found in parallel_map(_read_tables, tasks, title="reading", processes=self.processes):
             said.add(found)
         if not said.rows:
@@ -284,11 +293,12 @@ class TableCommand(DrawCommand):
         return found
 
 
-def _names(table: Table, text: TextFormat) -> list[str]:
-    """Return the columns of a table, those of its partitions last. Raises BadInput as `column_names` does."""
-    names = column_names(table.path, text)
-    check_partitions(table, names)
-    return [*names, *table.columns]
+def _head(table: Table, text: TextFormat) -> Head:
+    """Return what a table says of its rows, but for the columns of its partitions. Raises BadInput as `head_of` does,
+    and where it has one of these too."""
+    head = head_of(table.path, text)
+    check_partitions(table, head.names)
+    return head
 
 
 def _units(tables: list[Table], processes: int) -> list[list[Table]]:

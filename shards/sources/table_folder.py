@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,6 +21,8 @@ LIKE_A_TABLE = re.compile(
     r"\.(csv|tsv|jsonl|ndjson|parquet|parq|pq|arrow|feather|ipc|orc|xlsx?)(\.(gz|bz2|xz|zst|zip))?$", re.IGNORECASE
 )
 """How the name of a table ends, also of one in a format that is not read."""
+MARK = re.compile(r"_[^.]*")
+"""The name of a file that says how the writing of tables went, or what they hold: _SUCCESS, _metadata."""
 MOST_SHOWN = 5
 """Names of what is passed over that a line shows."""
 NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -59,12 +60,12 @@ def tables_of(path: Path) -> Tables:
     named twice."""
     if not path.is_dir():
         return Tables([Table(path)])
-    found, hidden = _files(path)
+    found, marks, hidden = _files(path)
     meant = [each for each in found if not _is_cache(each)]
     tables = [each for each in meant if each.suffix.lower() in COLUMNAR and each.stem != "metadata"]
     tables = tables or [each for each in meant if each.stem == "metadata" and each.suffix.lower() in ENDINGS]
     tables = listed_by_datasets(path, tables)
-    passed = _say_passed([each.relative_to(path) for each in sorted({*found} - {*tables})], hidden)
+    passed = _say_passed([str(each.relative_to(path)) for each in sorted({*found} - {*tables})] + marks, hidden)
     if not tables:
         expected = ".parquet or .arrow files, or metadata.jsonl or .csv beside pictures"
         way = f" ({passed}: name one of these itself, or write it anew)" if passed else ""
@@ -73,25 +74,20 @@ def tables_of(path: Path) -> Tables:
     return Tables([_table(each, each.relative_to(path)) for each in tables], passed)
 
 
-def _files(top: Path) -> tuple[list[Path], list[str]]:
-    """Return the files that are like tables, sorted, and the hidden folders, in and below a folder. Raises BadInput at
-    a link to such a file, or what may have been a folder, that leads nowhere."""
+def _files(top: Path) -> tuple[list[Path], list[str], list[str]]:
+    """Return the files that are like tables, sorted, the marks that Spark leaves beside them, and what is hidden,
+    folders with "/" at their end, in and below a folder. Raises BadInput at a link to a table, or what may have been a
+    folder, that leads nowhere."""
     others: list[str] = []
-    names = walk_files(top, [ending[1:] for ending in ENDINGS], others)
+    hidden: list[str] = []
+    names = walk_files(top, [ending[1:] for ending in ENDINGS], others, hidden)
     others = [name for name in others if LIKE_A_TABLE.search(name) or not PurePosixPath(name).suffix]
     found = sorted(top / name for name in [*names, *others])
     lost = next((each for each in found if each.is_symlink() and not each.exists()), None)
     if lost is not None:
         raise BadInput(f"{lost} is a link that leads nowhere: restore what it names, or remove it")
-    return [each for each in found if LIKE_A_TABLE.search(each.name)], _hidden_folders(top)
-
-
-def _hidden_folders(top: Path) -> list[str]:
-    found = []
-    for place, folders, _ in os.walk(top):
-        found += [os.path.relpath(os.path.join(place, name), top) for name in folders if name.startswith(".")]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-    return sorted(found)
+    marks = [name for name in others if MARK.fullmatch(PurePosixPath(name).name)]
+    return [each for each in found if LIKE_A_TABLE.search(each.name)], marks, hidden
 
 
 def _is_cache(path: Path) -> bool:
@@ -108,9 +104,15 @@ def _check_formats(tables: list[Path]) -> None:
             raise BadInput(f"{other} and {table.name} beside it may be one table in two formats: remove or rename one")
 
 
-def _say_passed(files: list[Path], hidden: list[str]) -> str:
-    """Return which files that are like tables, and which hidden folders, are not read."""
-    parts = [f"hidden folders {_some(hidden)}"] * bool(hidden) + [_some(list(map(str, files)))] * bool(files)
+def _say_passed(files: list[str], hidden: list[str]) -> str:
+    """Return which files, and which of what is `hidden`, are not read, and how many."""
+    folders = [name.removesuffix("/") for name in hidden if name.endswith("/")]
+    kinds = {
+        "hidden folders": folders,
+        "hidden files": [name for name in hidden if not name.endswith("/")],
+        "other files": files,
+    }
+    parts = [f"{what} ({len(names)}): {_some(names)}" for what, names in kinds.items() if names]
     return f"passed over: {'; '.join(parts)}" if parts else ""
 
 

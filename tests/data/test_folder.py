@@ -44,6 +44,9 @@ def test_what_has_an_ending_is_found_and_what_is_hidden_is_not(tmp_path: Path) -
     touch(tmp_path, "b/c/2.png", "b/1.JPG", "a.png", "b.txt", ".h/3.png", "b/.4.png", "e/none.md")
     assert walk_files(tmp_path, ("png", "jpg")) == ["a.png", "b/1.JPG", "b/c/2.png"]
     assert walk_files(tmp_path / "e", ("png",)) == []
+    hidden: list[str] = []
+    walk_files(tmp_path, ("png",), hidden=hidden)
+    assert hidden == [".h/", "b/.4.png"]
 
 
 def test_a_linked_folder_is_walked_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

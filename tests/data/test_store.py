@@ -10,6 +10,7 @@ import fsspec
 import pytest
 
 from cmgan_dist.data.cache import open_store
+from cmgan_dist.data.source import RemoteSource, lower_protocol
 from cmgan_dist.data.store import FileStore, LocalStore
 from cmgan_dist.errors import BadInput
 from tests.toy import content_of, shard_of
@@ -18,7 +19,7 @@ from tests.toy import content_of, shard_of
 def test_a_folder_is_read_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "s-1.tar").write_bytes(b"not what the manifest says")
     (tmp_path / "manifest.json").write_bytes(b"{}")
-    for data in (tmp_path, str(tmp_path), f"file://{tmp_path}"):
+    for data in (tmp_path, str(tmp_path), f"file://{tmp_path}", f"File://{tmp_path}"):
         store = open_store(data)
         assert isinstance(store, LocalStore)
         assert store.read("manifest.json") == b"{}"
@@ -36,6 +37,22 @@ def test_a_folder_is_read_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(BadInput, match="has no manifest"):
         open_store(tmp_path).read("manifest.json")
+
+
+def test_the_protocol_of_a_url_is_the_same_in_any_case(tmp_path: Path) -> None:
+    store = FileStore(f"FILE://{tmp_path}", "--output")
+    assert store.local
+    assert store.is_at(f"File://{tmp_path}")
+    store.write("a", "text")
+    assert (tmp_path / "a").read_text() == "text"
+    assert FileStore("S3://Bucket/x", "--output").objects
+    with pytest.raises(BadInput, match="names no bucket"):
+        FileStore("S3://", "--output")
+    with pytest.raises(BadInput, match="cannot be written by https: name a folder, or a URL of s3 or gs"):
+        FileStore("HTTPS://host/x", "--output").check_writable()
+    source = RemoteSource("HTTPS://Host/A?Sig=B", retries=0, timeout_s=1)
+    assert (source.protocol, source.base, source.query) == ("https", "https://Host/A", "?Sig=B")
+    assert lower_protocol("/data/A://B") == "/data/A://B"
 
 
 @pytest.fixture(params=["local", "file", "memory"])

@@ -226,20 +226,23 @@ def test_no_sentence_shows_what_is_secret_in_a_url(slashes: str, capsys: pytest.
     assert capsys.readouterr().err == f"error: https:{slashes}host/d: restore it, see s3:{slashes}b/c\n"
 
 
-def test_the_url_of_a_file_works_as_its_path_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("protocol", ["file", "File"])
+def test_the_url_of_a_file_works_as_its_path_everywhere(
+    protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a b").mkdir()
     for i in range(4):
         (tmp_path / "a b" / f"{i}.png").write_bytes(picture(i))
-    table = write_table(tmp_path / "a b" / "t.jsonl", [{"image": f"{i}.png", "text": f"text {i}"} for i in range(4)])
-    url = tmp_path.as_uri()
+    write_table(tmp_path / "a b" / "t.jsonl", [{"image": f"{i}.png", "text": f"text {i}"} for i in range(4)])
+    url = f"{protocol}://{tmp_path}"
     monkeypatch.chdir(tmp_path)
     one = ["--processes", 1]
-    run_shards("build", "table", table.as_uri(), f"--output={url}/out%20put", "--val", 0, "--test", 0, *one)
+    run_shards("build", "table", f"{url}/a%20b/t.jsonl", f"--output={url}/out%20put", "--val", 0, "--test", 0, *one)
     assert run_shards("verify", f"{url}/out%20put", *one) in (None, 0)
     run_shards("split", f"{url}/out%20put", "--val", 0.25, "--output", f"{url}/new", *one)
     run_shards("stats", f"{url}/new", "--picture", f"{url}/grid.png", "--columns", 2, "--rows", 1, *one)
     run_shards("index", f"{url}/new", "--overwrite", *one)
     names = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
     assert names == {"a b", "out put", "new", "grid.png"}
-    with pytest.raises(BadInput, match="file://host/x names a file of another machine: write file:///PATH"):
-        main(["verify", "file://host/x"])
+    with pytest.raises(BadInput, match=f"{protocol}://host/x names a file of another machine: write file:///PATH"):
+        main(["verify", f"{protocol}://host/x"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import socket
 import tarfile
 import time
@@ -91,15 +92,21 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".lock")}
 
 
-def change(folder: Path, shard: str, edit: Callable[[str, bytes], bytes | None]) -> None:
-    """Rewrite a shard: `edit` gives each member's new bytes, None to leave it out; index and manifest follow."""
+def change(
+    folder: Path,
+    shard: str,
+    edit: Callable[[str, bytes], bytes | None],
+    rename: Callable[[str], str] = lambda name: name,
+) -> None:
+    """Rewrite a shard: `edit` gives each member's new bytes, None to leave it out, `rename` its name; index and
+    manifest follow."""
     path = folder / shard
     out = io.BytesIO()
     with tarfile.open(path) as old, tarfile.open(fileobj=out, mode="w") as new:
         for member in old:
             data = edit(member.name, old.extractfile(member).read())  # type: ignore[union-attr]
             if data is not None:
-                member.size = len(data)
+                member.size, member.name = len(data), rename(member.name)
                 new.addfile(member, io.BytesIO(data))
     path.write_bytes(out.getvalue())
     scan = scan_shard(path, shard)
@@ -585,6 +592,30 @@ def test_a_bad_sample_is_named_or_left_out(
     assert files(data.parent / "out") == before
     with pytest.raises(BadInput):
         write_features(command(data))
+
+
+def test_two_samples_of_one_key_stay_two_where_what_stood_between_is_left_out(
+    raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(name: str, content: bytes) -> bytes:
+        return content[:200] if name in ("train1.jpg", "train3.jpg") else content
+
+    def renamed(name: str) -> str:
+        return re.sub("train[024][.]", "k.", name)
+
+    data, others = raw_data(counts={"train": 6}), raw_data("others", counts={"train": 6})
+    change(data, "train-000000.tar", damaged, renamed)
+    change(others, "train-000000.tar", damaged)
+    made = write_features(command(data, skip_bad=True))
+    assert "train-000000.tar sample k is named k-2, as what stood between" in capsys.readouterr().out
+    write_features(command(others, skip_bad=True, output=str(data.parent / "distinct")))
+    assert (made.samples("train"), made.details["left_out"]) == (4, 2)
+    found = [sample for sample, _ in samples(data.parent / "out", "train-000000.tar")]
+    expected = [sample for sample, _ in samples(data.parent / "distinct", "train-000000.tar")]
+    assert [sample.key for sample in found] == ["k", "k-2", "k", "train5"]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.image, other.image)
+        np.testing.assert_array_equal(one.texts, other.texts)
 
 
 def test_a_split_with_no_good_sample(raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand]) -> None:

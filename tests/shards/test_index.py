@@ -7,10 +7,12 @@ import os
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from cmgan_dist.data.index import ShardIndex
 from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.errors import BadInput
 from shards.index import IndexCommand
@@ -65,6 +67,7 @@ def test_splits_are_words_anywhere_in_names_and_compressed_tars_are_told_of(
     for number, name in enumerate(names):
         write_members(tmp_path / f"{name}.tar", {f"{number}.png": picture(number), f"{number}.txt": b"x"})
     (tmp_path / "train-1.tar.gz").write_bytes(b"")
+    (tmp_path / "._train-0.tar").write_bytes(b"Mac OS X")
     run_shards("index", tmp_path, "--processes", 1)
     splits = {split: [s.name for s in shards] for split, shards in load_manifest(tmp_path).splits.items()}
     assert splits == {
@@ -76,6 +79,7 @@ def test_splits_are_words_anywhere_in_names_and_compressed_tars_are_told_of(
     assert "split val by the name of cc3m-validation-0000.tar and 2 more" in said
     assert "no split in the name of retrieval-7.tar" in said
     assert "1 compressed tars are passed over, the first is train-1.tar.gz" in said
+    assert "1 hidden files and folders are passed over, the first is ._train-0.tar" in said
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed/0.tgz").write_bytes(b"")
     with pytest.raises(BadInput, match=r"holds no \.tar files; 1 compressed tars .* 0\.tgz: unpack them to \.tar"):
@@ -259,3 +263,22 @@ def test_a_label_that_is_no_class_index_makes_one_bad_sample(
     said = " ".join(capsys.readouterr().out.split())
     assert f"1 of 3 samples cannot be used (the first: k1, label {label} is out of range" in said
     assert load_manifest(tmp_path).classes == ["0", "1"]
+
+
+def test_a_folder_is_walked_once_and_a_place_listed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = img2dataset(tmp_path / "laion")
+    (folder / "again").symlink_to(folder)  # each walk warns of it
+    run_shards("index", folder, "--processes", 1, "--no-decode")
+    assert len([each for each in caplog.records if "its files are taken once" in each.getMessage()]) == 1
+
+    listings: list[str] = []
+    names = FileStore.names
+    monkeypatch.setattr(FileStore, "names", lambda store, *rest: listings.append(store.url) or names(store, *rest))
+    memory, url = fsspec.filesystem("memory"), f"memory://{tmp_path.name}-once"
+    for tar in folder.glob("*.tar"):
+        memory.pipe_file(f"/{tmp_path.name}-once/{tar.name}", tar.read_bytes())
+    run_shards("index", url, "--processes", 1, "--no-decode")
+    assert listings == [url]
+    assert memory.exists(f"/{tmp_path.name}-once/manifest.json")

@@ -66,10 +66,12 @@ def test_files_of_other_kinds_are_counted(tmp_path: Path, capsys: pytest.Capture
     raw = fill_folder(tmp_path / "raw", ["cat/1", "cat/2"])
     (raw / "dog").mkdir()
     (raw / "dog" / "1.gif").write_bytes(picture(1, kind="GIF"))
-    build_folder(raw, tmp_path / "out", *WHOLE)
-    assert "1 files are no pictures and texts of a known kind and were left out, the first is dog/1.gif" in (
-        capsys.readouterr().out
-    )
+    (raw / "cat" / "._1.png").write_bytes(b"Mac OS X")
+    (raw / ".old").mkdir()
+    build_folder(raw, raw / "out", *WHOLE)
+    said = capsys.readouterr().out
+    assert "1 files are no pictures and texts of a known kind and were left out, the first is dog/1.gif" in said
+    assert "2 hidden files and folders are passed over, the first is .old/" in said
     (raw / "cat" / "3.TXT").write_text("a text")
     with pytest.raises(BadInput, match=r"3\.TXT has no image of the same name"):
         build_folder(raw, tmp_path / "other", *WHOLE)

@@ -16,7 +16,8 @@ from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput
 from shards.__main__ import main
-from shards.split import SplitCommand, distinct, drawn, grouped, split, unlike
+from shards.shard_file import distinct
+from shards.split import SplitCommand, drawn, grouped, split, unlike
 from shards.verify import verify
 from tests.toy import picture, run_shards, write_members
 

@@ -152,6 +152,10 @@ def test_a_url_by_another_protocol_is_named(name: str) -> None:
     assert as_picture({"path": name, "bytes": b"x"}).path == name
 
 
+def test_a_url_is_one_in_any_case_of_its_protocol() -> None:
+    assert as_picture("HTTPS://Host/A.png") == as_picture("https://Host/A.png") == ("https://Host/A.png", None)
+
+
 def test_bytes_that_are_no_text_are_refused() -> None:
     for parse in (as_texts, as_labels, as_split):
         with pytest.raises(BadSample, match="bytes that are not UTF-8"):
@@ -288,7 +292,72 @@ def test_lists_as_python_prints_them_are_no_labels_and_no_texts(written: str) ->
             parse(written)
 
 
-@pytest.mark.parametrize("name", ["[unk]", "(2)", "(a, b)", "{a}", "[1st place]", "array (1)", "((((" * 20000])
+RECORDS = "{'raw': 'a dog'}", "{'raw': \"it's\"}", "{1: array([0, 2]), 'a': <object>}"
+RECORDS += "[{'raw': 'a dog', 'id': 3}, {'raw': 'a cat', 'id': 4}]", "{'bytes': b'\\x89PNG\\n', 'path': None}"
+RECORDS += "OrderedDict([('raw', 'a dog')])", "defaultdict(<class 'list'>, {'a': [1]})", "Row(raw='a dog')"
+AS_BYTES = "b'a dog'", 'b"it\'s a dog"', "bytearray(b'\\xff\\xd8')"
+
+
+@pytest.mark.parametrize("written", [*RECORDS, *AS_BYTES])
+def test_records_and_bytes_as_python_prints_them_are_no_labels_no_texts_and_no_pictures(written: str) -> None:
+    said = re.escape(f"{written} looks like {'bytes' if written in AS_BYTES else 'a record'}: ")
+    with pytest.raises(BadSample, match=said + "write its text alone"):
+        as_texts(written)
+    with pytest.raises(BadSample, match=said + "write the name of the class alone"):
+        as_labels(written)
+    with pytest.raises(BadSample, match=said + "write its name alone"):
+        as_split(written)
+    with pytest.raises(BadSample, match=said + "name a file, or put the picture's bytes into a column of Parquet"):
+        as_picture(written)
+
+
+def test_a_record_in_json_is_none_of_a_text_a_label_and_a_split() -> None:
+    for parse, written in itertools.product(
+        (as_texts, as_labels, as_split), ('{"raw": "a dog"}', '[{"raw": "a dog"}]')
+    ):
+        with pytest.raises(BadSample, match=r"is a (record|list), expected"):
+            parse(written)
+    with pytest.raises(BadSample, match="a list of texts of which one is empty"):
+        as_texts('["a dog", null]')
+    with pytest.raises(BadSample, match="its text is a record"):
+        as_texts(["a dog", '{"raw": "a dog"}'])
+
+
+def test_a_record_in_json_says_where_its_picture_is(folder: Path) -> None:
+    assert as_picture('{"path": "a.png", "bytes": null}') == as_picture('["a.png"]') == ("a.png", None)
+    for written, said in (('{"a": 1}', "its image path is a record"), ('{"bytes": "iVBO"}', "its picture is a text")):
+        with pytest.raises(BadSample, match=said):
+            as_picture(written)
+    for name in ("[1]", "{a}.png", "(1, 2).png", "b'.png", "img(1).png"):
+        assert as_picture(name).path == name
+
+
+def test_a_column_of_records_that_pandas_wrote_as_csv_is_refused_by_its_row(folder: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    for column in ("image", "caption", "label"):
+        columns: dict[str, list[Any]] = {"image": NAMES, "caption": ["a dog"] * 4, "label": ["dog"] * 4}
+        columns[column] = [{"raw": each, "n": {1.5: [None]}} for each in columns[column]]
+        pandas.DataFrame(columns).to_csv(folder / "t.csv", index=False)
+        with pytest.raises(BadInput, match=rf"row 2 of t\.csv: .* looks like a record: .*column '{column}'"):
+            build(folder / "t.csv")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "[unk]",
+        "(2)",
+        "(a, b)",
+        "{a}",
+        "[1st place]",
+        "array (1)",
+        "{a: b}",
+        "b's dog",
+        "{':)'} a dog",
+        "Row(2)",
+        "((((" * 20000,
+    ],
+)
 def test_names_in_brackets_stay(name: str) -> None:
     assert as_labels(name) == ((name,), False)
     assert as_texts(name) == (name,)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.feather
@@ -179,11 +181,14 @@ def test_links_are_followed_and_hidden_folders_and_other_tables_passed_over_alou
     (tmp_path / "far" / "back").symlink_to(top)
     parquet(top / ".git" / "annex" / "a.parquet", 5, 1)
     parquet(top / ".Trash" / "old.parquet", 6, 1)
-    for name in ("test.csv", "x.pq", "y.parquet.gz", "cache-1.arrow"):
+    for name in ("test.csv", "x.pq", "y.parquet.gz", "cache-1.arrow", "_SUCCESS", ".part-0.parquet", "._x.csv"):
         (top / name).write_text("")
     assert len(build(top, tmp_path / "out", "--val", "0", "--test", "0")["train"]) == 5
     said = " ".join(capsys.readouterr().out.split())
-    assert "passed over: hidden folders .Trash, .git; cache-1.arrow, test.csv, x.pq, y.parquet.gz" in said
+    assert (
+        "passed over: hidden folders (2): .Trash, .git; hidden files (2): ._x.csv, .part-0.parquet; "
+        "other files (5): cache-1.arrow, test.csv, x.pq, y.parquet.gz, _SUCCESS"
+    ) in said
     for name in ("c.parquet", "gone"):
         (top / name).symlink_to(tmp_path / "nowhere")
         with pytest.raises(BadInput, match=rf"in/{name} is a link that leads nowhere: restore"):
@@ -215,10 +220,48 @@ def test_of_a_saved_data_set_what_its_records_list_is_read(tmp_path: Path, capsy
     (top / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
     found = build(top, tmp_path / "out")
     assert {split: len(rows) for split, rows in found.items()} == {"train": 2, "test": 2}
-    assert "passed over: old/data-0.parquet, train/data-of-before.parquet" in " ".join(capsys.readouterr().out.split())
+    assert "passed over: other files (2): old/data-0.parquet, train/data-of-before.parquet" in " ".join(
+        capsys.readouterr().out.split()
+    )
     (top / "test" / "data-0.parquet").unlink()
     with pytest.raises(BadInput, match=r"test/state.json lists data-0.parquet, which is not there"):
         build(top, tmp_path / "new")
     (top / "test" / "state.json").write_text("{")
     with pytest.raises(BadInput, match=r"test/state.json cannot be read as JSON: save the data set anew"):
         build(top, tmp_path / "new")
+
+
+def test_hidden_files_alone_are_named_where_there_is_no_table(tmp_path: Path) -> None:
+    for i in range(7):
+        parquet(tmp_path / "in" / f".part-{i}.parquet", i, 1)
+    with pytest.raises(
+        BadInput, match=r"has no table: .* hidden files \(7\): \.part-0\.parquet, .* and 2 more: name one"
+    ):
+        build(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_folder_of_tables_is_walked_once_and_each_file_opened_once_to_plan_and_once_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top, walked, opened = tmp_path / "in", list[str](), list[str]()
+    for split in ("train", "val"):
+        parquet(top / split / "0.parquet", len(split), 2)
+    scandir, whole = os.scandir, pyarrow.parquet.ParquetFile
+
+    def scanned(path: Any = ".") -> Any:
+        walked.append(str(path))
+        return scandir(path)
+
+    class Counted(whole):  # type: ignore[misc, valid-type]
+        def __init__(self, path: object, *rest: Any, **options: Any) -> None:
+            opened.append(str(path))
+            super().__init__(path, *rest, **options)
+
+    monkeypatch.setattr("os.scandir", scanned)
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", Counted)
+    monkeypatch.setattr("pyarrow.parquet.core.ParquetFile", Counted)
+    build(top, tmp_path / "out")
+    assert [place for place in walked if place.startswith(str(top))] == [str(top), f"{top}/train", f"{top}/val"]
+    assert sorted(place for place in opened if place.startswith(str(top))) == sorted(
+        [f"{top}/train/0.parquet", f"{top}/val/0.parquet"] * 2
+    )

@@ -11,7 +11,7 @@ import pytest
 
 from cmgan_dist.data.tar import iter_samples
 from shards.verify import verify
-from tests.toy import build_folder, picture, re_sum, rewrite_tar, run_shards, shard_samples
+from tests.toy import build_folder, picture, re_sum, rewrite_tar, run_shards, shard_samples, write_members
 
 
 def test_verify_is_clean_after_build(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,3 +182,18 @@ def test_equal_keys_in_two_splits_are_no_problem(raw: Path, tmp_path: Path) -> N
     report = verify(tmp_path / "out", processes=1)
     assert not report.problems
     assert [line for line in report.warnings if line.startswith("the same key across splits: ")]
+
+
+def test_of_keys_and_images_that_are_repeated_everywhere_the_first_are_named_and_all_counted(tmp_path: Path) -> None:
+    """As of tools whose keys begin anew in each shard."""
+    for shard in range(7):
+        members = {f"{i}.{kind}": data for i in range(14) for kind, data in (("png", picture(i)), ("txt", b"%d" % i))}
+        write_members(tmp_path / f"train-{shard}.tar", members)
+    run_shards("index", tmp_path, "--processes", 1)
+    warnings = verify(tmp_path, processes=1).warnings
+    for what in ("key", "image"):
+        lines = [line for line in warnings if line.startswith(f"the same {what} within a split: ")]
+        assert lines[0].endswith(f": {', '.join(f'0 (train, train-{shard}.tar)' for shard in range(5))} and 2 more")
+        assert len(lines) == 11
+        assert lines[-1].endswith(f": 14 {what}s in 98 samples, of which the first 10 are named")
+    assert len(warnings) == 22
