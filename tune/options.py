@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from cmgan_dist.config.fields import DATA_SEPARATOR, Config
+from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import load_config, validate
 from cmgan_dist.config.paths import get_value, settings
 from cmgan_dist.config.presets import preset
+from cmgan_dist.data.origin import absolute_data
 from cmgan_dist.data.source import public_data, public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
@@ -127,10 +127,7 @@ def base_config(arguments: Arguments) -> Config:
             "each other: leave it out and set --cpus so that no more trials fit"
         )
     config = load_base(arguments)
-    config.data = arguments.data or config.data
-    if "://" not in config.data and config.data:
-        parts = config.data.split(DATA_SEPARATOR)
-        config.data = DATA_SEPARATOR.join(str(Path(part).resolve()) for part in parts)
+    config.data = absolute_data(arguments.data or config.data)
     for flag, value in (("--data", config.data), ("--output", arguments.output)):
         if not value:
             raise BadInput(f"{flag} is missing: name a folder, see tune/search.py --help")

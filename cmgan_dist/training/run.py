@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import logging
 import os
@@ -22,6 +21,7 @@ from cmgan_dist.data.differences import other_class
 from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.order import steps_for
+from cmgan_dist.data.origin import absolute_data, fingerprint_of
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.source import public_config, public_data
 from cmgan_dist.data.stream import Stream
@@ -206,12 +206,6 @@ def best_is_whole(run: Path) -> bool:
     return True
 
 
-def fingerprint_of(readers: Sequence[ShardReader]) -> str:
-    """Return a SHA-256 of the checksums of a split's shards: which data it is, wherever that lies."""
-    shards = [[[s.name, s.samples, s.sha256] for s in reader.shards] for reader in readers]
-    return hashlib.sha256(repr(shards).encode()).hexdigest()
-
-
 def other_data(before: Progress, start: Progress) -> str:
     """Return in what the data of a `start` is another than a run had `before`, "" where it is the same."""
     if before.epoch_samples != start.epoch_samples:
@@ -254,8 +248,8 @@ def beginning(stream: Stream, val_reader: ShardReader, data: DataSpec) -> Progre
     """Return where a run on this data begins, which knows what data it is."""
     return Progress(
         epoch_samples=stream.epoch_samples,
-        data=fingerprint_of(stream.readers),
-        validation=fingerprint_of([val_reader]),
+        data=fingerprint_of(reader.shards for reader in stream.readers),
+        validation=fingerprint_of([val_reader.shards]),
         classes=data.classes,
         label_kind=data.label_kind,
     )
@@ -267,6 +261,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     `may_change`: see `check_same_run`. Raises BadInput for whatever config, data or an earlier run make impossible."""
     validate(config)
     check_places(config)
+    config = dataclasses.replace(config, data=absolute_data(config.data))  # who reads the run is elsewhere
     if resume not in ("auto", "never"):
         raise BadInput(f"resume is {resume!r}, expected auto or never")
     run = Path(config.output)
