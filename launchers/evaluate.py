@@ -84,9 +84,12 @@ def main() -> None:
     with contextlib.ExitStack() as held:
         parallel.on_main(lambda: held.enter_context(owning(run, "evaluate")))
         found = run_task(task, baselines=arguments.baselines, parallel=parallel)
-        if parallel.main:
+
+        def finish() -> None:
             record, report = keep(run, found, asked, pictures)
             show(record, report, arguments.json)
+
+        parallel.on_main(finish)
     parallel.close()
 
 

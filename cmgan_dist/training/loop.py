@@ -271,7 +271,9 @@ def keep_scoring(run: Run) -> None:
     load_tensors(generator, saved.tensors, strict=False)
     train = embed_sample(generator, run.stream.readers, SAMPLES, config, run.parallel)
     val = embed_split(generator, run.val_reader, config, run.parallel)
-    if run.parallel.main:
+
+    def choose() -> None:
+        multi_label, seed = run.networks.multi_label, config.train.seed
         save_model(
             run.folder / BEST,
             run.spec,
@@ -279,11 +281,10 @@ def keep_scoring(run: Run) -> None:
             saved.tensors,
             progress=saved.spec.progress,
             vocabulary=run.vocabulary,
-            scoring=choose_scoring(
-                train, val, config.eval, run.networks.multi_label, config.train.seed, run.recorder.say
-            ),
+            scoring=choose_scoring(train, val, config.eval, multi_label, seed, run.recorder.say),
         )
-    run.parallel.gather_objects(None)  # the others wait, so that none takes the model for unfinished
+
+    run.parallel.on_main(choose)  # the others wait, so that none takes the model for unfinished
 
 
 def validate_now(run: Run) -> dict[str, float]:

@@ -255,6 +255,14 @@ def beginning(stream: Stream, val_reader: ShardReader, data: DataSpec) -> Progre
     )
 
 
+def fill_folder(run: Path, config: Config, spec: ModelSpec) -> None:
+    """Write into the folder of a run what is there from its start on: its config and the weights of its frozen
+    backbones, whose places in `spec` change. Raises BadInput, and OSError, where that fails."""
+    write_atomic(run / CONFIG_NAME, to_yaml(public_config(config)))
+    remove_leftovers(run)
+    keep_weights(run / BEST, spec)
+
+
 def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     """Return the run of `config`, ready for its next batch; `resume` is auto or never, as in `loop.train`.
 
@@ -292,10 +300,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
             say_jump(before, config, progress)
         manifest = stream.manifest
         spec = describe_model(config, data, networks.generator, manifest.name, manifest.attribution, manifest.details)
-        if parallel.main:
-            write_atomic(run / CONFIG_NAME, to_yaml(public_config(config)))
-            remove_leftovers(run)
-            keep_weights(run / BEST, spec)
+        parallel.on_main(lambda: fill_folder(run, config, spec))
         parallel.start_trackers("tensorboard", {"preset": config.preset, "data": public_data(config.data)})
         checkpointer = Checkpointer(
             run, config.train.keep, rank=parallel.rank, world=parallel.world, group=parallel.new_group()
