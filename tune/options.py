@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_json
 from tune.record import FOLDER
+
+log = logging.getLogger(__name__)
 
 SAME = ("preset", "config", "data", "trials", "algorithm", "epochs", "val_every", "grace", "reduction", "seed")
 """Fields that --resume must find as they were."""
@@ -171,7 +174,8 @@ def load_base(arguments: Arguments) -> Config:
 
 
 def check_resume(output: FileStore, identity: dict[str, Any], arguments: Arguments) -> bool:
-    """Return whether --output holds a search; `identity` says of this one what --resume must find as it was.
+    """Return whether --output holds a search; `identity` says of this one what --resume must find as it was. Where it
+    holds none, --resume begins one, as it must for a job that SLURM starts again, and the log says so.
 
     Raises BadInput when it holds one and --resume is not given, that one is another search or damaged, or it holds
     something else."""
@@ -184,6 +188,10 @@ def check_resume(output: FileStore, identity: dict[str, Any], arguments: Argumen
                 f"{output.location(f'{FOLDER}/{records[0]}')} is of a search whose search.json is gone: restore it, or "
                 "name another --output"
             ) from None
+        if arguments.resume:
+            log.warning(
+                "--resume: --output %s holds no search to go on with, so a new one begins", public_url(output.url)
+            )
         return False
     place, now = public_url(output.url), json.loads(json.dumps(identity))
     try:
