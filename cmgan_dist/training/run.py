@@ -44,6 +44,8 @@ VOCABULARY_SAMPLES = 200_000
 """Samples of the training split whose words make the vocabulary of the text CNN."""
 CLASS_TERMS = ("classification", "class_contrastive")
 """Weights of the generator's terms that are left out where the data has no labels."""
+LOGS = "logs"
+"""Folder in a run of what processes say under SLURM; alone, it is of starts that came to nothing."""
 LOCK = "train"
 """The kind of work for which a run owns its folder (`jobs.lock`)."""
 
@@ -90,7 +92,7 @@ def set_aside(run: Path) -> None:
     Raises BadInput where the folder holds other things than a run."""
     found = sorted(run.iterdir()) if run.is_dir() else []
     inside = [path for path in found if not path.name.startswith("earlier-") and path.name != lock_name(LOCK)]
-    if not inside:
+    if {path.name for path in inside} <= {LOGS}:
         return
     if not {CONFIG_NAME, BEST, "checkpoints"} & {path.name for path in inside}:
         raise BadInput(f"--output {run} holds what is no run ({inside[0].name}): name a new folder")
