@@ -257,7 +257,10 @@ def advice_for(largest: float, precision: str) -> str:
         return f"features of those samples are as large as {largest:.0e}: mend them and begin anew by --resume never"
     if precision == "fp16" and largest > FP16_ROOM:
         return f"features as large as {largest:.0f} leave the range of fp16: go on with train.precision=bf16 or fp32"
-    return "go on with a lower optim.generator_lr or optim.discriminator_lr"
+    return (
+        "go on with a lower optim.generator_lr or optim.discriminator_lr, and where that ends here too, the state is "
+        "spoilt already: begin anew with it by --resume never"
+    )
 
 
 def keep_scoring(run: Run) -> None:
