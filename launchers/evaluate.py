@@ -61,13 +61,14 @@ def main() -> None:
     from cmgan_dist.distributed.processes import Parallel
     from cmgan_dist.jobs.cores import take_threads
     from cmgan_dist.jobs.lock import owning
+    from cmgan_dist.jobs.machine import absolute
     from cmgan_dist.retrieval.evaluate import RECORD_NAME, open_task, run_task
     from cmgan_dist.retrieval.gallery import gallery_items
 
     run = arguments.run
     start_all_processes()
     task = open_task(run, arguments.data, split=arguments.split)
-    asked = task.identity() | {"pictures": public_url(arguments.pictures)}
+    asked = task.identity() | {"pictures": public_url(absolute(arguments.pictures))}
     known = known_record(run / RECORD_NAME)
     complete = bool(known.get("baselines")) or not arguments.baselines
     same = asked == {k: known.get(k) for k in asked} and complete and "metrics" in known
@@ -83,9 +84,12 @@ def main() -> None:
     with contextlib.ExitStack() as held:
         parallel.on_main(lambda: held.enter_context(owning(run, "evaluate")))
         found = run_task(task, baselines=arguments.baselines, parallel=parallel)
-        if parallel.main:
+
+        def finish() -> None:
             record, report = keep(run, found, asked, pictures)
             show(record, report, arguments.json)
+
+        parallel.on_main(finish)
     parallel.close()
 
 

@@ -16,6 +16,7 @@ from cmgan_dist.config.paths import find_setting
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from cmgan_dist.data.origin import origin_of
 from cmgan_dist.data.output import clear_leftovers, owning_output
 from cmgan_dist.data.reader import open_data_set
 from cmgan_dist.data.source import public_url
@@ -267,7 +268,7 @@ def _finish(plan: _Plan, done: dict[str, Made], new: bool) -> Manifest:
         text_dim=manifest.text_dim if made.text is None else made.text.dim,
         attribution=manifest.attribution,
         details={
-            "source": public_url(plan.command.data),
+            **origin_of(plan.command.data, manifest),
             **details_of(made, plan.settings),
             "left_out": len(left_out),
             "raw": manifest.details,

@@ -30,7 +30,7 @@ from cmgan_dist.files import open_once
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
 from shards.output import LOCK, PACKING_NAME
-from shards.pairs import drawing, missing_val, say_hidden
+from shards.pairs import drawing, lines_of, missing_val, say_hidden
 from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
 from shards.shard_file import tars_among
 from shards.split_words import say_named_splits, split_in
@@ -354,10 +354,11 @@ def _contents(splits: dict[str, list[ShardInfo]]) -> dict[str, list[tuple[str, s
 def _read_names(path: Path) -> list[str]:
     try:
         with open_once(path) as file:
-            names = [composed(line.strip()) for line in file.read().decode("utf-8-sig").splitlines() if line.strip()]
+            lines = lines_of(file.read().decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"class file {path} cannot be read ({reason}): name a UTF-8 file with a name a line") from None
+    names = [composed(line.strip()) for line in lines if line.strip()]
     if not names:
-        raise BadInput(f"class file {path} is empty")
+        raise BadInput(f"class file {path} is empty: write a name a line")
     return names

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from cmgan_dist.config.fields import DATA_SEPARATOR, Config
+from cmgan_dist.config.fields import Config
 from cmgan_dist.config.load import load_config, validate
 from cmgan_dist.config.paths import get_value, settings
 from cmgan_dist.config.presets import preset
+from cmgan_dist.data.origin import absolute_data
 from cmgan_dist.data.source import public_data, public_url
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import parse_json
 from tune.record import FOLDER
+
+log = logging.getLogger(__name__)
 
 SAME = ("preset", "config", "data", "trials", "algorithm", "epochs", "val_every", "grace", "reduction", "seed")
 """Fields that --resume must find as they were."""
@@ -127,10 +130,7 @@ def base_config(arguments: Arguments) -> Config:
             "each other: leave it out and set --cpus so that no more trials fit"
         )
     config = load_base(arguments)
-    config.data = arguments.data or config.data
-    if "://" not in config.data and config.data:
-        parts = config.data.split(DATA_SEPARATOR)
-        config.data = DATA_SEPARATOR.join(str(Path(part).resolve()) for part in parts)
+    config.data = absolute_data(arguments.data or config.data)
     for flag, value in (("--data", config.data), ("--output", arguments.output)):
         if not value:
             raise BadInput(f"{flag} is missing: name a folder, see tune/search.py --help")
@@ -174,7 +174,8 @@ def load_base(arguments: Arguments) -> Config:
 
 
 def check_resume(output: FileStore, identity: dict[str, Any], arguments: Arguments) -> bool:
-    """Return whether --output holds a search; `identity` says of this one what --resume must find as it was.
+    """Return whether --output holds a search; `identity` says of this one what --resume must find as it was. Where it
+    holds none, --resume begins one, as it must for a job that SLURM starts again, and the log says so.
 
     Raises BadInput when it holds one and --resume is not given, that one is another search or damaged, or it holds
     something else."""
@@ -187,6 +188,10 @@ def check_resume(output: FileStore, identity: dict[str, Any], arguments: Argumen
                 f"{output.location(f'{FOLDER}/{records[0]}')} is of a search whose search.json is gone: restore it, or "
                 "name another --output"
             ) from None
+        if arguments.resume:
+            log.warning(
+                "--resume: --output %s holds no search to go on with, so a new one begins", public_url(output.url)
+            )
         return False
     place, now = public_url(output.url), json.loads(json.dumps(identity))
     try:

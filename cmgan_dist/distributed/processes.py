@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from cmgan_dist.distributed.alone import await_work, working
 from cmgan_dist.distributed.engine import AdamSettings, Engine
 from cmgan_dist.distributed.join import (
     JOIN_S,
@@ -48,6 +49,8 @@ from cmgan_dist.jobs.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+BEAT_S = 2.0
+"""Seconds after which the first process tells the others again that it works alone (`on_main`)."""
 
 
 class _GatherRows(torch.autograd.Function):
@@ -122,6 +125,8 @@ class Parallel:
         if self.world != started:  # each would train alone and write over the others
             raise RuntimeError(f"{started} processes were started but accelerate joined {self.world}")
         self._signalled = False
+        self._beat_s = min(BEAT_S, timeout_s / 4)
+        self._alone: dist.ProcessGroup | None = None  # made by the first `on_main`
         self._turns = Turns(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -256,16 +261,23 @@ class Parallel:
     def on_main(self, work: Callable[[], T]) -> T:
         """Return what `work` returns on the first process, on every process; its BadInput or OSError is raised on all.
 
-        What it returns must pickle."""
+        The others wait as long as the first one is at it, which may be longer than a collective waits. What it returns
+        must pickle."""
         outcome: T | BadInput | OSError | None = None
+        if self._alone is None:
+            self._alone = self.new_group()
+        group = self._alone
         if self.main:
-            try:
-                outcome = work()
-            except BadInput as error:
-                error.everywhere = True
-                outcome = error
-            except OSError as error:
-                outcome = error
+            with working(group, self._beat_s) if group is not None else contextlib.nullcontext():
+                try:
+                    outcome = work()
+                except BadInput as error:
+                    error.everywhere = True
+                    outcome = error
+                except OSError as error:
+                    outcome = error
+        elif group is not None:
+            await_work(group)
         outcome = self.gather_objects(outcome)[0]
         if isinstance(outcome, BadInput | OSError):
             raise outcome

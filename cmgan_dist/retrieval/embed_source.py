@@ -29,6 +29,7 @@ from cmgan_dist.data.batch import EvalBatch, eval_batches
 from cmgan_dist.data.folder import is_plain, is_unicode, read_file, walk_files
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.manifest import DataSpec, natural_splits
+from cmgan_dist.data.origin import sha256_of_data
 from cmgan_dist.data.reader import ShardReader, open_data_set
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS, Sample
 from cmgan_dist.data.source import public_url
@@ -133,6 +134,7 @@ class ShardSource(Source):
     def __init__(self, kind: str, location: str, stream: StreamConfig) -> None:
         super().__init__(kind, location)
         self.store, self.manifest = open_data_set(location, stream)
+        self.identity = dataclasses.replace(self.identity, sha256=sha256_of_data(self.manifest))
         self.classes, self.attribution = self.manifest.classes, self.manifest.attribution
         self.details = self.manifest.details
         self._reader = lru_cache(lambda split: ShardReader(location, split, opened=(self.store, self.manifest)))

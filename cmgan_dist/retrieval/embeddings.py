@@ -88,6 +88,8 @@ class SourceIdentity:
     """"shards" of a data set, "pictures" of a folder, or "texts" of a file."""
     location: str
     """URL without what is secret in it, or absolute path."""
+    sha256: str = ""
+    """`origin.sha256_of_data` of a data set; "" of others."""
 
 
 @dataclass(frozen=True)

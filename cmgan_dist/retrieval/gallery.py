@@ -6,9 +6,8 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from cmgan_dist.data.manifest import MANIFEST_NAME
+from cmgan_dist.data.origin import find_origin
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample, parse_sample
 from cmgan_dist.errors import BadSample
@@ -35,11 +34,12 @@ def gallery_items(reader: ShardReader, pictures: str = "") -> list[GalleryItem]:
     """Return the picture and the texts of each sample of the reader's split, where it has some.
 
     Feature shards have none: they come from the raw shards in `pictures`, or from those that the features were written
-    from when these are still there. Raises BadInput when `pictures` is given and is no data set."""
-    source = pictures or str(reader.manifest.details.get("source", ""))
-    raw = None
-    if pictures or (reader.manifest.image == "features" and (Path(source) / MANIFEST_NAME).is_file()):
-        raw = _RawSamples(ShardReader(source, reader.split), reader)
+    from when these are still there. Raises BadInput when `pictures` is given and is no data set, or is not given and
+    another data set lies where the raw shards were."""
+    source = pictures
+    if not pictures and reader.manifest.image == "features":
+        source = find_origin(reader.data, reader.manifest.details, "--pictures")
+    raw = _RawSamples(ShardReader(source, reader.split), reader) if source else None
     items = []
     for place, sample in _samples(reader):
         sample = (raw and raw.of(place, sample.key)) or sample

@@ -21,6 +21,7 @@ from cmgan_dist.data.cache import open_store
 from cmgan_dist.data.folder import read_file
 from cmgan_dist.data.image import MAX_PIXELS, UNREADABLE, open_image, orientation_of, read_header, to_rgb
 from cmgan_dist.data.manifest import MANIFEST_NAME, Manifest
+from cmgan_dist.data.origin import check_same, find_origin
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample, parse_sample
 from cmgan_dist.errors import BadInput, BadSample
@@ -31,6 +32,8 @@ SIDE, MOST_SIDE = 224, 512
 """Longer side of a thumbnail in pixels: what is made unless asked, and the most."""
 MOST_FILE_BYTES = 64 << 20
 """A larger file of a folder is not opened."""
+DATA = "--data"
+"""The flag that names raw shards."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -146,11 +149,12 @@ class FolderPictures(Pictures):
             raise missing from None
 
 
-def open_pictures(kind: str, location: str, data: str = "") -> Pictures | None:
+def open_pictures(kind: str, location: str, data: str = "", sha256: str = "") -> Pictures | None:
     """Return where the pictures of an index lie, None when they are not there any more and `data` is not given.
 
-    `kind` and `location`: the index's source. `data`: raw shards to take in its place. Of feature shards, the raw
-    shards that they were made from are taken. Raises BadInput when `data` is given and holds no pictures."""
+    `kind`, `location` and `sha256`: the index's source. `data`: raw shards to take in its place. Of feature shards, the
+    raw shards that they were made from are taken. Raises BadInput when `data` is given and holds no pictures, or is not
+    given and another data set lies where these were."""
     if data:
         return ShardPictures(data)
     if kind == "pictures":
@@ -162,11 +166,11 @@ def open_pictures(kind: str, location: str, data: str = "") -> Pictures | None:
     except BadInput as error:
         if "://" not in location:
             raise
-        raise BadInput(f"{error}; an index keeps no password or signature of a URL: name the data by --data") from None
-    if manifest.image == "encoded":
-        return ShardPictures(location)
-    source = str(manifest.details.get("source", ""))
-    return ShardPictures(source) if (Path(source) / MANIFEST_NAME).is_file() else None
+        raise BadInput(f"{error}; an index keeps no password or signature of a URL: name the data by {DATA}") from None
+    if sha256:
+        check_same(location, manifest, sha256, "the index", DATA)
+    source = location if manifest.image == "encoded" else find_origin(location, manifest.details, DATA)
+    return ShardPictures(source) if source else None
 
 
 def pictures_by_source(index: Any, data: str = "") -> PicturesOf:
@@ -174,11 +178,11 @@ def pictures_by_source(index: Any, data: str = "") -> PicturesOf:
 
     `data`: as of `open_pictures`."""
 
-    def place(source: dict[str, str]) -> tuple[str, str]:
-        return source["kind"], source["location"]
+    def place(source: dict[str, str]) -> tuple[str, str, str]:
+        return source["kind"], source["location"], source.get("sha256", "")
 
     places = {place(each["source"]) for each in index.manifest.embeddings}
-    opened = {each: open_pictures(*each, data) for each in places}
+    opened = {each: open_pictures(*each[:2], data, each[2]) for each in places}
     return lambda id: opened[place(index.source_of(id))]
 
 

@@ -58,7 +58,7 @@ class Progress:
     epoch_samples: int = 0
     """Samples in an epoch."""
     data: str = ""
-    """The training split that the run began with, by `run.fingerprint_of`."""
+    """The training split that the run began with, by `origin.fingerprint_of`."""
     validation: str = ""
     """The validation split likewise: `best` is a score of no other; "" where it is not known."""
     classes: list[str] | None = None

@@ -257,7 +257,10 @@ def advice_for(largest: float, precision: str) -> str:
         return f"features of those samples are as large as {largest:.0e}: mend them and begin anew by --resume never"
     if precision == "fp16" and largest > FP16_ROOM:
         return f"features as large as {largest:.0f} leave the range of fp16: go on with train.precision=bf16 or fp32"
-    return "go on with a lower optim.generator_lr or optim.discriminator_lr"
+    return (
+        "go on with a lower optim.generator_lr or optim.discriminator_lr, and where that ends here too, the state is "
+        "spoilt already: begin anew with it by --resume never"
+    )
 
 
 def keep_scoring(run: Run) -> None:
@@ -271,7 +274,9 @@ def keep_scoring(run: Run) -> None:
     load_tensors(generator, saved.tensors, strict=False)
     train = embed_sample(generator, run.stream.readers, SAMPLES, config, run.parallel)
     val = embed_split(generator, run.val_reader, config, run.parallel)
-    if run.parallel.main:
+
+    def choose() -> None:
+        multi_label, seed = run.networks.multi_label, config.train.seed
         save_model(
             run.folder / BEST,
             run.spec,
@@ -279,11 +284,10 @@ def keep_scoring(run: Run) -> None:
             saved.tensors,
             progress=saved.spec.progress,
             vocabulary=run.vocabulary,
-            scoring=choose_scoring(
-                train, val, config.eval, run.networks.multi_label, config.train.seed, run.recorder.say
-            ),
+            scoring=choose_scoring(train, val, config.eval, multi_label, seed, run.recorder.say),
         )
-    run.parallel.gather_objects(None)  # the others wait, so that none takes the model for unfinished
+
+    run.parallel.on_main(choose)  # the others wait, so that none takes the model for unfinished
 
 
 def validate_now(run: Run) -> dict[str, float]:

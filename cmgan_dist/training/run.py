@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import logging
 import os
@@ -22,6 +21,7 @@ from cmgan_dist.data.differences import other_class
 from cmgan_dist.data.folder import check_output
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.order import steps_for
+from cmgan_dist.data.origin import absolute_data, fingerprint_of
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.source import public_config, public_data
 from cmgan_dist.data.stream import Stream
@@ -44,6 +44,8 @@ VOCABULARY_SAMPLES = 200_000
 """Samples of the training split whose words make the vocabulary of the text CNN."""
 CLASS_TERMS = ("classification", "class_contrastive")
 """Weights of the generator's terms that are left out where the data has no labels."""
+LOGS = "logs"
+"""Folder in a run of what processes say under SLURM; alone, it is of starts that came to nothing."""
 LOCK = "train"
 """The kind of work for which a run owns its folder (`jobs.lock`)."""
 
@@ -90,7 +92,7 @@ def set_aside(run: Path) -> None:
     Raises BadInput where the folder holds other things than a run."""
     found = sorted(run.iterdir()) if run.is_dir() else []
     inside = [path for path in found if not path.name.startswith("earlier-") and path.name != lock_name(LOCK)]
-    if not inside:
+    if {path.name for path in inside} <= {LOGS}:
         return
     if not {CONFIG_NAME, BEST, "checkpoints"} & {path.name for path in inside}:
         raise BadInput(f"--output {run} holds what is no run ({inside[0].name}): name a new folder")
@@ -206,12 +208,6 @@ def best_is_whole(run: Path) -> bool:
     return True
 
 
-def fingerprint_of(readers: Sequence[ShardReader]) -> str:
-    """Return a SHA-256 of the checksums of a split's shards: which data it is, wherever that lies."""
-    shards = [[[s.name, s.samples, s.sha256] for s in reader.shards] for reader in readers]
-    return hashlib.sha256(repr(shards).encode()).hexdigest()
-
-
 def other_data(before: Progress, start: Progress) -> str:
     """Return in what the data of a `start` is another than a run had `before`, "" where it is the same."""
     if before.epoch_samples != start.epoch_samples:
@@ -254,11 +250,19 @@ def beginning(stream: Stream, val_reader: ShardReader, data: DataSpec) -> Progre
     """Return where a run on this data begins, which knows what data it is."""
     return Progress(
         epoch_samples=stream.epoch_samples,
-        data=fingerprint_of(stream.readers),
-        validation=fingerprint_of([val_reader]),
+        data=fingerprint_of(reader.shards for reader in stream.readers),
+        validation=fingerprint_of([val_reader.shards]),
         classes=data.classes,
         label_kind=data.label_kind,
     )
+
+
+def fill_folder(run: Path, config: Config, spec: ModelSpec) -> None:
+    """Write into the folder of a run what is there from its start on: its config and the weights of its frozen
+    backbones, whose places in `spec` change. Raises BadInput, and OSError, where that fails."""
+    write_atomic(run / CONFIG_NAME, to_yaml(public_config(config)))
+    remove_leftovers(run)
+    keep_weights(run / BEST, spec)
 
 
 def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
@@ -267,6 +271,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     `may_change`: see `check_same_run`. Raises BadInput for whatever config, data or an earlier run make impossible."""
     validate(config)
     check_places(config)
+    config = dataclasses.replace(config, data=absolute_data(config.data))  # who reads the run is elsewhere
     if resume not in ("auto", "never"):
         raise BadInput(f"resume is {resume!r}, expected auto or never")
     run = Path(config.output)
@@ -297,10 +302,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
             say_jump(before, config, progress)
         manifest = stream.manifest
         spec = describe_model(config, data, networks.generator, manifest.name, manifest.attribution, manifest.details)
-        if parallel.main:
-            write_atomic(run / CONFIG_NAME, to_yaml(public_config(config)))
-            remove_leftovers(run)
-            keep_weights(run / BEST, spec)
+        parallel.on_main(lambda: fill_folder(run, config, spec))
         parallel.start_trackers("tensorboard", {"preset": config.preset, "data": public_data(config.data)})
         checkpointer = Checkpointer(
             run, config.train.keep, rank=parallel.rank, world=parallel.world, group=parallel.new_group()

@@ -109,8 +109,8 @@ def read_job(words: Sequence[str]) -> Job:
 
 
 def check(job: Job) -> int:
-    """Raises BadInput for whatever would stop the run before its first update. In a job that starts for the first time,
-    `--resume never` moves an earlier run aside here: when SLURM starts the job again, it must go on."""
+    """Raises BadInput for whatever would stop the run before its first update; `--resume never` moves an earlier run
+    aside here, see `make_way`."""
     try:
         job.output.mkdir(parents=True, exist_ok=True)
         probe = job.output / f".writable-{os.getpid()}"
@@ -126,17 +126,36 @@ def check(job: Job) -> int:
     micro = dataclasses.replace(config.stream, global_batch=micro_batch(config))
     stream = Stream(config.data, micro, seed=config.train.seed, image_size=size, rank=0, world=job.world)
     stream.readers[0].of(config.stream.val_split)
-    from cmgan_dist.jobs.lock import owning
-    from cmgan_dist.training.run import LOCK, check_same_run, set_aside
-
-    if job.resume == "auto":
-        check_same_run(job.output, config)
-    elif "SLURM_JOB_ID" in os.environ and not integer("SLURM_RESTART_COUNT", 0):
-        with owning(job.output, LOCK):
-            set_aside(job.output)
+    make_way(job)
     say(f"{job.nodes} x {job.processes} processes, logs in {job.output / 'logs'}")
     print(job.output)  # for the script
     return EXIT_DONE
+
+
+def make_way(job: Job) -> None:
+    """Raises BadInput where the job cannot go on with the run that is there; `--resume never` moves that aside.
+
+    A job that SLURM starts again goes on from its own checkpoint. Where it has none yet, or an earlier start did not
+    come as far as here, `never` begins anew."""
+    from cmgan_dist.jobs.lock import owning
+    from cmgan_dist.training.checkpoint import checkpoints_of
+    from cmgan_dist.training.run import LOCK, LOGS, check_same_run, set_aside
+
+    number = os.environ.get("SLURM_JOB_ID")
+    if job.resume == "auto" or number is None:
+        check_same_run(job.output, job.config)
+        return
+    begun = job.output / LOGS / f"begun-{number}"
+    if integer("SLURM_RESTART_COUNT", 0) and begun.exists() and checkpoints_of(job.output / "checkpoints"):
+        try:
+            check_same_run(job.output, job.config)
+        except BadInput as error:
+            raise BadInput(f"{error}; job {number} has begun already: for --resume never submit a new one") from None
+        return
+    with owning(job.output, LOCK):
+        set_aside(job.output)
+        begun.parent.mkdir(exist_ok=True)
+        begun.touch()
 
 
 # ---------------------------------------------------------------------------------------------- one launcher a node

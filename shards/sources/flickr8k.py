@@ -12,7 +12,7 @@ from pathlib import Path
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import open_regular, read_bytes
 from shards.pack import BuildCommand
-from shards.pairs import FileSlice, RawPair, RawPairs, make_key
+from shards.pairs import FileSlice, RawPair, RawPairs, brief, lines_of, make_key
 from shards.partitions import Partitions
 
 ATTRIBUTION = (
@@ -22,16 +22,41 @@ ATTRIBUTION = (
 SPLIT_FILES = {"train": "split_train.txt", "val": "split_dev.txt", "test": "split_test.txt"}
 
 
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 file that are not empty. Raises BadInput when it is missing or not UTF-8."""
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """Return the lines of a UTF-8 file that are not empty, behind their numbers. Raises BadInput when it is missing or
+    not UTF-8."""
     try:
-        return [line for line in read_bytes(path).decode().splitlines() if line.strip()]
+        lines = lines_of(read_bytes(path).decode("utf-8-sig"))
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: name the folder that holds it with --input") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}): restore it") from None
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_captions(path: Path) -> dict[str, list[str]]:
+    """Return image -> its captions, in their order. Raises BadInput at a line that has no tab."""
+    captions: dict[str, list[str]] = {}
+    for number, line in read_lines(path):
+        image, tab, caption = line.partition("\t")
+        if not tab:
+            raise BadInput(f"{path} line {number} has no tab ({brief(line)}): write the image, a tab and its caption")
+        captions.setdefault(image.strip(), []).append(caption.strip())
+    return captions
+
+
+def read_splits(folder: Path) -> dict[str, str]:
+    """Return image -> its split. Raises BadInput at an image that a list names twice, or two lists name."""
+    split_of: dict[str, str] = {}
+    for split, file in SPLIT_FILES.items():
+        for number, name in ((number, line.strip()) for number, line in read_lines(folder / file)):
+            if name in split_of:
+                before = f"{SPLIT_FILES[split_of[name]]} names already" if split_of[name] != split else "it names above"
+                raise BadInput(f"{folder / file} line {number} names {brief(name)}, which {before}: keep one of them")
+            split_of[name] = split
+    return split_of
 
 
 @dataclass(kw_only=True)
@@ -42,15 +67,10 @@ class Flickr8kCommand(BuildCommand):
     """Folder with images.tar, captions.tsv and split_*.txt."""
 
     def pairs(self, rows: Partitions) -> RawPairs:
-        """Put in the photographs of the published splits. Raises BadInput when a file or an image is missing."""
+        """Put in the photographs of the published splits. Raises BadInput when a file or an image is missing,
+        or a line of the lists is not what it should be."""
         archive = self.input / "images.tar"
-        captions: dict[str, list[str]] = {}
-        for line in read_lines(self.input / "captions.tsv"):
-            image, _, caption = line.partition("\t")
-            captions.setdefault(image, []).append(caption.strip())
-        split_of = {
-            name: split for split, file in SPLIT_FILES.items() for name in map(str.strip, read_lines(self.input / file))
-        }
+        captions, split_of = read_captions(self.input / "captions.tsv"), read_splits(self.input)
         places = _image_places(archive)
         absent = [name for name in split_of if name not in places]
         if absent:
@@ -62,6 +82,11 @@ class Flickr8kCommand(BuildCommand):
                 yield RawPair(make_key(Path(name).stem), split, places[name], texts, (), name)
 
         outside = len(places.keys() - split_of.keys())
+        of_none = [name for name in captions if name not in places]
+        notes = [f"{outside} images are in no published split and were left out"]
+        if of_none:
+            count = sum(len(captions[name]) for name in of_none)
+            notes.append(f"{count} captions are of images that {archive} has not, the first of {brief(of_none[0])}")
         rows.add_all(raw_pairs())
         return RawPairs(
             name="flickr8k",
@@ -70,12 +95,13 @@ class Flickr8kCommand(BuildCommand):
             attribution=ATTRIBUTION,
             details={"source": "flickr8k", "images_in_no_split": outside},
             expected_splits=("train", "val", "test"),
-            notes=[f"{outside} images are in no published split and were left out"],
+            notes=notes,
         )
 
 
 def _image_places(archive: Path) -> dict[str, FileSlice]:
-    """Return file name -> where its bytes lie in the archive. Raises BadInput when there is no whole tar."""
+    """Return file name -> where its bytes lie in the archive. Raises BadInput when there is no whole tar, or
+    a name twice."""
     try:
         with open_regular(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             members = [member for member in tar if member.isfile()]
@@ -85,4 +111,10 @@ def _image_places(archive: Path) -> dict[str, FileSlice]:
         raise BadInput(f"{archive} is not a whole tar ({error})") from None
     except OSError as error:
         raise BadInput(f"{archive} cannot be read ({error.strerror}): restore it") from None
-    return {Path(m.name).name: FileSlice(str(archive.absolute()), m.offset_data, m.size) for m in members}
+    places: dict[str, FileSlice] = {}
+    for member in members:
+        name = Path(member.name).name
+        if name in places:
+            raise BadInput(f"{archive} holds two files named {brief(name)}: keep one of them")
+        places[name] = FileSlice(str(archive.absolute()), member.offset_data, member.size)
+    return places

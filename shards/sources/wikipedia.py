@@ -47,12 +47,12 @@ class WikipediaCommand(BuildCommand):
 
     def pairs(self, rows: Partitions) -> RawPairs:
         """Put in the rows of both parts. Raises BadInput when a file is missing or does not fit the others."""
-        classes = [line.strip() for line in read_lines(self.input / "categories.list")]
+        classes = [line.strip() for _, line in read_lines(self.input / "categories.list")]
         arrays = _load_arrays(self.input / "raw_features.mat")
         lines = {}
         for part, name in (("tr", "train"), ("te", "test")):
             path = self.input / f"{name}set_txt_img_cat.list"
-            lines[part] = [line.split("\t") for line in read_lines(path)]
+            lines[part] = [line.split("\t") for _, line in read_lines(path)]
             if any(len(row) != 3 or not row[2].strip().isdigit() for row in lines[part]):
                 raise BadInput(f"{path} has a line that is not 'text id, image id, class number' with tabs between")
             if not len(lines[part]) == len(arrays[f"I_{part}"]) == len(arrays[f"T_{part}"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.origin import origin_of
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.retrieval.answers import chosen_classes
@@ -400,7 +403,8 @@ def test_where_pictures_are_looked_for(tmp_path: Path) -> None:
         open_pictures("shards", str(raw), str(features))
     with pytest.raises(BadInput, match="does not exist"):
         open_pictures("shards", str(raw), str(tmp_path / "gone"))
-    text = (features / "manifest.json").read_text().replace('"details": {}', f'"details": {{"source": "{raw}"}}')
+    details = json.dumps(origin_of(str(raw), load_manifest(raw)))
+    text = (features / "manifest.json").read_text().replace('"details": {}', f'"details": {details}')
     (features / "manifest.json").write_text(text)
     assert isinstance(open_pictures("shards", str(features)), ShardPictures)
 

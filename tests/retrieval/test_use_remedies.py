@@ -1,21 +1,30 @@
-"""What sentences of embed, index and search say to do leads out: a wrong command, its sentence, and one that follows
-it. {} in a command is the folder of what `place` has made."""
+"""What sentences of embed, index, search, serve, export and the hub say to do leads out: a wrong command or call, its
+sentence, and one that follows it. {} in a command is the folder of what `place` has made."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launchers import embed, evaluate, index, search
+from cmgan_dist.errors import BadInput
+from cmgan_dist.retrieval.model import Model, load_model
+from launchers import embed, evaluate, index, search, serve
 from tests.retrieval.embed_cases import raw_run
 from tests.toy import call, make_features, make_raw, picture, save_untrained, small_config
 
-COMMANDS = {"embed": embed.main, "index": index.main, "search": search.main, "evaluate": evaluate.main}
+COMMANDS = {
+    "embed": embed.main,
+    "index": index.main,
+    "search": search.main,
+    "evaluate": evaluate.main,
+    "serve": serve.main,
+}
 DATA = "embed {}/run --data {}/raw --processes 1 --output {}"
 PICTURES = "embed {}/run --pictures {}/pictures --processes 1 --output {}"
 TEXTS = "embed {}/run --processes 1 --output {}"
@@ -151,3 +160,50 @@ def test_what_has_moved(lose: Callable[[Path], str], wrong: str, sentence: str, 
         shutil.move(tmp_path / "hidden", whole)
     assert (code, bool(re.search(sentence, said))) == (2, True), said
     assert told(place, right) == (0, "")
+
+
+def test_a_server(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has bound its port and read all that it needs ends here."""
+    monkeypatch.setattr("cmgan_dist.retrieval.serve.serve", lambda *_: None)
+    place = tmp_path / "place"
+    shutil.copytree(whole, place)
+    right = "serve {}/index --port 0 --run {}/run --data {}/raw"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cases = [
+            (f"{right} --port {port}", "cannot be listened on .*: choose others"),
+            (right.replace("/index", "/none"), "make the index by launchers/index.py"),
+            (right.replace("{}/run", "{}/none"), "name its run by --run|train it first, or name another"),
+            (right.replace("{}/raw", "{}/features"), "holds no encoded pictures: name the raw shards"),
+        ]
+        for wrong, sentence in cases:
+            code, said = told(place, wrong)
+            assert (code, bool(re.search(sentence, said))) == (2, True), said
+            assert told(place, right) == (0, "")
+
+
+def test_an_export(whole: Path, tmp_path: Path) -> None:
+    model = load_model(whole / "features-run")
+    for wrong, modality, sentence in (
+        ("model.bin", "image", r"ends in '\.bin': name a file that ends in \.onnx or \.pt2"),
+        ("model.pt2", "sound", "it must be image or text"),
+        ("file/model.pt2", "image", "cannot be written .*: free space there or name another"),
+    ):
+        (tmp_path / "file").touch()
+        with pytest.raises(BadInput, match=sentence):
+            model.export(tmp_path / wrong, modality=modality)
+        assert [path.exists() for path in model.export(tmp_path / "model.pt2", modality="image")] == [True]
+
+
+def test_a_folder_to_give_away(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole / "features-run", run)
+    model = load_model(run)
+    (tmp_path / "file").touch()
+    for wrong, sentence in ((run, "is a run's own folder: name another"), (tmp_path / "file", "name another")):
+        with pytest.raises(BadInput, match=sentence):
+            model.save_pretrained(wrong)
+        model.save_pretrained(tmp_path / "given")
+    with pytest.raises(BadInput, match=r"name a folder with model\.json, or a model as 'owner/name'"):
+        Model.from_pretrained(str(tmp_path / "gone"))
+    assert Model.from_pretrained(str(tmp_path / "given")).classes == model.classes

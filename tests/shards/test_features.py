@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import re
 import socket
 import tarfile
@@ -25,6 +26,7 @@ from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.origin import sha256_of_data
 from cmgan_dist.data.output import read_record
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample, parse_sample
@@ -164,8 +166,10 @@ def test_the_manifest_is_enough_to_build_the_backbones_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(weights.parent)
-    details = write_features(command(raw_data(counts={"train": 2}), image_weights=weights.name)).details
+    data = raw_data(counts={"train": 2})
+    details = write_features(command(Path(os.path.relpath(data)), image_weights=weights.name)).details
     assert details["image"]["weights"] == str(weights)
+    assert (details["source"], details["source_sha256"]) == (str(data), sha256_of_data(load_manifest(data)))
     image, text = details["image"], details["text"]
     config = ImageBackboneConfig(image["backbone"], image["weights"], image_size=image["image_size"])
     again = build_image_backbone(config)

@@ -23,6 +23,7 @@ from shards.__main__ import main
 from shards.sources.openmoji import base_form, base_name, group_roots, split_of
 from shards.sources.wikipedia import _load_arrays
 from shards.verify import verify
+from tests.toy import picture, write_tar
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 FLICKR8K, WIKIPEDIA = DATA / "flickr8k", DATA / "wikipedia_features"
@@ -223,6 +224,59 @@ def test_flickr8k_with_an_image_missing_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "images.tar").write_bytes(b"not a tar at all" * 100)
     with pytest.raises(BadInput, match="is not a whole tar"):
         build("flickr8k", tmp_path / "out", "--input", str(tmp_path))
+
+
+def flickr8k_folder(folder: Path, **changes: str) -> Path:
+    """Three pictures, one a split; `changes`: file without its ending -> other content."""
+    write_tar(folder / "images.tar", [(f"images/{name}.png", picture(i)) for i, name in enumerate("abc")])
+    files = {"split_train.txt": "a.png\n", "split_dev.txt": "b.png\n", "split_test.txt": "c.png\n"}
+    files["captions.tsv"] = "".join(f"{name}.png\tan {name}\n" for name in "abc")
+    for name, content in files.items():
+        (folder / name).write_text(changes.get(name.partition(".")[0], content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"captions": "a.png\tx\n\nb.png a dog\n"},
+            r"captions\.tsv line 3 has no tab \(b\.png a dog\): write the image",
+        ),
+        ({"split_dev": "b.png\na.png\n"}, r"split_dev\.txt line 2 names a\.png, which split_train\.txt names already"),
+        ({"split_test": "c.png\n c.png\n"}, r"split_test\.txt line 2 names c\.png, which it names above: keep one"),
+    ],
+)
+def test_flickr8k_lists_that_contradict_themselves_are_one_sentence(
+    changes: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        build("flickr8k", tmp_path / "out", "--input", str(flickr8k_folder(tmp_path, **changes)))
+    build("flickr8k", tmp_path / "out", "--input", str(flickr8k_folder(tmp_path)))
+
+
+def test_flickr8k_with_two_files_of_one_name_is_one_sentence(tmp_path: Path) -> None:
+    flickr8k_folder(tmp_path)
+    write_tar(tmp_path / "images.tar", [(f"{i}/a.png", picture(i)) for i in range(2)])
+    with pytest.raises(BadInput, match=r"images\.tar holds two files named a\.png: keep one of them"):
+        build("flickr8k", tmp_path / "out", "--input", str(tmp_path))
+
+
+def test_flickr8k_counts_captions_of_pictures_that_are_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = "a.png\tan a\nd.png.1\tone\nb.png\ta b\nd.png.1\ttwo\nc.png\ta c\n"
+    build("flickr8k", tmp_path / "out", "--input", str(flickr8k_folder(tmp_path, captions=captions)))
+    said = capsys.readouterr().out
+    assert "2 captions are of images that" in said
+    assert "the first of d.png.1" in said
+
+
+def test_flickr8k_cuts_no_caption_at_what_is_no_end_of_a_line(tmp_path: Path) -> None:
+    captions = "".join(f"{name}.png\tone\u2028two\x0bthree\x85\x1cfour\n" for name in "abc")
+    build("flickr8k", tmp_path / "out", "--input", str(flickr8k_folder(tmp_path, captions=f"\ufeff{captions}")))
+    texts = [sample.texts for samples in read(tmp_path / "out").values() for sample in samples.values()]
+    assert texts == [["one\u2028two\x0bthree\x85\x1cfour"]] * 3
 
 
 # ---------------------------------------------------------------------------------------------- wikipedia

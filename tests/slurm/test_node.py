@@ -15,12 +15,14 @@ from unittest.mock import Mock
 
 import pytest
 
+from cmgan_dist.config.cli import parse_arguments
+from cmgan_dist.config.load import to_yaml
 from cmgan_dist.distributed.launch_config import launch_environment
 from cmgan_dist.errors import BadInput, LostProcess, run_main
-from launchers.slurm.node import combined, failed_first, read_job
+from launchers.slurm.node import check, combined, failed_first, read_job
 from tests.services import forked
 from tests.services.slurm import free_port, wait_for
-from tests.toy import environment
+from tests.toy import SMALL, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["--preset", "smoke", "--data", "d", "--output", "o"]
@@ -176,3 +178,55 @@ def test_a_signal_to_every_process_saves(feature_data: Callable[..., Path], tmp_
     assert process.returncode == 85, errors
     assert "saved at sample" in errors
     assert len(list((run / "checkpoints").glob("samples-*"))) == 1
+
+
+@pytest.fixture
+def requeued(feature_data: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Start the check of job 7 with --resume never, and settings, for the Nth time; return the folder of the run."""
+
+    def start(restarts: int, *words: str) -> Path:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        run = tmp_path / "run"
+        check(read_job([*SMALL, "--data", str(data), "--output", str(run), "--resume", "never", *words]))
+        return run
+
+    data = feature_data()
+    return start
+
+
+def begin(run: Path, *words: str, checkpoint: bool = False) -> None:
+    """Leave what a start has written."""
+    config, _ = parse_arguments([*SMALL, "--data", "data", "--output", str(run), *words])
+    (run / "config.yaml").write_text(to_yaml(config))
+    if checkpoint:
+        (run / "checkpoints" / "samples-000000000016").mkdir(parents=True)
+
+
+def test_never_begins_anew_until_a_job_has_a_checkpoint(requeued: Callable[..., Path]) -> None:
+    """Also with another config, which a job may find when it is started again."""
+    run = requeued(0)
+    begin(run)
+    requeued(1, "train.seed=3")
+    assert (run / "earlier-1" / "config.yaml").exists()
+    begin(run, "train.seed=3", checkpoint=True)
+    requeued(2, "train.seed=3")
+    assert not (run / "earlier-2").exists()
+    with pytest.raises(BadInput, match=r"was trained with train\.seed 3, not 4.*for --resume never submit a new one"):
+        requeued(3, "train.seed=4")
+
+
+def test_never_moves_an_earlier_run_aside_whose_job_was_stopped_before_it_could(requeued: Callable[..., Path]) -> None:
+    run = requeued(0)
+    begin(run, checkpoint=True)
+    (run / "logs" / "begun-7").unlink(missing_ok=True)
+    requeued(1)
+    assert (run / "earlier-1" / "checkpoints").exists()
+
+
+def test_never_takes_a_folder_whose_job_ended_before_it_had_a_run(requeued: Callable[..., Path]) -> None:
+    run = requeued(0)
+    (run / "logs").mkdir(exist_ok=True)
+    (run / "logs" / "rank-00000.log").write_text("error")
+    requeued(0)
+    assert not (run / "earlier-1").exists()

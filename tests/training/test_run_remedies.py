@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cmgan_dist.config.load import load_config
+from cmgan_dist.retrieval.evaluate import open_task
 from launchers import train
 from tests.toy import SMALL, call, make_features
 
@@ -116,3 +118,25 @@ def test_an_output_that_is_no_run(data: Path, tmp_path: Path) -> None:
     assert code == 2
     assert "holds what is no run (notes.txt): name a new folder" in said
     assert start(data, tmp_path / "new", "--resume", "never") == (0, "")
+
+
+def test_a_run_knows_its_data_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a data set of the same sizes lies at the same relative path."""
+    for seed, place in enumerate(("here", "there")):
+        (tmp_path / place).mkdir()
+        make_features(tmp_path / place / "data", seed=seed)
+    monkeypatch.chdir(tmp_path / "here")
+    assert start(Path("data"), tmp_path / "run") == (0, "")
+    monkeypatch.chdir(tmp_path / "there")
+    assert load_config(tmp_path / "run" / "config.yaml").data == str(tmp_path / "here" / "data")
+    assert open_task(tmp_path / "run").reader.data == str(tmp_path / "here" / "data")
+
+
+@pytest.mark.parametrize("words", [["train.precision=fp16"], ["optim.weight_decay=1000"]], ids=["fp16", "decay"])
+def test_a_learning_rate_that_is_too_high(words: list[str], data: Path, tmp_path: Path) -> None:
+    run, kept, lower = tmp_path / "run", [*words, "train.epochs=2"], "optim.generator_lr=1e-4"
+    code, said = start(data, run, "optim.generator_lr=1000", *kept)
+    assert (code, bool(re.search("go on with a lower optim.generator_lr", said))) == (2, True), said
+    code, said = start(data, run, lower, *kept)
+    assert (code, bool(re.search("is spoilt already: begin anew with it by --resume never", said))) == (2, True), said
+    assert start(data, run, lower, *kept, "--resume", "never") == (0, "")

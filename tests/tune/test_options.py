@@ -64,9 +64,12 @@ def test_a_damaged_search_is_named(text: str | bytes, resume: bool, tmp_path: Pa
         check_resume(FileStore(str(tmp_path), "--output"), IDENTITY, Arguments(resume=resume))
 
 
-def test_a_search_goes_on_with_what_it_was_begun_with(tmp_path: Path) -> None:
+def test_a_search_goes_on_with_what_it_was_begun_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = FileStore(str(tmp_path), "--output")
+    assert not check_resume(output, IDENTITY, Arguments())
+    assert not caplog.messages
     assert not check_resume(output, IDENTITY, Arguments(resume=True))
+    assert caplog.messages == [f"--resume: --output {tmp_path} holds no search to go on with, so a new one begins"]
     output.write("search.json", json.dumps(IDENTITY))
     assert check_resume(output, IDENTITY, Arguments(resume=True))
     output.write("records/search/000001.json", "{}")
