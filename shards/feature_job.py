@@ -62,14 +62,14 @@ def choose_options(command: FeatureOptions, manifest: Manifest) -> tuple[Options
             raise BadInput(f"{flag} is {number}, expected {allowed}")
     image = text = None
     if command.image_backbone != "features" and manifest.image == "encoded":
-        if not command.image_weights:
-            raise BadInput("--image-weights is empty: features of random weights are of no use, name some weights")
+        _check_weights("--image-weights", command.image_weights)
         image = (command.image_backbone, _from_anywhere(command.image_weights), command.image_size)
     if command.text_backbone != "features" and manifest.text == "utf8":
         if command.text_backbone != "sentence" and not is_open_clip(command.text_backbone):
             raise BadInput(
                 f"--text-backbone is '{command.text_backbone}': without training only sentence and open_clip:MODEL work"
             )
+        _check_weights("--text-weights", command.text_weights)
         pools = chosen_pools(command.text_pool)
         text = (command.text_backbone, _from_anywhere(command.text_weights), command.max_tokens, pools)
     if image is None and text is None:
@@ -80,6 +80,11 @@ def choose_options(command: FeatureOptions, manifest: Manifest) -> tuple[Options
     share = find_share(command.device, command.processes, command.ray)
     options = Options(image, text, command.batch_size, command.dtype, share.device, share.threads, command.skip_bad)
     return options, share
+
+
+def _check_weights(flag: str, weights: str) -> None:
+    if not weights:
+        raise BadInput(f"{flag} is empty: features of random weights are of no use, name some weights")
 
 
 def _from_anywhere(weights: str) -> str:

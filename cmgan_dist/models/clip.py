@@ -28,8 +28,8 @@ PREFIX = "open_clip:"
 """What the names of these backbones begin with."""
 CONFIG_NAME = "open_clip_config.json"
 """What a folder of a stored model holds."""
-
-
+SUFFIXES = (".safetensors", ".bin", ".pth")
+"""Of the weights in such a folder."""
 MARKS = 2
 """Tokens of a text that mark its beginning and its end."""
 
@@ -52,6 +52,7 @@ def _identifier(config: ImageBackboneConfig | TextBackboneConfig, field: str) ->
     package, name, weights = _open_clip(f"{field}.name"), config.name.removeprefix(PREFIX), config.weights
     if weights and Path(weights).is_dir():
         _text_config(Path(weights), field)
+        _check_weights(Path(weights), field)
         return f"local-dir:{weights}", None
     if name not in package.list_models():
         close = difflib.get_close_matches(name, package.list_models(), 3)
@@ -68,6 +69,15 @@ def _identifier(config: ImageBackboneConfig | TextBackboneConfig, field: str) ->
         what = "is no file" if Path(weights).exists() else "does not exist"
         raise BadInput(f"{field}.weights: {weights} {what}: give a file, a folder with {CONFIG_NAME} or hub:TAG")
     return name, weights or None
+
+
+def _check_weights(folder: Path, field: str) -> None:
+    """Raise BadInput where open_clip would find no weights in a folder, and draw some without a word."""
+    if not any(path.suffix in SUFFIXES for path in folder.iterdir()):
+        raise BadInput(
+            f"{field}.weights: folder {folder} holds no {', '.join(SUFFIXES)}, so that weights would be random: put "
+            "the weights there, or give their file"
+        )
 
 
 def _text_config(folder: Path, field: str) -> dict[str, Any]:

@@ -100,6 +100,8 @@ def test_a_frozen_tower_has_no_gradient_and_a_checksum_of_its_weights(stored: tu
         (image_config("hub:laion"), "hub:laion"),
         (replace(image_config(""), name="open_clip:ViT-B-3"), "ViT-B-32"),
         (replace(image_config("EMPTY")), "has no open_clip_config.json"),
+        (replace(image_config("BARE")), "holds no .safetensors, .bin, .pth"),
+        (text_config("BARE"), "holds no .safetensors, .bin, .pth"),
         (replace(image_config("OTHER")), "name the model that these weights are of"),
         (text_config("", pools=("max",)), "model.text.pools"),
         (replace(image_config("hub:x"), name="open_clip:ViT-B-32"), "hub:laion2b_s34b_b79k"),
@@ -110,7 +112,10 @@ def test_what_cannot_be_is_one_sentence(
 ) -> None:
     (tmp_path / "empty").mkdir()
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
-    places = {"EMPTY": str(tmp_path / "empty"), "OTHER": str(tmp_path / "other.pt")}
+    (tmp_path / "bare").mkdir()
+    for name in ("open_clip_config.json", "weights.pt"):  # a suffix that open_clip passes over in folders
+        (tmp_path / "bare" / name).write_bytes((stored[0] / name).read_bytes())
+    places = {"BARE": str(tmp_path / "bare"), "EMPTY": str(tmp_path / "empty"), "OTHER": str(tmp_path / "other.pt")}
     config = replace(config, weights=places.get(config.weights, config.weights))
     with pytest.raises(BadInput) as found:
         build_image_backbone(config) if isinstance(config, ImageBackboneConfig) else build_text_backbone(config)

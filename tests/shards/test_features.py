@@ -645,6 +645,8 @@ def test_a_changed_or_missing_shard(raw_data: Callable[..., Path], command: Call
     ("options", "message"),
     [
         ({"image_weights": ""}, "--image-weights is empty"),
+        ({"text_weights": ""}, "--text-weights is empty"),
+        ({"text_backbone": "open_clip:ViT-B-32", "text_weights": ""}, "--text-weights is empty: features of random"),
         ({"text_backbone": "cnn"}, "without training only sentence and open_clip:MODEL work"),
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"image_size": 1}, "--image-size is 1, expected 8 to 4096"),
