@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import time
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cmgan_dist.config.fields import Pool
+from cmgan_dist.config.fields import Pool, TextBackboneConfig
 from cmgan_dist.config.paths import find_setting
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.judge import Judge
@@ -26,7 +27,7 @@ from cmgan_dist.jobs.local import threaded_map
 from cmgan_dist.jobs.machine import Share, absolute, find_share
 from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.models.backbone import PixelBackbone
-from cmgan_dist.models.clip import is_open_clip
+from cmgan_dist.models.clip import is_open_clip, made_for
 from cmgan_dist.models.weights import weights_sha256
 from shards.assemble import assemble, print_summary
 from shards.extract import Extractor, Options, extractor
@@ -58,7 +59,7 @@ def choose_options(command: FeatureOptions, manifest: Manifest) -> tuple[Options
         ("--image-size", command.image_size, find_setting("model.image.image_size").range),
         ("--max-tokens", command.max_tokens, find_setting("model.text.max_tokens").range),
     ):
-        if allowed is not None and number not in allowed:
+        if allowed is not None and number is not None and number not in allowed:
             raise BadInput(f"{flag} is {number}, expected {allowed}")
     image = text = None
     if command.image_backbone != "features" and manifest.image == "encoded":
@@ -71,7 +72,11 @@ def choose_options(command: FeatureOptions, manifest: Manifest) -> tuple[Options
             )
         _check_weights("--text-weights", command.text_weights)
         pools = chosen_pools(command.text_pool)
-        text = (command.text_backbone, _from_anywhere(command.text_weights), command.max_tokens, pools)
+        weights = _from_anywhere(command.text_weights)
+        tokens = command.max_tokens
+        if tokens is None:
+            tokens = _own_tokens(TextBackboneConfig(command.text_backbone, weights))
+        text = (command.text_backbone, weights, tokens, pools)
     if image is None and text is None:
         raise BadInput(
             f"nothing to do: the images of {public_url(command.data)} are {manifest.image}, its texts {manifest.text}; "
@@ -80,6 +85,17 @@ def choose_options(command: FeatureOptions, manifest: Manifest) -> tuple[Options
     share = find_share(command.device, command.processes, command.ray)
     options = Options(image, text, command.batch_size, command.dtype, share.device, share.threads, command.skip_bad)
     return options, share
+
+
+def _own_tokens(config: TextBackboneConfig) -> int:
+    """Return at how many tokens texts are cut where nobody says it. Raises BadInput."""
+    return made_for(config, "model.text") if is_open_clip(config.name) else config.max_tokens
+
+
+def _taken(command: FeatureOptions, options: Options) -> Iterator[str]:
+    """Yield a line for each option that a model was asked for."""
+    if options.text is not None and is_open_clip(options.text[0]) and command.max_tokens is None:
+        yield f"texts are cut at {options.text[2]} tokens, which {options.text[0]} takes (--max-tokens)"
 
 
 def _check_weights(flag: str, weights: str) -> None:
@@ -208,6 +224,8 @@ def _make_shards(plan: _Plan, todo: list[ShardInfo]) -> dict[str, Made]:
     plan.output.remove(MANIFEST_NAME)
     count, done = sum(shard.samples for shard in todo), len(plan.task.share(len(plan.sources))) - len(todo)
     print(f"{done} shards are there already, {len(todo)} are to be made of {count} samples", flush=True)
+    for line in _taken(plan.command, plan.options):
+        print(line, flush=True)
     for line in warnings_of(plan.made.text, plan.data, plan.sources):
         print(f"warning: {line}", flush=True)
     begun, judge = time.monotonic(), Judge.of(plan.manifest)

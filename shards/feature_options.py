@@ -32,8 +32,8 @@ class FeatureOptions:
     text_pool: str = "sentence"
     """What of a text's tokens makes its feature, with commas between: "sentence" as the model itself pools them, "max"
     over the tokens, "cls" the first token. sentence,max,cls finds more of the right pictures."""
-    max_tokens: int = 64
-    """Longer texts are cut."""
+    max_tokens: int | None = None
+    """Longer texts are cut (None: at 64 tokens, of open_clip at as many as the model takes)."""
     batch_size: int = 64
     """Samples that go through a backbone at a time; each shard starts its own batches."""
     dtype: Literal["float32", "float16"] = "float32"

@@ -14,6 +14,7 @@ from cmgan_dist.data.tar import iter_samples
 from cmgan_dist.errors import BadSample
 from cmgan_dist.models.backbone import TextBackbone
 from cmgan_dist.models.backbones import SentenceEncoder
+from cmgan_dist.models.clip import MARKS, ClipTextBackbone
 
 LOOKED_AT = 2000
 """Texts of a data set that are looked at, as many of each shard until they are enough."""
@@ -33,14 +34,34 @@ class Unfit:
     """Share of the texts that lose such tokens."""
 
 
-def unfit(tokeniser: Any, texts: Sequence[str], most: int) -> Unfit:
-    """Return what a tokeniser of transformers makes of one text or more, of which `most` tokens are taken."""
-    ids = tokeniser(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+def unfit(ids: Sequence[list[int]], unknown_id: int | None, room: int) -> Unfit:
+    """Return what becomes of the tokens of one text or more, of which `room` are taken."""
     total = max(1, sum(map(len, ids)))
-    room = most - tokeniser.num_special_tokens_to_add()
     behind = [max(0, len(each) - room) for each in ids]
-    unknown = sum(each.count(tokeniser.unk_token_id) for each in ids) if tokeniser.unk_token_id is not None else 0
+    unknown = sum(each.count(unknown_id) for each in ids) if unknown_id is not None else 0
     return Unfit(unknown / total, sum(behind) / total, sum(map(bool, behind)) / len(ids))
+
+
+def unfit_for(backbone: TextBackbone, texts: Sequence[str]) -> tuple[Unfit, int] | None:
+    """Return what a backbone makes of one text or more, and how many tokens of a text it takes, its marks with them.
+
+    None where its tokens are not known."""
+    if isinstance(backbone, ClipTextBackbone):
+        tokeniser, most = backbone.tokeniser, int(backbone.tokeniser.context_length)
+        if hasattr(tokeniser, "encode"):  # open_clip's own: of bytes, so that none is unknown
+            return unfit([tokeniser.encode(text) for text in texts], None, most - MARKS), most
+        clean = getattr(tokeniser, "clean_fn", str)
+        return _unfit_for(tokeniser.tokenizer, [clean(text) for text in texts], most), most
+    if isinstance(backbone, SentenceEncoder) and hasattr(backbone.model.tokenizer, "num_special_tokens_to_add"):
+        most = int(backbone.model.max_seq_length)
+        return _unfit_for(backbone.model.tokenizer, texts, most), most
+    return None
+
+
+def _unfit_for(tokeniser: Any, texts: Sequence[str], most: int) -> Unfit:
+    """Return what a tokeniser of transformers makes of texts, of which `most` tokens are taken."""
+    ids = tokeniser(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    return unfit(ids, tokeniser.unk_token_id, most - tokeniser.num_special_tokens_to_add())
 
 
 def some_texts(data: ShardStore, shards: Sequence[ShardInfo]) -> list[str]:
@@ -63,13 +84,13 @@ def _texts(data: ShardStore, shard: ShardInfo) -> Iterator[str]:
 
 def warnings_of(backbone: TextBackbone | None, data: ShardStore, shards: Sequence[ShardInfo]) -> list[str]:
     """Return a line for each way in which the texts of a data set are not what a text backbone is made for."""
-    if not isinstance(backbone, SentenceEncoder) or not hasattr(backbone.model.tokenizer, "num_special_tokens_to_add"):
+    if not isinstance(backbone, ClipTextBackbone | SentenceEncoder):
         return []
     texts = some_texts(data, shards)
-    if not texts:
+    told = unfit_for(backbone, texts) if texts else None
+    if told is None:
         return []
-    most = int(backbone.model.max_seq_length)
-    found = unfit(backbone.model.tokenizer, texts, most)
+    found, most = told
     lines = []
     if found.unknown > MOST_UNFIT:
         lines.append(
@@ -77,9 +98,12 @@ def warnings_of(backbone: TextBackbone | None, data: ShardStore, shards: Sequenc
             "tell them apart: name one for the language of the texts as --text-weights"
         )
     if found.cut > MOST_UNFIT:
+        ways = "raise --max-tokens, if the model can, or give shorter texts"
+        if isinstance(backbone, ClipTextBackbone):
+            more = f"raise --max-tokens, the model takes {backbone.context}, or " * (most < backbone.context)
+            ways = f"{more}give shorter texts"
         lines.append(
             f"{found.cut_texts:.1%} of {len(texts)} texts are longer than the {most} tokens that the text backbone "
-            f"takes, and {found.cut:.1%} of their tokens are cut off: raise --max-tokens, if the model can, or "
-            "give shorter texts"
+            f"takes, and {found.cut:.1%} of their tokens are cut off: {ways}"
         )
     return lines

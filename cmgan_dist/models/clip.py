@@ -97,6 +97,20 @@ def _text_config(folder: Path, field: str) -> dict[str, Any]:
     return found
 
 
+def made_for(config: ImageBackboneConfig | TextBackboneConfig, field: str) -> int:
+    """Return the side of the square in pixels, or the tokens, that a tower is made for. Raises BadInput."""
+    name, _ = _identifier(config, field)
+    part, key, usual = (
+        ("vision_cfg", "image_size", 224) if field == "model.image" else ("text_cfg", "context_length", 77)
+    )
+    try:
+        found = _open_clip(f"{field}.name").get_model_config(name)[part].get(key, usual)
+        sides = {int(side) for side in (found if isinstance(found, list) else [found])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{field}: {part} of {config.name} cannot be used ({first_line(error)}): restore it") from None
+    return max(sides)
+
+
 def _model(config: ImageBackboneConfig | TextBackboneConfig, field: str, **options: Any) -> Any:
     """Return the whole model with its text tower apart, on the CPU. Raises BadInput naming the field."""
     (name, weights), package = _identifier(config, field), _open_clip(f"{field}.name")
@@ -159,7 +173,7 @@ class ClipTextBackbone(TextBackbone):
         with torch.no_grad():
             dim = tower.eval()(torch.zeros(1, context, dtype=torch.int64)).shape[1]
         super().__init__(dim, config.trainable)
-        self.model, self.tokeniser, self.causal = tower, tokeniser, causal
+        self.model, self.tokeniser, self.causal, self.context = tower, tokeniser, causal, context
         self.random = not config.weights and not config.trainable
         if config.checkpoint and config.trainable:
             _checkpoint_activations(tower, "model.text")
