@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cmgan_dist.config.fields import Pool, TextBackboneConfig
+from cmgan_dist.config.fields import ImageBackboneConfig, Pool, TextBackboneConfig
 from cmgan_dist.config.paths import find_setting
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.judge import Judge
@@ -27,6 +27,7 @@ from cmgan_dist.jobs.local import threaded_map
 from cmgan_dist.jobs.machine import Share, absolute, find_share
 from cmgan_dist.jobs.ranks import Task, find_task
 from cmgan_dist.models.backbone import PixelBackbone
+from cmgan_dist.models.backbones import image_size_of
 from cmgan_dist.models.clip import is_open_clip, made_for
 from cmgan_dist.models.weights import weights_sha256
 from shards.assemble import assemble, print_summary
@@ -64,7 +65,11 @@ def choose_options(command: FeatureOptions, manifest: Manifest) -> tuple[Options
     image = text = None
     if command.image_backbone != "features" and manifest.image == "encoded":
         _check_weights("--image-weights", command.image_weights)
-        image = (command.image_backbone, _from_anywhere(command.image_weights), command.image_size)
+        weights = _from_anywhere(command.image_weights)
+        size = command.image_size
+        if size is None:
+            size = _own_size(ImageBackboneConfig(command.image_backbone, weights))
+        image = (command.image_backbone, weights, size)
     if command.text_backbone != "features" and manifest.text == "utf8":
         if command.text_backbone != "sentence" and not is_open_clip(command.text_backbone):
             raise BadInput(
@@ -87,13 +92,25 @@ def choose_options(command: FeatureOptions, manifest: Manifest) -> tuple[Options
     return options, share
 
 
+def _own_size(config: ImageBackboneConfig) -> int:
+    """Return the side of the square that an image backbone sees where nobody says it. Raises BadInput."""
+    return image_size_of(config) or config.image_size
+
+
 def _own_tokens(config: TextBackboneConfig) -> int:
     """Return at how many tokens texts are cut where nobody says it. Raises BadInput."""
     return made_for(config, "model.text") if is_open_clip(config.name) else config.max_tokens
 
 
 def _taken(command: FeatureOptions, options: Options) -> Iterator[str]:
-    """Yield a line for each option that a model was asked for."""
+    """Yield a line for each option that a model was asked for, or that it is not made for."""
+    if options.image is not None:
+        name, weights, size = options.image
+        own = image_size_of(ImageBackboneConfig(name, weights))
+        if own is not None and command.image_size is None:
+            yield f"pictures are scaled to {size} pixels, which {name} is made for (--image-size)"
+        elif own not in (None, size):
+            yield f"warning: --image-size is {size}, and {name} is made for {own}: leave the flag away for that"
     if options.text is not None and is_open_clip(options.text[0]) and command.max_tokens is None:
         yield f"texts are cut at {options.text[2]} tokens, which {options.text[0]} takes (--max-tokens)"
 

@@ -22,8 +22,9 @@ class FeatureOptions:
     image_weights: str = ""
     """"hub", a .pth or .safetensors file, or "package:NAME" for weights in a package; of open_clip "hub:TAG", a file or
     a folder."""
-    image_size: int = 224
-    """Side of the square that the image backbone sees, in pixels."""
+    image_size: int | None = None
+    """Side of the square that the image backbone sees, in pixels (None: what the model is made for, of one that takes
+    any 224)."""
     text_backbone: str = "features"
     """"sentence" for a sentence-transformers model, or a tower of open_clip, such as open_clip:ViT-B-32; "features"
     copies the texts as they are."""

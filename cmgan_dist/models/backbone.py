@@ -117,7 +117,20 @@ def output_dim(model: nn.Module, config: ImageBackboneConfig) -> int:
         ) from None
     if not isinstance(made, Tensor) or made.ndim != 2:
         raise BadInput(f"model.image.name is '{config.name}', which does not make one vector of an image: name another")
+    _check_patches(model, config)
     return made.shape[1]
+
+
+def _check_patches(model: nn.Module, config: ImageBackboneConfig) -> None:
+    """Raise BadInput where patches do not fill the picture, so that the model would see a part of it: timm says so
+    itself, open_clip does not."""
+    patch, size = getattr(model, "patch_size", None), config.image_size
+    if isinstance(patch, tuple) and size % patch[0]:
+        below, above = size // patch[0] * patch[0], -(-size // patch[0]) * patch[0]
+        raise BadInput(
+            f"model.image.image_size is {size}, and {config.name} takes whole patches of {patch[0]} pixels: set it to "
+            f"{f'{below} or ' * bool(below)}{above}"
+        )
 
 
 def stored_features(texts: list[str] | Tensor) -> Tensor:

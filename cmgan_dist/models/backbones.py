@@ -20,7 +20,7 @@ from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.errors import BadInput
 from cmgan_dist.kernels.dropout import dropout
 from cmgan_dist.models.backbone import ImageBackbone, PixelBackbone, TextBackbone, TextInput, raw_texts
-from cmgan_dist.models.clip import ClipImageBackbone, ClipTextBackbone, is_open_clip
+from cmgan_dist.models.clip import ClipImageBackbone, ClipTextBackbone, is_open_clip, made_for
 from cmgan_dist.models.vocabulary import BOUND, PAD, Vocabulary, load_word_vectors
 from cmgan_dist.models.weights import (
     LITE_MEAN,
@@ -99,6 +99,18 @@ def _checkpoint_activations(model: nn.Module, name: str) -> None:
     for part in model.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.register_forward_pre_hook(partial(momentum_once, momentum=part.momentum))
+
+
+def image_size_of(config: ImageBackboneConfig) -> int | None:
+    """Return the side in pixels of the square that an image backbone is made for, None where it takes any.
+
+    Raises BadInput."""
+    if is_open_clip(config.name):
+        return made_for(config, "model.image")
+    import timm
+
+    fixed = timm.is_model(config.name) and timm.get_pretrained_cfg_value(config.name, "fixed_input_size")
+    return int(timm.get_pretrained_cfg_value(config.name, "input_size")[-1]) if fixed else None
 
 
 def build_image_backbone(config: ImageBackboneConfig, feature_dim: int | None = None) -> ImageBackbone:

@@ -16,7 +16,12 @@ from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput
 from cmgan_dist.models.backbone import PixelBackbone, TextBackbone
-from cmgan_dist.models.backbones import build_image_backbone, build_text_backbone, text_features
+from cmgan_dist.models.backbones import (
+    build_image_backbone,
+    build_text_backbone,
+    image_size_of,
+    text_features,
+)
 from cmgan_dist.models.generator import build_generator
 from cmgan_dist.models.saved import (
     describe_model,
@@ -91,6 +96,19 @@ def test_a_frozen_tower_has_no_gradient_and_a_checksum_of_its_weights(stored: tu
     assert not first(torch.zeros(1, 3, 32, 32)).requires_grad
     assert weights_sha256(first) == weights_sha256(again)
     assert build_image_backbone(image_config("")).random
+
+
+def test_a_picture_that_patches_do_not_fill_is_refused(stored: tuple[Path, Any]) -> None:
+    with pytest.raises(BadInput, match=r"image_size is 36, .* whole patches of 8 pixels: set it to 32 or 40"):
+        build_image_backbone(replace(image_config(stored[0]), image_size=36))
+    build_image_backbone(replace(image_config(stored[0]), image_size=40))
+
+
+def test_the_size_that_a_model_is_made_for(stored: tuple[Path, Any]) -> None:
+    made = {"test_vit": 160, "vit_base_patch16_clip_384": 384, "open_clip:ViT-L-14-336": 336, "nothing": None}
+    made |= {"open_clip:ViT-SO400M-14-SigLIP-384": 384, "tf_efficientnet_lite0": None, "vgg19": None}
+    assert {name: image_size_of(ImageBackboneConfig(name)) for name in made} == made
+    assert image_size_of(image_config(stored[0])) == 32
 
 
 @pytest.mark.parametrize(

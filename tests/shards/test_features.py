@@ -214,6 +214,25 @@ def test_towers_of_clip_make_features_in_every_process_and_a_model_makes_them_ag
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_a_model_sees_the_size_that_it_is_made_for(
+    raw_data: Callable[..., Path],
+    command: Callable[..., FeaturesCommand],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, _ = stored_clip(tmp_path / "clip")
+    data, tower = raw_data(counts={"train": 3}), {"image_backbone": "open_clip:stored", "image_weights": str(folder)}
+    own = "pictures are scaled to 32 pixels, which open_clip:stored is made for"
+    other = "warning: --image-size is 40, and open_clip:stored is made for 32"
+    for size, expected, said in ((None, 32, own), (40, 40, other)):
+        made = write_features(command(data, str(size), text_backbone="features", image_size=size, **tower))
+        assert made.details["image"]["image_size"] == expected
+        assert said in capsys.readouterr().out
+    made = write_features(command(data, text_backbone="features", image_size=None))
+    assert made.details["image"]["image_size"] == 224
+    assert "--image-size" not in capsys.readouterr().out
+
+
 def test_equal_weights_elsewhere_give_equal_records(
     raw_data: Callable[..., Path], command: Callable[..., FeaturesCommand], weights: Path, tmp_path: Path
 ) -> None:
