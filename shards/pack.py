@@ -13,7 +13,7 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,6 +92,10 @@ class BuildCommand:
         print_summary(headline, packed.manifest, notes=packed.notes, left_out=packed.left_out)
 
 
+MOST_TRIED = 10_000
+"""Samples among which a larger share of a split is tried, where one of them is empty."""
+
+
 @dataclass(kw_only=True)
 class DrawCommand(BuildCommand):
     """Options of the sources whose splits are drawn where they name none."""
@@ -134,20 +138,44 @@ def plan_in(folder: Path, options: BuildCommand) -> tuple[RawPairs, Plan]:
     """Return what the source says of its pairs and the plan of the shards, which is made in `folder`.
 
     Raises BadInput as `pack` does, also where a split that should be there has no samples."""
+    source, plan = _plan_in(folder, options)
+    for split in _empty(source, plan):
+        left_out = [*source.left_out, *plan.left_out]
+        why = f", {len(left_out)} pairs were left out ({reasons_of(left_out)})" if left_out else ""
+        ways = ["mend some"] * bool(left_out) + ["add pairs"]
+        if isinstance(options, DrawCommand) and source.draw.splits:
+            ways += _ways(folder, options, source.draw, sum(shard.samples for shard in plan.shards))
+        else:
+            ways += ["change how they are split"]
+        raise BadInput(f"split '{split}' of {source.name} has no samples{why}: {', or '.join(ways)}")
+    return source, plan
+
+
+def _plan_in(folder: Path, options: BuildCommand) -> tuple[RawPairs, Plan]:
     rows = Partitions(folder)
     source = options.pairs(rows)
     limits = options.shard_samples, options.shard_mib * 2**20
-    plan = plan_shards(rows, source, *limits, options.skip_bad, options.processes)
-    for split in source.expected_splits:
-        if split not in {shard.split for shard in plan.shards}:
-            way = ", or pass --together images" if split in source.draw.splits else ""
-            left_out = [*source.left_out, *plan.left_out]
-            why = f", {len(left_out)} pairs were left out ({reasons_of(left_out)})" if left_out else ""
-            raise BadInput(
-                f"split '{split}' of {source.name} has no samples{why}: "
-                f"{'mend some, ' * bool(left_out)}add pairs or change how they are split{way}"
-            )
-    return source, plan
+    return source, plan_shards(rows, source, *limits, options.skip_bad, options.processes)
+
+
+def _empty(source: RawPairs, plan: Plan) -> list[str]:
+    """Return the splits that should have samples and have none."""
+    return [split for split in source.expected_splits if split not in {shard.split for shard in plan.shards}]
+
+
+def _ways(folder: Path, options: DrawCommand, draw: Draw, samples: int) -> list[str]:
+    """Return what fills, or leaves away, splits that are drawn: flags that were tried on these pairs."""
+    splits = draw.splits
+    tries: list[dict[str, Any]] = [{"together": "images"}] if draw.together != "images" else []
+    if samples <= MOST_TRIED:
+        tries += [dict.fromkeys(splits, share) for share in (0.2, 0.3, 0.4) if share > max(draw.val, draw.test)]
+    works = list[str]()
+    for number, flags in enumerate([*tries, dict.fromkeys(splits, 0)]):
+        inside = folder / f"try-{number}"
+        inside.mkdir(parents=True)
+        if not _empty(*_plan_in(inside, replace(options, **flags))):
+            works.append("pass " + " ".join(f"--{name} {value}" for name, value in flags.items()))
+    return works
 
 
 def pack(options: BuildCommand) -> Packed | None:

@@ -4,6 +4,7 @@ that advice."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,26 @@ EVERYTHING = ["--val", "0", "--test", "0", "--processes", "1"]
 def refused(sentence: str, *words: object) -> None:
     with pytest.raises(BadInput, match=sentence):
         run_shards(*words)
+
+
+@pytest.mark.parametrize(("count", "texts"), [(1, 1), (4, 4), (8, 8), (12, 1), (40, 1)])
+def test_flags_that_fill_or_leave_away_drawn_splits_do_so(
+    count: int, texts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "raw"
+    place.mkdir()
+    for i in range(count):
+        (place / f"{i}.png").write_bytes(picture(i))
+        (place / f"{i}.txt").write_text(f"text {i % texts}")
+    words = ["build", "folder", place, "--processes", 1]
+    with pytest.raises(BadInput, match="has no samples") as found:
+        run_shards(*words, "--output", tmp_path / "none")
+    ways = re.findall(r"pass ((?:--\w+ [\w.]+ ?)+)", str(found.value))
+    assert ways[-1] == "--val 0 --test 0"
+    assert ("--together images" in ways) <= (texts < count)
+    assert ("--together images" in ways) >= (count == 40)
+    for number, way in enumerate(ways):
+        run_shards(*words, "--output", tmp_path / str(number), *way.split())
 
 
 # ---------------------------------------------------------------------------------------------- tables
