@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -48,6 +49,11 @@ def shown(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shards_command(*words: object) -> str:
+    """Return a command of `python -m shards` for a sentence, as a shell takes it."""
+    return f"'python -m shards {shlex.join(map(str, words))}'"
 
 
 class BadInput(ValueError):

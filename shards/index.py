@@ -25,7 +25,7 @@ from cmgan_dist.data.output import owning_output
 from cmgan_dist.data.sample import MEMBERS
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import BadInput, Unreadable, shown
+from cmgan_dist.errors import BadInput, Unreadable, shards_command, shown
 from cmgan_dist.files import open_once
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
@@ -205,7 +205,7 @@ class IndexCommand:
             store.write(index_name(scan.info.name), scan.index.to_bytes())
         store.write(MANIFEST_NAME, manifest.to_json())
         if manifest.classes and self.classes is None and old is None:
-            way = f"'python -m shards index --overwrite {self.place} --classes FILE' gives them others"
+            way = f"{shards_command('index', '--overwrite', self.place, '--classes', 'FILE')} gives them others"
             notes.append(f"the {len(manifest.classes)} classes have numbers for names: {way}")
         return manifest, notes
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from cmgan_dist.data.folder import composed
 from cmgan_dist.data.manifest import LabelKind
-from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.errors import BadInput, BadSample, shards_command, shown
 from cmgan_dist.files import open_regular, read_bytes
 
 Together = Literal["images-and-texts", "images"]
@@ -257,4 +257,4 @@ def missing_val(splits: Collection[str], way: str = FLAG) -> list[str]:
 
 def drawing(data: Path | str) -> str:
     """Return how a split for validation is drawn from the data set in the folder, or at the URL, `data`."""
-    return f"'python -m shards split {data} --val 0.1 --output NEW' draws one"
+    return f"{shards_command('split', data, '--val', 0.1, '--output', 'NEW')} draws one"

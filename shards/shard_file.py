@@ -23,7 +23,7 @@ from cmgan_dist.data.manifest import LabelKind, ShardInfo, check_shard_name
 from cmgan_dist.data.sample import MOST_NUMBERS, parse_sample
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore, LocalStore
-from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.errors import BadInput, BadSample, shards_command, shown
 from cmgan_dist.files import sha256_of, write_atomic
 from cmgan_dist.jobs.ledger import WRITTEN, Record
 from cmgan_dist.jobs.staging import staging
@@ -230,8 +230,8 @@ def finished_record(
 def see_verify(data: str) -> str:
     """Return what to do about a shard of a data set that is damaged."""
     place = public_url(data)
-    listed = f"mend or remove what 'python -m shards verify {place}' lists"
-    return listed if "://" in place else f"{listed}, then 'python -m shards index --overwrite {place}'"
+    listed = f"mend or remove what {shards_command('verify', place)} lists"
+    return listed if "://" in place else f"{listed}, then {shards_command('index', '--overwrite', place)}"
 
 
 def opened_source(data: str, source: ShardInfo) -> BinaryIO:

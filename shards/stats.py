@@ -26,7 +26,7 @@ from cmgan_dist.data.reader import ShardReader, open_data_set
 from cmgan_dist.data.sample import Sample
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import LocalStore
-from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.errors import BadInput, BadSample, shards_command, shown
 from cmgan_dist.files import write_atomic
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import print_sizes
@@ -70,7 +70,7 @@ class StatsCommand:
         facts, bad = read_facts(self.data, manifest, self.processes)
         print_sizes(manifest)
         if bad:
-            print(f"{bad}: 'python -m shards verify {public_url(self.data)}' lists them")
+            print(f"{bad}: {shards_command('verify', public_url(self.data))} lists them")
         console = Console()
         if manifest.classes:
             console.print(class_table(manifest, facts))
@@ -106,7 +106,7 @@ def read_facts(data: str, manifest: Manifest, processes: int | None) -> tuple[di
     scans = parallel_map(_scan, tasks, title="reading", processes=processes)
     for (split, _), scan in zip(listed, scans, strict=True):
         if scan.damage:
-            raise BadInput(f"{scan.damage}: 'python -m shards verify {public_url(data)}' says what else is wrong")
+            raise BadInput(f"{scan.damage}: {shards_command('verify', public_url(data))} says what else is wrong")
         facts[split] += [one for one in scan.samples if not one.fault]
     bad = [one for scan in scans for one in scan.samples if one.fault]
     if not bad:

@@ -17,7 +17,7 @@ from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
 from cmgan_dist.data.source import public_url
-from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.errors import BadInput, BadSample, shards_command, shown
 from cmgan_dist.jobs.local import parallel_map
 from shards.data_files import DataFiles
 from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
@@ -132,7 +132,7 @@ def _shard_problems(files: DataFiles, listed: ShardInfo, scan: ShardScan) -> Ite
     try:
         data_of_index = files.read(index_name(name))
         if data_of_index is None:
-            yield f"{index_name(name)} is missing: write it with 'python -m shards index --overwrite {files.place}'"
+            yield f"{index_name(name)} is missing: write it with {shards_command('index', '--overwrite', files.place)}"
             return
         index = ShardIndex.from_bytes(data_of_index, index_name(name), files.place)
     except (BadInput, BadSample) as error:

@@ -16,7 +16,7 @@ from cmgan_dist.data.manifest import Manifest
 from cmgan_dist.data.order import random_for
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.sample import Sample
-from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.errors import BadInput, BadSample, shards_command, shown
 
 
 @dataclass
@@ -203,7 +203,7 @@ def eval_batches(
                 return str(error)
             raise BadInput(
                 f"split '{reader.split}' of {reader.place} cannot be evaluated: {error}: "
-                f"run 'python -m shards verify {reader.place}'"
+                f"run {shards_command('verify', reader.place)}"
             ) from None
 
     with ThreadPoolExecutor(threads) as pool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from cmgan_dist.data.sample import UNREADABLE_ARRAY, npy_view
 from cmgan_dist.data.tar import BLOCK, Member
-from cmgan_dist.errors import BadInput
+from cmgan_dist.errors import BadInput, shards_command
 
 INDEX_VERSION = 2
 MOST_MEMBERS, MOST_PATTERNS = 8, 256
@@ -163,7 +163,7 @@ def write_anew(place: str) -> str:
     """Return what to do when the sidecars of the data set at `place`, a folder or URL, are wrong."""
     if "://" in place:
         return f"run 'python -m shards index --overwrite DIR' where the files of {place} are kept, and upload them anew"
-    return f"run 'python -m shards index --overwrite {place}'"
+    return f"run {shards_command('index', '--overwrite', place)}"
 
 
 def index_name(shard: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from cmgan_dist.data.folder import composed, is_plain, is_unicode, read_file
-from cmgan_dist.errors import BadInput, BadSample, Unreadable, shown
+from cmgan_dist.errors import BadInput, BadSample, Unreadable, shards_command, shown
 from cmgan_dist.files import parse_json_once
 
 MANIFEST_NAME = "manifest.json"
@@ -96,7 +96,7 @@ class Manifest:
         Raises BadInput when it is missing or has no samples."""
         if split not in self.splits:
             found = ", ".join(self.splits) or "none"
-            command = f"draw one by 'python -m shards split {place} --{split} 0.1 --output NEW', or "
+            command = f"draw one by {shards_command('split', place, f'--{split}', 0.1, '--output', 'NEW')}, or "
             way = command if split in ("val", "test") and "train" in self.splits else ""
             raise BadInput(f"{self.name} has no split '{split}': its manifest has {found}; {way}name another split")
         shards = self.splits[split]
@@ -181,7 +181,7 @@ def manifest_path(folder: Path) -> Path:
                 f"{folder} has no {MANIFEST_NAME}, as it is unfinished: start the same 'python -m shards build' (or "
                 "features), all its tasks, again"
             )
-        raise BadInput(f"{folder} has no {MANIFEST_NAME}: write it with 'python -m shards index {folder}'")
+        raise BadInput(f"{folder} has no {MANIFEST_NAME}: write it with {shards_command('index', folder)}")
     return path
 
 
@@ -208,7 +208,7 @@ def _write_anew(location: str) -> str:
     if "://" in location:
         command = "'python -m shards index --overwrite DIR'"
         return f"restore it, or run {command} where the files of {folder} are kept and upload it"
-    return f"restore it, or remove it and run 'python -m shards index --overwrite {folder}'"
+    return f"restore it, or remove it and run {shards_command('index', '--overwrite', folder)}"
 
 
 def natural_splits(names: Iterable[str]) -> list[str]:

@@ -31,7 +31,7 @@ from cmgan_dist.data.source import (
     public_url,
     refuse_full,
 )
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadInput, BadSample, shards_command
 from cmgan_dist.files import check_regular, open_descriptor, read_bytes, sha256_of, write_atomic
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs")
@@ -88,15 +88,13 @@ class LocalStore(ShardStore):
     def read(self, name: str) -> bytes:
         if name == MANIFEST_NAME:
             return read_manifest(manifest_path(self.folder))
-        path = self.folder / name
+        path, anew = self.folder / name, shards_command("index", "--overwrite", self.folder)
         if not path.is_file():
-            raise BadInput(f"shard index {path} does not exist: run 'python -m shards index --overwrite {self.folder}'")
+            raise BadInput(f"shard index {path} does not exist: run {anew}")
         try:
             return read_file(path)
         except BadSample as error:
-            raise BadInput(
-                f"shard index {path} {error}: run 'python -m shards index --overwrite {self.folder}'"
-            ) from None
+            raise BadInput(f"shard index {path} {error}: run {anew}") from None
 
     def check(self, shards: Sequence[ShardInfo]) -> None:
         for shard in shards:

@@ -22,7 +22,7 @@ from cmgan_dist.data.handover import LOOK_S, Packed, next_item, pack
 from cmgan_dist.data.order import BalancedPlan, MixturePlan, Plan, SampleRef, streams_of_rank
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.resize import QUICK_WAY
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadInput, BadSample, shards_command
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Stream:
                 shard, index = ref.replacement(k)
         raise BadInput(
             f"no usable sample left in a window of {ref.replacements + 1} of split '{reader.split}' in {reader.place}; "
-            f"the last one: {bad[-1]}: run 'python -m shards verify {reader.place}'"
+            f"the last one: {bad[-1]}: run {shards_command('verify', reader.place)}"
         )
 
     def _check_share(self, reader: ShardReader, last: str) -> None:
@@ -166,7 +166,7 @@ class Stream:
             raise BadInput(
                 f"{self._bad} of {self._reads} samples read from {reader.place} are unusable, more than "
                 f"stream.max_bad_share {self.config.max_bad_share:g}; the last one: {last}: "
-                f"run 'python -m shards verify {reader.place}'"
+                f"run {shards_command('verify', reader.place)}"
             )
 
     def read_step(self, step: int, streams: range) -> Batch:

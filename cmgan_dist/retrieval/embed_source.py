@@ -34,7 +34,7 @@ from cmgan_dist.data.reader import ShardReader, open_data_set
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS, Sample
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import LocalStore
-from cmgan_dist.errors import BadInput, BadSample, refuse_url
+from cmgan_dist.errors import BadInput, BadSample, refuse_url, shards_command
 from cmgan_dist.files import open_regular, parse_json_once, sha256_of
 from cmgan_dist.models.generator import Modality
 from cmgan_dist.retrieval.embeddings import SourceIdentity
@@ -165,7 +165,7 @@ class ShardSource(Source):
         if isinstance(self.store, LocalStore) and sha256_of(self.store.folder / part.origin) != sha256:
             raise BadInput(
                 f"{self.store.location(part.origin)} is not what its manifest says: "
-                f"see 'python -m shards verify {self.location}'"
+                f"see {shards_command('verify', self.location)}"
             )
         reader = self._reader(part.split)
         first = int(reader.counts[:number].sum())

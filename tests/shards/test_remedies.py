@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,22 @@ def test_flags_that_fill_or_leave_away_drawn_splits_do_so(
     assert ("--together images" in ways) >= (count == 40)
     for number, way in enumerate(ways):
         run_shards(*words, "--output", tmp_path / str(number), *way.split())
+
+
+def test_a_command_that_is_printed_names_a_place_as_a_shell_takes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_raw(tmp_path / "my set", counts={"train": 12})
+    run_shards("index", "--overwrite", data, "--processes", 1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "there is no split 'val'" in line]
+    command = line.partition("'python -m shards ")[2].removesuffix("' draws one")
+    run_shards(*shlex.split(command.replace("NEW", shlex.quote(str(tmp_path / "new set")))))
+    assert "val" in load_manifest(tmp_path / "new set").splits
+    (data / "manifest.json").unlink()
+    with pytest.raises(BadInput, match="write it with") as found:
+        load_manifest(data)
+    run_shards(*shlex.split(str(found.value).partition("'python -m shards ")[2].removesuffix("'")))
+    assert load_manifest(data).samples("train") == 12
 
 
 # ---------------------------------------------------------------------------------------------- tables
