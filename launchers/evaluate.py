@@ -62,7 +62,7 @@ def main() -> None:
     from cmgan_dist.jobs.cores import take_threads
     from cmgan_dist.jobs.lock import owning
     from cmgan_dist.jobs.machine import absolute
-    from cmgan_dist.retrieval.evaluate import RECORD_NAME, open_task, run_task
+    from cmgan_dist.retrieval.evaluate import RECORD_NAME, REPORT_NAME, open_task, run_task
     from cmgan_dist.retrieval.gallery import gallery_items
 
     run = arguments.run
@@ -76,7 +76,7 @@ def main() -> None:
         if int(os.environ.get("RANK", "0")):
             return
         print("already evaluated (--again does it anew)", file=sys.stderr)
-        show(known, run / "report.html", arguments.json)
+        show(known, run / REPORT_NAME, arguments.json)
         return
     pictures = gallery_items(task.reader, arguments.pictures)  # first: a wrong folder is said before the work
     parallel = Parallel(task.saved.config.train.precision)
@@ -96,20 +96,22 @@ def main() -> None:
 def keep(
     run: Path, found: Evaluation, asked: dict[str, Any], pictures: list[GalleryItem]
 ) -> tuple[dict[str, Any], Path]:
-    """Write the three files of an evaluation, evaluation.json last; return what that holds and where the report is.
+    """Write the three files of an evaluation, the report last; return what evaluation.json holds and where the report
+    is.
 
-    No evaluation.json is there whose report is another's. Raises BadInput when the run cannot be written."""
+    No report is there that is another evaluation's, and what was measured stays where none can be drawn. Raises
+    BadInput when the run cannot be written."""
     from cmgan_dist.files import write_atomic
     from cmgan_dist.report.run import write_report
-    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, record_json
+    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, REPORT_NAME, record_json
 
     try:
         embeddings = found.embeddings_npz()
-        write_atomic(run / EMBEDDINGS_NAME, embeddings)
-        (run / RECORD_NAME).unlink(missing_ok=True)
         record = found.record | asked | {EMBEDDINGS: hashlib.sha256(embeddings).hexdigest()}
-        report = write_report(run, pictures, record)
+        (run / REPORT_NAME).unlink(missing_ok=True)
+        write_atomic(run / EMBEDDINGS_NAME, embeddings)
         write_atomic(run / RECORD_NAME, record_json(record))
+        report = write_report(run, pictures, record)
     except OSError as error:
         raise BadInput(f"{run} cannot be written ({error.strerror}): make it writable or free space") from None
     return record, report
@@ -118,9 +120,9 @@ def keep(
 def is_whole(run: Path, known: dict[str, Any]) -> bool:
     """Return whether the report and the embeddings of an evaluation are there; what is not is named on stderr."""
     from cmgan_dist.files import sha256_of
-    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME
+    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, REPORT_NAME
 
-    report, embeddings = run / "report.html", run / EMBEDDINGS_NAME
+    report, embeddings = run / REPORT_NAME, run / EMBEDDINGS_NAME
     for path in (report, embeddings):
         if not path.is_file():
             print(f"{path} is missing: evaluating anew", file=sys.stderr)

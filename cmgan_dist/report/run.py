@@ -37,7 +37,7 @@ from cmgan_dist.report.found import (
 from cmgan_dist.report.page import STYLE, render_page
 from cmgan_dist.report.record import read_evaluation
 from cmgan_dist.report.table import headline_section
-from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, is_of_model
+from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, REPORT_NAME, is_of_model
 from cmgan_dist.retrieval.gallery import GalleryItem
 from cmgan_dist.training.recorder import read_metrics
 
@@ -86,7 +86,7 @@ def write_report(
         when_empty="Nothing has been recorded yet.",
         config=_without_secrets(read_text(config, f"config file {config}")) if config.is_file() else None,
     )
-    path = run / "report.html"
+    path = run / REPORT_NAME
     write_atomic(path, page)
     return path
 

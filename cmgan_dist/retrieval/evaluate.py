@@ -29,7 +29,7 @@ from cmgan_dist.retrieval.headline import MODEL
 from cmgan_dist.retrieval.metrics import Embeddings
 from cmgan_dist.retrieval.metrics import evaluate as evaluate_embeddings
 
-RECORD_NAME, EMBEDDINGS_NAME, VERSION = "evaluation.json", "embeddings.npz", 1
+RECORD_NAME, EMBEDDINGS_NAME, REPORT_NAME, VERSION = "evaluation.json", "embeddings.npz", "report.html", 1
 
 
 def record_json(record: Mapping[str, Any]) -> str:

@@ -23,11 +23,14 @@ log = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
 """The file of a run that has a JSON object a line: "kind" (train or val), "samples", "epoch" and what was measured."""
 
+LARGEST = torch.finfo(torch.float32).max
+"""Of what a run measures, the largest number; a figure's axes can be drawn to it."""
+
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Return the lines of RUN/metrics.jsonl, none without the file; a last line cut by a crash is left out.
 
-    Other damaged lines are left out too, and the log says which."""
+    Other lines that are damaged, or hold what no run writes, are left out too, and the log says which."""
     path = run / METRICS_NAME
     if not path.is_file():
         return []
@@ -39,13 +42,29 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             record = parse_json(line)
         except ValueError:
             record = None
-        if isinstance(record, dict) and isinstance(record.get("samples"), int) and isinstance(record.get("kind"), str):
+        if isinstance(record, dict) and _is_line(record):
             lines.append(record)
         elif number < len(content):
             damaged.append(number)
     if damaged:
         log.warning("%s: %d damaged lines are left out, the first is line %d", path, len(damaged), damaged[0])
     return lines
+
+
+def _is_line(record: dict[str, Any]) -> bool:
+    """Return whether a record is what `Recorder.line` writes: a kind, and beside it numbers that float32 holds
+    and null."""
+    samples, measured = record.get("samples"), (value for name, value in record.items() if name != "kind")
+    return (
+        isinstance(record.get("kind"), str)
+        and isinstance(samples, int)
+        and samples >= 0
+        and all(value is None or _is_finite(value) for value in measured)
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 class Clock:

@@ -299,6 +299,32 @@ def test_parts_that_are_missing_are_left_out(tmp_path: Path) -> None:
     assert re.findall("<h2>(.*?)</h2>", numbers) == ["Results", "Precision and recall", "Classes"]
 
 
+NO_VALUES = '"x"', "[1]", "{}", "true", "NaN", "1e400", str(10**400)
+
+
+@pytest.mark.parametrize("value", NO_VALUES)
+@pytest.mark.parametrize("name", ["samples", "loss/D_CI/bce", "map/image_to_text", "map/mean", "accuracy/D_CI/real"])
+def test_lines_of_metrics_that_no_run_writes_are_left_out_and_counted(
+    name: str, value: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_training(tmp_path)
+    whole, _ = page(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    wrong = [json.dumps(json.loads(lines[at]) | {name: "?"}).replace('"?"', value) for at in (3, -1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in [*lines[:7], *wrong, *lines[7:]]))
+    assert page(tmp_path)[0] == whole
+    assert "metrics.jsonl: 2 damaged lines are left out, the first is line 8" in caplog.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_largest_values_are_drawn(tmp_path: Path) -> None:
+    save_training(tmp_path)
+    largest = {"map/mean": 3.4e38, "loss/D_CI/bce": -3.4e38, "margin/D_CI": 3.4e38, "samples": 10**38}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"kind": kind} | largest) + "\n" for kind in ("train", "val") for _ in range(2))
+    assert "<h2>Losses</h2>" in page(tmp_path)[0]
+
+
 def test_many_classes_and_many_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cmgan_dist.report.found.TSNE_POINTS", 100)
     save_test(tmp_path, embeddings(n=180, classes=60), [f"class number {c}" for c in range(60)])

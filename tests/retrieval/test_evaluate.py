@@ -195,8 +195,8 @@ def test_what_is_missing_or_of_another_evaluation_is_made_anew(
     assert "already evaluated" in capsys.readouterr().err
 
 
-def test_an_evaluation_that_was_killed_at_its_report_has_no_record(
-    feature_data: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_evaluation_that_was_killed_at_its_report_keeps_its_record_and_no_report_of_another(
+    feature_data: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     run = tmp_path / "run"
     save_untrained(run, feature_data(), small_config(8))
@@ -205,7 +205,11 @@ def test_an_evaluation_that_was_killed_at_its_report_has_no_record(
         patched.setattr("cmgan_dist.report.run.write_report", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
             launch(str(run), "--no-baselines")
-    assert not (run / "evaluation.json").exists()
+    assert read_evaluation(run / "evaluation.json")["split"] == "test"
+    assert not (run / "report.html").exists()
+    launch(str(run), "--no-baselines")
+    assert "report.html is missing: evaluating anew" in capsys.readouterr().err
+    assert (run / "report.html").exists()
 
 
 def test_a_report_leaves_out_an_evaluation_whose_model_is_gone(
