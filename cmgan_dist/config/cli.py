@@ -147,6 +147,9 @@ def _hint_for_word(word: str, arguments: Sequence[str]) -> str:
     if equals and name in Config.__dataclass_fields__:
         field = next((path for path in settings() if path.startswith(f"{name}.")), None)
         return f"name a field of that section, such as {field}=VALUE, " if field else f"write --{name} VALUE, "
+    if equals:
+        near = [path for path in settings() if path.rpartition(".")[2] == name]
+        return f"write {' or '.join(f'{path}=VALUE' for path in near)}, " if near else ""
     return "put a value of several words in quotes, "
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ MOST_VALUES = 100_000
 """Most values in a YAML text, each counted as often as aliases repeat it."""
 MOST_DIGITS = 1000
 """Longest number; the time to read one grows with the square of its length."""
+OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[0-9_.]+(:[0-9_.]+)+)")
+"""Numbers that YAML 1.1 reads by base 8 or 60, and hardly anyone means so: 010 and 1:30."""
 
 
 def read_text(path: Path, where: str) -> str:
@@ -96,7 +99,10 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
     if id(node) not in known:
         known[id(node)] = MOST_VALUES + 1
         below = getattr(node, "value", None)
-        if isinstance(below, str) and len(below) > MOST_DIGITS and node.tag.endswith((":int", ":float")):
-            raise ValueError(f"a number of {len(below)} characters")
+        if isinstance(below, str) and node.tag.endswith((":int", ":float")):
+            if len(below) > MOST_DIGITS:
+                raise ValueError(f"a number of {len(below)} characters")
+            if OTHER_BASE.fullmatch(below):
+                raise ValueError(f"{below}, which YAML 1.1 reads by another base than ten")
         known[id(node)] = 1 + sum(_count(part, known) for part in _parts(node))
     return known[id(node)]
