@@ -123,6 +123,7 @@ def _fields(path: Path, text: TextFormat) -> Iterator[tuple[int, list[str]]]:
     with io.TextIOWrapper(open_regular(path), text.encoding, newline="") as file:
         quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if text.quoted else csv.QUOTE_NONE
         rows = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+        width = 0
         for number in itertools.count(1):
             line = rows.line_num + 1
             try:
@@ -131,13 +132,29 @@ def _fields(path: Path, text: TextFormat) -> Iterator[tuple[int, list[str]]]:
                 return
             except csv.Error as error:
                 raise _no_row(f"row {number} of {path}, from line {line} on,", str(error)) from None
-            if delimiter == "\t" and any("\n" in field and delimiter in field for field in fields):
+            width = width or len(fields)
+            if any(_swallows(fields, at, delimiter, width) for at in range(len(fields))):
                 raise BadInput(
-                    f"row {number} of {path} goes from line {line} to {rows.line_num}, with tabs, between two quotes: "
-                    f"pass {UNQUOTED}, or write texts that hold tabs and lines as CSV"
+                    f"row {number} of {path} goes from line {line} to {rows.line_num} between two quotes, and a line "
+                    f"in it looks like a row: pass {UNQUOTED}, or write that text in one line"
                 )
             if fields:
                 yield number, fields
+
+
+def _swallows(fields: list[str], at: int, delimiter: str, width: int) -> bool:
+    """Return whether field `at` has several lines of which one is a row, or the first and the last are with what stands
+    beside them: a quote that was not meant as one has swallowed rows. Of tabs, any in such a field."""
+    if "\n" not in fields[at] or delimiter not in fields[at]:
+        return False
+    first, *inner, last = fields[at].split("\n")
+
+    def is_row(line: str, beside: int = 0) -> bool:
+        parts = line.split(delimiter)
+        return 1 < len(parts) == width - beside and not any(part[:1] in ("", " ") for part in parts)
+
+    ends = is_row(first, at) and is_row(last, len(fields) - at - 1)
+    return delimiter == "\t" or ends or any(map(is_row, inner))
 
 
 def _no_row(where: str, said: str) -> BadInput:

@@ -100,9 +100,41 @@ def test_quotes_in_a_tsv_swallow_no_rows(tmp_path: Path) -> None:
     }
     table.write_text('text\timage\n"Big dog\t0.png\n12 inch"\t2.png\n')
     with pytest.raises(
-        BadInput, match=r"row 2 of .*t\.tsv goes from line 2 to 3, with tabs, between two quotes: pass --quo"
+        BadInput, match=r"row 2 of .*t\.tsv goes from line 2 to 3 between two quotes, .*: pass --quoting none"
     ):
         build(table)
     table.write_text("text\timage\na\tb\t0.png\n")
     with pytest.raises(BadInput, match=r"has 3 fields, .* in quotes, and leave --quoting none away"):
         build(table, "--quoting", "none")
+
+
+@pytest.mark.parametrize("closed", [2, 4])
+@pytest.mark.parametrize("mark", [",", ";"])
+def test_quotes_in_a_csv_swallow_no_rows(mark: str, closed: int, tmp_path: Path) -> None:
+    texts = ["a cat", '"a 5 inch dog', "a dog", "a fox", "an owl"]
+    texts[closed] += '"'
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    table = tmp_path / "t.csv"
+    table.write_text(
+        "".join(
+            f"{mark.join(row)}\n"
+            for row in [("image", "text", "label"), *((f"{i}.png", text, "x") for i, text in enumerate(texts))]
+        )
+    )
+    options = ["--delimiter", mark, "--val", 0, "--test", 0]
+    with pytest.raises(BadInput, match=r"row 3 of .*t\.csv goes from line 3 to . between two quotes.*--quoting none"):
+        build(table, *options)
+    build(table, *options, "--quoting", "none")
+    found = samples_of(tmp_path / "out")
+    assert [found[str(i)][0] for i in range(len(texts))] == [[text] for text in texts]
+
+
+def test_texts_of_several_lines_stay(tmp_path: Path) -> None:
+    texts = ["a dog, black\nruns, fast, far\nand, well, on", "red\n\na, b\nblue", "one,\ntwo, three,\nfour"]
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    table = write_table(tmp_path / "t.csv", [{"image": f"{i}.png", "text": text} for i, text in enumerate(texts)])
+    build(table, "--val", 0, "--test", 0)
+    found = samples_of(tmp_path / "out")
+    assert [found[str(i)][0] for i in range(len(texts))] == [[text] for text in texts]
