@@ -122,7 +122,7 @@ def _model(config: ImageBackboneConfig | TextBackboneConfig, field: str, **optio
     except UNREADABLE as error:
         raise BadInput(
             f"{field}: open_clip cannot make {config.name} with weights '{config.weights}' ({first_line(error)}): "
-            "name the model that these weights are of"
+            "name the model that these weights are of, or get them again where some are missing"
         ) from None
     finally:
         logging.disable(logging.NOTSET)

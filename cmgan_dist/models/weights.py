@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import os
 import pickle
 import re
@@ -59,8 +60,11 @@ MOST_LINE = 240
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message that is not empty, cut where it is long, or the name of its type."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line of an error's message that is not empty, and those that it is the heading of, cut where it
+    is long; without one the name of the error's type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    headings = len(list(itertools.takewhile(lambda line: line.endswith(":"), lines)))
+    line = " ".join(lines[: headings + 1])
     return line if len(line) <= MOST_LINE else f"{line[:MOST_LINE]} ..."
 
 

@@ -121,6 +121,7 @@ def test_the_size_that_a_model_is_made_for(stored: tuple[Path, Any]) -> None:
         (replace(image_config("BARE")), "holds no .safetensors, .bin, .pth"),
         (text_config("BARE"), "holds no .safetensors, .bin, .pth"),
         (replace(image_config("OTHER")), "name the model that these weights are of"),
+        (replace(image_config("OTHER")), "Missing key(s) in state_dict: "),
         (text_config("", pools=("max",)), "model.text.pools"),
         (replace(image_config("hub:x"), name="open_clip:ViT-B-32"), "hub:laion2b_s34b_b79k"),
     ],
