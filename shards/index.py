@@ -39,6 +39,11 @@ PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst",
 """How tars end that were compressed: no sample of these can be read alone, so no training reads them."""
 
 
+SORTED = (
+    "the members of a sample must follow each other, so pack its folder anew: tar --sort=name -cf SHARD.tar -C FOLDER ."
+)
+
+
 def split_of_shard(name: str) -> str:
     """Return the split of a shard by a word in its name (``val-0.tar``) or its folder's (``val/0.tar``), else train."""
     return split_in(PurePosixPath(name).parts) or "train"
@@ -233,6 +238,7 @@ class IndexCommand:
         found = f"the first: {shown(first.key)}, {reason}"
         if len(faults) == len(samples):
             advice = "pass --label-kind none to train without labels" if first.label_fault else "mend them"
+            advice = SORTED if _are_apart([facts for facts, _ in faults]) else advice
             raise BadInput(f"no sample in {self.place} can be used ({found}): {advice}")
         notes.append(
             f"{len(faults)} of {len(samples)} samples cannot be used ({found}); "
@@ -344,6 +350,12 @@ def _splits_said(scans: list[ShardScan]) -> list[str]:
     """Return a line for each split that names of shards say."""
     paths = [PurePosixPath(scan.info.name) for scan in scans]
     return say_named_splits((split_in(path.parts), path) for path in paths)
+
+
+def _are_apart(samples: list[SampleFacts]) -> bool:
+    """Return whether samples of one key have other members each: members of one that do not follow each other."""
+    first: dict[str, SampleFacts] = {}
+    return any(set(first.setdefault(s.key, s).members).isdisjoint(s.members) for s in samples)
 
 
 def _contents(splits: dict[str, list[ShardInfo]]) -> dict[str, list[tuple[str, str]]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -28,6 +30,23 @@ def test_index_reads_img2dataset_output(tmp_path: Path) -> None:
     assert [(s.name, s.samples) for s in manifest.splits["train"]] == [("00000.tar", 4), ("00001.tar", 4)]
     assert verify(folder, processes=1).problems == []
     assert samples_of(folder)["000010002"] == ([TEXTS[2]], ())
+
+
+def test_members_that_do_not_follow_each_other_are_said(tmp_path: Path) -> None:
+    raw, data = tmp_path / "raw", tmp_path / "data"
+    raw.mkdir()
+    data.mkdir()
+    for i in range(12):
+        (raw / f"{i}.png").write_bytes(picture(i))
+        (raw / f"{i}.txt").write_text(f"text {i}")
+    names = sorted((path.name for path in raw.iterdir()), key=lambda name: name[::-1])
+    subprocess.run(["tar", "-cf", data / "a.tar", "-C", raw, *names], check=True)
+    with pytest.raises(BadInput, match="the members of a sample must follow each other") as said:
+        run_shards("index", data)
+    words = shlex.split(str(said.value).rpartition(": ")[2])
+    subprocess.run([{"SHARD.tar": data / "a.tar", "FOLDER": raw}.get(word, word) for word in words], check=True)
+    run_shards("index", data)
+    assert len(samples_of(data)) == 12
 
 
 def test_index_takes_splits_from_names_and_folders(tmp_path: Path) -> None:
