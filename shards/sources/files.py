@@ -13,6 +13,8 @@ from shards.pairs import FileBytes, brief
 
 MOST_CLASSES = 8
 """Names of classes that a line shows."""
+MISSING = frozenset(("nan", "none", "null", "nil", "<na>", "n/a", "#n/a"))
+"""What programs write for a value that is missing, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ def check_names(what: str, *names: str) -> None:
     for name in names:
         if not is_plain(name):
             raise BadInput(f"{what} {brief(name)} holds control characters: rename it")
+
+
+def say_missing(classes: list[str]) -> list[str]:
+    """Return a line with the names of classes by which programs write a missing value, none where there are none."""
+    words = [name for name in classes if name.lower() in MISSING]
+    found = ", ".join(map(brief, words))
+    return [f"classes {found}: a missing value is often written so, take such rows out if it is"] * bool(words)
 
 
 def say_classes(classes: list[str]) -> list[str]:

@@ -31,7 +31,7 @@ from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
 from shards.sources.columnar import Head
-from shards.sources.files import PlainFile, check_names, check_unicode, plain_path, say_classes
+from shards.sources.files import PlainFile, check_names, check_unicode, plain_path, say_classes, say_missing
 from shards.sources.rows import Row, TextFormat, check_ending, check_label_forms, head_of, read_rows
 from shards.sources.table_folder import Table, Tables, check_partitions, tables_of
 from shards.split_words import say_named_splits
@@ -205,7 +205,12 @@ class TableCommand(DrawCommand):
             details={"source": "table", **asdict(draw)},
             draw=draw,
             expected_splits=(*splits, *draw.splits),
-            notes=[*say_classes(classes), say_splits(named, draw), *missing_val([*splits, *draw.splits])],
+            notes=[
+                *say_classes(classes),
+                *say_missing(classes),
+                say_splits(named, draw),
+                *missing_val([*splits, *draw.splits]),
+            ],
             left_out=said.left_out,
         )
 

@@ -104,6 +104,13 @@ def test_a_cell_of_another_kind_is_refused_by_name(folder: Path, cells: dict[str
     assert "row 2 of t.jsonl" in str(error.value)
 
 
+def test_classes_that_may_be_missing_values_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = ["nan", "cat", "None", "dog"]
+    rows = (f"{name},text {name},{label}" for name, label in zip(NAMES, labels, strict=True))
+    build(csv_of(folder, "image,caption,label", *rows))
+    assert "classes None, nan: a missing value is often written so" in capsys.readouterr().out
+
+
 def test_whole_numbers_are_one_class_however_they_are_written(folder: Path) -> None:
     assert as_labels(1) == as_labels(1.0) == as_labels("1") == as_labels("1.0") == (("1",), False)
     assert as_labels("-2.00|2.5") == (("-2", "2.5"), True)
