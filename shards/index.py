@@ -33,6 +33,7 @@ from shards.output import LOCK, PACKING_NAME
 from shards.pairs import drawing, lines_of, missing_val, say_hidden
 from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
 from shards.shard_file import tars_among
+from shards.sources.files import check_classes
 from shards.split_words import say_named_splits, split_in
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
@@ -294,6 +295,7 @@ class IndexCommand:
                 names = old.classes
         else:
             names = _read_names(self.classes)
+            check_classes("class", names)
         if largest >= len(names):
             raise BadInput(
                 f"label {largest} is out of range: there are {len(names)} classes (sample {shown(key)}): mend it, or "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import posixpath
+import unicodedata
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from cmgan_dist.data.folder import is_plain, is_unicode, read_file
-from cmgan_dist.errors import BadInput, BadSample
+from cmgan_dist.errors import BadInput, BadSample, shown
 from shards.pairs import FileBytes, brief
 
 MOST_CLASSES = 8
@@ -55,6 +56,18 @@ def check_names(what: str, *names: str) -> None:
     for name in names:
         if not is_plain(name):
             raise BadInput(f"{what} {brief(name)} holds control characters: rename it")
+
+
+def check_classes(what: str, classes: list[str]) -> None:
+    """Raise BadInput naming `what` as `check_names` does, and when two names differ only by what nobody sees."""
+    check_names(what, *classes)
+    first: dict[str, str] = {}
+    for name in classes:
+        other = first.setdefault("".join(c for c in name if unicodedata.category(c) != "Cf"), name)
+        if other != name:
+            raise BadInput(
+                f"{what} '{shown(other)}' and '{shown(name)}' differ by characters that nobody sees: make them one"
+            )
 
 
 def say_missing(classes: list[str]) -> list[str]:

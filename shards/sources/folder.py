@@ -22,7 +22,7 @@ from cmgan_dist.errors import BadInput, shown
 from shards.pack import DrawCommand
 from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_hidden, say_splits
 from shards.partitions import Partitions, partitions_for
-from shards.sources.files import PlainFile, check_names, check_unicode, say_classes
+from shards.sources.files import PlainFile, check_classes, check_names, check_unicode, say_classes
 from shards.split_words import SPLIT_WORD, say_named_splits, split_in
 
 PART = re.compile(r"[0-9]{5}")
@@ -72,7 +72,7 @@ class FolderCommand(DrawCommand):
         draw = self.draw(named)
         name = self.name or self.input.resolve().name
         check_names("--name", name)
-        check_names("class folder", *classes)
+        check_classes("class folder", classes)
         check_unicode("--attribution", self.attribution)
 
         def raw_pairs() -> Iterator[RawPair]:

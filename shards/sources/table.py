@@ -31,7 +31,15 @@ from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
 from shards.sources.columnar import Head
-from shards.sources.files import PlainFile, check_names, check_unicode, plain_path, say_classes, say_missing
+from shards.sources.files import (
+    PlainFile,
+    check_classes,
+    check_names,
+    check_unicode,
+    plain_path,
+    say_classes,
+    say_missing,
+)
 from shards.sources.rows import Row, TextFormat, check_ending, check_label_forms, head_of, read_rows
 from shards.sources.table_folder import Table, Tables, check_partitions, tables_of
 from shards.split_words import say_named_splits
@@ -189,6 +197,7 @@ class TableCommand(DrawCommand):
             why = f" that can be used, {reasons_of(said.left_out)}: mend some" if said.left_out else ": add some"
             raise BadInput(f"{public_url(url)} has no rows{why}")
         classes = sorted(said.classes, key=_class_order)
+        check_classes("class", classes)
         _check_spelling(classes)
         name = self.name or top.stem
         check_names("--name", name)

@@ -75,7 +75,7 @@ def test_index_takes_splits_from_names_and_folders(tmp_path: Path) -> None:
     run_shards("index", tmp_path, "--overwrite", "--processes", 1)
     assert load_manifest(tmp_path).classes == ["Katze", "Hund", "Maus"]  # kept, not counted anew
     (tmp_path / "names.txt").write_text("Katze\x1cKater\nHund\nMaus\n")
-    with pytest.raises(BadInput, match=r"is no name: one of a line without control characters is.*rename it"):
+    with pytest.raises(BadInput, match=r"class Katze.*Kater holds control characters: rename it"):
         run_shards("index", tmp_path, "--classes", tmp_path / "names.txt", "--overwrite", "--processes", 1)
     (tmp_path / "names.txt").write_text("Katze\nHund\n")
     with pytest.raises(BadInput, match="label 2 is out of range: there are 2 classes"):

@@ -40,6 +40,19 @@ def test_class_folders_in_two_unicode_forms_are_one(tmp_path: Path) -> None:
     assert list(samples_of(tmp_path / "o")) == [f"train/{COMPOSED}/0"]
 
 
+@pytest.mark.parametrize("other", ["c\u202eat", "\ufeffcat", "cat\u200b"])
+def test_classes_that_differ_by_what_nobody_sees_are_refused(tmp_path: Path, other: str) -> None:
+    fill_folder(tmp_path, ["0", "1"])
+    rows = [{"image": f"{i}.png", "text": f"t {i}", "label": name} for i, name in enumerate(("cat", other))]
+    with pytest.raises(BadInput, match=r"\\u.* differ by characters that nobody sees: make them one"):
+        built(tmp_path, rows)
+    raw = fill_folder(tmp_path / "raw", ["cat/0", f"{other}/1"])
+    with pytest.raises(BadInput, match="differ by characters that nobody sees"):
+        run_shards("build", "folder", raw, *ALL_TRAIN, "--output", tmp_path / "p")
+    (tmp_path / "raw" / other).rename(tmp_path / "raw" / "dog \u200d\u2764")
+    run_shards("build", "folder", raw, *ALL_TRAIN, "--output", tmp_path / "q")
+
+
 def test_keys_in_two_unicode_forms_are_refused(tmp_path: Path) -> None:
     raw = fill_folder(tmp_path / "raw", [COMPOSED, DECOMPOSED])
     with pytest.raises(BadInput, match=r"has the same key .*: rename one of them"):
