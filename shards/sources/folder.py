@@ -172,7 +172,7 @@ def _images(top: Path, splits: dict[str, str], others: list[str], hidden: list[s
     """Give the images in and below `top`, hidden files apart.
 
     `splits`: split folders. `others` gets the paths of files of other kinds, `hidden` those that are. Raises BadInput
-    at a text without an image, or an image beside the split folders."""
+    at a text without an image or of another ending, or an image beside the split folders."""
     files = [PurePosixPath(name) for name in walk_files(top, (*IMAGE_EXTENSIONS, "txt"), others, hidden)]
     images = [path for path in files if path.suffix.lower() != ".txt"]
     owners = {path.with_suffix("") for path in images}
@@ -180,6 +180,8 @@ def _images(top: Path, splits: dict[str, str], others: list[str], hidden: list[s
         beside = bool(splits) and len(path.parts) == 1
         if path.suffix.lower() == ".txt" and path.with_suffix("") not in owners and not beside:
             raise BadInput(f"{top / path} has no image of the same name: add it or move the text away")
+        if path.suffix != ".txt" and path.suffix.lower() == ".txt" and path.with_suffix("") in owners:
+            raise BadInput(f"{top / path} is taken for texts where its name ends in .txt: rename it so")
     for path in images:
         split, folders = None, path.parts[:-1]
         if splits:

@@ -72,6 +72,10 @@ def test_files_of_other_kinds_are_counted(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "1 files are no pictures and texts of a known kind and were left out, the first is dog/1.gif" in said
     assert "2 hidden files and folders are passed over, the first is .old/" in said
+    (raw / "cat" / "1.txt").rename(raw / "cat" / "1.Txt")
+    with pytest.raises(BadInput, match=r"1\.Txt is taken for texts where its name ends in \.txt: rename it so"):
+        build_folder(raw, tmp_path / "out2", *WHOLE)
+    (raw / "cat" / "1.Txt").rename(raw / "cat" / "1.txt")
     (raw / "cat" / "3.TXT").write_text("a text")
     with pytest.raises(BadInput, match=r"3\.TXT has no image of the same name"):
         build_folder(raw, tmp_path / "other", *WHOLE)
