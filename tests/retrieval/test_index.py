@@ -68,7 +68,7 @@ def test_hits_are_the_items(tmp_path: Path) -> None:
         assert index.get(item).key == row["key"]
         assert np.array_equal(index.vector(item), made.vectors[item])
     assert index.manifest.embeddings[0]["first_id"] == 0
-    assert index.source == index.source_of(3) == {"kind": "shards", "location": "/data/emb"}
+    assert index.source == index.source_of(3) == {"kind": "shards", "location": "/data/emb", "sha256": ""}
 
 
 def test_the_same_vectors_are_not_added_twice_from_anywhere(tmp_path: Path) -> None:
@@ -334,8 +334,8 @@ def test_embeddings_are_added(kind: str, tmp_path: Path) -> None:
         assert (hit.key, hit.caption, hit.labels) == (row["key"], row["caption"], (("car", "dog")[row["labels"][0]],))  # type: ignore[index]
         assert hit.owner == 1200 + int(str(row["owner"]))
         np.testing.assert_allclose(index.vector(1200 + item), more.vectors[item], atol=0.03)
-    assert index.source_of(1200) == {"kind": "shards", "location": "/data/b"}
-    assert index.source_of(1198) == {"kind": "shards", "location": "/data/a"}
+    assert index.source_of(1200) == {"kind": "shards", "location": "/data/b", "sha256": ""}
+    assert index.source_of(1198) == {"kind": "shards", "location": "/data/a", "sha256": ""}
     (hits,) = index.search(more.vectors[4], 1289, classes=["car"])
     cars = [i for i, row in enumerate(first.rows) if row["labels"] == [2] and i != 1199]
     assert set(ids_of(hits)) == {*cars, *(1200 + i for i, row in enumerate(more.rows) if row["labels"] == [0])}
