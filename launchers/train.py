@@ -25,11 +25,12 @@ if TYPE_CHECKING:  # torch takes seconds to import: first come the cheap checks
 
 def train_and_report(run: Run) -> int:
     """Train to the end or to a signal and write the report of a run that has ended; returns the exit code."""
+    from cmgan_dist.retrieval.evaluate import REPORT_NAME
     from cmgan_dist.training.loop import run_training
 
     before = run.progress.position
     code = run_training(run)
-    page = run.folder / "report.html"
+    page = run.folder / REPORT_NAME
     missing = before < run.total or not page.exists()
     if missing and code == EXIT_DONE and run.config.train.report and run.parallel.main:
         from cmgan_dist.report.run import write_report  # seconds to import, and only here

@@ -66,9 +66,7 @@ def choose_options(command: FeatureOptions, manifest: Manifest) -> tuple[Options
     if command.image_backbone != "features" and manifest.image == "encoded":
         _check_weights("--image-weights", command.image_weights)
         weights = _from_anywhere(command.image_weights)
-        size = command.image_size
-        if size is None:
-            size = _own_size(ImageBackboneConfig(command.image_backbone, weights))
+        size = command.image_size or _own_size(ImageBackboneConfig(command.image_backbone, weights))
         image = (command.image_backbone, weights, size)
     if command.text_backbone != "features" and manifest.text == "utf8":
         if command.text_backbone != "sentence" and not is_open_clip(command.text_backbone):
@@ -78,9 +76,7 @@ def choose_options(command: FeatureOptions, manifest: Manifest) -> tuple[Options
         _check_weights("--text-weights", command.text_weights)
         pools = chosen_pools(command.text_pool)
         weights = _from_anywhere(command.text_weights)
-        tokens = command.max_tokens
-        if tokens is None:
-            tokens = _own_tokens(TextBackboneConfig(command.text_backbone, weights))
+        tokens = command.max_tokens or _own_tokens(TextBackboneConfig(command.text_backbone, weights))
         text = (command.text_backbone, weights, tokens, pools)
     if image is None and text is None:
         raise BadInput(

@@ -38,11 +38,10 @@ from shards.split_words import say_named_splits, split_in
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
 """How tars end that were compressed: no sample of these can be read alone, so no training reads them."""
-
-
 SORTED = (
     "the members of a sample must follow each other, so pack its folder anew: tar --sort=name -cf SHARD.tar -C FOLDER ."
 )
+"""What to do about tars in which the members of a sample stand apart."""
 
 
 def split_of_shard(name: str) -> str:

@@ -4,11 +4,12 @@ is at work, and only when it says nothing for the time-out of a collective is it
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+
+from cmgan_dist.jobs.repeat import every
 
 
 def _tell(done: bool, group: dist.ProcessGroup) -> bool:
@@ -24,23 +25,20 @@ def working(group: dist.ProcessGroup, every_s: float) -> Iterator[None]:
 
     `group`: one for CPU tensors that nothing else uses. Raises at the end what `_tell` raised where another process was
     lost meanwhile."""
-    ended, lost = threading.Event(), list[RuntimeError]()
+    lost: list[RuntimeError] = []
 
-    def tell() -> None:
-        try:
-            while not ended.wait(every_s):
-                _tell(False, group)
-            _tell(True, group)
-        except RuntimeError as error:
-            lost.append(error)
+    def tell(done: bool = False) -> None:
+        if not lost:
+            try:
+                _tell(done, group)
+            except RuntimeError as error:
+                lost.append(error)
 
-    thread = threading.Thread(target=tell, name="work", daemon=True)
-    thread.start()
     try:
-        yield
+        with every(every_s, tell):
+            yield
     finally:
-        ended.set()
-        thread.join()
+        tell(done=True)
     if lost:
         raise lost[0]
 

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cmgan_dist.errors import EXIT_LOST, BadInput
 from cmgan_dist.jobs.cores import usable_cores
+from cmgan_dist.jobs.repeat import every
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -102,24 +103,6 @@ def _begin_worker(shared: Any) -> None:
 
 
 @contextlib.contextmanager
-def _every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
-    """Do something every so many seconds, in a thread of its own, until the block ends."""
-    ended = threading.Event()
-
-    def repeat() -> None:
-        while not ended.wait(seconds):
-            action()
-
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-@contextlib.contextmanager
 def _following(advance: Advance, shared: Any) -> Iterator[Advance]:
     """Give what counts the units of tasks that are ended; beside them the bar moves by what is done of others."""
     lock, told, done = threading.Lock(), 0, 0
@@ -132,7 +115,7 @@ def _following(advance: Advance, shared: Any) -> Iterator[Advance]:
             told += more
             advance(more)
 
-    with _every(LOOK_S, lambda: look(0)):
+    with every(LOOK_S, lambda: look(0)):
         yield look
 
 
@@ -260,7 +243,7 @@ def progress_of(title: str, total: int | None) -> Iterator[Advance]:
     def report() -> None:
         print(progress_line(title, done, total, time.monotonic() - begun), file=sys.stderr, flush=True)
 
-    with _every(LINE_EVERY_S, report):
+    with every(LINE_EVERY_S, report):
         yield advance
 
 
