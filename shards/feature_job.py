@@ -6,6 +6,7 @@ last, so a run that was killed goes on behind the last shard whose record agrees
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 import typing
 from collections.abc import Iterator
@@ -39,6 +40,25 @@ from shards.shard_file import tars_among
 from shards.unfit import warnings_of
 
 # ---------------------------------------------------------------------------------------------- settings
+
+_FLAGS = {
+    "image": "--image-backbone",
+    "image.name": "--image-backbone",
+    "image.weights": "--image-weights",
+    "image.image_size": "--image-size",
+    "text": "--text-backbone",
+    "text.name": "--text-backbone",
+    "text.weights": "--text-weights",
+    "text.pools": "--text-pool",
+    "text.max_tokens": "--max-tokens",
+}
+"""Fields of a config's `model` -> what they are called here."""
+
+
+def _in_flags(sentence: str) -> str:
+    """Return what a backbone says against its config with the flags that set it."""
+    fields = re.compile(r"(?<![\w./-])model\.((?:image|text)(?:\.[a-z_]+)?)(?![\w/-])")
+    return fields.sub(lambda found: _FLAGS.get(found[1], found[0]), sentence)
 
 
 def chosen_pools(names: str) -> tuple[Pool, ...]:
@@ -262,9 +282,12 @@ def write_features(command: FeatureOptions) -> Manifest | None:
     task = find_task(command.task)
     data, manifest = open_data_set(command.data)
     sources = _sources(command, data, manifest)
-    options, share = choose_options(command, manifest)
-    # This process needs their checksum and sizes only, where others work.
-    made = extractor(dataclasses.replace(options, device="cpu") if share.cluster else options)
+    try:
+        options, share = choose_options(command, manifest)
+        # This process needs their checksum and sizes only, where others work.
+        made = extractor(dataclasses.replace(options, device="cpu") if share.cluster else options)
+    except BadInput as error:
+        raise BadInput(_in_flags(str(error))) from None
     output = FileStore(command.output, "--output")
     plan = _Plan(command, manifest, sources, task, data, options, share, made, settings_of(made), output)
     with owning_output(output, task.lock("features")):

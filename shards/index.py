@@ -10,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from cmgan_dist.data.folder import composed, is_plain, walk_files
+from cmgan_dist.data.folder import composed, is_plain, say_hidden, walk_files
 from cmgan_dist.data.index import index_name
 from cmgan_dist.data.manifest import (
     MANIFEST_NAME,
@@ -30,7 +30,7 @@ from cmgan_dist.files import open_once
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
 from shards.output import LOCK, PACKING_NAME
-from shards.pairs import drawing, lines_of, missing_val, say_hidden
+from shards.pairs import drawing, lines_of, missing_val
 from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
 from shards.shard_file import tars_among
 from shards.sources.files import check_classes
@@ -170,7 +170,7 @@ class IndexCommand:
     @property
     def place(self) -> str:
         """Path, or URL without what is secret in it."""
-        return public_url(self.data)
+        return public_url(self.data).rstrip("/") or "/"
 
     def _index(self, store: FileStore) -> tuple[Manifest, list[str]]:
         """Do what `index` says."""

@@ -30,13 +30,6 @@ def brief(text: str, most: int = MOST_SHOWN) -> str:
     return shown(text if len(text) <= most else f"{text[: most - 1]}…")
 
 
-def say_hidden(names: list[str]) -> list[str]:
-    """Return a line that says how many hidden files and folders are passed over, none where there are none."""
-    return [
-        f"{len(names)} hidden files and folders are passed over, the first is {brief(first)}" for first in names[:1]
-    ]
-
-
 def lines_of(text: str) -> list[str]:
     """Return the lines of a text file, which end at \\n, \\r\\n or \\r; str.splitlines cuts sentences at more."""
     return re.split(r"\r\n|\n|\r", text)

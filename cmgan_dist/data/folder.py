@@ -122,6 +122,13 @@ def walk_files(
     return sorted(walk.found)
 
 
+def say_hidden(names: list[str]) -> list[str]:
+    """Return a line that says how many hidden files and folders are passed over, none where there are none."""
+    return [
+        f"{len(names)} hidden files and folders are passed over, the first is {shown(first)}" for first in names[:1]
+    ]
+
+
 class _Walk:
     """What is found in a folder, and which of its folders and links are still to be walked."""
 

@@ -204,6 +204,7 @@ class SentenceEncoder(TextBackbone):
                 f"model.text.weights: '{weights}' cannot be loaded ({first_line(error)}): restore its files, or name "
                 "another model"
             ) from None
+        _check_layers(model, weights)
         _check_tokeniser(model, weights)
         _limit_tokens(model, config)
         for module in model.modules():
@@ -288,6 +289,23 @@ def _checkpoint_layers(model: Any, config: TextBackboneConfig) -> None:
         raise BadInput(
             f"model.text.checkpoint: '{config.weights}' has no layers that can be checkpointed: set it to false"
         ) from None
+
+
+def _check_layers(model: Any, weights: str) -> None:
+    """Raises BadInput where a model's file lacks weights: transformers draws them, and every text would have another
+    feature in the next process."""
+    from transformers import PreTrainedModel
+
+    inner = getattr(model[0], "auto_model", None)
+    if not isinstance(inner, PreTrainedModel):
+        return
+    _, found = type(inner).from_pretrained(inner.name_or_path, config=inner.config, output_loading_info=True)
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))  # which is not used
+    if missing:
+        raise BadInput(
+            f"model.text.weights: '{weights}' lacks {len(missing)} of its model's weights ({', '.join(missing[:3])}"
+            f"{', …' * (len(missing) > 3)}): restore its files, or name another model"
+        )
 
 
 def _check_tokeniser(model: Any, weights: str) -> None:

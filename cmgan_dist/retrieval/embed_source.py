@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ import torch
 
 from cmgan_dist.config.fields import StreamConfig
 from cmgan_dist.data.batch import EvalBatch, eval_batches
-from cmgan_dist.data.folder import is_plain, is_unicode, read_file, walk_files
+from cmgan_dist.data.folder import is_plain, is_unicode, read_file, say_hidden, walk_files
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.manifest import DataSpec, natural_splits
 from cmgan_dist.data.origin import sha256_of_data
@@ -38,6 +39,8 @@ from cmgan_dist.errors import BadInput, BadSample, refuse_url, shards_command
 from cmgan_dist.files import open_regular, parse_json_once, sha256_of
 from cmgan_dist.models.generator import Modality
 from cmgan_dist.retrieval.embeddings import SourceIdentity
+
+log = logging.getLogger(__name__)
 
 PICTURES, TEXTS = 1000, 10_000
 """Pictures and texts of a part."""
@@ -195,7 +198,10 @@ class PictureSource(Source):
             raise BadInput(f"--pictures {location} is no folder: name one with .jpg, .png or .webp files")
 
     def parts(self, splits: Sequence[str]) -> list[Part]:
-        found = walk_files(self.folder, IMAGE_EXTENSIONS)
+        hidden: list[str] = []
+        found = walk_files(self.folder, IMAGE_EXTENSIONS, hidden=hidden)
+        for line in say_hidden([name for name in hidden if name.lower().endswith(("/", *IMAGE_EXTENSIONS))]):
+            log.warning("--pictures %s: %s", self.folder, line)
         if not found:
             raise BadInput(f"--pictures {self.folder} has no .jpg, .png or .webp files: name another folder")
         cuts = [found[first : first + PICTURES] for first in range(0, len(found), PICTURES)]

@@ -40,7 +40,14 @@ PYTHON_RECORD = re.compile(
 )
 """A record, or a list of some, as Python, pandas and Spark write it."""
 PYTHON_BYTES = re.compile(rf"\s*+(?:b{PYTHON_STRING}|bytearray\(b{PYTHON_STRING}\))\s*", re.DOTALL)
-LIKE_A_VALUE = re.compile(r"""\s*(?:[\[({]|(?:np\.)?\w+\(|b['"])""")
+PYTHON_SCALAR = re.compile(
+    r"\s*+(?:(?:np|numpy|datetime)\.\w++|tensor|Timestamp|Timedelta|Period|Decimal|Fraction|UUID|"
+    r"(?:Pure)?(?:Posix|Windows)?Path)"
+    rf"\((?:[\s,]|\w++=(?:{PYTHON_ITEM}|[\w.]++)|{PYTHON_ITEM})++\)\s*",
+    re.DOTALL,
+)
+"""One number, text, date or path as numpy, torch, pandas and Python write it, such as ``np.str_('dog')``."""
+LIKE_A_VALUE = re.compile(r"""\s*(?:[\[({]|(?:\w+\.)?\w+\(|b['"])""")
 """How a text begins that may be one of these."""
 WRAPPED = re.compile(r"(?:np\.)?(?:array|tensor|frozenset|set|deque)\(\s*(?=[\[({])")
 """How the names of other kinds stand around a list."""
@@ -130,11 +137,13 @@ def _listed(value: Any, alone: str, of_list: str) -> Any:
 
 def _python_kind(text: str) -> str:
     """Return which value a text is as Python, pandas, numpy or Spark write it: "a list" (or set, tuple, array),
-    "a record", "bytes"; "" for none."""
+    "a record", "bytes", "a Python value"; "" for none."""
     if PYTHON_BYTES.fullmatch(text):
         return "bytes"
     if PYTHON_RECORD.fullmatch(text):
         return "a record"
+    if PYTHON_SCALAR.fullmatch(text):
+        return "a Python value"
     return "a list" if _is_python_list(text) else ""
 
 

@@ -15,12 +15,12 @@ from pathlib import Path, PurePosixPath
 
 import tyro
 
-from cmgan_dist.data.folder import composed, walk_files
+from cmgan_dist.data.folder import composed, say_hidden, walk_files
 from cmgan_dist.data.sample import IMAGE_EXTENSIONS
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, shown
 from shards.pack import DrawCommand
-from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_hidden, say_splits
+from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
 from shards.sources.files import PlainFile, check_classes, check_names, check_unicode, say_classes
 from shards.split_words import SPLIT_WORD, say_named_splits, split_in

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cmgan_dist.config.fields import ImageBackboneConfig, TextBackboneConfig
 from cmgan_dist.data.manifest import DataSpec, load_manifest
@@ -155,6 +156,19 @@ def test_a_tokeniser_without_words_and_one_of_another_model_are_refused(whole: P
         text_of(tmp_path)
     path.write_text(text)
     text_of(tmp_path)
+
+
+def test_a_sentence_encoder_whose_file_lacks_weights_is_refused(whole: Path, tmp_path: Path) -> None:
+    """transformers draws what is missing: every text would have another feature in the next process."""
+    shutil.copytree(whole / "sentence", tmp_path / "sentence")
+    (path,) = tmp_path.rglob("model.safetensors")
+    weights = load_file(path)
+    lost = next(name for name in weights if "LayerNorm" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, path, {"format": "pt"})
+    with pytest.raises(BadInput, match=rf"lacks 1 of its model's weights \({re.escape(lost)}\): restore its files"):
+        text_of(tmp_path)
+    save_file({name: tensor for name, tensor in weights.items() if "pooler" not in name}, path, {"format": "pt"})
+    text_of(tmp_path)  # a pooler, which is not used
 
 
 def test_words_that_end_within_a_line_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -99,6 +99,16 @@ def test_a_folder_of_bad_pictures_alone_is_no_set(run: Path, pictures: Path, tmp
     assert not (tmp_path / "emb" / "embeddings.json").exists()
 
 
+def test_hidden_pictures_are_passed_over_aloud(
+    run: Path, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (pictures / ".cache").mkdir()
+    for name in (".cache/a.jpg", ".b.JPG", ".DS_Store"):
+        (pictures / name).write_bytes(b"")
+    assert keys_of(whole(run, tmp_path / "emb", pictures=pictures)) == ["good.jpg"]
+    assert "2 hidden files and folders are passed over, the first is .b.JPG" in caplog.text
+
+
 def test_names_that_are_not_utf8_or_hold_a_line_end(
     run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -678,6 +678,12 @@ def test_a_changed_or_missing_shard(raw_data: Callable[..., Path], command: Call
         ({"text_pool": "max,max"}, "of which one stands twice"),
         ({"text_pool": ""}, "of which '' is none"),
         ({"image_backbone": "features", "text_backbone": "features"}, "nothing to do"),
+        # what a backbone says against its config, by the flags that set it
+        ({"image_backbone": "efficientnet"}, "^--image-backbone is 'efficientnet', which is not a timm model"),
+        ({"image_weights": "none.pth"}, "^--image-weights: file .*none.pth does not exist"),
+        ({"text_weights": "nowhere"}, "^--text-weights is '.*nowhere', which is not the folder"),
+        ({"max_tokens": 2}, "^--max-tokens is 2 and 2 tokens of each text are marks .* set it to 3 or more"),
+        ({"image_backbone": "vit_tiny_patch16_224", "image_size": 100}, "^--image-(size|weights)"),
     ],
 )
 def test_bad_options_are_named(

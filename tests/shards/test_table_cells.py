@@ -303,11 +303,14 @@ RECORDS = "{'raw': 'a dog'}", "{'raw': \"it's\"}", "{1: array([0, 2]), 'a': <obj
 RECORDS += "[{'raw': 'a dog', 'id': 3}, {'raw': 'a cat', 'id': 4}]", "{'bytes': b'\\x89PNG\\n', 'path': None}"
 RECORDS += "OrderedDict([('raw', 'a dog')])", "defaultdict(<class 'list'>, {'a': [1]})", "Row(raw='a dog')"
 AS_BYTES = "b'a dog'", 'b"it\'s a dog"', "bytearray(b'\\xff\\xd8')"
+SCALARS = "np.str_('a dog')", "np.int64(3)", "tensor(3)", "tensor(1., device='cuda:0')", "Decimal('3')"
+SCALARS += "Timestamp('2020-01-01 00:00:00')", "datetime.date(2020, 1, 1)", "PosixPath('a.png')", "UUID('0f')"
 
 
-@pytest.mark.parametrize("written", [*RECORDS, *AS_BYTES])
-def test_records_and_bytes_as_python_prints_them_are_no_labels_no_texts_and_no_pictures(written: str) -> None:
-    said = re.escape(f"{written} looks like {'bytes' if written in AS_BYTES else 'a record'}: ")
+@pytest.mark.parametrize("written", [*RECORDS, *AS_BYTES, *SCALARS])
+def test_values_as_python_prints_them_are_no_labels_no_texts_and_no_pictures(written: str) -> None:
+    kind = "bytes" if written in AS_BYTES else "a Python value" if written in SCALARS else "a record"
+    said = re.escape(f"{written} looks like {kind}: ")
     with pytest.raises(BadSample, match=said + "write its text alone"):
         as_texts(written)
     with pytest.raises(BadSample, match=said + "write the name of the class alone"):
@@ -362,6 +365,10 @@ def test_a_column_of_records_that_pandas_wrote_as_csv_is_refused_by_its_row(fold
         "b's dog",
         "{':)'} a dog",
         "Row(2)",
+        "Path(to glory)",
+        "a tensor(3)",
+        "Period()",
+        "np.(3)",
         "((((" * 20000,
     ],
 )
