@@ -33,7 +33,7 @@ from shards.output import LOCK, PACKING_NAME
 from shards.pairs import drawing, lines_of, missing_val
 from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
 from shards.shard_file import tars_among
-from shards.sources.files import check_classes
+from shards.sources.files import check_classes, say_classes, say_missing
 from shards.split_words import say_named_splits, split_in
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
@@ -128,12 +128,12 @@ class IndexCommand:
     """Write manifest.json and an index beside each tar, for WebDataset shards made elsewhere.
 
     Splits: by a word in the name (cc3m-val-00000.tar) or the folder's (val/00000.tar), else train. Labels are read
-    from KEY.json and, as numbers, from KEY.cls."""
+    from KEY.json ("label" or "labels") or KEY.cls: numbers or names of classes."""
 
     data: tyro.conf.Positional[str]
     """Folder or URL (s3, gs) of tars, searched to its depth; a URL's tars are read where this runs, and stay."""
     classes: Path | None = None
-    """File with a class name a line (None: as many numbered classes as the labels need)."""
+    """File with a class name a line (None: the names that labels are, or as many numbers as labels need)."""
     label_kind: Literal["single", "multi", "none"] | None = None
     """How labels are read (None: seen from the samples)."""
     name: str | None = None
@@ -195,11 +195,13 @@ class IndexCommand:
         print(shown("; ".join([_taken(good, kind), *_splits_said(scans)])), flush=True)
         if kind != "none":
             check_labels(good, kind)
+        classes, named = ([], False) if kind == "none" else self._class_names(scans, good, old)
+        scans = [scan.numbered({name: number for number, name in enumerate(classes)}) for scan in scans]
         splits = {split: [s.info for s in scans if split_of_shard(s.info.name) == split] for split in _splits(scans)}
         manifest = assemble(
             name=self.name or (old.name if old else _name_of(store)),
             label_kind=kind,
-            classes=[] if kind == "none" else self._class_names(good, old),
+            classes=classes,
             splits=splits,
             image_dim=image_dim,
             text_dim=text_dim,
@@ -209,7 +211,9 @@ class IndexCommand:
         for scan in scans:
             store.write(index_name(scan.info.name), scan.index.to_bytes())
         store.write(MANIFEST_NAME, manifest.to_json())
-        if manifest.classes and self.classes is None and old is None:
+        if named:
+            notes += [*say_classes(classes), *say_missing(classes)]
+        elif classes and self.classes is None and old is None:
             way = f"{shards_command('index', '--overwrite', self.place, '--classes', 'FILE')} gives them others"
             notes.append(f"the {len(manifest.classes)} classes have numbers for names: {way}")
         return manifest, notes
@@ -285,22 +289,51 @@ class IndexCommand:
             raise BadInput(f"no shard in {self.place} can be used: {notes[0]}")
         return usable, notes
 
-    def _class_names(self, samples: list[SampleFacts], old: Manifest | None) -> list[str]:
-        """Return the class names. Raises BadInput when a label has no name in the file."""
-        largest, key = max((max(facts.labels), facts.key) for facts in samples)
-        if self.classes is None:
-            names = [str(i) for i in range(largest + 1)]
-            if old is not None and len(old.classes) >= len(names):
-                names = old.classes
-        else:
-            names = _read_names(self.classes)
-            check_classes("class", names)
+    def _class_names(
+        self, scans: list[ShardScan], good: list[SampleFacts], old: Manifest | None
+    ) -> tuple[list[str], bool]:
+        """Return the classes' names, and whether labels are these, not numbers.
+
+        Raises BadInput when some are numbers and others names, or one has no class in the file."""
+        usable = {id(facts) for facts in good}
+        named = {id(facts): scan.named(facts) for scan in scans for facts in scan.samples if id(facts) in usable}
+        by_name = [facts for facts in good if named[id(facts)]]
+        by_number = [facts for facts in good if facts.labels and not named[id(facts)]]
+        if by_name and by_number:
+            raise BadInput(
+                f"the labels of {len(by_number)} samples are numbers (the first: {shown(by_number[0].key)}) and of "
+                f"{len(by_name)} names (the first: {shown(by_name[0].key)}): write all in one way"
+            )
+        given = None if self.classes is None else _read_names(self.classes)
+        if by_name:
+            return self._names_of(
+                {name: facts.key for facts in reversed(by_name) for name in named[id(facts)]}, given, old
+            ), True
+        largest, key = max((max(facts.labels), facts.key) for facts in good)
+        names = given or [str(i) for i in range(largest + 1)]
+        if given is None and old is not None and len(old.classes) >= len(names):
+            names = old.classes
         if largest >= len(names):
             raise BadInput(
                 f"label {largest} is out of range: there are {len(names)} classes (sample {shown(key)}): mend it, or "
                 "name a file with more"
             )
-        return names
+        return names, False
+
+    def _names_of(self, first: dict[str, str], given: list[str] | None, old: Manifest | None) -> list[str]:
+        """Return the classes' names where labels are names; `first`: name -> key of a sample. Raises BadInput at one
+        that is not in the file, and at two that look alike."""
+        if given is None:
+            names = old.classes if old is not None and first.keys() <= {*old.classes} else sorted(first)
+            check_classes("class", names)
+            return names
+        lost = sorted(first.keys() - {*given})
+        if lost:
+            raise BadInput(
+                f"class file {self.classes} lacks {len(lost)} of the {len(first)} classes that labels name, the first "
+                f"is '{shown(lost[0])}' (sample {shown(first[lost[0]])}): add it, or leave --classes away"
+            )
+        return given
 
 
 def _scan(data: str, name: str, decode: bool) -> ShardScan:
@@ -374,4 +407,5 @@ def _read_names(path: Path) -> list[str]:
     names = [composed(line.strip()) for line in lines if line.strip()]
     if not names:
         raise BadInput(f"class file {path} is empty: write a name a line")
+    check_classes("class", names)
     return names

@@ -5,7 +5,8 @@ Legend: a shard's *damage* is where its tar breaks off; a sample's *fault* is wh
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -14,7 +15,7 @@ import numpy as np
 from cmgan_dist.data.index import Layout, ShardIndex
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import ShardInfo
-from cmgan_dist.data.sample import BadLabel, Sample, parse_sample, sources_of
+from cmgan_dist.data.sample import CLASSES, BadLabel, NumberOf, Sample, parse_sample, sources_of
 from cmgan_dist.data.tar import NOT_REGULAR, Member, iter_groups, members_of
 from cmgan_dist.errors import BadInput, BadSample
 from cmgan_dist.files import NotRegular, open_regular
@@ -30,7 +31,8 @@ class SampleFacts:
     members: tuple[str, ...]
     """Extensions, in the tar's order."""
     labels: tuple[int, ...] = ()
-    """Class indices as its JSON or ``.cls`` says, () where it has none or says what is none."""
+    """Class indices as its JSON or ``.cls`` says, () where it has none or says what is none. Where no data set is
+    known, names are `FIRST_NAMED` and further numbers (`ShardScan.names`)."""
     label_fault: str = ""
     """Why what these say is no label; a fault where the data set has labels."""
     sources: tuple[str, str, str] = ("", "", "")
@@ -50,6 +52,10 @@ class SampleFacts:
     """Of each text as it is compared (`same_text.py`); of feature values where it has such."""
 
 
+FIRST_NAMED = CLASSES.stop
+"""Number of the first class that a shard's labels name, until all names of the data set are known."""
+
+
 @dataclass
 class ShardScan:
     """What one walk through a tar found."""
@@ -65,6 +71,25 @@ class ShardScan:
     """Name of the first of them, a link before others: it may have been meant to be of a sample."""
     ended: bool = True
     """Whether the end of a tar stands behind the last member; some writers leave it out, and a cut file lacks it."""
+    names: list[str] = field(default_factory=list)
+    """Of classes, where no data set is known and labels are names; the first is that of the label `FIRST_NAMED`."""
+
+    def named(self, facts: SampleFacts) -> list[str]:
+        """Return the names of a sample's classes; none where its labels are numbers."""
+        return [self.names[label - FIRST_NAMED] for label in facts.labels if label >= FIRST_NAMED]
+
+    def numbered(self, numbers: Mapping[str, int]) -> ShardScan:
+        """Return a scan in which labels that are names have the numbers of their classes, or are none."""
+        if not self.names:
+            return self
+        samples = []
+        for facts in self.samples:
+            names = self.named(facts)
+            known = all(name in numbers for name in names)
+            labels = facts.labels if not names else tuple(sorted(numbers[name] for name in names)) if known else ()
+            samples.append(replace(facts, labels=labels))
+        index = self.index.labelled([facts.labels for facts in samples])
+        return replace(self, info=_with_sidecar(self.info, index), index=index, samples=samples, names=[])
 
 
 def foreign_files(scan: ShardScan) -> list[str]:
@@ -103,13 +128,13 @@ def _opened(path: Path) -> BinaryIO:
         raise BadInput(f"shard {path} is no regular file: remove it, or put the shard itself there") from None
 
 
-def sample_facts(group: list[Member], *, decode: bool, judge: Judge | None = None) -> SampleFacts:
+def sample_facts(group: list[Member], *, decode: bool, number_of: NumberOf, judge: Judge | None = None) -> SampleFacts:
     """Return the facts of a sample; with `decode`, its image is decoded. What cannot be used has a fault.
 
-    `judge`: of the data set, where that is known."""
+    `number_of`: for classes that it names. `judge`: of the data set, where that is known."""
     facts = SampleFacts(group[0].key, tuple(member.extension for member in group))
     try:
-        sample = _parse(group, facts)
+        sample = _parse(group, facts, number_of)
         _measure(sample, facts)
         if judge is not None:
             if judge.labelled and facts.label_fault:
@@ -127,11 +152,11 @@ def sample_facts(group: list[Member], *, decode: bool, judge: Judge | None = Non
     return facts
 
 
-def _parse(group: list[Member], facts: SampleFacts) -> Sample:
+def _parse(group: list[Member], facts: SampleFacts, number_of: NumberOf) -> Sample:
     """Return the sample of its members, without labels where what it says is none. Raises BadSample."""
     key, members = group[0].key, members_of(group)
     try:
-        return parse_sample(key, members)
+        return parse_sample(key, members, number_of=number_of)
     except BadLabel as fault:
         facts.label_fault = str(fault)
         return parse_sample(key, members, labelled=False)
@@ -179,20 +204,22 @@ def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None 
 def scan_file(file: BinaryIO, name: str, decode: bool = False, judge: Judge | None = None) -> ShardScan:
     """Read a tar to its end; `name` is the shard's in the manifest. With `decode`, every image is decoded.
 
-    `judge`: of the data set, where that is known; the index does not depend on it.
+    `judge`: of the data set, where that is known; the index depends on it where labels are names.
 
     A tar that breaks off is no error: the scan says where. Raises OSError when the file cannot be read."""
     offsets: list[int] = []
     layouts: list[Layout] = []
     samples: list[SampleFacts] = []
     foreign: list[str] = []
+    names: dict[str, int] = {}
+    number_of = judge.number_of if judge else lambda name: names.setdefault(name, FIRST_NAMED + len(names))
     damage, ended = "", True
     reader = _HashingReader(file)
     try:
         for group in iter_groups(cast(BinaryIO, reader), name, foreign):
             offsets.append(group[0].start)
             layouts.append(Layout.of(group))
-            samples.append(sample_facts(group, decode=decode, judge=judge))
+            samples.append(sample_facts(group, decode=decode, number_of=number_of, judge=judge))
         # The walk ends at a zero block, which belongs to no sample, or at the end of the file.
         end, ended = reader.position - reader.last, reader.last > 0
         damage = _rest(reader, name, end)
@@ -200,7 +227,11 @@ def scan_file(file: BinaryIO, name: str, decode: bool = False, judge: Judge | No
         damage, end = str(error), reader.position
         _rest(reader, name, end)
     index = ShardIndex.build(offsets, end, [facts.labels for facts in samples], layouts)
-    sidecar = hashlib.sha256(index.to_bytes()).hexdigest()
-    info = ShardInfo(name, len(samples), reader.position, reader.digest.hexdigest(), sidecar)
+    info = _with_sidecar(ShardInfo(name, len(samples), reader.position, reader.digest.hexdigest()), index)
     first = min(foreign, key=lambda name: not name.endswith(NOT_REGULAR), default="")
-    return ShardScan(info, index, samples, damage, len(foreign), first, ended)
+    return ShardScan(info, index, samples, damage, len(foreign), first, ended, list(names))
+
+
+def _with_sidecar(info: ShardInfo, index: ShardIndex) -> ShardInfo:
+    """Return the entry of a shard that has the sidecar `index`."""
+    return replace(info, index_sha256=hashlib.sha256(index.to_bytes()).hexdigest())

@@ -31,6 +31,7 @@ from PIL import Image
 from cmgan_dist.config.fields import Config
 from cmgan_dist.data.batch import Batch
 from cmgan_dist.data.index import Layout, ShardIndex, index_name
+from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import DataSpec, Manifest, ShardInfo, load_manifest
 from cmgan_dist.data.sample import parse_labels, parse_sample
 from cmgan_dist.data.store import ShardStore
@@ -472,11 +473,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def samples_of(folder: Path, split: str = "train") -> dict[str, tuple[object, tuple[int, ...]]]:
     """Key -> (texts, labels) of a split, by the schema's own reader."""
-    found = {}
-    for shard in load_manifest(folder).shards(split):
+    found, manifest = {}, load_manifest(folder)
+    for shard in manifest.shards(split):
         with open(folder / shard.name, "rb") as file:
             for key, _, members in iter_samples(file, shard.name):
-                sample = parse_sample(key, members)
+                sample = parse_sample(key, members, number_of=Judge.of(manifest).number_of)
                 found[key] = sample.texts, sample.labels
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -96,8 +96,6 @@ class ShardIndex:
     def build(cls, offsets: list[int], end: int, labels: list[tuple[int, ...]], layouts: list[Layout]) -> ShardIndex:
         """Return the index of a shard of n samples: per sample its first byte, classes and layout; `end` is where the
         last one ends. A sample whose layout does not fill it, or has a pattern too many, is left to the walk."""
-        starts = np.concatenate([[0], np.cumsum([len(one) for one in labels])]).astype(np.int64)
-        values = np.asarray([v for one in labels for v in one], dtype=np.int32)
         patterns = {"": 0}
         widest = max((len(layout.sizes) for layout in layouts), default=0)
         table = np.zeros((len(layouts), 2 + widest), np.uint32)
@@ -105,7 +103,12 @@ class ShardIndex:
             if layout.span() == stop - start and (layout.pattern in patterns or len(patterns) < MOST_PATTERNS):
                 number = patterns.setdefault(layout.pattern, len(patterns))
                 table[i, : 2 + len(layout.sizes)] = number, layout.check, *layout.sizes
-        return cls(np.asarray([*offsets, end], dtype=np.int64), starts, values, np.asarray(list(patterns)), table)
+        return cls(np.asarray([*offsets, end], dtype=np.int64), *_flat(labels), np.asarray(list(patterns)), table)
+
+    def labelled(self, labels: list[tuple[int, ...]]) -> ShardIndex:
+        """Return the index with other classes of its samples."""
+        starts, values = _flat(labels)
+        return replace(self, label_starts=starts, label_values=values)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -157,6 +160,12 @@ class ShardIndex:
             raise
         except (*UNREADABLE_ARRAY, OSError, KeyError, IndexError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
             raise BadInput(f"{name} is not a shard index ({error}): {write_anew(place)}") from None
+
+
+def _flat(labels: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the classes of each sample begin, int64 [n + 1], and all of them, int32."""
+    starts = np.concatenate([[0], np.cumsum([len(one) for one in labels])]).astype(np.int64)
+    return starts, np.asarray([v for one in labels for v in one], dtype=np.int32)
 
 
 def write_anew(place: str) -> str:

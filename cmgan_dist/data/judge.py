@@ -6,12 +6,13 @@ whether its picture decodes, so that they find the same samples bad, with the sa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from cmgan_dist.data.manifest import DataSpec, Manifest
-from cmgan_dist.data.sample import Sample, parse_sample
-from cmgan_dist.errors import BadSample
+from cmgan_dist.data.sample import BadLabel, Sample, parse_sample
+from cmgan_dist.errors import BadSample, shown
 
 
 @dataclass(frozen=True)
@@ -26,22 +27,35 @@ class Judge:
     """F_i of image features; None for encoded images."""
     text_dim: int | None
     """F_t of text features; None for texts."""
+    names: tuple[str, ...] = ()
+    """The classes' names, which labels may be."""
 
     @classmethod
     def of(cls, data: Manifest | DataSpec) -> Judge:
         """Return the judge of a data set's samples."""
-        return cls(data.label_kind, len(data.classes), data.image_dim, data.text_dim)
+        return cls(data.label_kind, len(data.classes), data.image_dim, data.text_dim, tuple(data.classes))
 
     @property
     def labelled(self) -> bool:
         """Whether samples have labels."""
         return self.label_kind != "none"
 
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
+    def number_of(self, name: str) -> int:
+        """Return the index of the class of that name. Raises BadLabel where there is none."""
+        number = self._numbers.get(name)
+        if number is None:
+            raise BadLabel(f"label '{shown(name[:60])}' is none of the {self.classes} classes")
+        return number
+
     def read(self, key: str, members: dict[str, bytes]) -> Sample:
         """Return the sample of the members (extension -> bytes), whose picture is not decoded.
 
         Raises BadSample when it cannot be used, or is not as the data set says."""
-        sample = parse_sample(key, members, labelled=self.labelled)
+        sample = parse_sample(key, members, labelled=self.labelled, number_of=self.number_of)
         self.check(sample)
         return sample
 

