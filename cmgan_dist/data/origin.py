@@ -54,13 +54,20 @@ def check_same(place: str, manifest: Manifest, sha256: str, made: str, flag: str
 
 
 def find_origin(place: str, details: Mapping[str, object], flag: str) -> str:
-    """Return the folder of the raw shards that features were made from, "" where it is not there any more, is a URL, or
-    was never told.
+    """Return the folder of the raw shards that features were made from, "" where it was never told, or, as the log
+    says, is not there any more, or is a URL.
 
     `place`: where the features lie. Features of features lead to the raw shards of the first. Raises BadInput, naming
     `flag`, when another data set lies in that folder."""
     source, sha256 = details.get(SOURCE), details.get(SOURCE_SHA256)
-    if not isinstance(source, str) or not os.path.isabs(source) or not (Path(source) / MANIFEST_NAME).is_file():
+    if not isinstance(source, str) or not (os.path.isabs(source) or "://" in source):
+        return ""
+    if "://" in source or not (Path(source) / MANIFEST_NAME).is_file():
+        why = "is a URL, which is not read unasked" if "://" in source else "is not there any more"
+        log.warning(
+            "%s was made from %s, which %s, so its pictures are not shown: name the raw shards by %s",
+            public_url(place), shown(source), why, flag,
+        )  # fmt: skip
         return ""
     if not isinstance(sha256, str):
         log.warning(

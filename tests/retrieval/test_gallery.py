@@ -108,6 +108,17 @@ def test_a_data_set_that_was_never_told_is_none(
     assert "does not say which data set" in caplog.text
 
 
+def test_raw_shards_that_are_gone_or_at_a_url_are_said(
+    made_elsewhere: ShardReader, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(tmp_path / "here" / "raw")
+    assert {item.image for item in gallery_items(made_elsewhere)} == {None}
+    assert "is not there any more, so its pictures are not shown: name the raw shards by --pictures" in caplog.text
+    made_elsewhere.manifest.details = {"source": "s3://bucket/raw", "source_sha256": "0"}
+    assert {item.image for item in gallery_items(made_elsewhere)} == {None}
+    assert "made from s3://bucket/raw, which is a URL, which is not read unasked" in caplog.text
+
+
 def test_features_of_features_lead_to_the_raw_shards(made_elsewhere: ShardReader, tmp_path: Path) -> None:
     again = data_set(tmp_path / "again", {"0.tar": [("a", 0), ("b", 1)]}, features=True)
     again.manifest.details = dict(origin_of(made_elsewhere.data, made_elsewhere.manifest))
