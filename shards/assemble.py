@@ -10,8 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.manifest import LabelKind, Manifest, ShardInfo
+from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, reasons_of, shown
+
+MOST_UNFILLED = 5
+"""Classes without a sample that a line names."""
 
 
 def assemble(
@@ -53,6 +58,20 @@ def assemble(
     except ValueError as error:
         raise BadInput(f"{shown(name)} cannot be described: {shown(str(error))}: rename it") from None
     return manifest
+
+
+def say_unfilled(store: FileStore, manifest: Manifest, left_out: Sequence[str]) -> list[str]:
+    """Return a line that names classes without a sample in any split, where pairs were left out; none where all have
+    one. Sidecars are read until each class was met. Raises BadInput when one cannot be read."""
+    missing = {*range(len(manifest.classes))} if left_out else set()
+    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        if not missing:
+            return []
+        name = index_name(shard.name)
+        missing -= {*ShardIndex.from_bytes(store.read(name), store.location(name)).label_values.tolist()}
+    names = ", ".join(shown(manifest.classes[number]) for number in sorted(missing)[:MOST_UNFILLED])
+    more = f" and {len(missing) - MOST_UNFILLED} more" if len(missing) > MOST_UNFILLED else ""
+    return [f"classes without a sample, since pairs were left out: {names}{more}"] if missing else []
 
 
 def print_summary(

@@ -31,7 +31,7 @@ from cmgan_dist.models.backbone import PixelBackbone
 from cmgan_dist.models.backbones import image_size_of
 from cmgan_dist.models.clip import is_open_clip, made_for
 from cmgan_dist.models.weights import weights_sha256
-from shards.assemble import assemble, print_summary
+from shards.assemble import assemble, print_summary, say_unfilled
 from shards.extract import Extractor, Options, extractor
 from shards.feature_options import FeatureOptions
 from shards.feature_shard import Made, MadeOtherwise, finished_shard, is_recorded, make_shard, record_name
@@ -337,5 +337,6 @@ def _finish(plan: _Plan, done: dict[str, Made], new: bool) -> Manifest:
     output.write(MANIFEST_NAME, written.to_json())
     place = public_url(plan.command.output)
     headline = f"wrote {place}" if new else f"already written: {place}"
-    print_summary(headline, written, notes=missing_val(written.splits, drawing(place)), left_out=left_out)
+    notes = [*missing_val(written.splits, drawing(place)), *say_unfilled(output, written, left_out)]
+    print_summary(headline, written, notes=notes, left_out=left_out)
     return written

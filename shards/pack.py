@@ -26,7 +26,7 @@ from cmgan_dist.errors import BadInput, reasons_of, shown
 from cmgan_dist.jobs.lock import lock_name, owning, owning_in_turn
 from cmgan_dist.jobs.machine import Share, absolute
 from cmgan_dist.jobs.ranks import Task, find_task
-from shards.assemble import assemble, print_summary
+from shards.assemble import assemble, print_summary, say_unfilled
 from shards.make import Found, Made, Making, files_of_shard, find_shard, make_shard, record_name
 from shards.output import (
     LOCK,
@@ -326,4 +326,4 @@ class _Job:
             left_out=left_out,
         )
         finish_output(self.output, manifest)
-        return Packed(manifest, [], left_out, False)
+        return Packed(manifest, say_unfilled(self.output, manifest, left_out), left_out, False)

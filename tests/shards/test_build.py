@@ -251,6 +251,19 @@ def test_skip_bad_counts_and_lists(raw: Path, tmp_path: Path, capsys: pytest.Cap
     assert verify(tmp_path / "out").problems == []
 
 
+def test_a_class_that_lost_its_pairs_is_named(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (raw / "train" / "zebra").mkdir()
+    (raw / "train" / "zebra" / "z.png").write_bytes(picture(0)[:60])
+    (raw / "train" / "zebra" / "z.txt").write_text("a zebra")
+    manifest = build_folder(raw, tmp_path / "out", "--skip-bad")
+    assert manifest.classes == ["cat", "dog", "zebra"]
+    assert "classes without a sample, since pairs were left out: zebra" in capsys.readouterr().out
+    (raw / "train" / "zebra" / "z.png").write_bytes(picture(0))
+    (raw / "train" / "cat" / "train00.png").write_bytes(b"")
+    build_folder(raw, tmp_path / "all", "--skip-bad")
+    assert "without a sample" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "key"), [("a/b.c.d", "a/b_c_d"), ("/x/../y", "x/y"), ("été/小.猫", "été/小_猫"), ("a.b/c", "a.b/c")]
 )
