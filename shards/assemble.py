@@ -24,6 +24,7 @@ def assemble(
     name: str,
     label_kind: LabelKind,
     classes: list[str],
+    labels: str = "numbers",
     splits: Mapping[str, Sequence[ShardInfo | None]],
     image_dim: int | None,
     text_dim: int | None,
@@ -33,8 +34,8 @@ def assemble(
 ) -> Manifest:
     """Return the manifest of the shards in `splits`; None stands for a shard without a good sample, which is not there.
 
-    `image_dim` and `text_dim` are the sizes of features, None for encoded images and for texts; `left_out`
-    has a line for each bad pair.
+    `labels`: what those of samples are, ``numbers`` of classes or ``names``. `image_dim` and `text_dim` are the sizes
+    of features, None for encoded images and for texts; `left_out` has a line for each bad pair.
     Raises BadInput when not one shard of a split has a sample, or a name has characters that no terminal can show."""
     written = {split: [shard for shard in shards if shard is not None] for split, shards in splits.items()}
     for split, shards in splits.items():
@@ -45,6 +46,7 @@ def assemble(
         name=name,
         label_kind=label_kind,
         classes=classes,
+        labels=labels,
         splits=written,
         image="encoded" if image_dim is None else "features",
         image_dim=image_dim,
@@ -56,7 +58,7 @@ def assemble(
     try:
         manifest.check()
     except ValueError as error:
-        raise BadInput(f"{shown(name)} cannot be described: {shown(str(error))}: rename it") from None
+        raise BadInput(f"{shown(name)} cannot be described, as {shown(str(error))}: rename it") from None
     return manifest
 
 

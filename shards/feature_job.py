@@ -166,7 +166,7 @@ def details_of(made: Extractor, settings: dict[str, Any]) -> dict[str, Any]:
     backbones again.
 
     A place is "hub", "hub:NAME", "package:NAME" or the absolute path of a file or folder."""
-    details = dict(settings)
+    details = {name: value for name, value in settings.items() if name != "classes"}
     for side, chosen in (("image", made.options.image), ("text", made.options.text)):
         if chosen is not None:
             details[side] = {"backbone": chosen[0], "weights": chosen[1], **settings[side]}
@@ -289,7 +289,10 @@ def write_features(command: FeatureOptions) -> Manifest | None:
     except BadInput as error:
         raise BadInput(_in_flags(str(error))) from None
     output = FileStore(command.output, "--output")
-    plan = _Plan(command, manifest, sources, task, data, options, share, made, settings_of(made), output)
+    settings = settings_of(made)
+    if manifest.labels == "names":  # whose numbers sidecars hold
+        settings["classes"] = manifest.classes
+    plan = _Plan(command, manifest, sources, task, data, options, share, made, settings, output)
     with owning_output(output, task.lock("features")):
         return _write_share(plan)
 
@@ -322,6 +325,7 @@ def _finish(plan: _Plan, done: dict[str, Made], new: bool) -> Manifest:
         name=manifest.name,
         label_kind=manifest.label_kind,
         classes=manifest.classes,
+        labels=manifest.labels,
         splits={split: [done[shard.name][0] for shard in shards] for split, shards in manifest.splits.items()},
         image_dim=manifest.image_dim if made.image is None else made.image.dim,
         text_dim=manifest.text_dim if made.text is None else made.text.dim,

@@ -42,7 +42,7 @@ def make_shard(
             write_record(store, record, ledger.Record(source.sha256, settings))
             groups = iter_groups(raw, source.name)
             samples = feature_samples(extractor(options), judge, groups, source.name, left_out)
-            info = put_shard(store, source.name, samples)
+            info = put_shard(store, source.name, samples, judge.number_of)
             check_count(source, (info.samples if info else 0) + len(left_out))
             write_record(store, record, finished_record(source.sha256, settings, info, store, left_out))
         except BadSample as error:
@@ -80,10 +80,10 @@ def finished_shard(output: FileStore, source: ShardInfo, settings: dict[str, Any
         return None, record.left_out
     if is_there and not all(is_whole(output, sidecar) for sidecar in record.beside):
         sidecar = output.location(index_name(source.name))
-        print(f"{sidecar} is missing or damaged: {source.name} is made anew")
+        print(f"{sidecar} is missing or damaged: {source.name} is made anew\n", end="")  # several threads: whole lines
         return None
     if not is_whole(output, record.written):
         if is_there:
-            print(f"{output.location(source.name)} is not what its record says: it is made anew")
+            print(f"{output.location(source.name)} is not what its record says: it is made anew\n", end="")
         return None
     return ShardInfo(**record.written, index_sha256=record.beside[0]["sha256"]), record.left_out

@@ -19,6 +19,7 @@ from cmgan_dist.data.manifest import (
     ShardInfo,
     load_manifest,
     natural_splits,
+    repeated,
     unfinished_mark,
 )
 from cmgan_dist.data.output import owning_output
@@ -76,6 +77,8 @@ def _taken(samples: list[SampleFacts], kind: LabelKind) -> str:
     """Return a line that says what images, texts and labels are taken from, and what is left out."""
     images, texts, labels = (Counter(facts.sources[i] for facts in samples if facts.sources[i]) for i in range(3))
     left = Counter(f".{each}" for facts in samples for each in facts.members if each not in MEMBERS)
+    if kind != "none":
+        left += Counter(".cls" for facts in samples if "cls" in facts.members and facts.sources[2] not in ("", ".cls"))
     counts = [(images, "images are"), (texts, "texts are of")] + [(labels, "labels are")] * (kind != "none")
     parts = [f"{what} {_listed(found)}" for found, what in counts if found]
     if kind == "none":
@@ -202,6 +205,7 @@ class IndexCommand:
             name=self.name or (old.name if old else _name_of(store)),
             label_kind=kind,
             classes=classes,
+            labels="names" if named else "numbers",
             splits=splits,
             image_dim=image_dim,
             text_dim=text_dim,
@@ -212,7 +216,9 @@ class IndexCommand:
             store.write(index_name(scan.info.name), scan.index.to_bytes())
         store.write(MANIFEST_NAME, manifest.to_json())
         if named:
-            notes += [*say_classes(classes), *say_missing(classes)]
+            new = classes[len(old.classes) :] if old is not None and old.labels == "names" and not self.classes else []
+            added = f"classes that the old manifest had not, behind its own: {', '.join(map(shown, new))}"
+            notes += [*say_classes(classes), *say_missing(classes), *[added] * bool(new)]
         elif classes and self.classes is None and old is None:
             way = f"{shards_command('index', '--overwrite', self.place, '--classes', 'FILE')} gives them others"
             notes.append(f"the {len(manifest.classes)} classes have numbers for names: {way}")
@@ -269,7 +275,8 @@ class IndexCommand:
             said = str(error).rpartition(": ")[0]
             if self.classes is None and self.label_kind != "none":
                 raise BadInput(
-                    f"{said}, so its class names are lost: give them anew by --classes, or remove {path} to number them"
+                    f"{said}, so its class names are lost: give them anew by --classes, or remove {path} to take what "
+                    "labels say"
                 ) from None
             lost.append(f"{said}: its name, attribution and details are lost")
             return None
@@ -324,7 +331,8 @@ class IndexCommand:
         """Return the classes' names where labels are names; `first`: name -> key of a sample. Raises BadInput at one
         that is not in the file, and at two that look alike."""
         if given is None:
-            names = old.classes if old is not None and first.keys() <= {*old.classes} else sorted(first)
+            before = old.classes if old is not None and old.labels == "names" else []
+            names = [*before, *sorted(first.keys() - {*before}, key=_by_number)]
             check_classes("class", names)
             return names
         lost = sorted(first.keys() - {*given})
@@ -334,6 +342,11 @@ class IndexCommand:
                 f"is '{shown(lost[0])}' (sample {shown(first[lost[0]])}): add it, or leave --classes away"
             )
         return given
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    """Return by what names of classes are sorted: those of digits by their number."""
+    return (int(name) if name.isdecimal() else 0, name)
 
 
 def _scan(data: str, name: str, decode: bool) -> ShardScan:
@@ -407,5 +420,7 @@ def _read_names(path: Path) -> list[str]:
     names = [composed(line.strip()) for line in lines if line.strip()]
     if not names:
         raise BadInput(f"class file {path} is empty: write a name a line")
+    if twice := repeated(names):
+        raise BadInput(f"class file {path} has '{shown(twice)}' twice: take one out")
     check_classes("class", names)
     return names

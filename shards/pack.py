@@ -13,8 +13,10 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -173,7 +175,9 @@ def _ways(folder: Path, options: DrawCommand, draw: Draw, samples: int) -> list[
     for number, flags in enumerate([*tries, dict.fromkeys(splits, 0)]):
         inside = folder / f"try-{number}"
         inside.mkdir(parents=True)
-        if not _empty(*_plan_in(inside, replace(options, **flags))):
+        with redirect_stdout(StringIO()):  # what is taken was said
+            empty = _empty(*_plan_in(inside, replace(options, **flags)))
+        if not empty:
             works.append("pass " + " ".join(f"--{name} {value}" for name, value in flags.items()))
     return works
 

@@ -192,19 +192,24 @@ def _rest(reader: _HashingReader, name: str, end: int) -> str:
     return f"{name} goes on behind its end at byte {end}, as tars do that were joined by cat ('tar -xif' unpacks them)"
 
 
-def scan_shard(path: Path, name: str, decode: bool = False, judge: Judge | None = None) -> ShardScan:
+def scan_shard(
+    path: Path, name: str, decode: bool = False, judge: Judge | None = None, number_of: NumberOf | None = None
+) -> ShardScan:
     """Read the tar at `path` to its end, as `scan_file` does. Raises BadInput when the file cannot be read."""
     try:
         with _opened(path) as file:
-            return scan_file(file, name, decode, judge)
+            return scan_file(file, name, decode, judge, number_of)
     except OSError as error:
         raise BadInput(f"cannot read shard {path}: {error.strerror}") from None
 
 
-def scan_file(file: BinaryIO, name: str, decode: bool = False, judge: Judge | None = None) -> ShardScan:
+def scan_file(
+    file: BinaryIO, name: str, decode: bool = False, judge: Judge | None = None, number_of: NumberOf | None = None
+) -> ShardScan:
     """Read a tar to its end; `name` is the shard's in the manifest. With `decode`, every image is decoded.
 
-    `judge`: of the data set, where that is known; the index depends on it where labels are names.
+    `judge`: of the data set, where that is known. `number_of`: for classes that samples name (None: the judge's;
+    without one they are numbered as they come, and `ShardScan.names` has them).
 
     A tar that breaks off is no error: the scan says where. Raises OSError when the file cannot be read."""
     offsets: list[int] = []
@@ -212,7 +217,8 @@ def scan_file(file: BinaryIO, name: str, decode: bool = False, judge: Judge | No
     samples: list[SampleFacts] = []
     foreign: list[str] = []
     names: dict[str, int] = {}
-    number_of = judge.number_of if judge else lambda name: names.setdefault(name, FIRST_NAMED + len(names))
+    if number_of is None:
+        number_of = judge.number_of if judge else lambda name: names.setdefault(name, FIRST_NAMED + len(names))
     damage, ended = "", True
     reader = _HashingReader(file)
     try:

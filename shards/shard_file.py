@@ -20,7 +20,7 @@ from cmgan_dist.data.folder import is_unicode
 from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.judge import Judge
 from cmgan_dist.data.manifest import LabelKind, ShardInfo, check_shard_name
-from cmgan_dist.data.sample import MOST_NUMBERS, parse_sample
+from cmgan_dist.data.sample import MOST_NUMBERS, NumberOf, no_names, parse_sample
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore, LocalStore
 from cmgan_dist.errors import BadInput, BadSample, shards_command, shown
@@ -152,8 +152,12 @@ def _check_all_found(scan: ShardScan, count: int, final: Path) -> None:
         )
 
 
-def write_shard(output: Path, name: str, samples: Iterable[tuple[str, Members]]) -> ShardInfo | None:
+def write_shard(
+    output: Path, name: str, samples: Iterable[tuple[str, Members]], number_of: NumberOf = no_names
+) -> ShardInfo | None:
     """Write the shard `name` of (key, members) and its index sidecar into the folder `output`.
+
+    `number_of`: for classes that samples name.
 
     The tar is written aside, flushed to disk and read back for its checksum and index. The sidecar gets its name first
     and the tar last, so a tar that is there is whole and has its sidecar. Several processes may write one shard at
@@ -170,7 +174,7 @@ def write_shard(output: Path, name: str, samples: Iterable[tuple[str, Members]])
             count = _write_tar(folder / "tar", samples)
             if not count:
                 return None
-            scan = scan_shard(folder / "tar", name)
+            scan = scan_shard(folder / "tar", name, number_of=number_of)
             _check_all_found(scan, count, final)
             write_atomic(folder / "index", scan.index.to_bytes())
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -181,14 +185,16 @@ def write_shard(output: Path, name: str, samples: Iterable[tuple[str, Members]])
     return scan.info
 
 
-def put_shard(output: FileStore, name: str, samples: Iterable[tuple[str, Members]]) -> ShardInfo | None:
+def put_shard(
+    output: FileStore, name: str, samples: Iterable[tuple[str, Members]], number_of: NumberOf = no_names
+) -> ShardInfo | None:
     """Write a shard as `write_shard` does, into a folder or to a URL.
 
     For a URL it is made in a temporary folder of this machine and copied, sidecar first. Raises as that does."""
     if output.local:
-        return write_shard(Path(output.path), name, samples)
+        return write_shard(Path(output.path), name, samples, number_of)
     with TemporaryDirectory() as folder:
-        info = write_shard(Path(folder), name, samples)
+        info = write_shard(Path(folder), name, samples, number_of)
         if info is not None:
             for file in (index_name(name), name):
                 output.put_file(Path(folder) / file, file)

@@ -145,8 +145,12 @@ def drawn(keys: Sequence[str], groups: list[list[int]], shares: dict[str, float]
     return out
 
 
-def _write(data: str, output: str, name: str, sources: dict[str, ShardInfo], places: list[Place]) -> ShardInfo | None:
-    """Write a shard of samples from shards of `data`, `sources` by name, whose order in them is that of `places`."""
+def _write(
+    data: str, output: str, name: str, sources: dict[str, ShardInfo], places: list[Place], judge: Judge
+) -> ShardInfo | None:
+    """Write a shard of samples from shards of `data`, `sources` by name, whose order in them is that of `places`.
+
+    `judge`: of the data set."""
 
     taken = dict[str, int]()
 
@@ -157,7 +161,7 @@ def _write(data: str, output: str, name: str, sources: dict[str, ShardInfo], pla
                 if position in wanted:
                     yield distinct(key, taken), list(members.items())
 
-    return put_shard(FileStore(output, "--output"), name, samples())
+    return put_shard(FileStore(output, "--output"), name, samples(), judge.number_of)
 
 
 def _plan(command: SplitCommand, manifest: Manifest, shares: dict[str, float]) -> dict[str, dict[str, list[Place]]]:
@@ -212,11 +216,12 @@ def _written(
     """Write the shards of a plan and their manifest, which is returned. Raises BadInput as `split` does."""
     output = FileStore(command.output, "--output")
     prepare_output(output, details["fingerprint"], command.overwrite)
+    judge = Judge.of(manifest)
     infos_of = {shard.name: shard for shards in manifest.splits.values() for shard in shards}
     tasks = []
     for name, places in ((name, places) for shards in plan.values() for name, places in shards.items()):
         sources = {source: infos_of[source] for source, _ in places}
-        tasks.append((command.data, command.output, name, sources, places))
+        tasks.append((command.data, command.output, name, sources, places, judge))
     written = parallel_map(
         _write, tasks, title="splitting", unit_counts=[len(task[4]) for task in tasks], processes=command.processes
     )
@@ -225,6 +230,7 @@ def _written(
         name=manifest.name,
         label_kind=manifest.label_kind,
         classes=manifest.classes,
+        labels=manifest.labels,
         splits={name: [next(infos) for _ in shards] for name, shards in plan.items()},
         image_dim=manifest.image_dim,
         text_dim=manifest.text_dim,

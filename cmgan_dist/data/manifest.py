@@ -85,6 +85,8 @@ class Manifest:
     """``utf8`` or ``features``."""
     text_dim: int | None = None
     """F_t when `text` is ``features``."""
+    labels: str = "numbers"
+    """What the labels of samples are: ``numbers`` of classes, or their ``names``."""
     attribution: str = ""
     """Source and licence of the data, one paragraph."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -140,6 +142,8 @@ class Manifest:
         """Check the fields, and that terminals and figures can show the names. Raises ValueError."""
         if self.label_kind not in ("single", "multi", "none"):
             raise ValueError(f"label_kind is {self.label_kind!r}, expected single, multi or none")
+        if self.labels not in ("numbers", "names"):
+            raise ValueError(f"its labels are {self.labels!r}, expected numbers or names")
         if not isinstance(self.classes, list) or not isinstance(self.details, dict):
             raise ValueError("its classes are no list, or its details no record")
         for name in (self.name, *self.classes, *self.splits):
@@ -147,7 +151,7 @@ class Manifest:
                 raise ValueError(f"{name!r} is no name: one of a line without control characters is")
         twice = repeated(map(composed, self.classes))
         if twice:
-            raise ValueError(f"it has class {twice!r} twice: rename one")
+            raise ValueError(f"it has class {twice!r} twice")
         if not isinstance(self.attribution, str) or not is_unicode(self.attribution):
             raise ValueError("its attribution is no text")
         for kind, dim, features in ((self.image, self.image_dim, "encoded"), (self.text, self.text_dim, "utf8")):

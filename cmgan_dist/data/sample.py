@@ -83,11 +83,12 @@ def no_names(name: str) -> int:
 
 
 def parse_labels(record: dict[str, Any], number_of: NumberOf = no_names) -> tuple[int, ...]:
-    """Return the class indices of a sample's JSON record, each once and rising: those of ``label`` (an index or a
-    name) or ``labels`` (a list of these); () if it has neither, or null.
+    """Return the class indices of a sample's JSON record, each once and rising: those of ``label`` (an index, a name or
+    several names with | between) or ``labels`` (a list of indices or names); () if it has neither, or null, NaN or "".
 
     Raises BadLabel when a label is no class, or the two fields do not say the same."""
-    found = [_class_indices(record[name], number_of) for name in ("label", "labels") if record.get(name) is not None]
+    given = [record[name] for name in ("label", "labels") if _as_list(record.get(name)) or record.get(name) == []]
+    found = [_class_indices(value, number_of) for value in given]
     if len(set(found)) > 1:
         raise BadLabel(f'"label" is {_brief(record["label"])} and "labels" is {_brief(record["labels"])}: keep one')
     return found[0] if found else ()
@@ -105,10 +106,10 @@ def _labels_of(
         return found
     written = _written_in(members["cls"])
     listed = [each for name in ("label", "labels") for each in _as_list(record.get(name))]
-    if found and type(listed[0]) is not type(written):
+    if found and isinstance(listed[0], str) != isinstance(written, str):
         return found
     own = _class_indices(written, number_of)
-    if found and own[0] not in found:
+    if found and not {*own} <= {*found}:
         raise BadLabel(f"{key}.cls holds {_brief(written)}, its JSON has the labels {_brief(listed)}: keep one")
     return found or own
 
@@ -119,7 +120,8 @@ def _written_in(data: bytes) -> int | str:
         text = data[: 2 * MOST_NAME_BYTES].decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise BadLabel("its .cls is not UTF-8") from None
-    return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else text
+    whole = re.fullmatch(r"([+-]?[0-9]{1,20})(?:\.0+)?", text)
+    return int(whole[1]) if whole else text
 
 
 def sources_of(members: dict[str, bytes]) -> tuple[str, str, str]:
@@ -128,20 +130,25 @@ def sources_of(members: dict[str, bytes]) -> tuple[str, str, str]:
     record = _parse_record("", members["json"]) if "json" in members else {}
     image = next(f".{each}" for each in IMAGE_MEMBERS if each in members)
     texts = ".text.npy" if "text.npy" in members else '"texts" in .json' if "texts" in record else ".txt"
-    named = [f'"{name}" in .json' for name in ("label", "labels") if record.get(name) is not None]
+    named = [f'"{name}" in .json' for name in ("label", "labels") if _as_list(record.get(name))]
     return image, texts, named[0] if named else ".cls" * ("cls" in members)
 
 
 def _as_list(value: Any) -> list[Any]:
-    """Return what a field with one value or a list of some holds."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+    """Return what a field with one value or a list of some holds; a value that is null, NaN or a blank text is none."""
+    if isinstance(value, list):
+        return value
+    blank = isinstance(value, str) and not value.strip()
+    return [] if value is None or blank or (isinstance(value, float) and math.isnan(value)) else [value]
 
 
 def _class_indices(value: Any, number_of: NumberOf) -> tuple[int, ...]:
     """Return the class indices that a label stands for, each once and rising. Raises BadLabel."""
-    values = _as_list(value)
+    values = [part for part in value.split("|") if part.strip()] if isinstance(value, str) else _as_list(value)
     if values and all(isinstance(v, str) for v in values):
-        return tuple(sorted({number_of(_class_name(v)) for v in values}))
+        names = [_class_name(v) for v in values]
+        return tuple(sorted(set(map(number_of, names))))
+    values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise BadLabel(f"label {_brief(value)} is not an integer or a name, or a list of one of these")
     if not all(v in CLASSES for v in values):
@@ -154,6 +161,8 @@ def _class_name(value: str) -> str:
     name = composed(value.strip())
     if not name:
         raise BadLabel("its label is empty")
+    if re.match(r"\[\s*['\"].*\]$", name):
+        raise BadLabel(f"label {_brief(value)} is a list in a text: write the list itself")
     if not is_plain(name) or len(name.encode()) > MOST_NAME_BYTES:
         raise BadLabel(
             f"label {_brief(value)} is not the name of a class: such has no control characters, and at most "

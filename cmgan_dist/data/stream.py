@@ -120,8 +120,15 @@ class Stream:
             for name in ("classes", "label_kind", "image", "image_dim", "text", "text_dim"):
                 mine, theirs = getattr(first.manifest, name), getattr(reader.manifest, name)
                 if mine != theirs:
+                    way = "name one of them"
+                    if name == "classes" and reader.manifest.labels == first.manifest.labels == "names":
+                        way = (
+                            "write the manifests of the raw shards anew by 'python -m shards index --overwrite DIR "
+                            "--classes FILE', with the classes of all in that file"
+                        )
                     raise BadInput(
-                        f"{reader.place} and {first.place} cannot be mixed: their {name} are {theirs!r} and {mine!r}"
+                        f"{reader.place} and {first.place} cannot be mixed, as their {name} are {theirs!r} and "
+                        f"{mine!r}: {way}"
                     )
             _check_features(first, reader)
             if reader.counts.sum() < streams:

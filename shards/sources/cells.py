@@ -19,6 +19,8 @@ from shards.sources.columnar import ClassName
 from shards.split_words import SPLIT_ALIASES
 from shards.urls import check_protocol, is_file_url, is_url
 
+AS_ITEM = "write its text alone, or as it is in a JSON list"
+"""What to do where a text may be a value that a program wrote."""
 NAME_OR_BYTES = "name a file, or put the picture's bytes into a column of Parquet"
 """What to do where a cell is no image."""
 MOST_PATH, MOST_NAME = 4096, 255
@@ -31,7 +33,17 @@ PYTHON_STRING = r"""(?:[bru]?'(?:[^'\\]|\\.)*+'|[bru]?"(?:[^"\\]|\\.)*+")"""
 PYTHON_NUMBER = r"[-+]?(?:\d++\.?\d*+|\.\d++)(?:e[-+]?\d++)?(?![\w.])"
 PYTHON_ITEM = rf"(?:{PYTHON_STRING}|{PYTHON_NUMBER}|None\b|nan\b|True\b|False\b|\.\.\.)"
 """A text, a number or another value as Python, pandas and numpy write it."""
-PYTHON_ITEMS = re.compile(rf"(?:[\s,\[\](){{}}]|np\.\w++\({PYTHON_ITEM}\)|{PYTHON_ITEM})++", re.DOTALL | re.IGNORECASE)
+PYTHON_CALL = (
+    r"(?:(?:np|numpy|datetime|pd|pandas|torch|tf|jnp|decimal|uuid|pathlib)\.\w++|[tT]ensor|[aA]rray|Timestamp|Timedelta|"
+    r"Period|Interval|Decimal|Fraction|UUID|(?:Pure)?(?:Posix|Windows)?Path|ObjectId|NamedSplit|Index|Categorical|"
+    r"dict_(?:keys|values|items)|memoryview|frozenset|set|deque)(?=\()"
+)
+"""How what numpy, torch, pandas and Python write of other values begins, such as ``np.str_('dog')``."""
+PYTHON_NAME = r"(?:<NA>|NaT\b|(?:np|numpy)\.(?:True_|False_|nan|inf)\b)"
+PYTHON_ITEMS = re.compile(
+    rf"(?:[\s,\[\](){{}}:]|{PYTHON_CALL}|\w++=(?:{PYTHON_ITEM}|[\w.]++)|{PYTHON_ITEM}|{PYTHON_NAME})++",
+    re.DOTALL | re.IGNORECASE,
+)
 """What stands in a list, set or tuple of such."""
 PYTHON_RECORD = re.compile(
     r"\s*+(?:(?:OrderedDict|Counter|mappingproxy)\([\[{]|defaultdict\(<|Row\(\w++=|"
@@ -41,13 +53,12 @@ PYTHON_RECORD = re.compile(
 """A record, or a list of some, as Python, pandas and Spark write it."""
 PYTHON_BYTES = re.compile(rf"\s*+(?:b{PYTHON_STRING}|bytearray\(b{PYTHON_STRING}\))\s*", re.DOTALL)
 PYTHON_SCALAR = re.compile(
-    r"\s*+(?:(?:np|numpy|datetime)\.\w++|tensor|Timestamp|Timedelta|Period|Decimal|Fraction|UUID|"
-    r"(?:Pure)?(?:Posix|Windows)?Path)"
-    rf"\((?:[\s,]|\w++=(?:{PYTHON_ITEM}|[\w.]++)|{PYTHON_ITEM})++\)\s*",
+    rf"\s*+(?:{PYTHON_CALL}\((?=[^)])|<[\w.]+: (?=.*>$)|{PYTHON_NAME}(?=\s*$))"
+    rf"(?:[\s,\[\](){{}}>]|{PYTHON_CALL}|\w++=(?:{PYTHON_ITEM}|[\w.]++|<\w++>)|{PYTHON_ITEM})*+",
     re.DOTALL,
 )
-"""One number, text, date or path as numpy, torch, pandas and Python write it, such as ``np.str_('dog')``."""
-LIKE_A_VALUE = re.compile(r"""\s*(?:[\[({]|(?:\w+\.)?\w+\(|b['"])""")
+"""One value as such a program writes it: ``Timestamp('2020')``, ``<Label.DOG: 1>``, ``np.True_``."""
+LIKE_A_VALUE = re.compile(r"""\s*(?:[\[({<]|(?:\w+\.)?\w+\(|np\.|NaT|b['"])""")
 """How a text begins that may be one of these."""
 WRAPPED = re.compile(r"(?:np\.)?(?:array|tensor|frozenset|set|deque)\(\s*(?=[\[({])")
 """How the names of other kinds stand around a list."""
@@ -98,11 +109,12 @@ def _as_string(value: Any, what: str) -> str:
 def as_texts(value: Any) -> tuple[str, ...]:
     """Return the texts of a cell, which may be a list, also one in JSON. Raises BadSample when one is missing or no
     text."""
-    value = _read(value, "text", "write its text alone")
+    value = _read(value, "text", AS_ITEM)
     values = value if isinstance(value, list) else [value]
     if not values or any(map(is_missing, values)):
         raise BadSample("has no text" if len(values) < 2 else "has a list of texts of which one is empty")
-    texts = tuple(_as_string(_read(each, "text", "write its text alone"), "text") for each in values)
+    in_list = isinstance(value, list)  # whose texts are what they are
+    texts = tuple(_as_string(_read(each, "text", AS_ITEM, is_item=in_list), "text") for each in values)
     if not all(map(is_unicode, texts)):
         raise BadSample("the text has half a character, a lone surrogate")
     if any(len(text) > MOST_TEXT_BYTES or len(text.encode()) > MOST_TEXT_BYTES for text in texts):
@@ -110,25 +122,27 @@ def as_texts(value: Any) -> tuple[str, ...]:
     return texts
 
 
-def _read(value: Any, what: str, alone: str, of_list: str = "write it as JSON (double quotes)") -> Any:
+def _read(
+    value: Any, what: str, alone: str, of_list: str = "write it as JSON (double quotes)", *, is_item: bool = False
+) -> Any:
     """Return the list or record that a text, or bytes that hold one, is in JSON; any other value as it is, a list of
     numbers too.
 
-    Raises BadSample where a text is a list, a record or bytes in Python's form; `alone` and `of_list` say what to do.
-    """
-    found = _listed(_as_string(value, what) if isinstance(value, bytes) else value, alone, of_list)
+    Raises BadSample where a text is a list, a record or bytes in Python's form, but for an item of a list (`is_item`);
+    `alone` and `of_list` say what to do."""
+    found = _listed(_as_string(value, what) if isinstance(value, bytes) else value, alone, of_list, is_item=is_item)
     numbers = isinstance(found, list) and found and all(isinstance(each, int | float) for each in found)
     return value if numbers else found
 
 
-def _listed(value: Any, alone: str, of_list: str) -> Any:
+def _listed(value: Any, alone: str, of_list: str, *, is_item: bool = False) -> Any:
     """Return what `_read` does; a list of numbers too."""
     if not isinstance(value, str) or not LIKE_A_VALUE.match(value):
         return value
     try:
         found = parse_json_once(value)
     except ValueError:
-        if kind := _python_kind(value):
+        if not is_item and (kind := _python_kind(value)):
             way = of_list if kind == "a list" else alone
             raise BadSample(f"{brief(value)} looks like {kind}: {way}") from None
         return value
@@ -142,9 +156,9 @@ def _python_kind(text: str) -> str:
         return "bytes"
     if PYTHON_RECORD.fullmatch(text):
         return "a record"
-    if PYTHON_SCALAR.fullmatch(text):
-        return "a Python value"
-    return "a list" if _is_python_list(text) else ""
+    if _is_python_list(text):
+        return "a list"
+    return "a Python value" if PYTHON_SCALAR.fullmatch(text) else ""
 
 
 def _is_python_list(text: str) -> bool:

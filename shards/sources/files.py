@@ -58,12 +58,22 @@ def check_names(what: str, *names: str) -> None:
             raise BadInput(f"{what} {brief(name)} holds control characters: rename it")
 
 
+def _is_invisible(c: str) -> bool:
+    """Return whether a character changes nothing that one sees; joiners do, and tags, of which flags are made."""
+    if c in "\u200c\u200d" or "\U000e0020" <= c <= "\U000e007f":
+        return False
+    return unicodedata.category(c) == "Cf" or "\ufe00" <= c <= "\ufe0f" or c in "\u115f\u1160\u3164\uffa0"
+
+
 def check_classes(what: str, classes: list[str]) -> None:
     """Raise BadInput naming `what` as `check_names` does, and when two names differ only by what nobody sees."""
     check_names(what, *classes)
     first: dict[str, str] = {}
     for name in classes:
-        other = first.setdefault("".join(c for c in name if unicodedata.category(c) != "Cf"), name)
+        visible = " ".join("".join(c for c in name if not _is_invisible(c)).split())
+        if not visible:
+            raise BadInput(f"{what} '{shown(name)}' has nothing that one sees: rename it")
+        other = first.setdefault(visible, name)
         if other != name:
             raise BadInput(
                 f"{what} '{shown(other)}' and '{shown(name)}' differ by characters that nobody sees: make them one"

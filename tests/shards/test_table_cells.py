@@ -289,7 +289,24 @@ AS_PYTHON += (
     "tensor([0, 2])",
     "[0 1 ... 9]",
     "[['a'], []]",
+    "[Timestamp('2020-01-01 00:00:00')]",
+    "[datetime.date(2020, 1, 1), datetime.date(2020, 1, 2)]",
+    "[Decimal('1.5')]",
+    "[PosixPath('a.jpg'), PosixPath('b.jpg')]",
+    "[tensor(1), tensor(2)]",
+    "[array(['a'], dtype=object), array(['b'], dtype=object)]",
+    "[np.True_, np.False_]",
+    "['a', np.nan]",
+    "['dog', <NA>]",
+    "{np.str_('a'): 1}",
 )
+
+
+@pytest.mark.parametrize("written", ["(2019, 2020)", "[1] [2]", "b'day bash'", "tensor(2, 3)", "UUID(1)", "['a', 'b']"])
+def test_a_text_that_looks_like_a_value_is_taken_from_a_list(written: str) -> None:
+    with pytest.raises(BadSample, match=r"looks like .* in a JSON list|looks like a list: write it as JSON"):
+        as_texts(written)
+    assert as_texts([written]) == as_texts(json.dumps([written])) == (written,)
 
 
 @pytest.mark.parametrize("written", AS_PYTHON)
@@ -305,13 +322,16 @@ RECORDS += "OrderedDict([('raw', 'a dog')])", "defaultdict(<class 'list'>, {'a':
 AS_BYTES = "b'a dog'", 'b"it\'s a dog"', "bytearray(b'\\xff\\xd8')"
 SCALARS = "np.str_('a dog')", "np.int64(3)", "tensor(3)", "tensor(1., device='cuda:0')", "Decimal('3')"
 SCALARS += "Timestamp('2020-01-01 00:00:00')", "datetime.date(2020, 1, 1)", "PosixPath('a.png')", "UUID('0f')"
+SCALARS += "np.True_", "array('dog', dtype='<U3')", "array(3)", "NaT", "Interval(0, 1, closed='right')"
+SCALARS += "tensor(1.5, grad_fn=<AddBackward0>)", "<pyarrow.StringScalar: 'dog'>", "<Label.DOG: 1>", "dict_keys(['a'])"
+SCALARS += "Index(['a', 'b'], dtype='object')", "memoryview(b'dog')", "NamedSplit('train')"
 
 
 @pytest.mark.parametrize("written", [*RECORDS, *AS_BYTES, *SCALARS])
 def test_values_as_python_prints_them_are_no_labels_no_texts_and_no_pictures(written: str) -> None:
     kind = "bytes" if written in AS_BYTES else "a Python value" if written in SCALARS else "a record"
     said = re.escape(f"{written} looks like {kind}: ")
-    with pytest.raises(BadSample, match=said + "write its text alone"):
+    with pytest.raises(BadSample, match=said + "write its text alone, or as it is in a JSON list"):
         as_texts(written)
     with pytest.raises(BadSample, match=said + "write the name of the class alone"):
         as_labels(written)
@@ -369,6 +389,12 @@ def test_a_column_of_records_that_pandas_wrote_as_csv_is_refused_by_its_row(fold
         "a tensor(3)",
         "Period()",
         "np.(3)",
+        "np. Nice",
+        "< 3 cats",
+        "<b>bold</b>",
+        "<Joe: hi>",
+        "Index of things",
+        "Set(s)",
         "((((" * 20000,
     ],
 )

@@ -177,7 +177,7 @@ def test_a_mixture_trains_alike_on_one_and_two_processes(feature_data: Callable[
         assert all(abs(a[k] - b[k]) < 1e-3 for k in a if k.startswith("loss/"))
     other = feature_data(name="c", classes=4)
     refused = run_to_end(data, tmp_path / "3", "--data", str(other), expect=2)
-    assert "cannot be mixed: their classes are" in refused.stderr
+    assert "cannot be mixed, as their classes are" in refused.stderr
 
 
 @SLOW
