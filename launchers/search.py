@@ -87,8 +87,10 @@ def encode(index: Index, arguments: Arguments) -> np.ndarray:
             return encoder.encode_image(arguments.image) if arguments.image else encoder.encode_text(arguments.text)
         print(f"{exported} is not used, it needs {missing[0]}: pip install 'cmgan-dist[use]'", file=sys.stderr)
     # after the cheap checks: torch and its friends take seconds to import
+    from cmgan_dist.jobs.cores import take_threads
     from cmgan_dist.retrieval.model import Model
 
+    take_threads(1)
     model = Model(index.read_model(arguments.run))
     return model.encode_images(arguments.image) if arguments.image else model.encode_texts(arguments.text)
 

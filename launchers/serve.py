@@ -46,6 +46,7 @@ def main() -> None:
     log_to_stderr()
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/serve.py")
     # after the cheap checks: torch and its friends take seconds to import
+    from cmgan_dist.jobs.cores import take_threads
     from cmgan_dist.retrieval.connections import listen
     from cmgan_dist.retrieval.index import Index
     from cmgan_dist.retrieval.model import Model
@@ -60,6 +61,7 @@ def main() -> None:
     pictures_of = pictures_by_source(index, arguments.data)
     if pictures_of(int(index.items.ids[0])) is None:
         print("the raw pictures are not here: the page shows texts and keys alone (--data names them)", file=sys.stderr)
+    take_threads(1)
     title = arguments.title or arguments.index.resolve().name
     decoder = Decoder(saved.spec.image.image_size or IMAGE_SIZE)
     attribution = index.manifest.attribution

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from fsspec.implementations.http import HTTPFileSystem
-
 from cmgan_dist.data.folder import MOST_FILE_BYTES
 from cmgan_dist.data.source import PACKAGES, PROTOCOL, NoRoom, RemoteSource, public_url
 from cmgan_dist.errors import BadInput, BadSample
@@ -71,6 +69,8 @@ class _Host(RemoteSource):
 def _hang_up(connections: dict[int, Any]) -> None:
     """End the connections that this process has by HTTP, when nobody uses them any more: fsspec's own end of them waits
     for the collector of circles."""
+    from fsspec.implementations.http import HTTPFileSystem  # takes a second to import, and --help waits
+
     connection = connections.get(os.getpid())
     session = getattr(connection and connection.filesystem, "_session", None)
     if connection is not None and isinstance(connection.filesystem, HTTPFileSystem) and session is not None:

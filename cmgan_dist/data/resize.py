@@ -17,8 +17,9 @@ QUICK_REDUCTION = 1.5
 """Most pixels of a crop to one of the square, each way on average, up to which OpenCV resizes it."""
 
 TRAINING_TOLERANCE = 4.0
-"""Grey levels of 255 that training pictures are off on average, at most, from their crops resized exactly."""
-QUICK_WAY = f"resized by OpenCV {cv2.__version__}, on average within {TRAINING_TOLERANCE:g} of 255 levels of exact"
+"""Grey levels of 255 that photographs in training are off on average, at most, from their crops resized exactly; pages
+of text and other fine lines are further off."""
+QUICK_WAY = f"resized by OpenCV {cv2.__version__}, on average within {TRAINING_TOLERANCE:g} of 255 levels of exact for photographs"
 """What `resize_quick` does, for the log."""
 
 cv2.setNumThreads(1)  # its threads do not outlive the fork of a DataLoader's worker, which would wait for them
@@ -40,7 +41,8 @@ def resize(pixels: np.ndarray, size: int, side: float | None = None) -> np.ndarr
 
 
 def resize_quick(pixels: np.ndarray, out: np.ndarray) -> None:
-    """Resize uint8 [h, w, 4] into `out`, uint8 [size, size, 4] in one block, within TRAINING_TOLERANCE of `resize`.
+    """Resize uint8 [h, w, 4] into `out`, uint8 [size, size, 4] in one block, photographs within TRAINING_TOLERANCE of
+    `resize`.
 
     Bicubic (OpenCV's is sharper, a = -0.75 for -0.5) where the crop is enlarged; bilinear, which leaves out less, where
     it is reduced."""

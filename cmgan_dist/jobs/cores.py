@@ -63,6 +63,14 @@ def _quota_in(folder: Path) -> float | None:
         return None
 
 
+def _unusable_openmp() -> str:
+    """Return in words that OMP_NUM_THREADS says what is no number of threads; "" where it does not."""
+    text = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not text or openmp_threads() is not None or not _stood_before_launchers():
+        return ""
+    return f"; OMP_NUM_THREADS is '{text[:20]}', not a number from 1 to {MOST_THREADS}, and not used"
+
+
 def openmp_threads(environment: Mapping[str, str] = os.environ) -> int | None:
     """Return the threads that the user asks for by OMP_NUM_THREADS, None where nobody does.
 
@@ -104,7 +112,8 @@ def threads_for(processes: int, asked: int = 0) -> tuple[int, str]:
     quota, cores = cpu_quota(), usable_cores()
     limit = f", by a quota of {quota:g}" if quota is not None and math.ceil(quota) <= cores else ""
     usable = f"{cores} usable core{'s' * (cores > 1)}{limit}"
-    return max(1, cores // processes), f"{usable}, {processes} process{'es' * (processes > 1)} here"
+    here = f"{processes} process{'es' * (processes > 1)} here"
+    return max(1, cores // processes), f"{usable}, {here}{_unusable_openmp()}"
 
 
 def take_threads(processes: int, asked: int = 0, *, say: bool = True) -> None:

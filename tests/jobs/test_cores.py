@@ -67,6 +67,14 @@ def test_what_a_user_says_in_the_environment(text: str, expected: int | None) ->
     assert openmp_threads({"OMP_NUM_THREADS": text}) == expected
 
 
+@pytest.mark.parametrize("text", ["4097", "0", "-1", "many"])
+def test_what_is_no_number_of_threads_is_said(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert threads_for(1)[1].endswith(f"; OMP_NUM_THREADS is '{text}', not a number from 1 to 4096, and not used")
+    monkeypatch.setenv("OMP_NUM_THREADS", " ")
+    assert "OMP_NUM_THREADS" not in threads_for(1)[1]
+
+
 OWN = [sys.executable, "-m", "cmgan_dist.distributed.launch", "--standalone", "--nproc_per_node", "1"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
 
