@@ -22,7 +22,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from cmgan_dist.data.jpeg import check_jpeg
+from cmgan_dist.data.jpeg import MOST_SEGMENTS, check_jpeg, check_segments
+from cmgan_dist.data.png import SIGNATURE, check_chunks
 from cmgan_dist.data.resize import mirror, resize, resize_quick
 from cmgan_dist.errors import BadSample, shown
 
@@ -173,7 +174,9 @@ def _upright_jpeg(data: bytes) -> tuple[int, int] | None:
     if data[:2] != b"\xff\xd8":
         return None
     at, end = 2, len(data) - 4
-    while at < end and data[at] == 0xFF and data[at + 1] != _APP1:
+    for _ in range(MOST_SEGMENTS):
+        if at >= end or data[at] != 0xFF or data[at + 1] == _APP1:
+            break
         if data[at + 1] == _START_OF_SCAN:
             try:
                 height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -185,7 +188,12 @@ def _upright_jpeg(data: bytes) -> tuple[int, int] | None:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Return an image of FORMATS by Pillow, which has read its header only. Raises what Pillow raises."""
+    """Return an image of FORMATS by Pillow, which has read its header only. Raises what Pillow raises, and BadSample
+    when it would take too long to look at the parts of the file."""
+    if data.startswith(b"\xff\xd8"):
+        check_segments(data)
+    elif data.startswith(SIGNATURE):
+        check_chunks(data)
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 

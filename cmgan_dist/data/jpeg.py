@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +15,14 @@ MOST_SCANNED = 600_000_000
 """Most pixels times scans. Each takes up to 5 ns, whatever is in the scan: 3 s on one core."""
 ARITHMETIC = 4
 """Times as long as by Huffman codes, that arithmetic coding takes."""
+MOST_SEGMENTS, MOST_HEADER_BYTES = 1 << 16, 16 << 20
+"""Segments, and bytes, before the pixels: Pillow looks at each in Python, fill bytes too, and into some of them."""
+MOST_APP1 = 256
+"""Segments with EXIF or XMP, 16 MiB: Pillow joins those of EXIF one by one, in a time that grows with their square."""
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Second bytes of the markers of a frame (table B.1)."""
 _BASELINE, _EXTENDED, _FIRST_ARITHMETIC = 0xC0, 0xC1, 0xC9
-_SCAN = 0xDA
+_SCAN, _APP1 = 0xDA, 0xE1
 
 
 class Frame(NamedTuple):
@@ -31,19 +36,42 @@ class Frame(NamedTuple):
     """Where in the file it is, in bytes."""
 
 
-def read_frame(data: bytes) -> Frame | None:
-    """Return what the first frame header of a JPEG says, None when there is no whole one."""
+def segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (second byte of its marker, where it is) of each segment of a JPEG up to its first scan; of a byte that
+    belongs to none, such as a fill byte, (0, where it is).
+
+    Raises BadSample when to look at them would take too long."""
     at = 2
-    while 0 <= at < len(data) - 10:
+    for _ in range(MOST_SEGMENTS):
+        if not 0 <= at < min(len(data) - 3, MOST_HEADER_BYTES):
+            break
         kind = data[at + 1]
         if data[at] != 0xFF or kind in (0x00, 0x01, 0xFF) or 0xD0 <= kind <= 0xD8:
+            yield 0, at
             at = data.find(b"\xff", at + (1 if kind == 0xFF or data[at] != 0xFF else 2))
             continue
+        yield kind, at
         if kind == _SCAN:
-            return None
-        if kind in _FRAMES:
-            return _parse_frame(data, at)
+            return
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    else:
+        raise BadSample(f"the image has more than {MOST_SEGMENTS} segments before its pixels: save it anew")
+    if MOST_HEADER_BYTES <= at < len(data):
+        raise BadSample(f"the image has more than {MOST_HEADER_BYTES >> 20} MiB before its pixels: save it anew")
+
+
+def check_segments(data: bytes) -> None:
+    """Raise BadSample when Pillow would take too long to look at the segments of a JPEG."""
+    if sum(kind == _APP1 for kind, _ in segments(data)) > MOST_APP1:
+        raise BadSample(f"the image has more than {MOST_APP1} segments of EXIF and XMP: save it anew")
+
+
+def read_frame(data: bytes) -> Frame | None:
+    """Return what the first frame header of a JPEG says, None when there is no whole one. Raises BadSample as
+    `segments` does."""
+    for kind, at in segments(data):
+        if kind in _FRAMES and at < len(data) - 10:
+            return _parse_frame(data, at)
     return None
 
 

@@ -19,7 +19,7 @@ QUICK_REDUCTION = 1.5
 TRAINING_TOLERANCE = 4.0
 """Grey levels of 255 that photographs in training are off on average, at most, from their crops resized exactly; pages
 of text and other fine lines are further off."""
-QUICK_WAY = f"resized by OpenCV {cv2.__version__}, on average within {TRAINING_TOLERANCE:g} of 255 levels of exact for photographs"
+QUICK_WAY = f"resized by OpenCV {cv2.__version__}, photographs within {TRAINING_TOLERANCE:g} of 255 levels of exact"
 """What `resize_quick` does, for the log."""
 
 cv2.setNumThreads(1)  # its threads do not outlive the fork of a DataLoader's worker, which would wait for them
