@@ -26,7 +26,7 @@ from cmgan_dist.data.output import owning_output
 from cmgan_dist.data.sample import MEMBERS
 from cmgan_dist.data.source import public_url
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import BadInput, Unreadable, shards_command, shown
+from cmgan_dist.errors import BadInput, BadSample, Unreadable, shards_command, shown
 from cmgan_dist.files import open_once
 from cmgan_dist.jobs.local import parallel_map
 from shards.assemble import assemble, print_summary
@@ -34,7 +34,8 @@ from shards.output import LOCK, PACKING_NAME
 from shards.pairs import drawing, lines_of, missing_val
 from shards.scan import SampleFacts, ShardScan, foreign_files, scan_shard
 from shards.shard_file import tars_among
-from shards.sources.files import check_classes, say_classes, say_missing
+from shards.sources.cells import as_labels
+from shards.sources.class_names import check_classes, check_spelling, class_order, say_classes, say_missing
 from shards.split_words import say_named_splits, split_in
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
@@ -327,13 +328,24 @@ class IndexCommand:
             )
         return names, False
 
+    def _check_name(self, name: str, key: str) -> None:
+        """Raise BadInput where the name of a class is none in a table either, such as a list as Python prints it."""
+        try:
+            if as_labels(name)[1]:
+                raise BadSample(f"{shown(name)} is a list in a text: write the list itself")
+        except BadSample as error:
+            raise BadInput(f"in sample {shown(key)} of {self.place} the label {error}, in all samples of it") from None
+
     def _names_of(self, first: dict[str, str], given: list[str] | None, old: Manifest | None) -> list[str]:
         """Return the classes' names where labels are names; `first`: name -> key of a sample. Raises BadInput at one
         that is not in the file, and at two that look alike."""
         if given is None:
             before = old.classes if old is not None and old.labels == "names" else []
-            names = [*before, *sorted(first.keys() - {*before}, key=_by_number)]
+            for name in first:
+                self._check_name(name, first[name])
+            names = [*before, *sorted(first.keys() - {*before}, key=class_order)]
             check_classes("class", names)
+            check_spelling(names)
             return names
         lost = sorted(first.keys() - {*given})
         if lost:
@@ -342,11 +354,6 @@ class IndexCommand:
                 f"is '{shown(lost[0])}' (sample {shown(first[lost[0]])}): add it, or leave --classes away"
             )
         return given
-
-
-def _by_number(name: str) -> tuple[int, str]:
-    """Return by what names of classes are sorted: those of digits by their number."""
-    return (int(name) if name.isdecimal() else 0, name)
 
 
 def _scan(data: str, name: str, decode: bool) -> ShardScan:

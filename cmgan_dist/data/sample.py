@@ -158,7 +158,7 @@ def _class_indices(value: Any, number_of: NumberOf) -> tuple[int, ...]:
 
 def _class_name(value: str) -> str:
     """Return the name of a class as manifests hold it. Raises BadLabel."""
-    name = composed(value.strip())
+    name = re.sub(r"^(-?[0-9]+)\.0+$", r"\1", composed(value.strip()))
     if not name:
         raise BadLabel("its label is empty")
     if re.match(r"\[\s*['\"].*\]$", name):

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import os
 import posixpath
-import unicodedata
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from cmgan_dist.data.folder import is_plain, is_unicode, read_file
-from cmgan_dist.errors import BadInput, BadSample, shown
+from cmgan_dist.errors import BadInput, BadSample
 from shards.pairs import FileBytes, brief
-
-MOST_CLASSES = 8
-"""Names of classes that a line shows."""
-MISSING = frozenset(("nan", "none", "null", "nil", "<na>", "n/a", "#n/a"))
-"""What programs write for a value that is missing, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -56,38 +50,3 @@ def check_names(what: str, *names: str) -> None:
     for name in names:
         if not is_plain(name):
             raise BadInput(f"{what} {brief(name)} holds control characters: rename it")
-
-
-def _is_invisible(c: str) -> bool:
-    """Return whether a character changes nothing that one sees; joiners do, and tags, of which flags are made."""
-    if c in "\u200c\u200d" or "\U000e0020" <= c <= "\U000e007f":
-        return False
-    return unicodedata.category(c) == "Cf" or "\ufe00" <= c <= "\ufe0f" or c in "\u115f\u1160\u3164\uffa0"
-
-
-def check_classes(what: str, classes: list[str]) -> None:
-    """Raise BadInput naming `what` as `check_names` does, and when two names differ only by what nobody sees."""
-    check_names(what, *classes)
-    first: dict[str, str] = {}
-    for name in classes:
-        visible = " ".join("".join(c for c in name if not _is_invisible(c)).split())
-        if not visible:
-            raise BadInput(f"{what} '{shown(name)}' has nothing that one sees: rename it")
-        other = first.setdefault(visible, name)
-        if other != name:
-            raise BadInput(
-                f"{what} '{shown(other)}' and '{shown(name)}' differ by characters that nobody sees: make them one"
-            )
-
-
-def say_missing(classes: list[str]) -> list[str]:
-    """Return a line with the names of classes by which programs write a missing value, none where there are none."""
-    words = [name for name in classes if name.lower() in MISSING]
-    found = ", ".join(map(brief, words))
-    return [f"classes {found}: a missing value is often written so, take such rows out if it is"] * bool(words)
-
-
-def say_classes(classes: list[str]) -> list[str]:
-    """Return a line with how many classes there are and the first of their names; none where there are none."""
-    more = f" and {len(classes) - MOST_CLASSES} more" if len(classes) > MOST_CLASSES else ""
-    return [f"{len(classes)} classes: {', '.join(map(brief, classes[:MOST_CLASSES]))}{more}"] * bool(classes)

@@ -22,7 +22,8 @@ from cmgan_dist.errors import BadInput, shown
 from shards.pack import DrawCommand
 from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
-from shards.sources.files import PlainFile, check_classes, check_names, check_unicode, say_classes
+from shards.sources.class_names import check_classes, say_classes
+from shards.sources.files import PlainFile, check_names, check_unicode
 from shards.split_words import SPLIT_WORD, say_named_splits, split_in
 
 PART = re.compile(r"[0-9]{5}")

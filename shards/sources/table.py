@@ -12,7 +12,6 @@ import json
 import posixpath
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,16 +29,9 @@ from shards.pairs import RawPair, RawPairs, Readable, brief, make_key, missing_v
 from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
+from shards.sources.class_names import check_classes, check_spelling, class_order, say_classes, say_missing
 from shards.sources.columnar import Head
-from shards.sources.files import (
-    PlainFile,
-    check_classes,
-    check_names,
-    check_unicode,
-    plain_path,
-    say_classes,
-    say_missing,
-)
+from shards.sources.files import PlainFile, check_names, check_unicode, plain_path
 from shards.sources.rows import Row, TextFormat, check_ending, check_label_forms, head_of, read_rows
 from shards.sources.table_folder import Table, Tables, check_partitions, tables_of
 from shards.split_words import say_named_splits
@@ -196,9 +188,9 @@ class TableCommand(DrawCommand):
         if not said.rows:
             why = f" that can be used, {reasons_of(said.left_out)}: mend some" if said.left_out else ": add some"
             raise BadInput(f"{public_url(url)} has no rows{why}")
-        classes = sorted(said.classes, key=_class_order)
+        classes = sorted(said.classes, key=class_order)
         check_classes("class", classes)
-        _check_spelling(classes)
+        check_spelling(classes)
         name = self.name or top.stem
         check_names("--name", name)
         check_unicode("--attribution", self.attribution)
@@ -392,21 +384,3 @@ def _other_delimiter(names: list[str]) -> str:
         return ""
     found = next((mark for mark in (";", "\t", "|", ",") if mark in names[0]), "").replace("\t", "\\t")
     return f", a single column: if '{found}' is between its fields, pass --delimiter '{found}'" if found else ""
-
-
-def _check_spelling(classes: list[str]) -> None:
-    """Raise BadInput when two class names are the same number."""
-    first: dict[Decimal, str] = {}
-    for name in classes:
-        try:
-            number = Decimal(name)
-        except InvalidOperation:
-            continue
-        if number.is_finite() and first.setdefault(number, name) != name:
-            pair = f"'{brief(first[number])}' and '{brief(name)}'"
-            raise BadInput(f"labels {pair} are the same number: write it in one way")
-
-
-def _class_order(name: str) -> tuple[int, str]:
-    """Return a sort key that puts numbers by value, before names."""
-    return (int(name), name) if name.isdecimal() and len(name) < 100 else (1 << 62, name)

@@ -13,7 +13,8 @@ import pytest
 from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput
-from tests.toy import picture, run_shards
+from shards.sources.class_names import check_classes
+from tests.toy import picture, run_shards, write_members
 
 
 def parquet(path: Path, first: int, labels: Any, names: list[str] | None = None) -> Path:
@@ -71,3 +72,46 @@ def test_a_column_is_declined(tmp_path: Path) -> None:
             build(tmp_path / "t.csv", tmp_path / "out", *words)
         words += [f"--{role}-column", ""]
     assert build(tmp_path / "t.csv", tmp_path / "out", *words) == [[]]
+
+
+@pytest.mark.parametrize("mark", ["\ufe0f", "\u034f", "\u180b", "\u2800", "\u3164", "\u200b", "\u202e", "\U000e0101"])
+def test_names_that_differ_by_what_nobody_sees_are_refused(mark: str) -> None:
+    for other in (f"red{mark} cat", f"{mark}red cat"):
+        with pytest.raises(BadInput, match="differ by characters that nobody sees: make them one") as said:
+            check_classes("class", ["red cat", "dog", other])
+        assert ascii(mark)[1:-1] in str(said.value)
+    with pytest.raises(BadInput, match="has nothing that one sees: rename it"):
+        check_classes("class", ["red cat", mark])
+
+
+def test_names_that_differ_by_their_spaces_are_refused_and_joiners_and_flags_are_seen() -> None:
+    for other in ("red\xa0cat", "red  cat"):
+        with pytest.raises(BadInput, match="differ by characters that nobody sees"):
+            check_classes("class", ["red cat", other])
+    england, scotland = ("\U0001f3f4" + "".join(chr(0xE0000 + ord(c)) for c in each) for each in ("gbeng", "gbsct"))
+    check_classes("class", [england, scotland, "\U0001f468\u200d\U0001f467", "\U0001f468\U0001f467", "dog", "DOG"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["1", "01"], "labels '01' and '1' are the same number: write it in one way"),
+        (["b'cat'", "dog"], r"in sample 0 of .* the label b'cat' looks like bytes: write the name of the class alone"),
+        (["dog", "np.str_('cat')"], r"in sample 1 of .* the label np.str_\('cat'\) looks like a Python value"),
+        (["[1, 2]", "dog"], r"in sample 0 of .* the label \[1, 2\] is a list in a text"),
+        (["{1, 2}", "dog"], r"in sample 0 of .* the label \{1, 2\} looks like a list"),
+    ],
+)
+def test_names_in_tars_are_those_that_tables_take(labels: list[str], said: str, tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for i, label in enumerate(labels):
+        members |= {f"{i}.png": picture(i), f"{i}.txt": b"a", f"{i}.json": json.dumps({"label": label}).encode()}
+    write_members(tmp_path / "train.tar", members)
+    with pytest.raises(BadInput, match=said):
+        run_shards("index", tmp_path, "--processes", 1)
+    for i, label in enumerate(("1.0", "0")):
+        members |= {f"{i}.json": json.dumps({"label": label}).encode()}
+    write_members(tmp_path / "train.tar", members)
+    run_shards("index", tmp_path, "--processes", 1)
+    assert load_manifest(tmp_path).classes == ["0", "1"]
+    assert [sample.labels for sample in ShardReader(str(tmp_path), "train")] == [(1,), (0,)]

@@ -34,6 +34,10 @@ def rows_of(server: FaultyServer, query: str = "") -> list[dict[str, str]]:
     return [{"url": f"{server.url}/p/{i}.png{query}", "caption": f"text {i}"} for i in range(40)]
 
 
+LONG = ("--timeout-s", 60)
+"""Where nothing is waited for but a busy machine."""
+
+
 def build(table: Path | str, output: Path, *more: object) -> None:
     options = ("--val", 0, "--test", 0, "--processes", 1, "--timeout-s", 3)
     run_shards("build", "table", table, "--output", output, *options, *more)
@@ -143,7 +147,9 @@ def test_malformed_urls_are_left_out_and_named_when_asked(
             BadInput, match=r"row 2 of one\.csv: http\S+ .*(is no URL that can be asked for|InvalidUrl)"
         ):
             build(table, tmp_path / "one", "--retries", 0)
-    build(write_table(tmp_path / "t.csv", rows_of(server) + rows), tmp_path / "out", "--skip-bad", "--retries", 0)
+    build(
+        write_table(tmp_path / "t.csv", rows_of(server) + rows), tmp_path / "out", "--skip-bad", "--retries", 0, *LONG
+    )
     assert len(samples_of(tmp_path / "out")) == 40
     said = capsys.readouterr().err
     assert f"left out {len(MALFORMED)} bad pairs" in said
