@@ -1,9 +1,11 @@
-"""Names of classes: which are none, which are the same to whoever reads them, and what is said of them."""
+"""Names of classes: which are none, which are the same to whoever reads them, and what is said of them; and words
+that programs write for what is missing."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 
 from cmgan_dist.errors import BadInput, shown
@@ -64,6 +66,16 @@ def check_spelling(classes: list[str]) -> None:
 def class_order(name: str) -> tuple[int, str]:
     """Return a sort key that puts numbers by value, before names."""
     return (int(name), name) if name.isdecimal() and len(name) < 100 else (1 << 62, name)
+
+
+def count_missing(texts: Iterable[str]) -> int:
+    """Return how many texts are words by which programs write a missing value."""
+    return sum(text.lower() in MISSING for text in texts)
+
+
+def say_missing_texts(count: int) -> list[str]:
+    """Return a line with how many texts are such words, none for 0."""
+    return [f"texts that are nan, null or the like: {count}; take such rows out if values are missing"] * bool(count)
 
 
 def say_missing(classes: list[str]) -> list[str]:

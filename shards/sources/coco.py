@@ -18,6 +18,7 @@ from cmgan_dist.files import parse_json_once, read_bytes
 from shards.pack import DrawCommand
 from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
+from shards.sources.class_names import count_missing, say_missing_texts
 from shards.sources.files import PlainFile, check_names, plain_path
 from shards.split_words import say_named_splits, split_in
 
@@ -76,6 +77,7 @@ class CocoCommand(DrawCommand):
                 f"{sum(len(file.captions) for file in files)} pictures with captions, no labels",
                 *say_named_splits((file.split, file.path) for file in files),
                 say_splits(named, draw),
+                *say_missing_texts(sum(count_missing(each) for file in files for each in file.captions.values())),
                 *[f"{without} pictures have no caption and were left out"] * bool(without),
                 *missing_val([*(named or ["train"]), *draw.splits]),
             ],

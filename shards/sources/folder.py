@@ -22,7 +22,7 @@ from cmgan_dist.errors import BadInput, shown
 from shards.pack import DrawCommand
 from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
-from shards.sources.class_names import check_classes, say_classes
+from shards.sources.class_names import check_classes, say_classes, say_missing
 from shards.sources.files import PlainFile, check_names, check_unicode
 from shards.split_words import SPLIT_WORD, say_named_splits, split_in
 
@@ -101,6 +101,7 @@ class FolderCommand(DrawCommand):
             expected_splits=(*(named or ("train",)), *draw.splits),
             notes=[
                 _say_classes(classes, parts),
+                *say_missing(classes),
                 *say_named_splits((split, Path(name)) for name, split in splits.items()),
                 say_splits(named, draw),
                 *_left_out(others),

@@ -29,7 +29,15 @@ from shards.pairs import RawPair, RawPairs, Readable, brief, make_key, missing_v
 from shards.partitions import Partitions, partitions_for
 from shards.shard_file import try_sample
 from shards.sources.cells import Picture, as_labels, as_picture, as_split, as_texts
-from shards.sources.class_names import check_classes, check_spelling, class_order, say_classes, say_missing
+from shards.sources.class_names import (
+    check_classes,
+    check_spelling,
+    class_order,
+    count_missing,
+    say_classes,
+    say_missing,
+    say_missing_texts,
+)
 from shards.sources.columnar import Head
 from shards.sources.files import PlainFile, check_names, check_unicode, plain_path
 from shards.sources.rows import Row, TextFormat, check_ending, check_label_forms, head_of, read_rows
@@ -94,6 +102,8 @@ class _Said:
     rows: int = 0
     multi: bool = False
     """Whether any row has a list of labels."""
+    missing: int = 0
+    """Texts that are a word for a missing value."""
     left_out: list[str] = field(default_factory=list)
     """A line for each row that was left out."""
 
@@ -103,6 +113,7 @@ class _Said:
         self.splits |= other.splits
         self.rows += other.rows
         self.multi = self.multi or other.multi
+        self.missing += other.missing
         self.left_out += other.left_out
 
 
@@ -209,6 +220,7 @@ class TableCommand(DrawCommand):
             notes=[
                 *say_classes(classes),
                 *say_missing(classes),
+                *say_missing_texts(said.missing),
                 say_splits(named, draw),
                 *missing_val([*splits, *draw.splits]),
             ],
@@ -257,6 +269,7 @@ class TableCommand(DrawCommand):
             said.classes.update(found.labels)
             said.splits.add(own)
             said.rows += 1
+            said.missing += count_missing(found.texts)
             said.multi = said.multi or found.listed
         return said
 

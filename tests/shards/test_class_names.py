@@ -74,6 +74,27 @@ def test_a_column_is_declined(tmp_path: Path) -> None:
     assert build(tmp_path / "t.csv", tmp_path / "out", *words) == [[]]
 
 
+def test_words_for_what_is_missing_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image": f"{i}.png", "text": text} for i, text in enumerate(("nan", "None", "N/A", "a nan bread", "NULL"))]
+    for i in range(len(rows)):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    build(tmp_path / "t.jsonl", tmp_path / "out")
+    said = "texts that are nan, null or the like: 4; take such rows out if values are missing"
+    assert said in " ".join(capsys.readouterr().out.split())
+    images = [{"id": i, "file_name": f"{i}.png"} for i in range(5)]
+    notes = [{"image_id": i, "caption": row["text"]} for i, row in enumerate(rows)]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    words = ("--images", tmp_path, "--val", 0, "--test", 0, "--processes", 1)
+    run_shards("build", "coco", tmp_path / "c.json", *words, "--output", tmp_path / "coco")
+    assert said in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "f" / "nan").mkdir(parents=True)
+    (tmp_path / "f" / "nan" / "a.png").write_bytes(picture(9))
+    (tmp_path / "f" / "nan" / "a.txt").write_text("a")
+    run_shards("build", "folder", tmp_path / "f", "--output", tmp_path / "folder", *words[2:])
+    assert "classes nan: a missing value is often written so" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("mark", ["\ufe0f", "\u034f", "\u180b", "\u2800", "\u3164", "\u200b", "\u202e", "\U000e0101"])
 def test_names_that_differ_by_what_nobody_sees_are_refused(mark: str) -> None:
     for other in (f"red{mark} cat", f"{mark}red cat"):
