@@ -57,7 +57,7 @@ def test_steps_are_left_out_and_begin_anew_as_under_ddp() -> None:
 
 @pytest.mark.parametrize(
     "preset",
-    [pytest.param(name, marks=() if name in ("reference", "paper", "pairs", "raw") else SLOW) for name in PRESETS],
+    [pytest.param(name, marks=() if name in ("reference", "paper") else SLOW) for name in PRESETS],
 )
 def test_every_preset_trains_under_deepspeed(
     preset: str, feature_data: Callable[..., Path], raw_data: Callable[..., Path], tmp_path: Path

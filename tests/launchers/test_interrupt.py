@@ -36,7 +36,14 @@ def alive(pid: int) -> bool:
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("how", "processes"),
-    [("twice", 2), *((how, processes) for how in ("group", "alone", "terminate") for processes in (1, 2))],
+    [
+        ("group", 2),
+        ("alone", 1),
+        *(
+            pytest.param(how, processes, marks=pytest.mark.slow)
+            for how, processes in (("twice", 2), ("group", 1), ("alone", 2), ("terminate", 1), ("terminate", 2))
+        ),
+    ],
 )
 def test_features_are_interrupted_and_go_on(how: str, processes: int, tmp_path: Path) -> None:
     data = make_raw(tmp_path / "raw", counts={"train": 8, "val": 100, "test": 100})
