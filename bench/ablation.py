@@ -17,7 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.progress import track
@@ -25,6 +25,8 @@ from rich.table import Table
 
 from bench.common import write_results
 from cmgan_dist.config.cli import parse
+from cmgan_dist.config.fields import Count
+from cmgan_dist.config.markers import Range
 from cmgan_dist.errors import BadInput, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,9 +73,9 @@ class Arguments:
     """Folder of shards."""
     preset: str = "openmoji"
     """Preset to ablate."""
-    seeds: int = 5
+    seeds: Count = 5
     """Runs per variant."""
-    jobs: int = 2
+    jobs: Annotated[int, Range(1, 4096)] = 2
     """Runs at a time, one thread each."""
     work: Path = Path("runs/ablation")
     """Where runs are kept."""

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from PIL import Image
@@ -39,7 +39,8 @@ from rich.table import Table
 
 from bench.common import Worker, spread, write_results
 from cmgan_dist.config.cli import parse
-from cmgan_dist.config.fields import ImageBackboneConfig
+from cmgan_dist.config.fields import Count, ImageBackboneConfig
+from cmgan_dist.config.markers import Range
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput, run_main
 
@@ -61,13 +62,13 @@ class Arguments:
     """Run whose best model encodes."""
     data: str
     """Folder of raw shards; its train split is encoded."""
-    items: int = 256
+    items: Count = 256
     """Pictures, and texts, a round."""
-    rounds: int = 5
+    rounds: Count = 5
     """Rounds."""
-    memory_pictures: int = 10_000
+    memory_pictures: Annotated[int, Range(0, 1e9)] = 10_000
     """Pictures of the processes whose peak memory is measured; 0 leaves them out."""
-    memory_texts: int = 10_000
+    memory_texts: Annotated[int, Range(0, 1e9)] = 10_000
     """The same for texts."""
     name: str = "encode"
     """Of the results file in bench/results/."""
@@ -268,8 +269,6 @@ def main() -> None:
         work(*sys.argv[2:])
         return
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.encode")
-    if min(arguments.rounds, arguments.items) < 1:
-        raise BadInput("--rounds and --items must be at least 1")
     results = {what: measure(arguments, what) for what in CONTESTANTS}
     show(results)
     asked = {name: getattr(arguments, name) for name in ("items", "rounds", "memory_pictures", "memory_texts")}

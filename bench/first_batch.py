@@ -22,7 +22,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +30,8 @@ from rich.table import Table
 from bench.common import spread, write_results
 from bench.stream_data import build_features
 from cmgan_dist.config.cli import parse
+from cmgan_dist.config.fields import Count
+from cmgan_dist.config.markers import Range
 from cmgan_dist.errors import BadInput, run_main
 
 CHILD = """
@@ -49,11 +51,11 @@ print(time.perf_counter() - began)
 class Arguments:
     """Time the first batch from a URL and write bench/results/first_batch.json."""
 
-    streams: int = 16
+    streams: Annotated[int, Range(1, 10000)] = 16
     """Logical streams."""
-    latency_ms: float = 50.0
+    latency_ms: Annotated[float, Range(0, 20000)] = 50.0
     """Milliseconds after which a request is answered."""
-    rounds: int = 5
+    rounds: Count = 5
     """Rounds, each with an empty cache."""
     work: Path = Path("runs/bench-first-batch")
     """Where the data is built."""

@@ -26,13 +26,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.common import RESULTS, write_results
 from cmgan_dist.config.cli import parse
+from cmgan_dist.config.fields import Count
+from cmgan_dist.config.markers import Range
 from cmgan_dist.errors import run_main
 
 
@@ -48,9 +50,9 @@ class Part:
 class Arguments:
     """Time the fused kernels and the CPU paths and write bench/results/kernels.json."""
 
-    rounds: int = 5
+    rounds: Count = 5
     """CPU: rounds in which all contestants take turns."""
-    seconds: float = 0.2
+    seconds: Annotated[float, Range(0, 1e5)] = 0.2
     """CPU: processor time of one contestant in one round."""
     cpu: Part = field(default_factory=Part)
     gpu: Part = field(default_factory=Part)

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from rich.console import Console
@@ -32,7 +32,9 @@ from rich.table import Table
 
 from bench.common import spread, write_results
 from cmgan_dist.config.cli import parse
-from cmgan_dist.errors import BadInput, run_main
+from cmgan_dist.config.fields import Count
+from cmgan_dist.config.markers import Range
+from cmgan_dist.errors import run_main
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help waits
     from torch import Tensor
@@ -46,13 +48,13 @@ ROWS = 20
 class Arguments:
     """Time the mean average precision of a gallery."""
 
-    queries: int = 200
+    queries: Count = 200
     """Queries a round."""
-    gallery: int = 100_000
-    """Items of the gallery."""
-    rounds: int = 5
+    gallery: Annotated[int, Range(CLASSES, 1e9)] = 100_000
+    """Items of the gallery, at least one of each class."""
+    rounds: Count = 5
     """Rounds."""
-    whole: int = 0
+    whole: Annotated[int, Range(0, 1e9)] = 0
     """Queries of one more run of ours and of ours before; 0 leaves it out."""
     name: str = "metrics"
     """Of the results file in bench/results/."""
@@ -215,8 +217,6 @@ def show(arguments: Arguments, record: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.metrics")
-    if min(arguments.queries, arguments.gallery, arguments.rounds) < 1:
-        raise BadInput("--queries, --gallery and --rounds must be at least 1")
     import torch
 
     torch.set_num_threads(1)

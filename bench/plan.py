@@ -16,6 +16,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import psutil
 import pyarrow
@@ -23,7 +24,9 @@ import pyarrow.parquet
 from PIL import Image
 
 from cmgan_dist.config.cli import parse
-from cmgan_dist.errors import BadInput, run_main
+from cmgan_dist.config.fields import Count
+from cmgan_dist.config.markers import Range
+from cmgan_dist.errors import run_main
 from shards.pack import plan_in
 from shards.sources.table import TableCommand
 
@@ -111,11 +114,11 @@ def measure(folder: Path, rows: int, processes: int) -> dict[str, float]:
 class Arguments:
     """Plan tables of rising size and write bench/results/NAME.json."""
 
-    rows: int = SIZES[1]
+    rows: Count = SIZES[1]
     """Rows of the largest table; smaller ones come before it."""
     folder: Path = Path(tempfile.gettempdir())
     """Where a folder for the tables and their plans is made, and removed at the end."""
-    processes: int = 1
+    processes: Annotated[int, Range(1, 4096)] = 1
     """Processes that read the tables."""
     name: str = "plan"
     """Of the results file."""
@@ -124,8 +127,6 @@ class Arguments:
 def main() -> None:
     """Measure each size in turn, up to --rows."""
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.plan")
-    if min(arguments.rows, arguments.processes) < 1:
-        raise BadInput("--rows and --processes must be 1 or more")
     found = []
     for rows in [size for size in SIZES if size < arguments.rows] + [arguments.rows]:
         with tempfile.TemporaryDirectory(prefix="bench-plan-", dir=arguments.folder) as folder:

@@ -18,13 +18,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.common import write_results
 from cmgan_dist.config.cli import parse
+from cmgan_dist.config.markers import Range
 from cmgan_dist.errors import EXIT_DONE, BadInput, run_main
 from tune.confirm import test_scores
 
@@ -43,13 +44,13 @@ class Arguments:
     """Folder of shards with classes."""
     preset: str = "openmoji"
     """Preset to start from."""
-    trials: int = 40
+    trials: Annotated[int, Range(1, 1e6)] = 40
     """Settings that ASHA tries."""
-    reduction: int = 3
+    reduction: Annotated[int, Range(2, 1e6)] = 3
     """One in this many goes on at each rung."""
-    confirm: int = 5
+    confirm: Annotated[int, Range(1, 1e6)] = 5
     """Seeds of the best settings and the preset."""
-    confirm_top: int = 2
+    confirm_top: Annotated[int, Range(1, 1e6)] = 2
     """Settings that are confirmed beside the preset."""
     work: Path = Path("runs/search")
     """Where the searches are kept."""

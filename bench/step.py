@@ -30,7 +30,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.progress import track
@@ -38,6 +38,8 @@ from rich.table import Table
 
 from bench.common import Worker, spread, write_results
 from cmgan_dist.config.cli import parse
+from cmgan_dist.config.fields import Count
+from cmgan_dist.config.markers import Range
 from cmgan_dist.errors import BadInput, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,21 +51,21 @@ TOLERANCE = 1e-5
 class Arguments:
     """Time one batch of all updates against a plain PyTorch port and write bench/results/step.json."""
 
-    batches: tuple[int, ...] = (64, 256, 1024)
-    """Batch sizes."""
+    batches: tuple[Annotated[int, Range(2, 1e6)], ...] = (64, 256, 1024)
+    """Batch sizes; BatchNorm needs two rows."""
     precisions: tuple[str, ...] = ("fp32", "bf16")
     """fp32, bf16 (autocast)."""
-    rounds: int = 7
+    rounds: Count = 7
     """Rounds; in each all contestants take turns."""
-    seconds: float = 1.5
+    seconds: Annotated[float, Range(0, 1e5)] = 1.5
     """Least time of one turn."""
-    threads: int = 0
+    threads: Annotated[int, Range(0, 4096)] = 0
     """torch.set_num_threads of every contestant; 0 takes all cores."""
-    check: int = 50
+    check: Annotated[int, Range(0, 1e6)] = 50
     """Batches over which losses are compared first; 0 leaves it out."""
     compiled: bool = True
     """Take the contestants that torch.compile makes."""
-    scale: int = 64
+    scale: Annotated[int, Range(0, 1e6)] = 64
     """Rows a process when collectives are counted and one and two processes are timed; 0 leaves it out."""
     name: str = "step"
     """Name of the results file."""
@@ -161,15 +163,11 @@ def print_collectives(title: str, calls: dict[str, dict[str, float]], least: dic
 
 def check_arguments(arguments: Arguments) -> None:
     """Raises BadInput naming the flag."""
-    for flag, value, least in (("rounds", arguments.rounds, 1), ("threads", arguments.threads, 0)):
-        if value < least:
-            raise BadInput(f"--{flag} is {value}: at least {least}")
     for precision in arguments.precisions:
         if precision not in ("fp32", "bf16"):
             raise BadInput(f"--precisions has '{precision}': fp32 and bf16 are there")
-    for size in arguments.batches:
-        if size < 2:
-            raise BadInput(f"--batches has {size}: at least 2, BatchNorm needs two rows")
+    if arguments.scale == 1:
+        raise BadInput("--scale is 1: give 0 or at least 2, since BatchNorm needs two rows")
 
 
 def main() -> None:

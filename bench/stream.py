@@ -33,7 +33,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
@@ -46,6 +46,8 @@ from bench.stream_data import BATCH, FEATURE_BATCH, FEATURE_SHARDS, build, build
 from bench.stream_decoders import SIZE
 from bench.stream_peers import CONTESTANTS, FEATURE_CONTESTANTS, NEEDS, RESUME_AT, RESUMING
 from cmgan_dist.config.cli import parse
+from cmgan_dist.config.fields import Count
+from cmgan_dist.config.markers import Range
 from cmgan_dist.errors import BadInput, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,9 +64,9 @@ class Arguments:
 
     data: Path
     """Folder of shards with encoded images: Flickr8k by `python -m shards build flickr8k`."""
-    images: int = 2000
+    images: Annotated[int, Range(2 * BATCH, 1e9)] = 2000
     """Samples of the train split that are used."""
-    rounds: int = 5
+    rounds: Count = 5
     """Rounds; in each all contestants take turns."""
     work: Path = Path("runs/bench-stream")
     """Where the data of all contestants is built."""
@@ -272,8 +274,6 @@ def main() -> None:
         work(sys.argv[2:])
         return
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.stream")
-    if arguments.rounds < 1:
-        raise BadInput(f"--rounds is {arguments.rounds}: at least 1")
     absent = find_absent(arguments.peers)
     mosaicml = "mosaicml + PIL" not in absent
 

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
@@ -41,8 +41,10 @@ from rich.table import Table
 
 from bench.common import RESULTS, write_results
 from cmgan_dist.config.cli import parse
+from cmgan_dist.config.fields import Count
+from cmgan_dist.config.markers import Range
 from cmgan_dist.data.store import FileStore
-from cmgan_dist.errors import BadInput, run_main
+from cmgan_dist.errors import run_main
 from cmgan_dist.jobs import ledger
 from cmgan_dist.retrieval.embeddings import (
     ITEMS,
@@ -68,11 +70,11 @@ Search = Callable[[np.ndarray], np.ndarray]
 class Arguments:
     """Time searching and write bench/results/use.json."""
 
-    counts: tuple[int, ...] = (100_000, 1_000_000)
+    counts: tuple[Annotated[int, Range(LEAST, 1e9)], ...] = (100_000, 1_000_000)
     """Numbers of vectors."""
-    dim: int = 256
+    dim: Annotated[int, Range(1, 1e6)] = 256
     """E."""
-    rounds: int = 7
+    rounds: Count = 7
     """Rounds in which all contestants take turns."""
     work: Path | None = None
     """Folder for the files; a temporary one when left out."""
@@ -274,8 +276,6 @@ def show(count: int, record: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.use")
-    if min(arguments.counts) < LEAST or arguments.rounds < 1:
-        raise BadInput(f"--counts must be at least {LEAST}, --rounds at least 1")
     if arguments.work is not None:
         arguments.work.mkdir(parents=True, exist_ok=True)
     import faiss  # with much else, and --help waits

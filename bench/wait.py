@@ -32,6 +32,7 @@ from rich.table import Table
 
 from bench.common import spread, write_results
 from cmgan_dist.config.cli import parse
+from cmgan_dist.config.fields import Count
 from cmgan_dist.errors import BadInput, run_main
 from cmgan_dist.retrieval.index import Index
 
@@ -60,7 +61,7 @@ class Arguments:
 
     index: Annotated[Path, tyro.conf.Positional]
     """Folder of an index whose run and raw pictures are still there."""
-    rounds: int = 7
+    rounds: Count = 7
     """Starts of each command."""
     chromium: str = "/usr/bin/chromium"
     """Browser."""
@@ -146,8 +147,6 @@ def show(record: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.wait")
-    if arguments.rounds < 1:
-        raise BadInput("--rounds must be at least 1")
     index = Index.open(arguments.index)
     if index.query_encoder("text") is None:
         raise BadInput(

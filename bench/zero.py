@@ -20,14 +20,15 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.common import RESULTS, write_results
 from cmgan_dist.config.cli import parse
-from cmgan_dist.config.fields import Config
+from cmgan_dist.config.fields import Config, Count
+from cmgan_dist.config.markers import Range
 from cmgan_dist.config.presets import preset
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.errors import BadInput, run_main
@@ -49,9 +50,9 @@ MIB = 2**20
 class Arguments:
     """Measure memory and time of a batch under DDP, ZeRO-1, ZeRO-2 and FSDP2."""
 
-    processes: tuple[int, ...] = (2, 4)
+    processes: tuple[Annotated[int, Range(2, ROWS)], ...] = (2, 4)
     """Numbers of processes on this machine."""
-    batches: int = 3
+    batches: Count = 3
     """Batches that are timed, after two that are not."""
     models: tuple[str, ...] = MODELS
     """What is trained: reference, backbone."""
@@ -182,12 +183,13 @@ def main() -> None:
         worker(sys.argv[2], sys.argv[3], int(sys.argv[4]))
         return
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.zero")
-    unknown = {*arguments.models, *arguments.kinds} - {*MODELS, *KINDS}
-    if unknown or arguments.batches < 1 or any(ROWS % n or n < 2 for n in arguments.processes):
-        raise BadInput(
-            f"--models are {', '.join(MODELS)}, --kinds {', '.join(KINDS)}, --processes 2, 4, 8 or 16, --batches from "
-            "1 on"
-        )
+    for flag, names, known in (("models", arguments.models, MODELS), ("kinds", arguments.kinds, KINDS)):
+        for name in names:
+            if name not in known:
+                raise BadInput(f"--{flag} names '{name}': choose from {', '.join(known)}")
+    for processes in arguments.processes:
+        if ROWS % processes:
+            raise BadInput(f"--processes has {processes}: give 2, 4, 8 or 16, among which {ROWS} rows fall equally")
     path = RESULTS / f"{arguments.name}.json"
     before = json.loads(path.read_text())["each_process"] if path.is_file() else {}
     record = before | {

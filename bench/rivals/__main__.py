@@ -18,7 +18,7 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -26,6 +26,8 @@ from rich.table import Table
 
 from bench.common import write_results
 from cmgan_dist.config.cli import parse
+from cmgan_dist.config.fields import Count
+from cmgan_dist.config.markers import Range
 from cmgan_dist.config.presets import PRESETS, preset
 from cmgan_dist.errors import BadInput, run_main
 
@@ -44,15 +46,15 @@ class Arguments:
 
     data: tyro.conf.UseAppendAction[tuple[Path, ...]]
     """Folder of shards of features; may be given again."""
-    seeds: int = 3
+    seeds: Count = 3
     """Trainings of each method, from seeds 0, 1, ..."""
-    tries: int = 12
+    tries: Count = 12
     """Settings tried for each rival."""
-    epochs: int = 100
+    epochs: Count = 100
     """Most epochs of a rival."""
     ours: str = ""
     """Preset of ours; when left out, the one of the data set's name, else features, or pairs without labels."""
-    threads: int = 1
+    threads: Annotated[int, Range(1, 4096)] = 1
     """Threads of every training."""
     work: Path = Path("runs/rivals")
     """Where our runs are kept."""
@@ -189,8 +191,6 @@ def compare(folder: Path, arguments: Arguments) -> None:
 
 def main() -> None:
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.rivals")
-    if min(arguments.seeds, arguments.tries, arguments.epochs) < 1:
-        raise BadInput("--seeds, --tries and --epochs must be 1 or more")
     import torch
 
     torch.set_num_threads(arguments.threads)

@@ -20,9 +20,9 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from cmgan_dist.config.commands import program_name
 from cmgan_dist.config.fields import DATA_SEPARATOR, Config
-from cmgan_dist.config.load import load_config, validate
+from cmgan_dist.config.load import check_numbers, load_config, validate
 from cmgan_dist.config.markers import range_of
-from cmgan_dist.config.paths import settings
+from cmgan_dist.config.paths import get_value, settings, walk
 from cmgan_dist.config.presets import preset
 from cmgan_dist.errors import BadInput, refuse_url, shown
 
@@ -117,6 +117,7 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
             hint = _hint_for_word(wrong.partition(": ")[2].split(", ")[0], arguments)
         raise BadInput(f"{wrong}: {hint}see '{prog} --help'") from None
     _refuse_urls(found, arguments)
+    _refuse_numbers(found)
     return found
 
 
@@ -127,6 +128,19 @@ def _refuse_urls(parsed: object, args: Sequence[str]) -> None:
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, Path):
                 refuse_url(each, field.name.upper() if flag_value(args, flag) is None else flag)
+
+
+def _refuse_numbers(parsed: object) -> None:
+    """Raise BadInput when a number lies outside the range of its annotation, or there is none where one or more belong.
+
+    Those of a Config are left to `validate`, which sees those from files too."""
+    if isinstance(parsed, Config) or not dataclasses.is_dataclass(parsed):
+        return
+    for path, setting in walk(type(parsed)):
+        flag, value = f"--{path.replace('_', '-')}", get_value(parsed, path)
+        if value == () and setting.range is not None:
+            raise BadInput(f"{flag} is empty: name one number or more, each from {setting.range}")
+        check_numbers(flag, value, setting)
 
 
 def _hint_for_word(word: str, arguments: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ def validate(config: Config) -> Config:
     """Check what a config alone can tell and return it. Raises BadInput naming the field."""
     _check_sections(Config, config, "")
     for path, setting in settings().items():
-        _check_numbers(path, get_value(config, path), setting)
+        check_numbers(path, get_value(config, path), setting)
     _from_dict(Config, dataclasses.asdict(config), "")  # types and choices, as of a config from a file
     preset(config.preset)
     _check_batch(config)
@@ -68,7 +68,7 @@ def check_places(config: Config) -> None:
     refuse_url(config.output, "--output")
 
 
-def _check_numbers(path: str, value: Any, setting: Setting) -> None:
+def check_numbers(path: str, value: Any, setting: Setting) -> None:
     """Raises BadInput for a number, or an element of a tuple, that is of another type or outside its range."""
     if setting.number is None or setting.range is None:
         return

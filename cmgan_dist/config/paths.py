@@ -37,12 +37,13 @@ class Setting:
         return kind if kind in (int, float) else None
 
 
-def _walk(cls: type, prefix: str) -> Iterator[tuple[str, Setting]]:
+def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Setting]]:
+    """Give the fields of a dataclass, those of its sections included, by their dotted names behind `prefix`."""
     kinds, hints = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         kind, hint, path = kinds[field.name], hints[field.name], prefix + field.name
         if dataclasses.is_dataclass(kind):
-            yield from _walk(typing.cast(type, kind), path + ".")
+            yield from walk(typing.cast(type, kind), path + ".")
         else:
             markers = markers_of(hint)
             yield path, Setting(kind, range_of(hint), Resumable in markers, Mutable in markers)
@@ -51,7 +52,7 @@ def _walk(cls: type, prefix: str) -> Iterator[tuple[str, Setting]]:
 @functools.cache
 def settings() -> Mapping[str, Setting]:
     """Return every setting of a Config by its dotted name, in the order of the fields."""
-    return MappingProxyType(dict(_walk(Config, "")))
+    return MappingProxyType(dict(walk(Config)))
 
 
 def find_setting(path: str) -> Setting:
@@ -65,7 +66,7 @@ def find_setting(path: str) -> Setting:
     raise BadInput(f"{path} is no config field: {f'did you mean {close[0]}?' if close else 'see train.py --help'}")
 
 
-def get_value(config: Config, path: str) -> Any:
+def get_value(config: object, path: str) -> Any:
     """Return the value of the setting with this dotted name."""
     return functools.reduce(getattr, path.split("."), config)
 
