@@ -27,6 +27,7 @@ import hashlib
 import logging
 import signal
 import socket
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -357,11 +358,19 @@ class Guarded:
 
 
 def only_known(request: Request) -> None:
-    """Raises BadInput at a parameter that the address does not take, which would be ignored."""
+    """Raises BadInput at a parameter that the address does not take, or takes once and is given again: it would be
+    ignored."""
     taken = request.app.openapi()["paths"].get(request.scope["route"].path, {}).get(request.method.lower())
-    known = sorted(one["name"] for one in taken.get("parameters", ()) if one["in"] == "query") if taken else None
-    if known is not None and (unknown := sorted(set(request.query_params) - set(known))):
-        raise BadInput(f"there is no parameter {unknown[0][:80]!r} here: known are {', '.join(known) or 'none'}")
+    if not taken:
+        return
+    known = {one["name"]: one["schema"] for one in taken.get("parameters", ()) if one["in"] == "query"}
+    given = Counter(name for name, _ in request.query_params.multi_items())
+    if unknown := sorted(given.keys() - known.keys()):
+        names = ", ".join(sorted(known)) or "none"
+        raise BadInput(f"there is no parameter {unknown[0][:80]!r} here: known are {names}")
+    for name, times in sorted(given.items()):
+        if times > 1 and not any(kind.get("type") == "array" for kind in (known[name], *known[name].get("anyOf", ()))):
+            raise BadInput(f"{name} is given {times} times: give it once")
 
 
 async def say(request: Request, error: Exception) -> JSONResponse:
