@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.interrupts import is_first_process
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,9 @@ trace how Triton reads its settings."""
 
 @functools.cache
 def log_path(operation: str, path: str, reason: str) -> None:
-    """Say in the log, once a process, which path an operation takes and why."""
-    log.info("%s: %s (%s)", operation, path, reason)
+    """Say in the log, once a run, which path an operation takes and why."""
+    if is_first_process():
+        log.info("%s: %s (%s)", operation, path, reason)
 
 
 def _obstacle(x: Tensor, groups: Sequence[int]) -> str:

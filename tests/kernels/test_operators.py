@@ -94,6 +94,18 @@ def test_the_path_is_said_once_with_its_reason(caplog: pytest.LogCaptureFixture)
     ]
 
 
+def test_only_the_first_process_of_a_run_says_the_path(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        dispatch.log_path.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            GroupBatchNorm(8)(torch.randn(4, 8), [4])
+        assert len(caplog.messages) == lines
+
+
 def test_triton_without_a_gpu_is_refused_in_training_and_only_there() -> None:
     norm = GroupBatchNorm(8, kernels="triton")
     x = torch.randn(4, 8)
