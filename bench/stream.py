@@ -101,6 +101,17 @@ def need_of(name: str) -> tuple[str, str] | None:
     return next((need for start, need in NEEDS.items() if name.startswith(start)), None)
 
 
+def check_python(python: str) -> None:
+    """Raises BadInput where --peers names something else than a Python."""
+    advice = "name the Python of an environment that has the peers, or leave --peers out"
+    try:
+        done = subprocess.run([python, "-c", "print(6 * 7)"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BadInput(f"--peers {python} cannot be started ({error.strerror}): {advice}") from None
+    if done.stdout.strip() != "42":
+        raise BadInput(f"--peers {python} is no Python that works: {advice}")
+
+
 def find_absent(python: str) -> dict[str, str]:
     """Return why a contestant cannot take part, by name."""
     absent: dict[str, str] = {}
@@ -274,6 +285,7 @@ def main() -> None:
         work(sys.argv[2:])
         return
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.stream")
+    check_python(arguments.peers)
     absent = find_absent(arguments.peers)
     mosaicml = "mosaicml + PIL" not in absent
 

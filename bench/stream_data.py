@@ -59,13 +59,16 @@ def build(data: Path, images: int, work: Path, mds: Callable[[Path], object] | N
     """Write work/SOURCE/{shards,folder,mds} of every source, unless they are there.
 
     `mds` writes the format of mosaicml-streaming beside the shards; None leaves it out. Raises BadInput where `data`
-    has too few encoded images."""
+    has too few encoded images, or one that is no JPEG, which is what every contestant decodes."""
     from cmgan_dist.data.reader import ShardReader
 
     samples = list(itertools.islice(ShardReader(str(data), "train"), images))
     pictures = [s.image for s in samples if isinstance(s.image, bytes)]
     if len(pictures) < max(len(samples), 2 * BATCH):
-        raise BadInput(f"{data} has fewer than {2 * BATCH} encoded images in its train split: name another")
+        raise BadInput(f"--data {data} has fewer than {2 * BATCH} encoded images in its train split: name another")
+    for sample, picture in zip(samples, pictures, strict=True):
+        if not picture.startswith(b"\xff\xd8"):
+            raise BadInput(f"--data {data}: the picture of sample {sample.key!r} is no JPEG: name data of JPEGs")
     for source, make in SOURCES.items():
         place = place_of(work, source)
         done = place / f"done-{len(samples)}"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -147,6 +148,8 @@ def show(record: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments = parse(Arguments, sys.argv[1:], prog="python -m bench.wait")
+    if shutil.which(arguments.chromium) is None:
+        raise BadInput(f"--chromium {arguments.chromium} is no program: name the browser Chromium")
     index = Index.open(arguments.index)
     if index.query_encoder("text") is None:
         raise BadInput(
