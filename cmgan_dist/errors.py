@@ -157,6 +157,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding than UTF-8
     try:
+        _check_working_folder()
         code = main()
     except KeyboardInterrupt:
         _end_interrupted()
@@ -169,6 +170,16 @@ def run_main(main: Callable[[], int | None]) -> None:
     if sys.stdout is not None:  # as it is where the caller has closed it
         sys.stdout.flush()
     sys.exit(code or EXIT_DONE)
+
+
+def _check_working_folder() -> None:
+    """Raise BadInput when the folder that the command was started in is gone: libraries end the process over it."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise BadInput(
+            f"the folder that this was started in cannot be used ({error.strerror}): change to one that is there"
+        ) from None
 
 
 def _told(error: Exception) -> int | None:

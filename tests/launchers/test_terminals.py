@@ -57,3 +57,15 @@ def test_a_stream_that_takes_nothing(words: str, codes: set[int], data: Path) ->
     assert code in codes, error
     assert "Traceback" not in error
     assert "Exception ignored" not in error
+
+
+def test_a_working_folder_that_is_gone_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    here = environment() | {"PYTHONPATH": str(ROOT)}
+    for words in ("-m shards stats x", f"{ROOT}/launchers/train.py --data x", f"{ROOT}/launchers/search.py x y"):
+        (tmp_path / "gone").mkdir(exist_ok=True)
+        command = f"cd {tmp_path}/gone && rmdir {tmp_path}/gone && {sys.executable} {words}"
+        done = subprocess.run(["bash", "-c", command], env=here, text=True, capture_output=True)
+        assert done.returncode == 2
+        assert "the folder that this was started in cannot be used (No such file or directory): change" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
