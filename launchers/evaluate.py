@@ -56,16 +56,19 @@ class Arguments:
 def main() -> None:
     log_to_stderr()
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/evaluate.py")
+    from cmgan_dist.data.folder import check_link
     from cmgan_dist.data.source import public_url
     from cmgan_dist.distributed.join import start_all_processes
     from cmgan_dist.distributed.processes import Parallel
     from cmgan_dist.jobs.cores import take_threads
     from cmgan_dist.jobs.lock import owning
     from cmgan_dist.jobs.machine import absolute
-    from cmgan_dist.retrieval.evaluate import RECORD_NAME, REPORT_NAME, open_task, run_task
+    from cmgan_dist.retrieval.evaluate import EMBEDDINGS_NAME, RECORD_NAME, REPORT_NAME, open_task, run_task
     from cmgan_dist.retrieval.gallery import gallery_items
 
     run = arguments.run
+    for name in (EMBEDDINGS_NAME, RECORD_NAME, REPORT_NAME):
+        check_link(run / name)
     start_all_processes()
     task = open_task(run, arguments.data, split=arguments.split)
     asked = task.identity() | {"pictures": public_url(absolute(arguments.pictures))}

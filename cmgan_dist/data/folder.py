@@ -67,10 +67,20 @@ KINDS = {
 """What a folder is that holds a file of this name."""
 
 
+def check_link(path: Path, what: str = "") -> None:
+    """Raises BadInput when a path, which is `what`, is a link that leads nowhere: what it leads to may be there at
+    another time, so it is not the same as nothing."""
+    if os.path.islink(path) and not os.path.exists(path):
+        named = f"{what} {shown(str(path))}".lstrip()
+        raise BadInput(f"{named} is a link that leads nowhere: mount what it leads to, or remove the link")
+
+
 def check_output(folder: Path, own: str, flag: str = "--output") -> None:
     """Raises BadInput when what is written to a folder, with its file `own` of KINDS, would mix with another kind,
-    or it is no folder."""
+    or it is no folder, or it lies behind a link that leads nowhere."""
     refuse_url(folder, flag)
+    for path in (*reversed(folder.parents), folder):
+        check_link(path, flag)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{flag} {shown(str(folder))} is a file: name another folder, which is made")
     for name, kind in KINDS.items():

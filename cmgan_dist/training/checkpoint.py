@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cmgan_dist.data.folder import check_link
 from cmgan_dist.distributed.shard import whole_tensors
 from cmgan_dist.errors import BadInput
 from cmgan_dist.files import OtherVersion, parse_sealed, read_bytes, sealed_json, sha256_of, write_atomic
@@ -232,10 +233,9 @@ def checkpoints_of(folder: Path) -> list[Path]:
     Raises BadInput when the folder cannot be read: that is not the same."""
     try:
         names = os.listdir(folder)
-    except FileNotFoundError as error:
-        if not folder.is_symlink():
-            return []
-        raise BadInput(f"{folder} is a link that leads nowhere: mount what it leads to, or remove the link") from error
+    except FileNotFoundError:
+        check_link(folder)
+        return []
     except OSError as error:
         raise BadInput(f"{folder} cannot be read ({error.strerror}): make it a readable folder") from None
     found = [(position_of(path), path) for path in map(folder.joinpath, names)]

@@ -159,6 +159,8 @@ class Recorder:
         if not self.main:
             yield
             return
+        if position and not (self.run / METRICS_NAME).is_file():
+            log.warning("%s is gone: the lines before sample %d are lost", self.run / METRICS_NAME, position)
         kept = [line for line in read_metrics(self.run) if line.get("samples", 0) <= position]
         write_atomic(self.run / METRICS_NAME, "".join(json.dumps(line) + "\n" for line in kept))
         self.task = self.progress.add_task("samples", total=total, completed=position, note="")

@@ -18,7 +18,7 @@ from cmgan_dist.config.fields import CONFIG_NAME, Config, micro_batch
 from cmgan_dist.config.load import LOSS_TERMS, check_places, load_config, to_yaml, validate
 from cmgan_dist.config.paths import get_value, settings
 from cmgan_dist.data.differences import other_class
-from cmgan_dist.data.folder import check_output
+from cmgan_dist.data.folder import check_link, check_output
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.order import steps_for
 from cmgan_dist.data.origin import absolute_data, fingerprint_of
@@ -34,7 +34,7 @@ from cmgan_dist.jobs.staging import remove_leftovers
 from cmgan_dist.models.saved import BEST, SPEC_NAME, ModelSpec, describe_model, keep_weights, read_model
 from cmgan_dist.models.vocabulary import Vocabulary
 from cmgan_dist.training.checkpoint import Checkpointer, Progress, checkpoints_of, latest, read_checkpoint
-from cmgan_dist.training.recorder import Recorder
+from cmgan_dist.training.recorder import METRICS_NAME, Recorder
 from cmgan_dist.training.schedule import rate
 from cmgan_dist.training.state import Networks, build_networks
 
@@ -56,6 +56,7 @@ def check_same_run(run: Path, config: Config, may_change: Sequence[str] = ()) ->
     `may_change`: dotted names of settings that may differ beside those that every resumed run may change. Raises
     BadInput when `config` would go on with another model, data or order."""
     path = run / CONFIG_NAME
+    check_link(path)
     if not os.path.lexists(path):
         if checkpoints_of(run / "checkpoints"):
             raise BadInput(
@@ -113,6 +114,19 @@ def clear_way(run: Path, resume: str) -> None:
         log.warning("%s has a model in %s and no checkpoints to go on from: it begins anew", run, BEST)
     if lost or resume == "never":
         set_aside(run)
+
+
+def check_run_folder(run: Path) -> None:
+    """Raises BadInput where the folder of a run, or its best/, has a link that leads nowhere, which would be written
+    over, or something else stands in the place of best/ or of metrics.jsonl."""
+    best, metrics = run / BEST, run / METRICS_NAME
+    for folder in (run, best):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            check_link(path)
+    if best.exists() and not best.is_dir():
+        raise BadInput(f"{best} is no folder: move it away, so that the best model can be kept there")
+    if metrics.exists() and not metrics.is_file():
+        raise BadInput(f"{metrics} is no file: move it away, so that lines can be written there")
 
 
 def check_scoring(config: Config, data: DataSpec) -> None:
@@ -292,6 +306,7 @@ def prepare(config: Config, resume: str, may_change: Sequence[str] = ()) -> Run:
     with contextlib.ExitStack() as held:
         parallel.on_main(lambda: held.enter_context(owning(run, LOCK)))
         parallel.on_main(lambda: clear_way(run, resume))
+        parallel.on_main(lambda: check_run_folder(run))
         take_threads(parallel.local_world, config.train.threads, say=parallel.main)
         vocabulary = make_vocabulary(stream.readers, config) if config.model.text.name == "cnn" else None
         networks = build_networks(config, data, vocabulary, parallel)

@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import IO
 
 from cmgan_dist.config.cli import parse_arguments
-from cmgan_dist.config.fields import Config, micro_batch
+from cmgan_dist.config.fields import CONFIG_NAME, Config, micro_batch
 from cmgan_dist.config.load import check_places
+from cmgan_dist.data.folder import check_output
 from cmgan_dist.distributed.launch import take
 from cmgan_dist.distributed.launch_config import launch_environment
 from cmgan_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST, BadInput, run_main
@@ -111,6 +112,7 @@ def read_job(words: Sequence[str]) -> Job:
 def check(job: Job) -> int:
     """Raises BadInput for whatever would stop the run before its first update; `--resume never` moves an earlier run
     aside here, see `make_way`."""
+    check_output(job.output, CONFIG_NAME)
     try:
         job.output.mkdir(parents=True, exist_ok=True)
         probe = job.output / f".writable-{os.getpid()}"

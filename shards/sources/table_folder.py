@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from cmgan_dist.data.folder import walk_files
+from cmgan_dist.data.folder import check_link, walk_files
 from cmgan_dist.errors import BadInput
 from shards.pairs import brief
 from shards.sources.rows import COLUMNAR, ENDINGS
@@ -83,9 +83,8 @@ def _files(top: Path) -> tuple[list[Path], list[str], list[str]]:
     names = walk_files(top, [ending[1:] for ending in ENDINGS], others, hidden)
     others = [name for name in others if LIKE_A_TABLE.search(name) or not PurePosixPath(name).suffix]
     found = sorted(top / name for name in [*names, *others])
-    lost = next((each for each in found if each.is_symlink() and not each.exists()), None)
-    if lost is not None:
-        raise BadInput(f"{lost} is a link that leads nowhere: restore what it names, or remove it")
+    for each in found:
+        check_link(each)
     marks = [name for name in others if MARK.fullmatch(PurePosixPath(name).name)]
     return [each for each in found if LIKE_A_TABLE.search(each.name)], marks, hidden
 

@@ -212,6 +212,21 @@ def test_an_evaluation_that_was_killed_at_its_report_keeps_its_record_and_no_rep
     assert (run / "report.html").exists()
 
 
+@pytest.mark.parametrize("name", ["embeddings.npz", "evaluation.json", "report.html"])
+def test_a_link_that_leads_nowhere_is_not_written_over(
+    name: str, feature_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    save_untrained(run, feature_data(), small_config(8))
+    (run / name).symlink_to(tmp_path / "unmounted")
+    with pytest.raises(BadInput, match=rf"{name} is a link that leads nowhere: .* remove the link"):
+        launch(str(run), "--no-baselines")
+    assert (run / name).is_symlink()
+    (run / name).unlink()
+    launch(str(run), "--no-baselines")
+    assert (run / name).is_file()
+
+
 def test_a_report_leaves_out_an_evaluation_whose_model_is_gone(
     feature_data: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -191,7 +191,7 @@ def test_links_are_followed_and_hidden_folders_and_other_tables_passed_over_alou
     ) in said
     for name in ("c.parquet", "gone"):
         (top / name).symlink_to(tmp_path / "nowhere")
-        with pytest.raises(BadInput, match=rf"in/{name} is a link that leads nowhere: restore"):
+        with pytest.raises(BadInput, match=rf"in/{name} is a link that leads nowhere: mount what it leads to"):
             build(top, tmp_path / "new")
         (top / name).unlink()
 

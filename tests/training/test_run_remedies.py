@@ -111,6 +111,93 @@ def test_checkpoints(
     assert not (run / "earlier-1").exists()
 
 
+def to_nowhere(name: str) -> Callable[[Path], None]:
+    def damage(run: Path) -> None:
+        if (run / name).exists():
+            shutil.move(run / name, run.parent / "kept")
+        (run / name).symlink_to(run.parent / "unmounted")
+
+    return damage
+
+
+def mounted(run: Path) -> None:
+    """Where a link leads to is there again."""
+    shutil.move(run.parent / "kept", run.parent / "unmounted")
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda run: (run / name).unlink()
+
+
+def best_is_a_file(run: Path) -> None:
+    shutil.move(run / "best", run.parent / "kept")
+    (run / "best").write_text("")
+
+
+def metrics_are_a_folder(run: Path) -> None:
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said", "remedy"),
+    [
+        (to_nowhere("config.yaml"), "config.yaml is a link that leads nowhere: mount what it leads to", mounted),
+        (to_nowhere("metrics.jsonl"), "metrics.jsonl is a link that leads nowhere: mount what it leads to", mounted),
+        (to_nowhere("report.html"), "report.html is .* or remove the link", without("report.html")),
+        (to_nowhere("best"), "best is .* or remove the link", without("best")),
+        (to_nowhere("best/model.json"), "model.json is a link that leads nowhere: mount what it leads to", mounted),
+        (best_is_a_file, "best is no folder: move it away", without("best")),
+        (metrics_are_a_folder, "metrics.jsonl is no file: move it away", lambda run: (run / "metrics.jsonl").rmdir()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_stands_in_the_place_of_a_runs_own_is_said_before_the_work(
+    damage: Callable[[Path], None], said: str, remedy: Callable[[Path], None], data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert start(data, run) == (0, "")
+    damage(run)
+    before = sorted(run.rglob("*"))
+    code, error = start(data, run, "train.epochs=2")
+    assert (code, bool(re.search(said, error))) == (2, True), error
+    assert sorted(run.rglob("*")) == before
+    remedy(run)
+    assert start(data, run, "train.epochs=2") == (0, "")
+    assert (run / "best" / "model.json").is_file()
+    assert not (run / "earlier-1").exists()
+
+
+@pytest.mark.parametrize("name", ["best", "metrics.jsonl"])
+def test_a_run_that_begins_anew_moves_links_that_lead_nowhere_aside(name: str, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert start(data, run) == (0, "")
+    to_nowhere(name)(run)
+    assert start(data, run, "--resume", "never") == (0, "")
+    assert (run / "earlier-1" / name).is_symlink()
+
+
+@pytest.mark.parametrize("inside", ["", "seed-0"])
+def test_an_output_behind_a_link_that_leads_nowhere(inside: str, data: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "unmounted")
+    code, error = start(data, link / inside)
+    assert code == 2
+    assert f"--output {link} is a link that leads nowhere: mount what it leads to, or remove the link" in error
+    (tmp_path / "unmounted").mkdir()
+    assert start(data, link / inside) == (0, "")
+
+
+def test_metrics_that_are_gone_are_said(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    assert start(data, run) == (0, "")
+    assert "metrics.jsonl" not in caplog.text
+    (run / "metrics.jsonl").unlink()
+    assert start(data, run, "train.epochs=2") == (0, "")
+    (said,) = [each.getMessage() for each in caplog.records if "metrics.jsonl" in each.getMessage()]
+    assert re.search(r"metrics\.jsonl is gone: the lines before sample \d+ are lost$", said)
+
+
 def test_an_output_that_is_no_run(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
