@@ -85,7 +85,12 @@ def say_missing(classes: list[str]) -> list[str]:
     return [f"classes {found}: a missing value is often written so, take such rows out if it is"] * bool(words)
 
 
+def first_names(names: list[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    more = f" and {len(names) - MOST_CLASSES} more" if len(names) > MOST_CLASSES else ""
+    return f"{', '.join(map(brief, names[:MOST_CLASSES]))}{more}"
+
+
 def say_classes(classes: list[str]) -> list[str]:
     """Return a line with how many classes there are and the first of their names; none where there are none."""
-    more = f" and {len(classes) - MOST_CLASSES} more" if len(classes) > MOST_CLASSES else ""
-    return [f"{len(classes)} classes: {', '.join(map(brief, classes[:MOST_CLASSES]))}{more}"] * bool(classes)
+    return [f"{len(classes)} classes: {first_names(classes)}"] * bool(classes)

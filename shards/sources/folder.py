@@ -9,7 +9,7 @@ pairs without labels, and so do the numbered folders that img2dataset writes."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,7 +22,7 @@ from cmgan_dist.errors import BadInput, shown
 from shards.pack import DrawCommand
 from shards.pairs import RawPair, RawPairs, brief, make_key, missing_val, say_splits
 from shards.partitions import Partitions, partitions_for
-from shards.sources.class_names import check_classes, say_classes, say_missing
+from shards.sources.class_names import check_classes, first_names, say_classes, say_missing
 from shards.sources.files import PlainFile, check_names, check_unicode
 from shards.split_words import SPLIT_WORD, say_named_splits, split_in
 
@@ -69,6 +69,7 @@ class FolderCommand(DrawCommand):
                 f"{flat} stands beside the class folder '{classes[0]}': move it into one, or give no image a class"
             )
 
+        tops = [self.input / split for split in splits] or [self.input]
         named = tuple(dict.fromkeys(splits.values()))
         draw = self.draw(named)
         name = self.name or self.input.resolve().name
@@ -102,6 +103,7 @@ class FolderCommand(DrawCommand):
             notes=[
                 _say_classes(classes, parts),
                 *say_missing(classes),
+                *([] if parts else _without_picture(tops, classes, folder)),
                 *say_named_splits((split, Path(name)) for name, split in splits.items()),
                 say_splits(named, draw),
                 *_left_out(others),
@@ -111,14 +113,19 @@ class FolderCommand(DrawCommand):
         )
 
 
+def _folders(top: Path, output: Path | None) -> list[str]:
+    """Return the names of the sub-folders, sorted, without `output` and what a Mac leaves in an archive."""
+    found = (path for path in top.iterdir() if path.is_dir() and path.resolve() != output)
+    return sorted(path.name for path in found if not path.name.startswith(".") and path.name != "__MACOSX")
+
+
 def _split_folders(top: Path, output: Path | None) -> dict[str, str]:
     """Return the names of the sub-folders with their splits when they are named after splits, `output` and what a Mac
     leaves in an archive apart, else {}.
 
     They are when one is nothing but such a word, as train2017, or two have words of different splits. Raises BadInput
     at another one beside these."""
-    found = (path for path in top.iterdir() if path.is_dir() and path.resolve() != output)
-    folders = sorted(path.name for path in found if not path.name.startswith(".") and path.name != "__MACOSX")
+    folders = _folders(top, output)
     named = {name: split for name in folders if (split := split_in([name]))}
     if len(set(named.values())) < 2 and not any(map(_is_split_alone, named)):
         return {}
@@ -159,6 +166,13 @@ def _say_classes(classes: list[str], parts: bool) -> str:
     if parts:
         return "the folders are numbered parts that img2dataset wrote, no classes: no labels"
     return f"class folders are the labels, {say_classes(classes)[0]}" if classes else "no class folders: no labels"
+
+
+def _without_picture(tops: Iterable[Path], classes: list[str], output: Path | None) -> list[str]:
+    """Return a line that names the folders in `tops` of which no picture was taken, none where there are none."""
+    found = {composed(name) for top in tops for name in _folders(top, output)}
+    what = "class folders" if classes else "folders"
+    return [f"{what} without a picture: {first_names(lost)}" for lost in [sorted(found - set(classes))] if lost]
 
 
 def _left_out(others: list[str]) -> list[str]:

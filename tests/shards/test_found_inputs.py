@@ -70,6 +70,28 @@ def test_a_folder_without_such_a_word_beside_one_is_refused_or_all_are_classes(
     assert build_folder(alone, tmp_path / "glass", *WHOLE).classes == ["beaker", "test tube"]
 
 
+def test_class_folders_without_a_picture_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*names: str, empty: tuple[str, ...] = (), other: tuple[str, ...] = ()) -> str:
+        raw = fill_folder(tmp_path / f"raw{len(list(tmp_path.iterdir()))}", list(names))
+        for name in [*empty, *(str(Path(name).parent) for name in other)]:
+            (raw / name).mkdir(parents=True, exist_ok=True)
+        for name in other:
+            (raw / name).write_bytes(b"")
+        capsys.readouterr()
+        build_folder(raw, raw / "out", *(WHOLE if not names[0].startswith("train") else ()))
+        return capsys.readouterr().out
+
+    assert "class folders without a picture: dog, owl\n" in said("cat/0", empty=("owl",), other=("dog/0.heic",))
+    lost = tuple(f"dog{i}" for i in range(9))
+    assert "picture: dog0, dog1, dog2, dog3, dog4, dog5, dog6, dog7 and 1 more\n" in said("cat/0", empty=lost)
+    everywhere = said(
+        "train/cat/0", "train/dog/0", "val/cat/0", empty=("val/dog", "val/owl"), other=("train/owl/0.heic",)
+    )
+    assert "class folders without a picture: owl\n" in everywhere
+    assert "\nfolders without a picture: dog\n" in said("0", other=("dog/0.heic",))
+    assert "without a picture" not in said("train/cat/0", "val/dog/0", empty=("val/cat", "train/.git", "__MACOSX"))
+
+
 def test_numbered_parts_of_img2dataset_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"{part}/{part}000{i}" for part in ("00000", "00001") for i in range(2)]
     raw = fill_folder(tmp_path / "raw", names)
