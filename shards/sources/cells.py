@@ -15,7 +15,7 @@ from cmgan_dist.data.source import lower_protocol
 from cmgan_dist.errors import BadSample
 from cmgan_dist.files import parse_json_once
 from shards.pairs import brief
-from shards.sources.columnar import ClassName
+from shards.sources.columnar import ClassName, ShortFloat
 from shards.split_words import SPLIT_ALIASES
 from shards.urls import check_protocol, is_file_url, is_url
 
@@ -63,8 +63,8 @@ LIKE_A_VALUE = re.compile(r"""\s*(?:[\[({<]|(?:\w+\.)?\w+\(|np\.|NaT|b['"])""")
 WRAPPED = re.compile(r"(?:np\.)?(?:array|tensor|frozenset|set|deque)\(\s*(?=[\[({])")
 """How the names of other kinds stand around a list."""
 
-FIRST_UNEXACT = 2**53
-"""From here on a float stands for several whole numbers."""
+EXACT_BITS = 53
+"""From 2 to the power of this on, a float of Python stands for several whole numbers."""
 
 
 class Picture(NamedTuple):
@@ -198,10 +198,11 @@ def _as_class(value: Any) -> str:
     if isinstance(value, float):
         if not math.isfinite(value) or value != int(value):
             raise BadSample(f"its label is {_kind(value)}, expected a name or a whole number")
-        if abs(value) >= FIRST_UNEXACT:
+        bits = value.exact_bits if isinstance(value, ShortFloat) else EXACT_BITS
+        if abs(value) >= 2**bits:
             raise BadSample(
-                f"its label is {_kind(value)}, a float of 2 ** 53 or more, which may have been another whole number: "
-                "write labels as whole numbers or texts"
+                f"its label is {_kind(value)}, a float of 2 ** {bits} or more, which may have been another whole "
+                "number: write labels as whole numbers or texts"
             )
         return str(int(value))
     if not isinstance(value, str | bytes):

@@ -20,6 +20,13 @@ class ClassName(str):
     """The name of a class that a number in a file stands for: it is taken whole, whatever it holds."""
 
 
+class ShortFloat(float):
+    """A number of a column of 16 or 32 bits, which tells fewer whole numbers apart than a float of Python."""
+
+    exact_bits: int
+    """It is exact below 2 to the power of this."""
+
+
 Row = dict[str, Any] | BadSample
 """Column -> value; or why it is no row."""
 Numbered = Iterator[tuple[int, Row]]
@@ -70,12 +77,14 @@ def columnar_rows(path: Path, columns: list[str]) -> Numbered:
     Raises what pyarrow does at a file that is damaged, and BadInput."""
     number = 0
     with _batches(path) as (schema, _, batches):
-        named, encoded = _class_names(path, schema), _json_columns(schema)
+        named, encoded, short = _class_names(path, schema), _json_columns(schema), _short_floats(schema)
         for batch in batches([column for column in columns if column in schema.names]):
             for row in _python_rows(batch):
                 number += 1
                 if named and isinstance(row, dict):
                     row = {column: _named(value, named.get(column)) for column, value in row.items()}
+                if short and isinstance(row, dict):
+                    row = {column: _shortened(value, short.get(column)) for column, value in row.items()}
                 yield number, _decoded(row, encoded)
 
 
@@ -213,11 +222,30 @@ def _json_columns(schema: Any) -> list[str]:
     return [field.name for field in schema if getattr(_inner(field.type), "extension_name", "") == "arrow.json"]
 
 
+def _short_floats(schema: Any) -> dict[str, int]:
+    """Return column -> bits of the whole numbers that it tells apart, of columns of floats of 16 and 32 bits."""
+    bits = {"halffloat": 11, "float": 24}
+    found = {field.name: bits.get(str(_inner(field.type))) for field in schema}
+    return {name: exact for name, exact in found.items() if exact is not None}
+
+
+def _shortened(value: Any, bits: int | None) -> Any:
+    if bits is None or value is None:
+        return value
+    if isinstance(value, list):
+        return [_shortened(each, bits) for each in value]
+    short = ShortFloat(value)
+    short.exact_bits = bits
+    return short
+
+
 def _inner(kind: Any) -> Any:
-    """Return the type of a column, or of the items of its lists."""
+    """Return the type of a column's values, or of the items of its lists."""
     import pyarrow.types as kinds
 
-    while kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
+    while (
+        kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind) or kinds.is_dictionary(kind)
+    ):
         kind = kind.value_type
     return kind
 

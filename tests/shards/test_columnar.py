@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 from PIL import Image
@@ -19,7 +20,7 @@ from PIL import Image
 from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.errors import BadInput
 from shards.sources.columnar import columnar_rows
-from tests.toy import ROOT, picture, run_shards, samples_of, write_table
+from tests.toy import ROOT, fill_folder, picture, run_shards, samples_of, write_table
 
 MIB = 1 << 20
 TEXT = "x" * (2 * MIB)
@@ -40,6 +41,35 @@ def counted_memory() -> Iterator[pyarrow.MemoryPool]:
         yield pool
     finally:
         pyarrow.set_memory_pool(before)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("halffloat", 11), ("float", 24), ("double", 53)])
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+@pytest.mark.parametrize("form", ["one", "list", "dictionary"])
+def test_labels_that_a_column_of_floats_cannot_tell_apart_are_refused(
+    kind: str, bits: int, ending: str, form: str, tmp_path: Path
+) -> None:
+    fill_folder(tmp_path, ["0", "1"])
+    table = tmp_path / f"t.{ending}"
+
+    def write(*labels: int) -> None:
+        values = pyarrow.array([float(label) for label in labels]).cast(kind)
+        if form == "list":
+            values = pyarrow.array([[each] for each in values], pyarrow.list_(values.type))
+        elif form == "dictionary":
+            values = pyarrow.DictionaryArray.from_arrays(pyarrow.array(range(len(labels)), pyarrow.int8()), values)
+        found = pyarrow.table({"image": ["0.png", "1.png"], "text": ["a", "b"], "label": values})
+        if ending == "parquet":
+            pyarrow.parquet.write_table(found, table)
+        else:
+            pyarrow.feather.write_feather(found, table)
+
+    write(0, 2**bits)
+    with pytest.raises(BadInput, match=rf"a float of 2 \*\* {bits} or more.*write labels as whole numbers or texts"):
+        build(table)
+    write(0, 2**bits - 1)
+    build(table)
+    assert load_manifest(tmp_path / "out").classes == ["0", str(2**bits - 1)]
 
 
 @pytest.mark.parametrize("form", ["text", "list", "record", "delta"])
