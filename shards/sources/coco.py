@@ -4,6 +4,7 @@ A file is ``{"images": [{"id", "file_name"}], "annotations": [{"image_id", "capt
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -96,8 +97,9 @@ class _File:
         by_id: dict[Any, str] = {}
         for number, image in enumerate(_list_in(record, "images", path)):
             name = image.get("file_name")
-            if not isinstance(name, str) or not name or not isinstance(image.get("id"), int | str):
+            if not isinstance(name, str) or not name or image.get("id") is None:
                 raise BadInput(f"{path}: image {number} has no id or no file_name: mend or remove it")
+            _check_id(image["id"], f"{path}: image {number}", "id")
             if not Path(name).name or "\0" in name or not is_unicode(name):
                 raise BadInput(f"{path}: image {number} has the file_name {brief(name)}, which no file has: mend it")
             if by_id.setdefault(image["id"], name) != name or name in self.captions:
@@ -105,9 +107,15 @@ class _File:
             self.captions[name] = []
         for number, annotation in enumerate(_list_in(record, "annotations", path)):
             number_of, caption = annotation.get("image_id"), annotation.get("caption")
-            owner = by_id.get(number_of) if isinstance(number_of, int | str) else None
+            if number_of is None:
+                raise BadInput(f"{path}: annotation {number} has no image_id: mend or remove it")
+            _check_id(number_of, f"{path}: annotation {number}", "image_id")
+            owner = by_id.get(number_of)
             if owner is None:
-                raise BadInput(f"{path}: annotation {number} is of image {brief(repr(number_of))}, which is not in it")
+                raise BadInput(
+                    f"{path}: annotation {number} is of image {brief(repr(number_of))}, which is not in it: add that "
+                    "image, or remove the annotation"
+                )
             if not isinstance(caption, str) or not caption.strip():
                 raise BadInput(f"{path}: annotation {number} of {brief(owner)} has no caption: give captions_*.json")
             self.captions[owner].append(caption.strip())
@@ -138,6 +146,15 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise BadInput(f"{path} is not in COCO's format: expected an object with images and annotations")
     return record
+
+
+def _check_id(value: Any, where: str, field: str) -> None:
+    """Raise BadInput unless an id is a whole number or a text: Python takes true and 1.0 for 1."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise BadInput(
+            f"{where} has the {field} {brief(json.dumps(value))}: write ids of images as whole numbers or texts, in "
+            "images and annotations alike"
+        )
 
 
 def _list_in(record: dict[str, Any], name: str, path: Path) -> list[dict[str, Any]]:

@@ -56,6 +56,12 @@ def head_of(path: Path, text: TextFormat) -> Head:
     with _naming_damage(path):
         head = columnar_head(path) if path.suffix.lower() in COLUMNAR else Head(_names(path, text), guessed_rows(path))
     twice = [name for name, count in Counter(head.names).items() if count > 1]
+    if twice and not twice[0].strip():
+        places = [str(number) for number, name in enumerate(head.names, 1) if name == twice[0]]
+        raise BadInput(
+            f"{path} has no name for its columns {', '.join(places[:-1])} and {places[-1]}: give each its own, or "
+            "remove those columns"
+        )
     if twice:
         raise BadInput(f"{path} has two columns '{brief(twice[0])}': rename one")
     return head

@@ -115,6 +115,15 @@ TABLES: list[tuple[str, bytes | str, str, str, str, bytes | str, str]] = [
     ),
     (
         "t.csv",
+        "image,text,,\n0.png,a,,\n",
+        "",
+        "has no name for its columns 3 and 4: give each its own, or remove those columns",
+        "t.csv",
+        "image,text\n0.png,a\n",
+        "",
+    ),
+    (
+        "t.csv",
         "image,text\n0.png,a,b\n",
         "",
         "put a text that holds the separator in quotes",

@@ -57,6 +57,8 @@ def test_a_row_of_another_length_is_named(folder: Path, kind: str, place: int, w
 def test_a_column_or_a_field_that_stands_twice_is_named(folder: Path) -> None:
     with pytest.raises(BadInput, match="two columns 'caption'"):
         build(csv_of(folder, "image,caption,caption", "0.png,a,b"))
+    with pytest.raises(BadInput, match=r"t\.csv has no name for its columns 2, 4 and 5: give each its own, or remove"):
+        build(csv_of(folder, "image,,text,,", "0.png,x,a,,"))
     (folder / "t.jsonl").write_text('{"image": "0.png", "text": "a", "text": "b"}\n')
     with pytest.raises(BadInput, match=r"row 1 of t\.jsonl: is not JSON \(it has 'text' twice\)"):
         build(folder / "t.jsonl")
