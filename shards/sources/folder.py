@@ -9,7 +9,7 @@ pairs without labels, and so do the numbered folders that img2dataset writes."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
@@ -69,7 +69,6 @@ class FolderCommand(DrawCommand):
                 f"{flat} stands beside the class folder '{classes[0]}': move it into one, or give no image a class"
             )
 
-        tops = [self.input / split for split in splits] or [self.input]
         named = tuple(dict.fromkeys(splits.values()))
         draw = self.draw(named)
         name = self.name or self.input.resolve().name
@@ -101,9 +100,8 @@ class FolderCommand(DrawCommand):
             draw=draw,
             expected_splits=(*(named or ("train",)), *draw.splits),
             notes=[
-                _say_classes(classes, parts),
+                *_say_folders(self.input, list(splits), classes, parts, folder),
                 *say_missing(classes),
-                *([] if parts else _without_picture(tops, classes, folder)),
                 *say_named_splits((split, Path(name)) for name, split in splits.items()),
                 say_splits(named, draw),
                 *_left_out(others),
@@ -161,18 +159,16 @@ def _parts_of_img2dataset(top: Path, images: list[Image], others: list[str]) -> 
     return all(path.relative_to(top).with_suffix("").as_posix() in records for path, _, _ in images)
 
 
-def _say_classes(classes: list[str], parts: bool) -> str:
-    """Return a line that says what the labels are, with the first of their names."""
+def _say_folders(top: Path, splits: list[str], classes: list[str], parts: bool, output: Path | None) -> list[str]:
+    """Return a line that says what the labels are, with the first of their names, and one that names the folders of
+    which no picture was taken."""
     if parts:
-        return "the folders are numbered parts that img2dataset wrote, no classes: no labels"
-    return f"class folders are the labels, {say_classes(classes)[0]}" if classes else "no class folders: no labels"
-
-
-def _without_picture(tops: Iterable[Path], classes: list[str], output: Path | None) -> list[str]:
-    """Return a line that names the folders in `tops` of which no picture was taken, none where there are none."""
-    found = {composed(name) for top in tops for name in _folders(top, output)}
+        return ["the folders are numbered parts that img2dataset wrote, no classes: no labels"]
+    said = f"class folders are the labels, {say_classes(classes)[0]}" if classes else "no class folders: no labels"
+    found = {composed(name) for split in splits or [""] for name in _folders(top / split, output)}
+    lost = sorted(found - set(classes))
     what = "class folders" if classes else "folders"
-    return [f"{what} without a picture: {first_names(lost)}" for lost in [sorted(found - set(classes))] if lost]
+    return [said, *[f"{what} without a picture: {first_names(lost)}"] * bool(lost)]
 
 
 def _left_out(others: list[str]) -> list[str]:
