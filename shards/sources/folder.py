@@ -101,7 +101,6 @@ class FolderCommand(DrawCommand):
             expected_splits=(*(named or ("train",)), *draw.splits),
             notes=[
                 *_say_folders(self.input, list(splits), classes, parts, folder),
-                *say_missing(classes),
                 *say_named_splits((split, Path(name)) for name, split in splits.items()),
                 say_splits(named, draw),
                 *_left_out(others),
@@ -168,7 +167,7 @@ def _say_folders(top: Path, splits: list[str], classes: list[str], parts: bool, 
     found = {composed(name) for split in splits or [""] for name in _folders(top / split, output)}
     lost = sorted(found - set(classes))
     what = "class folders" if classes else "folders"
-    return [said, *[f"{what} without a picture: {first_names(lost)}"] * bool(lost)]
+    return [said, *say_missing(classes), *[f"{what} without a picture: {first_names(lost)}"] * bool(lost)]
 
 
 def _left_out(others: list[str]) -> list[str]:
