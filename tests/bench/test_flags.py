@@ -10,7 +10,7 @@ import pytest
 
 from cmgan_dist.config.paths import Setting, walk
 from cmgan_dist.errors import BadInput
-from tests.bench.test_scripts import SCRIPTS
+from tests.bench.script_cases import SCRIPTS
 
 NEEDED = {
     "ablation": ["--data", "nowhere"],
