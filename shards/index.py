@@ -199,7 +199,7 @@ class IndexCommand:
         print(shown("; ".join([_taken(good, kind), *_splits_said(scans)])), flush=True)
         if kind != "none":
             check_labels(good, kind)
-        classes, named = ([], False) if kind == "none" else self._class_names(scans, good, old)
+        classes, named = ([], False) if kind == "none" else self._class_names(scans, good, old, notes)
         scans = [scan.numbered({name: number for number, name in enumerate(classes)}) for scan in scans]
         splits = {split: [s.info for s in scans if split_of_shard(s.info.name) == split] for split in _splits(scans)}
         manifest = assemble(
@@ -251,10 +251,7 @@ class IndexCommand:
             advice = "pass --label-kind none to train without labels" if first.label_fault else "mend them"
             advice = SORTED if _are_apart([facts for facts, _ in faults]) else advice
             raise BadInput(f"no sample in {self.place} can be used ({found}): {advice}")
-        notes.append(
-            f"{len(faults)} of {len(samples)} samples cannot be used ({found}); "
-            "training replaces them, 'python -m shards verify' lists them"
-        )
+        notes.append(_unusable(len(faults), len(samples), first, reason))
         bad = {id(facts) for facts, _ in faults}
         return [facts for facts in samples if id(facts) not in bad]
 
@@ -298,26 +295,27 @@ class IndexCommand:
         return usable, notes
 
     def _class_names(
-        self, scans: list[ShardScan], good: list[SampleFacts], old: Manifest | None
+        self, scans: list[ShardScan], good: list[SampleFacts], old: Manifest | None, notes: list[str]
     ) -> tuple[list[str], bool]:
-        """Return the classes' names, and whether labels are these, not numbers.
+        """Return the classes' names, and whether labels are these, not numbers. A few names among numbers that are of
+        no class make bad samples, of which `notes` gets a line.
 
-        Raises BadInput when some are numbers and others names, or one has no class in the file."""
+        Raises BadInput when as many labels or more are names as numbers, or one has no class in the file."""
         usable = {id(facts) for facts in good}
         named = {id(facts): scan.named(facts) for scan in scans for facts in scan.samples if id(facts) in usable}
         by_name = [facts for facts in good if named[id(facts)]]
         by_number = [facts for facts in good if facts.labels and not named[id(facts)]]
-        if by_name and by_number:
+        if by_number and len(by_name) >= len(by_number):
             raise BadInput(
                 f"the labels of {len(by_number)} samples are numbers (the first: {shown(by_number[0].key)}) and of "
-                f"{len(by_name)} names (the first: {shown(by_name[0].key)}): write all in one way"
+                f"{len(by_name)} names (the first: {shown(by_name[0].key)}): write all in one way, or pass "
+                "--label-kind none to train without labels"
             )
         given = None if self.classes is None else _read_names(self.classes)
-        if by_name:
-            return self._names_of(
-                {name: facts.key for facts in reversed(by_name) for name in named[id(facts)]}, given, old
-            ), True
-        largest, key = max((max(facts.labels), facts.key) for facts in good)
+        if by_name and not by_number:
+            first = {name: facts.key for facts in reversed(by_name) for name in named[id(facts)]}
+            return self._names_of(first, given, old), True
+        largest, key = max((max(facts.labels), facts.key) for facts in by_number)
         names = given or [str(i) for i in range(largest + 1)]
         if given is None and old is not None and len(old.classes) >= len(names):
             names = old.classes
@@ -326,6 +324,10 @@ class IndexCommand:
                 f"label {largest} is out of range: there are {len(names)} classes (sample {shown(key)}): mend it, or "
                 "name a file with more"
             )
+        lost = [(facts, name) for facts in by_name for name in named[id(facts)] if name not in names]
+        if lost:
+            reason = f"label '{lost[0][1]}' is none of the {len(names)} classes"
+            notes.append(_unusable(len({id(facts) for facts, _ in lost}), len(good), lost[0][0], reason))
         return names, False
 
     def _check_name(self, name: str, key: str) -> None:
@@ -354,6 +356,14 @@ class IndexCommand:
                 f"is '{shown(lost[0])}' (sample {shown(first[lost[0]])}): add it, or leave --classes away"
             )
         return given
+
+
+def _unusable(count: int, samples: int, first: SampleFacts, reason: str) -> str:
+    """Return a line that says how many samples cannot be used, and why the first of them."""
+    return (
+        f"{count} of {samples} samples cannot be used (the first: {shown(first.key)}, {shown(reason)}); "
+        "training replaces them, 'python -m shards verify' lists them"
+    )
 
 
 def _scan(data: str, name: str, decode: bool) -> ShardScan:

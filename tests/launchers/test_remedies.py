@@ -190,7 +190,9 @@ def test_a_manifest_that_is_there_and_one_whose_names_would_be_lost(tmp_path: Pa
     run_shards("index", data, flag)
     assert load_manifest(data).classes == ["class 0", "class 1", "class 2"]
     damage_manifest(data)
-    again = refused(lambda: run_shards("index", data, flag), "give them anew by (--classes), or remove (.*) to number")
+    again = refused(
+        lambda: run_shards("index", data, flag), "give them anew by (--classes), or remove (.*) to take what labels say"
+    )
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
     run_shards("index", data, flag, again[1], tmp_path / "names.txt")
     assert load_manifest(data).classes == ["a", "b", "c"]

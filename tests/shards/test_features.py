@@ -482,7 +482,7 @@ def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_not_distu
     options = {"text_backbone": "features", "batch_size": 4}
     write_features(command(data, "whole", **options))
 
-    def interrupted(output: Path, name: str, samples: Iterable[Any]) -> Any:
+    def interrupted(output: Path, name: str, samples: Iterable[Any], number_of: Any) -> Any:
         def with_a_second_run() -> Iterator[Any]:
             rows = iter(samples)
             yield next(rows)
@@ -491,7 +491,7 @@ def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_not_distu
             yield from rows
 
         monkeypatch.setattr("shards.shard_file.write_shard", write_shard)
-        return write_shard(output, name, with_a_second_run())
+        return write_shard(output, name, with_a_second_run(), number_of)
 
     monkeypatch.setattr("shards.shard_file.write_shard", interrupted)
     write_features(command(data, **options))

@@ -315,11 +315,28 @@ def test_a_new_class_comes_behind_those_that_are_there(tmp_path: Path, capsys: p
         run_shards("index", data, "--processes", 1, "--overwrite", "--classes", tmp_path / "names")
 
 
-def test_labels_that_are_names_here_and_numbers_there_are_refused(tmp_path: Path) -> None:
-    data = with_cls(tmp_path / "data", [b"dog", b"1", b"2"])
-    said = r"of 4 samples are numbers \(the first: train1\) and of 2 names \(the first: train0\): write all in one way"
-    with pytest.raises(BadInput, match=said):
+def test_a_few_names_among_numbers_are_bad_samples_and_many_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = with_cls(tmp_path / "data", [b"dog", b"1", b"cat"])
+    said = r"of 2 samples are numbers \(the first: train1\) and of 4 names \(the first: train0\): write all in one way"
+    with pytest.raises(BadInput, match=said + ", or pass --label-kind none"):
         run_shards("index", data, "--processes", 1)
+    run_shards("index", data, "--processes", 1, "--label-kind", "none")
+    few = with_cls(tmp_path / "few", [b"dog", b"1", b"0"])
+    capsys.readouterr()
+    run_shards("index", few, "--processes", 1)
+    assert "2 of 6 samples cannot be used (the first: train0, label 'dog' is none of the 2 classes" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    assert (load_manifest(few).classes, load_manifest(few).labels) == (["0", "1"], "numbers")
+    problems = verify(few, processes=1).problems
+    assert len(problems) == 2
+    assert all("label 'dog' is none of the 2 classes" in line for line in problems)
+    (tmp_path / "names").write_text("cat\ndog\n")
+    run_shards("index", few, "--processes", 1, "--overwrite", "--classes", tmp_path / "names")
+    assert sidecar_labels(few) == [1, 1, 0]
+    assert verify(few, processes=1).problems == []
     alike = with_cls(tmp_path / "alike", [b"dog", "d\u200bog".encode()])
     with pytest.raises(BadInput, match="differ by characters that nobody sees: make them one"):
         run_shards("index", alike, "--processes", 1)

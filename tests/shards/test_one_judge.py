@@ -123,11 +123,11 @@ def test_what_index_advises_about_labels_leads_out(tmp_path: Path, odd: str, kin
     assert all("train1" in line for line in bad)
 
 
-def test_labels_that_are_words_are_left_out_when_told(tmp_path: Path) -> None:
+def test_labels_that_are_words_are_classes_and_left_out_when_told(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-0.tar", pairs("train", label="dog"))
-    with pytest.raises(BadInput, match=r"no sample in .* can be used .*label 'dog'.*--label-kind none"):
-        run_shards("index", tmp_path, "--processes", 1)
-    run_shards("index", tmp_path, "--processes", 1, "--label-kind", "none")
+    run_shards("index", tmp_path, "--processes", 1)
+    assert load_manifest(tmp_path).classes == ["dog"]
+    run_shards("index", tmp_path, "--processes", 1, "--label-kind", "none", "--overwrite")
     assert bad_in_training(tmp_path) == verify(tmp_path, processes=1).problems == []
 
 
