@@ -14,6 +14,7 @@ from cmgan_dist.data.index import ShardIndex, index_name
 from cmgan_dist.data.manifest import LabelKind, Manifest, ShardInfo
 from cmgan_dist.data.store import FileStore
 from cmgan_dist.errors import BadInput, reasons_of, shown
+from shards.sources.class_names import first_names
 
 MOST_UNFILLED = 5
 """Classes without a sample that a line names."""
@@ -71,9 +72,8 @@ def say_unfilled(store: FileStore, manifest: Manifest, left_out: Sequence[str]) 
             return []
         name = index_name(shard.name)
         missing -= {*ShardIndex.from_bytes(store.read(name), store.location(name)).label_values.tolist()}
-    names = ", ".join(shown(manifest.classes[number]) for number in sorted(missing)[:MOST_UNFILLED])
-    more = f" and {len(missing) - MOST_UNFILLED} more" if len(missing) > MOST_UNFILLED else ""
-    return [f"classes without a sample, since pairs were left out: {names}{more}"] if missing else []
+    names = first_names([manifest.classes[number] for number in sorted(missing)], MOST_UNFILLED)
+    return [f"classes without a sample, since pairs were left out: {names}"] if missing else []
 
 
 def print_summary(

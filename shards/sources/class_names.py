@@ -85,10 +85,10 @@ def say_missing(classes: list[str]) -> list[str]:
     return [f"classes {found}: a missing value is often written so, take such rows out if it is"] * bool(words)
 
 
-def first_names(names: list[str]) -> str:
-    """Return the first of some names, and how many more there are."""
-    more = f" and {len(names) - MOST_CLASSES} more" if len(names) > MOST_CLASSES else ""
-    return f"{', '.join(map(brief, names[:MOST_CLASSES]))}{more}"
+def first_names(names: list[str], most: int = MOST_CLASSES) -> str:
+    """Return the first of some names, at most so many, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(map(brief, names[:most]))}{more}"
 
 
 def say_classes(classes: list[str]) -> list[str]:
