@@ -1,5 +1,7 @@
 """What the losses of one batch see: the no-grad forward that all discriminators share, and the mismatched rows.
 
+Without discriminators nothing reads that forward, and it is left out.
+
 Shapes: B rows of this process that are trained on, R rows of its batch (B, or 2B where mismatched rows follow), G rows
 of the global batch, F feature dimensions of a modality, E common, C classes.
 """
@@ -73,7 +75,7 @@ class StepInputs:
     all_labels: Tensor | None
     """bool [G, C]: labels of the global batch; None where no loss reads them."""
     outputs: dict[Modality, ModalityOutput]
-    """What the no-grad forward made of the B rows of each modality."""
+    """What the no-grad forward made of the B rows of each modality; empty where no loss reads it."""
     position: int
     """Samples of the run that came before this batch."""
     mismatched: Mismatched | None = None
@@ -105,10 +107,16 @@ def draw_mismatched(
     return index, None if bool(mask.all()) else mask
 
 
+def reads_outputs(config: Config) -> bool:
+    """Return whether a loss reads what the no-grad forward makes: a discriminator's, or the generator's where its
+    modalities train in turn."""
+    return config.optim.update != "joint" or bool(config.loss.intra or config.loss.inter or config.loss.modality)
+
+
 def build_step_inputs(
     batch: Batch, networks: Networks, config: Config, parallel: Parallel, position: int
 ) -> StepInputs:
-    """Run the no-grad forward that serves all discriminator phases, and choose the mismatched samples.
+    """Run the no-grad forward where a loss reads what it makes, and choose the mismatched samples.
 
     `position`: samples of the run that came before `batch`. Every process calls it, each with its part of the global
     batch."""
@@ -117,7 +125,9 @@ def build_step_inputs(
     text_raw = generator.text_backbone.tokenise(batch.text, parallel.device)
     with torch.no_grad(), parallel.autocast():
         image, text = generator.extract(image_raw, text_raw)
-        image_output, text_output = generator(image, text, classify=False, decode=config.loss.intra > 0)
+        made: dict[Modality, ModalityOutput] = {}
+        if reads_outputs(config):
+            made["image"], made["text"] = generator(image, text, classify=False, decode=config.loss.intra > 0)
     labels = None if batch.labels is None else batch.labels.to(parallel.device)[:size]
     all_labels = None
     if labels is not None and (config.loss.class_contrastive or (config.loss.inter and not batch.has_mismatched)):
@@ -134,11 +144,11 @@ def build_step_inputs(
         text=_first_rows(text, size),
         labels=labels,
         all_labels=all_labels,
-        outputs={"image": image_output.rows(0, size), "text": text_output.rows(0, size)},
+        outputs={modality: output.rows(0, size) for modality, output in made.items()},
         position=position,
     )
     if config.loss.inter and batch.has_mismatched:
-        inputs.mismatched = _following_rows(image_output, text_output, size)
+        inputs.mismatched = _following_rows(made["image"], made["text"], size)
     elif config.loss.inter:
         inputs.mismatched = _fetched_rows(inputs, parallel)
     return inputs

@@ -250,3 +250,29 @@ def test_label_free_training_has_no_classifier() -> None:
     terms = {k for p in phase_table(config) for k in run_phase(p, [inputs], networks.engines, parallel.autocast)}
     assert not any("classification" in k for k in terms)
     assert not len(networks.generator.classifiers)
+
+
+@pytest.mark.parametrize(
+    "loss", [{"contrastive": 1.0}, {"class_contrastive": 1.0}, {"intra": 1.0}, {"modality": 1.0}], ids=str
+)
+@pytest.mark.parametrize("update", ["joint", "alternate"])
+def test_the_no_grad_forward_runs_where_a_loss_reads_it(
+    update: str, loss: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without discriminators, and both modalities in one phase, a step is the same to the bit without it."""
+    config = small(**({"inter": 0.0, "intra": 0.0} | loss))
+    config.optim.update = update  # type: ignore[assignment]
+    config.model.dropout = config.model.input_dropout = 0.0
+    found, forwards = [], []
+    for always in (False, True):
+        if always:
+            monkeypatch.setattr("cmgan_dist.training.step.reads_outputs", lambda config: True)
+        networks, parallel = set_up(config)
+        inputs = build_step_inputs(make_batch(), networks, config, parallel, 0)
+        forwards.append(len(inputs.outputs))
+        terms = {}
+        for phase in phase_table(config):
+            terms |= run_phase(phase, [inputs], networks.engines, parallel.autocast)
+        found.append(terms | dict(networks.generator.named_parameters()))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert forwards == [0 if update == "joint" and "contrastive" in next(iter(loss)) else 2, 2]
