@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process, util
 from multiprocessing.connection import wait
@@ -99,6 +101,7 @@ def units_done(count: int) -> None:
 def _begin_worker(shared: Any) -> None:
     """Prepare a worker, whose units are counted in `shared`."""
     _end_with_parent()
+    atexit.register(gc.freeze)  # as `run_main` does at the end of a program
     _units.shared = shared
 
 
@@ -142,6 +145,58 @@ def _end_workers() -> None:
             worker.kill()
 
 
+class _Turns:
+    """The tasks of a `parallel_map`: whoever is free takes the next, and nobody takes one after a failure."""
+
+    def __init__(
+        self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], counts: Sequence[int], advance: Advance
+    ) -> None:
+        """`counts` [tasks]: how far each moves the bar."""
+        self.function, self.tasks, self.counts, self.advance = function, tasks, counts, advance
+        self.next, self.lock = iter(range(len(tasks))), threading.Lock()
+        self.results: dict[int, Any] = {}
+        self.failed: dict[int, Exception] = {}
+
+    def take(self, do: Callable[..., Any]) -> None:
+        """Do task after task by ``do(function, task)`` until none is left or one has failed, here or elsewhere."""
+        while True:
+            with self.lock:
+                number = None if self.failed else next(self.next, None)
+            if number is None:
+                return
+            try:
+                self.results[number] = do(self.function, self.tasks[number])
+            except Exception as error:  # noqa: BLE001  # all_results raises it
+                self.failed[number] = error
+                return
+            self.advance(self.counts[number])
+
+    def all_results(self) -> list[Any]:
+        """Return the results in the order of the tasks. Raises what the first failing task raised."""
+        if self.failed:
+            raise self.failed[min(self.failed)]
+        return [self.results[number] for number in range(len(self.tasks))]
+
+
+def _here(function: Callable[..., Result], task: tuple[Any, ...]) -> Result:
+    """Return ``function(*task)``, made by the process that gives out the tasks."""
+    try:
+        return function(*task)
+    finally:
+        _units.end()
+
+
+@contextlib.contextmanager
+def _counting_in(shared: Any) -> Iterator[None]:
+    """Count in `shared` the units of what this process does of its own tasks."""
+    global _units
+    before, _units = _units, _Units(shared)
+    try:
+        yield
+    finally:
+        _units = before
+
+
 def parallel_map(
     function: Callable[..., Result],
     tasks: Sequence[tuple[Any, ...]],
@@ -153,59 +208,45 @@ def parallel_map(
     """Return ``[function(*task) for task in tasks]``, made in `processes` (None: one a core), which change no result.
 
     `unit_counts` [tasks] is how far each task moves the bar (None: by 1), on the way too where it says `units_done`. A
-    bar is drawn on a terminal; elsewhere a line a minute tells how far the work is. `function` and the tasks must
-    pickle: workers are spawned. Raises what the first failing task raised, in the order of the tasks, after the tasks
-    that had begun; BadInput when a worker was killed."""
+    bar is drawn on a terminal; elsewhere a line a minute tells how far the work is. This process is one of them, which
+    has loaded already what others load for seconds; the others are spawned, so `function` and the tasks must pickle.
+    Raises what the first failing task raised, in the order of the tasks, after the tasks that had begun; BadInput when
+    a worker was killed."""
     if processes is not None and processes < 1:
         raise BadInput(f"--processes is {processes}: it must be at least 1")
     processes = min(processes or usable_cores(), max(len(tasks), 1))
     counts = unit_counts if unit_counts is not None else [1] * len(tasks)
     context = get_context("spawn")
     shared: Any = _Counter() if processes == 1 else context.Value("q", 0)
-    with progress_of(title, sum(counts)) as bar, _following(bar, shared) as advance:
+    with progress_of(title, sum(counts)) as bar, _following(bar, shared) as advance, _counting_in(shared):
+        turns = _Turns(function, tasks, counts, advance)
         if processes == 1:
-            return _in_turn(function, tasks, counts, advance, shared)
-        with ProcessPoolExecutor(processes, context, initializer=_begin_worker, initargs=(shared,)) as pool:
-            with _for_parents(signal.SIGINT):
-                futures = [pool.submit(_in_worker, function, task) for task in tasks]
-            for future, count in zip(futures, counts, strict=True):
-                future.add_done_callback(_on_success(advance, count))
-            try:
-                return [future.result() for future in futures]
-            except BrokenProcessPool:
-                raise BadInput(
-                    f"{title}: a worker process was killed (out of memory?); try fewer --processes"
-                ) from None
-            except KeyboardInterrupt:
-                _end_workers()  # the pool would wait for what has begun
-                raise
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-
-def _in_turn(
-    function: Callable[..., Result],
-    tasks: Sequence[tuple[Any, ...]],
-    counts: Sequence[int],
-    advance: Advance,
-    shared: Any,
-) -> list[Result]:
-    """Do what `parallel_map` says in this process."""
-    global _units
-    before, _units = _units, _Units(shared)
+            turns.take(_here)
+        else:
+            with ProcessPoolExecutor(processes - 1, context, initializer=_begin_worker, initargs=(shared,)) as pool:
+                _share_out(turns, pool, processes - 1)
     try:
-        results = []
-        for task, count in zip(tasks, counts, strict=True):
-            results.append(function(*task))
-            _units.end()
-            advance(count)
-        return results
-    finally:
-        _units = before
+        return turns.all_results()
+    except BrokenProcessPool:
+        raise BadInput(f"{title}: a worker process was killed (out of memory?); try fewer --processes") from None
 
 
-def _on_success(advance: Advance, count: int) -> Callable[[Future[Any]], None]:
-    return lambda future: advance(0 if future.cancelled() else count)
+def _share_out(turns: _Turns, pool: ProcessPoolExecutor, workers: int) -> None:
+    """Have the workers of `pool` and this process take the tasks until all are done."""
+
+    def in_worker(function: Callable[..., Any], task: tuple[Any, ...]) -> Any:
+        return pool.submit(_in_worker, function, task).result()
+
+    with ThreadPoolExecutor(workers) as threads:
+        with _for_parents(signal.SIGINT):  # the threads start the workers
+            given = [threads.submit(turns.take, in_worker) for _ in range(workers)]
+        try:
+            turns.take(_here)
+            for each in given:
+                each.result()
+        except KeyboardInterrupt:
+            _end_workers()  # their threads would wait for what has begun, and for what comes then
+            raise
 
 
 def threaded_map(function: Callable[[Task], Result], tasks: Sequence[Task], *, title: str) -> list[Result]:

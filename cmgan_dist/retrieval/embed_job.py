@@ -231,7 +231,7 @@ def _embed_parts(plan: Plan, todo: Sequence[Part]) -> None:
     left_out = plan.machines.map(
         embed_part, [(job, part) for part in todo], title="embedding", unit_counts=[part.items for part in todo]
     )
-    worker_of.cache_clear()  # of this process, where it was the only one
+    worker_of.cache_clear()  # of this process
     seconds = time.monotonic() - begun
     print(f"{count} samples in {seconds:.0f} s, {count / seconds:.1f} samples/s", flush=True)
     lines = [line for part in left_out for line in part]

@@ -1,11 +1,16 @@
-"""One function over many tasks: a line every minute where there is no terminal."""
+"""One function over many tasks: who takes them, what fails, and a line every minute where there is no terminal."""
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from multiprocessing import parent_process
+from pathlib import Path
 
 import pytest
 
+from cmgan_dist.errors import BadInput
 from cmgan_dist.jobs import local
 from cmgan_dist.jobs.local import parallel_map, progress_line, units_done
 
@@ -54,3 +59,43 @@ def test_what_is_done_of_a_task_counts_before_it_ends(
 
 def test_units_outside_of_a_task_are_nobodys() -> None:
     units_done(3)
+
+
+def wait_and_tell(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def test_this_process_is_one_of_the_processes() -> None:
+    pids = parallel_map(wait_and_tell, [(0.5,)] * 8, title="waiting", processes=2)
+    assert os.getpid() in pids
+    assert len(set(pids)) == 2
+
+
+def fail_from(first: int, number: int, folder: str) -> int:
+    Path(folder, str(number)).touch()
+    if number >= first:
+        raise ValueError(number)
+    return number
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_first_failing_task_is_told_and_no_other_begins(processes: int, tmp_path: Path) -> None:
+    tasks = [(2, number, str(tmp_path)) for number in range(40)]
+    with pytest.raises(ValueError, match="^2$"):
+        parallel_map(fail_from, tasks, title="failing", processes=processes)
+    begun = sorted(int(path.name) for path in tmp_path.iterdir())
+    assert begun == list(range(len(begun)))
+    assert len(begun) <= 2 + processes
+
+
+def end_as_worker(number: int) -> int:
+    time.sleep(0.3)
+    if parent_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_worker_that_was_killed_is_told() -> None:
+    with pytest.raises(BadInput, match="a worker process was killed"):
+        parallel_map(end_as_worker, [(n,) for n in range(60)], title="ending", processes=2)
