@@ -82,7 +82,7 @@ def fail_from(first: int, number: int, folder: str) -> int:
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_the_first_failing_task_is_told_and_no_other_begins(processes: int, tmp_path: Path) -> None:
     tasks = [(2, number, str(tmp_path)) for number in range(40)]
-    with pytest.raises(ValueError, match="^2$"):
+    with pytest.raises(ValueError, match=r"^2$"):
         parallel_map(fail_from, tasks, title="failing", processes=processes)
     begun = sorted(int(path.name) for path in tmp_path.iterdir())
     assert begun == list(range(len(begun)))
