@@ -10,8 +10,6 @@ import math
 
 import cv2
 import numpy as np
-import torch
-from torch.nn.functional import interpolate
 
 QUICK_REDUCTION = 1.5
 """Most pixels of a crop to one of the square, each way on average, up to which OpenCV resizes it."""
@@ -31,6 +29,9 @@ def resize(pixels: np.ndarray, size: int, side: float | None = None) -> np.ndarr
     `side`: how much of a square counts, when its last row and column are only partly in the box."""
     height, width = pixels.shape[:2]
     if (height, width) != (size, size):
+        import torch  # takes seconds, and `shards build` decodes without resizing
+        from torch.nn.functional import interpolate
+
         rows = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
         if side is None or side == height:
             resized = interpolate(rows, (size, size), mode="bicubic", antialias=True)

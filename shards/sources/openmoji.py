@@ -245,7 +245,7 @@ class OpenMojiCommand(BuildCommand):
 
 def _thumbnail(path: Path) -> np.ndarray:
     """Return the pixels of a small picture, RGB [THUMBNAIL * THUMBNAIL * 3] of 0-255."""
-    from cmgan_dist.data.image import open_image  # torch takes seconds to import, and --help waits
+    from cmgan_dist.data.image import open_image  # OpenCV and Pillow take a while to import, and --help waits
 
     with open_image(Drawing(str(path), THUMBNAIL).read()) as image:
         return np.asarray(image.convert("RGB"), dtype=np.float64).ravel()
