@@ -38,6 +38,9 @@ class Arguments:
     """Address to listen on; 0.0.0.0 lets other machines ask."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further names under which browsers ask, as those of a proxy; while only this machine can ask, no other is
+    answered than localhost and these."""
     title: str = ""
     """Name of the page; that of the index's folder when left out."""
 
@@ -47,7 +50,7 @@ def main() -> None:
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/serve.py")
     # after the cheap checks: torch and its friends take seconds to import
     from cmgan_dist.jobs.cores import take_threads
-    from cmgan_dist.retrieval.connections import listen
+    from cmgan_dist.retrieval.connections import hosts_of, listen
     from cmgan_dist.retrieval.index import Index
     from cmgan_dist.retrieval.model import Model
     from cmgan_dist.retrieval.pictures import pictures_by_source
@@ -64,11 +67,20 @@ def main() -> None:
     take_threads(1)
     title = arguments.title or arguments.index.resolve().name
     decoder = Decoder(saved.spec.image.image_size or IMAGE_SIZE)
-    attribution = index.manifest.attribution
-    app = build_app(index, Model(saved), pictures_of, decoder, title=title, attribution=attribution, renewal=renewal)
     with listen(arguments.host, arguments.port) as listening:
-        decoder.start()
         host, port = listening.getsockname()[:2]
+        hosts = hosts_of(host, (arguments.host, *arguments.allowed_hosts))
+        app = build_app(
+            index,
+            Model(saved),
+            pictures_of,
+            decoder,
+            title=title,
+            attribution=index.manifest.attribution,
+            renewal=renewal,
+            hosts=hosts,
+        )
+        decoder.start()
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         serve(app, listening)
 

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import stat
@@ -153,7 +154,8 @@ def _lock(descriptor: int) -> bool:
 def _watch(folder: Path, path: Path, owner: dict[str, Any]) -> None:
     """Return when the owner is gone: by its count or, on this machine, by its process. Raises BadInput if it lives."""
     if owner.get("machine") == _machine():
-        if is_running(owner["pid"]):
+        since = owner.get("since")
+        if is_running(owner["pid"], since if isinstance(since, float) else math.inf):
             raise _refusal(folder, owner)
         return
     log.warning(

@@ -19,6 +19,8 @@ import psutil
 
 LEFT_AFTER_S = 24 * 3600.0
 """Seconds without a write after which what another host was writing counts as left."""
+CLOCKS_S = 60.0
+"""Seconds that the clock of a file system may be behind that of the host."""
 
 
 @contextmanager
@@ -43,13 +45,11 @@ def remove_leftovers(output: Path) -> None:
 def _is_left(path: Path, host: str, pid: int) -> bool:
     """Return whether nobody writes to a file or folder any more: its process has ended, or that of another host, of
     which nothing is known, has written nothing for a day."""
-    if host == socket.gethostname():
-        return not is_running(pid)
     try:
         newest = max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
     except FileNotFoundError:  # it goes just now
         return False
-    return time.time() - newest > LEFT_AFTER_S
+    return not is_running(pid, newest) if host == socket.gethostname() else time.time() - newest > LEFT_AFTER_S
 
 
 def _unless_gone(_: object, __: str, error: tuple[type[BaseException], BaseException, object]) -> None:
@@ -58,10 +58,14 @@ def _unless_gone(_: object, __: str, error: tuple[type[BaseException], BaseExcep
         raise error[1]
 
 
-def is_running(pid: int) -> bool:
-    """Return whether a process of this host runs; one that ended and was not waited for does not."""
+def is_running(pid: int, wrote: float) -> bool:
+    """Return whether the process of this host that wrote something at the time `wrote`, in seconds, runs still.
+
+    One that ended and was not waited for does not, nor does one that has its number since: in a container that is
+    started again the numbers are those of last time."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= wrote + CLOCKS_S
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

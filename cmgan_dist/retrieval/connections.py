@@ -7,10 +7,12 @@ longest; a request that is being answered is never given up for another."""
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import resource
 import socket
+from collections.abc import Collection
 from typing import Any
 
 import h11
@@ -117,6 +119,17 @@ def server_of(app: Any, most: int, seconds: float) -> uvicorn.Server:
         server_header=False,
     )
     return uvicorn.Server(config)
+
+
+def hosts_of(address: str, others: Collection[str]) -> frozenset[str]:
+    """Return the names under which a server on the IP `address` may be asked: where only this machine can reach it,
+    those of this machine and `others`; else none are returned, as any will do.
+
+    A page of another host could else have a name of its own lead here, and read what a browser on this machine gets
+    (DNS rebinding)."""
+    if not ipaddress.ip_address(address).is_loopback:
+        return frozenset()
+    return frozenset({"localhost", "127.0.0.1", "::1", address, *(other.lower() for other in others)})
 
 
 def listen(host: str, port: int) -> socket.socket:

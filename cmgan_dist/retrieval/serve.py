@@ -28,7 +28,7 @@ import logging
 import signal
 import socket
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from fastapi.telemetry import TelemetryConfig
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from starlette.datastructures import MutableHeaders, UploadFile
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -325,10 +325,11 @@ async def read_upload(request: Request, limits: Limits, take: Callable[[int], No
 
 class Guarded:
     """Adds HEADERS to every answer of an application, has it answer HEAD as GET (uvicorn leaves out the body) and parts
-    of files by the whole, and answers in its place where it fails or is stopped."""
+    of files by the whole, and answers in its place where it fails or is stopped, or was asked under a name that is none
+    of `hosts` (empty: any will do)."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, hosts: Collection[str] = ()) -> None:
+        self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -344,6 +345,10 @@ class Guarded:
             await send(message)
 
         try:
+            asked = host_of(scope) if self.hosts and scope["type"] == "http" else ""
+            if asked and asked not in self.hosts:
+                await JSONResponse({"error": other_host(asked)}, 421)(scope, receive, send_with)
+                return
             await self.app(scope, receive, send_with)
         except asyncio.CancelledError:  # by the server when it stops, which waits for nobody
             if scope["type"] != "http" or started:
@@ -355,6 +360,18 @@ class Guarded:
             log.exception("%s %s failed", scope["method"], scope["path"])
             failed = JSONResponse({"error": "the server failed at this request: its log says why"}, 500)
             await failed(scope, receive, send_with)
+
+
+def host_of(scope: Scope) -> str:
+    """Return the name that a request was sent to, in small letters; "" where it says none."""
+    said = Headers(scope=scope).get("host", "").strip().lower()
+    name, colon, port = said.rpartition(":")
+    return (name if colon and port.isdigit() else said).strip("[]")
+
+
+def other_host(name: str) -> str:
+    """Return why a request is not answered."""
+    return f"this server is not asked as {name[:80]!r}: ask as localhost, or name it at --allowed-hosts when it starts"
 
 
 def only_known(request: Request) -> None:
@@ -402,15 +419,16 @@ def build_app(
     attribution: str = "",
     limits: Limits | None = None,
     renewal: Renewal | None = None,
+    hosts: Collection[str] = (),
 ) -> FastAPI:
     """Return the application over an `Index`, a `Model` and what tells where an item's picture lies.
 
     `decoder`: of uploads, as large as the model takes them; it is closed when the application ends. `renewal`: opens
-    the index anew when it has changed on disk."""
+    the index anew when it has changed on disk. `hosts`: see `Guarded`."""
     service = Service(Searcher(index, model, pictures_of), renewal, decoder, title, attribution, limits or Limits())
     options: dict[str, Any] = {"docs_url": None, "redoc_url": None, "telemetry": NO_TELEMETRY}
     app = FastAPI(title=title, lifespan=service.lifespan, dependencies=[Depends(only_known)], **options)
-    app.add_middleware(Guarded)
+    app.add_middleware(Guarded, hosts=hosts)
     for kind in (RequestValidationError, BadInput, Busy, AnyHTTPException):
         app.add_exception_handler(kind, say)
     app.add_api_route("/", service.page, response_class=HTMLResponse, include_in_schema=False)

@@ -6,8 +6,10 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cmgan_dist.jobs.staging import is_running, remove_leftovers, staging
@@ -59,5 +61,21 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
         os.utime(path, (0, 0))
     remove_leftovers(tmp_path)
     assert {path.name for path in (tmp_path / "part").iterdir()} == {names[1], names[3]}, "a day is over"
-    assert is_running(os.getpid())
-    assert not is_running(dead)
+
+
+def test_a_number_that_another_process_has_by_now_says_nothing(tmp_path: Path) -> None:
+    """As in a container that is started again: what was left has this process's own number."""
+    begun = psutil.Process().create_time()
+    assert is_running(os.getpid(), time.time())
+    assert is_running(os.getpid(), begun)
+    assert not is_running(os.getpid(), begun - 3600)
+    assert not is_running(ended_process(), time.time())
+    left = [tmp_path / f".{socket.gethostname()}-{pid}-a.tmp" for pid in (os.getpid(), os.getppid())]
+    for path in left:
+        path.write_bytes(b"half")
+    remove_leftovers(tmp_path)
+    assert all(path.exists() for path in left)
+    for path in left:
+        os.utime(path, (0, 0))
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -24,7 +24,7 @@ from PIL import Image
 from cmgan_dist.data.image import decode_image
 from cmgan_dist.data.reader import ShardReader
 from cmgan_dist.errors import BadInput, BadSample
-from cmgan_dist.retrieval.connections import listen
+from cmgan_dist.retrieval.connections import hosts_of, listen
 from cmgan_dist.retrieval.pictures import FolderPictures, ShardPictures, thumbnail
 from cmgan_dist.retrieval.serve import Limits
 from cmgan_dist.retrieval.upload_decoder import Decoder, scans_of
@@ -273,6 +273,28 @@ def test_a_host_that_is_none_is_one_sentence(host: str) -> None:
     with pytest.raises(BadInput, match=r"--host .* cannot be listened on") as caught:
         listen(host, 0)
     str(caught.value).encode()
+
+
+def test_a_name_that_others_made_lead_here_is_not_answered(index: MemoryIndex) -> None:
+    """DNS rebinding: a page of evil.test has that name lead to this machine, and a browser says it as Host."""
+    with (
+        running(index, HueModel(), hosts=hosts_of("127.0.0.1", ["Photos.Example"])) as address,
+        httpx2.Client() as client,
+    ):
+        for path in ("/", "/api/info", "/static/search.js"):
+            for host in ("evil.test", "evil.test:8000", "localhost.evil.test", "127.0.0.1.evil.test:80"):
+                said = error_of(client.get(address + path, headers={"Host": host}), 421)
+                assert "--allowed-hosts" in said
+            for host in ("localhost", "LOCALHOST:99", "127.0.0.1:8000", "[::1]:8000", "[::1]", "photos.example"):
+                assert client.get(address + path, headers={"Host": host}).status_code == 200, host
+
+
+@pytest.mark.parametrize(
+    ("address", "any_name"),
+    [("127.0.0.1", False), ("127.9.9.9", False), ("::1", False), ("0.0.0.0", True)],
+)
+def test_who_serves_other_machines_is_asked_under_any_name(address: str, any_name: bool) -> None:
+    assert (not hosts_of(address, [])) == any_name
 
 
 # ---------------------------------------------------------------------------------------------- connections
