@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cmgan_dist.errors import EXIT_LOST
 from tests.services import forked
 from tests.toy import SMALL, environment, index_tar, write_manifest, write_tar
 
@@ -121,3 +124,25 @@ def test_bad_input_gets_one_sentence(
     assert len(errors) == 1
     print(errors[0])  # pytest -rP shows the sentences
     assert fnmatch(errors[0].replace("?", "!"), f"*{sentence}*".replace("?", "!")), errors[0]
+
+
+@pytest.mark.parametrize(
+    ("kib", "work"),
+    [
+        (700_000, "import torch"),
+        (0, "import torch; torch.empty(1 << 46)"),
+        (0, "import numpy; numpy.empty(1 << 46)"),
+        (0, "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\\nMore')"),
+        (0, "raise MemoryError"),
+    ],
+)
+def test_memory_that_is_used_up_is_one_sentence(kib: int, work: str, tmp_path: Path) -> None:
+    script = tmp_path / "work.py"
+    script.write_text(f"from cmgan_dist.errors import run_main\ndef main():\n    {work}\nrun_main(main)\n")
+    limit = f"ulimit -v {kib}; " if kib else ""
+    done = subprocess.run(
+        ["bash", "-c", f'{limit}exec "$0" "$1"', sys.executable, str(script)],
+        capture_output=True, text=True, env=environment(), timeout=100,
+    )  # fmt: skip
+    assert done.returncode == EXIT_LOST
+    assert re.fullmatch(r"error: memory is used up \(.+\): allow more, .+\n", done.stderr), done.stderr
