@@ -214,7 +214,7 @@ def split_shares(val: float | None, test: float | None, named: Collection[str]) 
     BadInput unless they leave some pairs for train, and when the source has such a split already, or has no train."""
     for split, share in (("val", val), ("test", test)):
         if share and split in named:
-            raise BadInput(f"--{split} is {share:g} but there is a split '{split}' already: leave the flag away")
+            raise BadInput(f"--{split} is {share:g} but there is a split '{split}' already: pass --{split} 0")
         if share and named and "train" not in named:
             raise BadInput(
                 f"--{split} is {share:g}, of the split 'train', and there is none, only {brief(', '.join(named))}: "

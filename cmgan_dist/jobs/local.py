@@ -237,16 +237,20 @@ def _share_out(turns: _Turns, pool: ProcessPoolExecutor, workers: int) -> None:
     def in_worker(function: Callable[..., Any], task: tuple[Any, ...]) -> Any:
         return pool.submit(_in_worker, function, task).result()
 
-    with ThreadPoolExecutor(workers) as threads:
-        with _for_parents(signal.SIGINT):  # the threads start the workers
-            given = [threads.submit(turns.take, in_worker) for _ in range(workers)]
-        try:
-            turns.take(_here)
-            for each in given:
-                each.result()
-        except KeyboardInterrupt:
-            _end_workers()  # their threads would wait for what has begun, and for what comes then
-            raise
+    try:
+        with ThreadPoolExecutor(workers) as threads:
+            with _for_parents(signal.SIGINT):  # the threads start the workers
+                given = [threads.submit(turns.take, in_worker) for _ in range(workers)]
+            try:
+                turns.take(_here)
+                for each in given:
+                    each.result()
+            except KeyboardInterrupt:
+                _end_workers()  # their threads would wait for what has begun
+                raise
+    finally:
+        if len(turns.results) < len(turns.tasks):
+            _end_workers()  # the pool would wait for ever for one that was being started when another ended
 
 
 def threaded_map(function: Callable[[Task], Result], tasks: Sequence[Task], *, title: str) -> list[Result]:

@@ -347,7 +347,8 @@ class Guarded:
         try:
             asked = host_of(scope) if self.hosts and scope["type"] == "http" else ""
             if asked and asked not in self.hosts:
-                await JSONResponse({"error": other_host(asked)}, 421)(scope, receive, send_with)
+                said = f"this server is not asked as {asked[:80]!r}: ask as localhost, or start it with --allowed-hosts"
+                await JSONResponse({"error": said}, 421)(scope, receive, send_with)
                 return
             await self.app(scope, receive, send_with)
         except asyncio.CancelledError:  # by the server when it stops, which waits for nobody
@@ -367,11 +368,6 @@ def host_of(scope: Scope) -> str:
     said = Headers(scope=scope).get("host", "").strip().lower()
     name, colon, port = said.rpartition(":")
     return (name if colon and port.isdigit() else said).strip("[]")
-
-
-def other_host(name: str) -> str:
-    """Return why a request is not answered."""
-    return f"this server is not asked as {name[:80]!r}: ask as localhost, or name it at --allowed-hosts when it starts"
 
 
 def only_known(request: Request) -> None:

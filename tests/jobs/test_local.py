@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from multiprocessing import parent_process
+from multiprocessing import active_children, parent_process
 from pathlib import Path
 
 import pytest
@@ -90,12 +90,15 @@ def test_the_first_failing_task_is_told_and_no_other_begins(processes: int, tmp_
 
 
 def end_as_worker(number: int) -> int:
-    time.sleep(0.3)
     if parent_process() is not None:
         os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.3)
     return number
 
 
-def test_a_worker_that_was_killed_is_told() -> None:
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_a_worker_that_was_killed_is_told(processes: int) -> None:
+    """Also while others are being started, for which the pool of Python 3.11 would wait for ever."""
     with pytest.raises(BadInput, match="a worker process was killed"):
-        parallel_map(end_as_worker, [(n,) for n in range(60)], title="ending", processes=2)
+        parallel_map(end_as_worker, [(n,) for n in range(60)], title="ending", processes=processes)
+    assert not active_children()

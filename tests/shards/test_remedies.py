@@ -162,10 +162,10 @@ TABLES: list[tuple[str, bytes | str, str, str, str, bytes | str, str]] = [
         "t.csv",
         "image,text,split\n0.png,a,train\n1.png,b,val\n",
         "--val 0.5",
-        "there is a split 'val' already: leave the flag away",
+        "there is a split 'val' already: pass --val 0",
         "t.csv",
         "image,text,split\n0.png,a,train\n1.png,b,val\n",
-        "",
+        "--val 0",
     ),
 ]
 
