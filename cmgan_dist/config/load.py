@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +93,8 @@ def _check_batch(config: Config) -> None:
     if streams and micro % streams:
         raise BadInput(
             f"stream.logical_streams is {streams} and does not divide the {micro} samples of stream.global_batch"
-            f"{f' / optim.accumulate {parts}' if parts > 1 else ''}"
+            f"{f' / optim.accumulate {parts}' if parts > 1 else ''}: set it to {math.gcd(streams, micro)} or another "
+            "divisor of theirs, or to 0"
         )
 
 

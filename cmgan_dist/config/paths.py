@@ -60,8 +60,9 @@ def find_setting(path: str) -> Setting:
     known = settings()
     if path in known:
         return known[path]
-    if any(name.startswith(path + ".") for name in known):
-        raise BadInput(f"{path} is a section of the config: name a field in it")
+    inside = next((name for name in known if name.startswith(path + ".")), None)
+    if inside:
+        raise BadInput(f"{path} is a section of the config: name a field in it, such as {inside}")
     close = difflib.get_close_matches(path, known, 1)
     raise BadInput(f"{path} is no config field: {f'did you mean {close[0]}?' if close else 'see train.py --help'}")
 

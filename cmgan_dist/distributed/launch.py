@@ -58,7 +58,7 @@ def take(arguments: list[str], flag: str) -> str | None:
             return arguments.pop(at).partition("=")[2]
         if word == flag:
             if at + 1 == len(arguments):
-                raise BadInput(f"{flag} has no value")
+                raise BadInput(f"{flag} has no value: write {flag} VALUE")
             arguments.pop(at)
             return arguments.pop(at)
     return None

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
-from cmgan_dist.config.cli import parse_arguments
+from cmgan_dist.config.cli import parse, parse_arguments
+from cmgan_dist.config.commands import choose
+from cmgan_dist.config.fields import Range
 from cmgan_dist.config.load import check_places, from_yaml, validate
+from cmgan_dist.config.paths import find_setting
 from cmgan_dist.config.presets import preset
 from cmgan_dist.errors import BadInput
 
@@ -58,6 +65,22 @@ WORDS = [
         r"set train\.compile to false",
         [PLACES + "train.compile=false loss.adversarial=wgan-gp"],
     ),
+    (
+        PLACES + "stream.global_batch=60 stream.logical_streams=8",
+        "does not divide the 60 samples .*: set it to 4 or another divisor of theirs, or to 0",
+        [PLACES + f"stream.global_batch=60 stream.logical_streams={n}" for n in (4, 15, 0)],
+    ),
+    (
+        PLACES + "stream.global_batch=60 stream.logical_streams=12 optim.accumulate=2",
+        "the 30 samples of .* / optim.accumulate 2: set it to 6 or",
+        [PLACES + "stream.global_batch=60 stream.logical_streams=6 optim.accumulate=2"],
+    ),
+    (PLACES + "loss.intra=-1", "loss.intra is -1.0, expected .*0 to", [PLACES + "loss.intra=0 loss.inter=1"]),
+    (
+        PLACES + "stream.logical_streams=2000000",
+        r"stream.logical_streams is 2000000, expected .*0 to",
+        [PLACES + "stream.logical_streams=0"],
+    ),
 ]
 
 
@@ -77,6 +100,14 @@ TEXTS = [
     ("preset: smok\n", "smoke", "preset: smoke\n"),
     ("loss: [\n", "is not YAML .*: mend it", "loss: {}\n"),
     ("optim: {accumulate: 1.5}\n", "optim.accumulate is 1.5, expected int", "optim: {accumulate: 2}\n"),
+    ("stream: {weights: 1}\n", "stream.weights is 1, expected a list", "stream: {weights: [1]}\n"),
+    ("[" * 2000, "is nested too deeply: write settings only", "preset: smoke\n"),
+    ("output: 2026-99-99\n", "has a value that is not of its type .*: mend it", "output: '2026-99-99'\n"),
+    (
+        f"a: &a [{'1, ' * 400}]\nb: [{'*a, ' * 400}]\n",
+        "holds more than 100000 values.*: keep to the settings",
+        "preset: smoke\n",
+    ),
 ]
 
 
@@ -121,6 +152,7 @@ def test_a_configuration_file_of_another_encoding(tmp_path: Path) -> None:
         ("epochs", 3, "epochs is no config field"),
         ("stream", None, "stream is None: give a StreamConfig, as preset"),
         ("model.image", "resnet18", r"model\.image is 'resnet18': give a ImageBackboneConfig"),
+        ("model.text.kernel_sizes", (), "kernel_sizes is empty: name the width of one convolution or more"),
     ],
 )
 def test_an_attribute_that_is_no_field_is_not_lost(path: str, value: object, said: str) -> None:
@@ -132,3 +164,53 @@ def test_an_attribute_that_is_no_field_is_not_lost(path: str, value: object, sai
     with pytest.raises(BadInput, match="config is 'smoke': give a Config, as preset"):
         validate("smoke")  # type: ignore[arg-type]
     validate(preset("smoke"))
+
+
+def test_a_configuration_file_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    cases: list[tuple[Callable[[], object], str]] = [
+        (lambda: None, f"config file {path} does not exist: check the path"),
+        (path.mkdir, f"config file {path} is a folder: name a YAML file"),
+        (lambda: os.mkfifo(path), f"config file {path} is a pipe or a device: name a YAML file"),
+        (lambda: path.symlink_to(path), f"config file {path} cannot be read .*: check the path and its permissions"),
+        (
+            lambda: path.write_text("#" * (1 << 20) + "\n"),
+            f"config file {path} is larger than 1 MiB: name a YAML file of",
+        ),
+    ]
+    (tmp_path / "right.yaml").write_text("preset: smoke\n")
+    for make, sentence in cases:
+        make()
+        with pytest.raises(BadInput, match=sentence):
+            parse_arguments(["--config", str(path), *PLACES.split()])
+        parse_arguments(["--config", str(tmp_path / "right.yaml"), *PLACES.split()])
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+
+
+def test_a_number_of_a_program_that_is_not_given() -> None:
+    @dataclasses.dataclass
+    class Arguments:
+        sizes: Annotated[tuple[int, ...], Range(1, 9)] = (1,)
+
+    with pytest.raises(BadInput, match="--sizes is empty: name one number or more, each from 1 to 9"):
+        parse(Arguments, ["--sizes"], prog="program")
+    assert parse(Arguments, ["--sizes", "3", "9"], prog="program").sizes == (3, 9)
+
+
+def test_a_command_that_is_not_named() -> None:
+    with pytest.raises(BadInput, match=r"name a command: train, search$") as caught:
+        choose(["train", "search"], [])
+    for name in str(caught.value).partition(": ")[2].split(", "):
+        assert choose(["train", "search"], [name]) == name
+
+
+def test_a_section_in_the_place_of_a_field() -> None:
+    for section in ("optim", "model.image"):
+        with pytest.raises(
+            BadInput, match=f"{section} is a section of the config: name a field in it, such as"
+        ) as caught:
+            find_setting(section)
+        find_setting(str(caught.value).rpartition(" ")[2])

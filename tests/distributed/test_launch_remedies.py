@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cmgan_dist.distributed.join import take_zero_config
+from cmgan_dist.distributed.join import say_unused, take_zero_config
+from cmgan_dist.distributed.launch import main
 from cmgan_dist.distributed.launch_config import launch_config
 from cmgan_dist.errors import BadInput
 
@@ -63,6 +64,10 @@ ZERO = [
         [zero(2, offload_optimizer={"device": "cpu"}), zero(2, offload_optimizer={"device": "none"})],
     ),
     (zero(2) | {"fp16": 3}, "has a 'fp16' that is no mapping: drop it", [zero(2)]),
+    (zero(2, offload_param={"device": "cpu"}), "offload_param, which stages 1 and 2 do not heed: drop it", [zero(2)]),
+    (zero(2, zero_quantized_weights=True), "zero_quantized_weights, which .*: drop it", [zero(2)]),
+    (zero(1, round_robin_gradients=True), "round_robin_gradients, with which .*: drop it", [zero(1)]),
+    (zero(1, legacy_stage1=True), "legacy_stage1, which DeepSpeed no longer has: drop it", [zero(1)]),
 ]
 
 
@@ -86,3 +91,39 @@ def test_a_configuration_of_deepspeed(
         taken(wrong)
     for config in right:
         assert taken(config) == config
+
+
+def test_a_stage_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(stage: str) -> object:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+        return take_zero_config()
+
+    with pytest.raises(BadInput, match="zero_stage is 'two': set it to 1 or 2"):
+        taken("two")
+    assert [taken(stage) for stage in ("1", "2")] == [zero(1), zero(2)]
+
+
+@pytest.mark.parametrize("name", ["FSDP", "MEGATRON_LM"])
+def test_another_way_to_divide_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(BadInput, match=f"accelerate asks for {name}, which is not used: train without, by"):
+        say_unused("no")
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "false")
+    say_unused("no")
+
+
+def test_a_flag_without_its_value_and_a_count_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match="Unsupported nproc_per_node value: many: see torchrun --help"):
+        main(["--nproc_per_node", "many", "train.py"])
+    started: list[str] = []
+    monkeypatch.setattr("torch.distributed.run.run", lambda options: started.append(options.nproc_per_node))
+    path = tmp_path / "launch.yaml"
+    path.write_text("{distributed_type: MULTI_GPU, num_processes: 3}")
+    flag, train = "--config_file", "train.py"
+    with pytest.raises(BadInput, match=f"{flag} has no value: write {flag} VALUE"):
+        main([flag])
+    with pytest.raises(BadInput, match="has num_processes 3: say it as --nproc_per_node, a machine's share"):
+        main([flag, str(path), train])
+    assert main([flag, str(path), "--nproc_per_node", "3", train]) == 0
+    assert started == ["3"]
