@@ -61,9 +61,8 @@ def _identifier(config: ImageBackboneConfig | TextBackboneConfig, field: str) ->
     if weights.startswith("hub"):
         tag, tags = weights.removeprefix("hub").removeprefix(":"), package.list_pretrained_tags_by_model(name)
         if tag not in tags:
-            raise BadInput(
-                f"{field}.weights is '{weights}': for {name} name one of {', '.join(f'hub:{t}' for t in tags)}"
-            )
+            known = f"name one of {', '.join(f'hub:{t}' for t in tags)}" if tags else "the hub has none: name a file"
+            raise BadInput(f"{field}.weights is '{weights}': for {name} {known}")
         return name, tag
     if weights and not Path(weights).is_file():
         what = "is no file" if Path(weights).exists() else "does not exist"

@@ -290,8 +290,8 @@ def build_generator(config: ModelConfig, spec: DataSpec, vocabulary: Vocabulary 
     for modality, backbone, dim in (("image", config.image, spec.image_dim), ("text", config.text, spec.text_dim)):
         if backbone.name == "features" and dim is None:
             raise BadInput(
-                f"model.{modality}.name is 'features' but the data holds raw {modality}s: name a {modality} backbone, "
-                "or write features with 'python -m shards features'"
+                f"model.{modality}.name is 'features' but the data holds raw {modality}s: name a backbone of "
+                f"{modality}s, or write features with 'python -m shards features'"
             )
         if backbone.name != "features" and dim is not None:
             raise BadInput(

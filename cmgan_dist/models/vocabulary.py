@@ -103,7 +103,9 @@ class Vocabulary:
         if version != VERSION:
             raise BadInput(f"{path} has version {version}, this program reads {VERSION}: train again")
         if not isinstance(words, list) or not all(isinstance(w, str) for w in words) or len(set(words)) < len(words):
-            raise BadInput(f'{path} is not a vocabulary: "words" must be a list of different strings')
+            raise BadInput(
+                f'{path} is not a vocabulary: "words" must be a list of different strings: restore it or train again'
+            )
         return cls(words)
 
 
