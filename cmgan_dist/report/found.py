@@ -95,7 +95,9 @@ def load_retrieved(path: Path, evaluation: dict[str, Any], items: Sequence[Galle
     if items is None:
         items = [GalleryItem(str(key)) for key in arrays.get("keys", np.arange(n))]
     if len(items) != n:
-        raise BadInput(f"{path} holds {n} images, but {len(items)} items were given to show")
+        raise BadInput(
+            f"{path} holds {n} images, but {len(items)} items were given to show: give one for each, or none"
+        )
     classes = list(evaluation.get("classes") or [])
     if data.labels is not None and len(classes) != data.labels.shape[1]:
         classes = [f"class {c}" for c in range(data.labels.shape[1])]

@@ -62,14 +62,19 @@ class Embeddings:
     def __post_init__(self) -> None:
         for name, value in (("image", self.image), ("text", self.text)):
             if value.ndim != 2 or not len(value):
-                raise BadInput(f"{name} embeddings have shape {tuple(value.shape)}, expected [items, dimensions]")
+                raise BadInput(
+                    f"{name} embeddings have shape {tuple(value.shape)}, expected [items, dimensions]: give a row for "
+                    "each item"
+                )
             if not torch.isfinite(value).all():
-                raise BadInput(f"{name} embeddings hold NaN or Inf: the model that made them has diverged")
+                raise BadInput(f"{name} embeddings hold NaN or Inf: use a model that has not diverged")
         n, m = len(self.image), len(self.text)
         if self.text_owner.shape != (m,) or int(self.text_owner.min()) < 0 or int(self.text_owner.max()) >= n:
             raise BadInput(f"text_owner must give one of {n} images for each of {m} texts")
         if self.labels is not None and (self.labels.ndim != 2 or len(self.labels) != n):
-            raise BadInput(f"labels have shape {tuple(self.labels.shape)}, expected [{n}, classes]")
+            raise BadInput(
+                f"labels have shape {tuple(self.labels.shape)}, expected [{n}, classes]: give a row for each image"
+            )
 
 
 @dataclass

@@ -248,10 +248,15 @@ class Model:
             made = features(part).to(self.device).float()
             expected = getattr(self.saved.spec, modality).dim
             if made.ndim != 2 or made.shape[1] != expected:
-                raise BadInput(f"the {modality} features have shape {list(made.shape)}, expected [n, {expected}]")
+                raise BadInput(
+                    f"the {modality} features have shape {list(made.shape)}, expected [n, {expected}]: give "
+                    "those of the kind that the model was trained on"
+                )
             items = projected(self.generator, modality, made)
             if not torch.isfinite(items.common).all():
-                raise BadInput(f"{modality} vectors are not finite: the features are too large, or the model diverged")
+                raise BadInput(
+                    f"{modality} vectors are not finite: give smaller features, or another model if this one diverged"
+                )
             parts.append(items.vectors(self.scoring, modality))
         return torch.cat(parts).numpy()
 
@@ -331,9 +336,9 @@ def _features(items: object) -> np.ndarray | None:
     if not isinstance(rows, np.ndarray) or rows.dtype.kind != "f":
         return None
     if rows.ndim != 2:
-        raise BadInput(f"the features have shape {list(rows.shape)}, expected [n, F]")
+        raise BadInput(f"the features have shape {list(rows.shape)}, expected [n, F]: give a row for each item")
     if not np.isfinite(rows).all():
-        raise BadInput("the features hold NaN or Inf")
+        raise BadInput("the features hold NaN or Inf: give finite numbers")
     return np.ascontiguousarray(rows, dtype=np.float32)
 
 

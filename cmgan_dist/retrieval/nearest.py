@@ -41,7 +41,10 @@ def fitting_queries(vectors: np.ndarray, dim: int) -> np.ndarray:
         raise BadInput(f"the query is no array of numbers ({error}): encode it first, by the index's model") from None
     queries = np.atleast_2d(given.astype(np.float32))
     if queries.ndim != 2 or queries.shape[1] != dim:
-        raise BadInput(f"the query has shape {list(given.shape)}, the index vectors of {dim} numbers")
+        raise BadInput(
+            f"the query has shape {list(given.shape)}, the index vectors of {dim} numbers: encode it by the "
+            "index's model"
+        )
     if not np.isfinite(queries).all():
         raise BadInput("the query holds NaN or Inf: give finite numbers")
     length = np.linalg.norm(queries.astype(np.float64), axis=1, keepdims=True)

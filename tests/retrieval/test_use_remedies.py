@@ -10,9 +10,13 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.retrieval.index import Index
+from cmgan_dist.retrieval.metrics import Embeddings, common_space
 from cmgan_dist.retrieval.model import Model, load_model
 from launchers import embed, evaluate, index, search, serve
 from tests.retrieval.embed_cases import raw_run
@@ -207,3 +211,143 @@ def test_a_folder_to_give_away(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"name a folder with model\.json, or a model as 'owner/name'"):
         Model.from_pretrained(str(tmp_path / "gone"))
     assert Model.from_pretrained(str(tmp_path / "given")).classes == model.classes
+
+
+ROWS = np.eye(2, 12, dtype=np.float32)
+Call = Callable[[Model, Index], object]
+CALLS: list[tuple[Call, str, Call]] = [
+    (lambda m, _: m.encode_texts(b"a dog"), "is bytes: decode it first", lambda m, _: m.encode_texts("a dog")),
+    (
+        lambda m, _: m.encode_texts(Path(__file__)),
+        "is the path .*: read it first",
+        lambda m, _: m.encode_texts(Path(__file__).read_text()),
+    ),
+    (lambda m, _: m.encode_texts(["a", " "]), "text 1 is ' ': give a text", lambda m, _: m.encode_texts(["a", "b"])),
+    (
+        lambda m, _: m.encode_texts(["\ud800"]),
+        "has half a character, a lone surrogate: mend it",
+        lambda m, _: m.encode_texts(["\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")]),
+    ),
+    (
+        lambda m, _: m.encode_texts("a", batch=0),
+        "batch is 0, expected a whole number above 0",
+        lambda m, _: m.encode_texts("a", batch=1),
+    ),
+    (
+        lambda m, _: m.encode_texts(["a", ""], on_error="pass"),  # type: ignore[call-overload]
+        "expected 'raise' or 'skip'",
+        lambda m, _: m.encode_texts(["a", ""], on_error="skip"),
+    ),
+    (
+        lambda m, _: m.encode_images(3),  # type: ignore[call-overload]
+        "3 cannot be encoded: give an item, or several in a list",
+        lambda m, _: (m.encode_images(picture(1)), m.encode_images([picture(1), picture(2)])),
+    ),
+    (
+        lambda m, _: m.encode_images("none.png"),
+        "image 0 .*cannot be read .*: name a picture",
+        lambda m, _: m.encode_images([picture(3)]),
+    ),
+    (
+        lambda m, _: m.encode_images([picture(1), b"no picture"]),
+        "image 1.*; give another picture",
+        lambda m, _: m.encode_images([picture(1), picture(2)]),
+    ),
+    (lambda _, i: i.search(i.vector(0), k=0), "a whole number of at least 1", lambda _, i: i.search(i.vector(0), k=1)),
+    (
+        lambda _, i: i.search(i.vector(0), modality="sound"),
+        "it must be image or text",
+        lambda _, i: [i.search(i.vector(0), modality=name) for name in ("image", "text")],
+    ),
+    (
+        lambda _, i: i.search(i.vector(0), classes="class 0"),
+        "give a list of names",
+        lambda _, i: i.search(i.vector(0), classes=["class 0"]),
+    ),
+    (
+        lambda _, i: i.search(i.vector(0), classes=["klass 0"]),
+        "has no class 'klass 0': .*'class 0'",
+        lambda _, i: i.search(i.vector(0), classes=["class 0"]),
+    ),
+    (
+        lambda m, i: i.search("a dog"),  # type: ignore[arg-type]
+        "encode it first, by the index's model",
+        lambda m, i: i.search(m.encode_texts("a dog")),
+    ),
+    (
+        lambda m, i: i.search(np.zeros(3)),
+        "the query has shape .*: encode it by the index's model",
+        lambda m, i: i.search(m.encode_texts("a dog")),
+    ),
+    (
+        lambda m, i: i.search(i.vector(0) * np.nan),
+        "the query holds NaN or Inf: give finite numbers",
+        lambda m, i: i.search(np.nan_to_num(i.vector(0) * np.nan)),
+    ),
+    (lambda _, i: i.get(10**6), "item 1000000 is not in .*: name one that is", lambda _, i: i.get(0)),
+    (
+        lambda _, i: i.get("0"),  # type: ignore[arg-type]
+        "give a whole number, as a hit has it",
+        lambda _, i: i.get(i.search(i.vector(0))[0][0].id),
+    ),
+    (lambda _, i: i.remove("test0"), "give a list of ids or keys", lambda _, i: i.remove(["test0"])),
+    (
+        lambda _, i: Index.build(i.folder.parent / "emb", i.folder.parent / "new", kind="flat"),
+        "kind is 'flat': it must be auto, exact or ivf_sq8",
+        lambda _, i: [
+            Index.build(i.folder.parent / "emb", i.folder.parent / kind, kind=kind) for kind in ("auto", "exact")
+        ],
+    ),
+    (
+        lambda m, _: load_model(m.saved.folder, "abacus"),
+        "which is not here .*: give 'cpu' or 'auto'",
+        lambda m, _: [load_model(m.saved.folder, device) for device in ("cpu", "auto")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "sentence", "right"), CALLS, ids=range(len(CALLS)))
+def test_a_call(wrong: Call, sentence: str, right: Call, whole: Path, tmp_path: Path) -> None:
+    for name in ("emb", "index"):
+        shutil.copytree(whole / name, tmp_path / name)
+    model, opened = load_model(whole / "run", "cpu"), Index.open(tmp_path / "index")
+    with pytest.raises(BadInput, match=sentence):
+        wrong(model, opened)
+    right(model, opened)
+
+
+def test_features_to_encode(whole: Path) -> None:
+    model = load_model(whole / "features-run", "cpu")
+    for wrong, sentence in (
+        (ROWS[0], "expected .*: give a row for each item"),
+        (ROWS * np.nan, "the features hold NaN or Inf: give finite numbers"),
+        (ROWS[:, :3], r"expected \[n, 12\]: give those of the kind that the model was trained on"),
+    ):
+        with pytest.raises(BadInput, match=sentence):
+            model.encode_images(wrong)
+        assert model.encode_images(ROWS).shape == (2, model.dim)
+
+
+def test_nothing_would_be_left_of_an_index(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "index", tmp_path / "index")
+    opened = Index.open(tmp_path / "index")
+    with pytest.raises(BadInput, match=f"nothing would be left of the index {tmp_path / 'index'}: remove the folder"):
+        opened.remove(range(len(opened)))
+    shutil.rmtree(tmp_path / "index")
+
+
+def test_embeddings_to_measure() -> None:
+    pair, owner = torch.eye(2), torch.arange(2)
+    for wrong, sentence in (
+        (lambda: Embeddings(pair[0], pair, owner, None), r"expected \[items, dimensions\]: give a row for each"),
+        (lambda: Embeddings(pair * torch.nan, pair, owner, None), "NaN or Inf: use a model that has not diverged"),
+        (lambda: Embeddings(pair, pair, owner + 1, None), "must give one of 2 images for each of 2 texts"),
+        (lambda: Embeddings(pair, pair, owner, pair[:1]), r"expected \[2, classes\]: give a row for each image"),
+        (lambda: common_space(Embeddings(pair, pair[:, :1], owner, None)), "project them first"),
+        (lambda: common_space(Embeddings(2 * pair, pair, owner, None), "inner"), "score by cosine, or give vectors"),
+    ):
+        with pytest.raises(BadInput, match=sentence):
+            wrong()
+    for score in ("cosine", "inner"):
+        common_space(Embeddings(pair, pair, owner, pair), score)
+    common_space(Embeddings(2 * pair, pair, owner, None), "cosine")
