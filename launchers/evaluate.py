@@ -69,6 +69,8 @@ def main() -> None:
     run = arguments.run
     for name in (EMBEDDINGS_NAME, RECORD_NAME, REPORT_NAME):
         check_link(run / name)
+        if (run / name).is_dir():
+            raise BadInput(f"{run / name} is no file: move it away, so that the evaluation can be written there")
     start_all_processes()
     task = open_task(run, arguments.data, split=arguments.split)
     asked = task.identity() | {"pictures": public_url(absolute(arguments.pictures))}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +15,14 @@ import numpy as np
 import pytest
 
 from cmgan_dist.config.cli import parse_arguments
+from cmgan_dist.config.load import to_yaml
 from cmgan_dist.data.cache import open_store
 from cmgan_dist.data.manifest import load_manifest
 from cmgan_dist.data.stream import Stream
 from cmgan_dist.errors import BadInput
 from launchers import embed, evaluate, search, train
 from launchers import index as build_index
+from launchers.slurm import node
 from shards.__main__ import main as shards
 from tests.services.faulty_server import FaultyServer
 from tests.toy import (
@@ -309,3 +314,105 @@ def test_what_is_damaged_is_embedded_and_indexed_again(damage: Callable[[Path], 
         assert call(main, *words) == (0, ""), path
         main, words = commands[reader]
         assert path.name not in call(main, *words)[1]
+
+
+# ---------------------------------------------------------------------------------------------- jobs of SLURM
+
+
+@pytest.fixture
+def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("outside_slurm")
+def test_what_a_node_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--preset", "smoke", "--data", "data", "--output", "run"]
+    flag, value = refused(
+        lambda: node.read_job([*words, "--processes-per-node", "0"]), "(--proc.*) is 0, .* whole number from (1) on"
+    ).groups()
+    node.read_job([*words, flag, value])
+    monkeypatch.setattr("sys.argv", ["node", "start"])
+    known = refused(node.main, "must be one of (check, run, rank)$")
+    assert known[1].split(", ") == ["check", "run", "rank"]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    refused(lambda: node.read_job([*words, "train.seed=1"]), "so is a job array, .* drop one")
+    assert node.read_job(words).config.train.seed == 3
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    assert node.read_job([*words, "train.seed=1"]).config.train.seed == 1
+
+
+@pytest.mark.usefixtures("outside_slurm")
+def test_a_node_with_fewer_gpus_than_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--preset", "smoke", "--data", "data", "--output", str(tmp_path / "run"), "--processes-per-node"]
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(node, "start", lambda *_: subprocess.Popen(["true"]))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        refused(lambda: node.run(node.read_job([*words, "2"])), "node 0 has 1 GPUs: take fewer processes or more GPUs")
+        assert node.run(node.read_job([*words, "1"])) == 0
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+        assert node.run(node.read_job([*words, "2"])) == 0
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@pytest.mark.usefixtures("outside_slurm")
+def test_a_job_whose_output_cannot_be_written(tmp_path: Path) -> None:
+    data = make_features(tmp_path / "data")
+    words = [*SMALL, "--data", str(data), "--output"]
+    (tmp_path / "file").touch()
+    refused(lambda: node.check(node.read_job([*words, str(tmp_path / "file" / "run")])), "name another folder")
+    assert node.check(node.read_job([*words, str(tmp_path / "run")])) == 0
+
+
+@pytest.mark.usefixtures("outside_slurm")
+def test_a_job_that_has_begun_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, run = make_features(tmp_path / "data"), tmp_path / "run"
+    words = [*SMALL, "--data", str(data), "--output", str(run), "--resume", "never", "train.seed="]
+
+    def checked(job: str, restarts: int, seed: int) -> int:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        return node.check(node.read_job([*words[:-1], f"{words[-1]}{seed}"]))
+
+    checked("7", 0, 3)
+    config, _ = parse_arguments([*words[:-1], "train.seed=3"])
+    (run / "config.yaml").write_text(to_yaml(config))
+    (run / "checkpoints" / "samples-000000000016").mkdir(parents=True)
+    refused(lambda: checked("7", 1, 4), "job 7 has begun already: for --resume never submit a new one")
+    assert checked("8", 0, 4) == 0
+    assert (run / "earlier-1" / "checkpoints").is_dir()
+
+
+# ---------------------------------------------------------------------------------------------- what is not one thing
+
+
+def test_indexing_that_is_asked_for_in_part_or_twice(tmp_path: Path) -> None:
+    data, run, vectors, index = (tmp_path / name for name in ("data", "run", "vectors", "index"))
+    save_untrained(run, make_features(data), small_config(8))
+    assert call(embed.main, str(run), "--data", str(data), "--output", str(vectors), "--processes=1") == (0, "")
+    said_by(build_index.main, "more than one of --output, .* give one", vectors, "--output", index, "--add", vectors)
+    assert call(build_index.main, str(vectors), "--output", str(index)) == (0, "")
+    words = [index, "--query-encoders", "--remove", "test0-0000"]
+    said_by(build_index.main, "--query-encoders goes with --output or alone", *words)
+    assert call(build_index.main, *(str(word) for word in words if word != "--query-encoders")) == (0, "")
+
+
+def test_a_run_on_other_data(tmp_path: Path) -> None:
+    one, two = make_features(tmp_path / "one"), make_features(tmp_path / "two", seed=1)
+    data, run = tmp_path / "data", tmp_path / "run"
+    words = [*SMALL, "--data", str(data), "--output", str(run), "train.epochs=1"]
+    data.symlink_to(one)
+    assert call(train.main, *words) == (0, "")
+    data.unlink()
+    data.symlink_to(two)
+    flag = said_by(train.main, "use the same data, another --output, or (--resume never)", *words)[1]
+    assert call(train.main, *words, "--output", str(tmp_path / "another")) == (0, "")
+    data.unlink()
+    data.symlink_to(one)
+    assert call(train.main, *words) == (0, "")
+    data.unlink()
+    data.symlink_to(two)
+    assert call(train.main, *words, *flag.split()) == (0, "")

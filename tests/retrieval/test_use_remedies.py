@@ -9,17 +9,22 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 import torch
 
 from cmgan_dist.errors import BadInput
+from cmgan_dist.report.run import write_report
 from cmgan_dist.retrieval.index import Index
 from cmgan_dist.retrieval.metrics import Embeddings, common_space
 from cmgan_dist.retrieval.model import Model, load_model
+from cmgan_dist.retrieval.pictures import FolderPictures
 from launchers import embed, evaluate, index, search, serve
 from tests.retrieval.embed_cases import raw_run
+from tests.retrieval.serve_cases import HueModel, colour, hue_index, running
 from tests.toy import call, make_features, make_raw, picture, save_untrained, small_config
 
 COMMANDS = {
@@ -351,3 +356,131 @@ def test_embeddings_to_measure() -> None:
     for score in ("cosine", "inner"):
         common_space(Embeddings(pair, pair, owner, pair), score)
     common_space(Embeddings(2 * pair, pair, owner, None), "cosine")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-99])
+
+
+def flipped(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+def in_a_circle(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+EMBED, INDEX = f"{DATA}/emb --splits test", "index {}/emb --output {}/index"
+DAMAGES: list[tuple[str, Callable[[Path], None], str, str, str]] = [
+    ("emb/test-000000.image.npy", Path.unlink, INDEX, "is missing: embed again", EMBED),
+    ("emb/test-000000.text.npy", cut, INDEX, "bytes, its record says .*: embed again, which makes it anew", EMBED),
+    ("emb/test-000000.items.parquet", flipped, INDEX, "is damaged: embed again, which makes it anew", EMBED),
+    ("emb/test-000000.record.json", Path.unlink, INDEX, "missing or damaged: embed again", EMBED),
+    ("emb/embeddings.json", Path.unlink, INDEX, r"make it by launchers/embed\.py", EMBED),
+    ("index/vectors.npy", Path.unlink, f"{SEARCH} dog", "is missing, but named in index.json: .* index again", INDEX),
+    ("index/vectors.npy", cut, f"{SEARCH} dog", "is damaged .*: restore it or index again", INDEX),
+    ("index/items.parquet", flipped, f"{SEARCH} dog", r"another checksum\): restore it or index again", INDEX),
+    ("index/items.parquet", in_a_circle, f"{SEARCH} dog", "cannot be read .*: restore it or index again", INDEX),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "reader", "sentence", "maker"), DAMAGES, ids=range(len(DAMAGES)))
+def test_a_file_that_is_made_again(
+    name: str, damage: Callable[[Path], None], reader: str, sentence: str, maker: str, whole: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(whole, place)
+    damage(place / name)
+    code, said = told(place, reader)
+    assert (code, bool(re.search(sentence, said))) == (2, True), said
+    assert told(place, maker) == (0, "")
+    assert told(place, reader) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "sentence"),
+    [
+        ("model.safetensors", flipped, r"is damaged: its checksum is not in model\.json: restore the best/ folder"),
+        ("vocabulary.json", Path.unlink, r"is missing, but named in model\.json: restore the best/ folder"),
+        ("config.yaml", in_a_circle, "cannot be read .*: make it readable, or restore it"),
+        ("model.json", cut, "model.json is damaged .*: restore the best/ folder or train again"),
+    ],
+)
+def test_a_model_that_is_restored(
+    name: str, damage: Callable[[Path], None], sentence: str, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole / "run", run)
+    damage(run / "best" / name)
+    with pytest.raises(BadInput, match=sentence):
+        load_model(run, "cpu").encode_texts("a dog")
+    (run / "best" / name).unlink(missing_ok=True)
+    shutil.copy(whole / "run" / "best" / name, run / "best" / name)
+    load_model(run, "cpu").encode_texts("a dog")
+
+
+def test_a_question_to_a_server(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    served = running(hue_index(folder), HueModel(), FolderPictures(folder))
+    form, path = {"files": {"image": ("x.png", colour(0.1))}}, "/api/search"
+    right: list[tuple[str, str, dict[str, Any]]] = [
+        ("POST", path, form),
+        ("GET", path, {"params": {"text": "red"}}),
+        ("GET", "/api/browse", {}),
+    ]
+    with served as address, httpx2.Client(base_url=address, timeout=30) as client:
+        for method, where, request, sentence, follows in (
+            ("GET", path, {"params": {"text": "red", "picture": "a"}}, "search by one of them", 1),
+            ("GET", path, {}, r"give \?text=, or POST a picture", 0),
+            ("GET", path, {}, r"give \?text=, or POST a picture", 1),
+            ("GET", path, {"params": {"text": " "}}, "text is empty: give some words", 1),
+            ("GET", path, {"params": {"text": "red" * 10_000}}, "give at most", 1),
+            ("GET", path, {"params": {"words": "red"}}, "there is no parameter 'words' here: known are .*text", 1),
+            ("GET", path, {"params": [("text", "red"), ("text", "blue")]}, "given 2 times: give it once", 1),
+            ("GET", path, {"params": {"picture": "gone"}}, "does not know this picture any more: give it again", 0),
+            ("POST", path, {"content": b"x"}, "send the picture as the form field 'image'", 0),
+            ("POST", path, {"files": {"photo": ("x.png", colour(0.1))}}, "form field 'image' .* is missing: send", 0),
+            ("POST", path, {"files": {"image": ("x.png", b"x")}}, "give another picture", 0),
+            (
+                "POST",
+                path,
+                {"content": b"--a", "headers": {"content-type": "multipart/form-data; boundary=b"}},
+                "send the picture again",
+                0,
+            ),
+            ("GET", "/api/similar/9999", {}, "item 9999 is not in the index: browse for those that are", 2),
+        ):
+            answer = client.request(method, where, **request)
+            assert answer.status_code in (400, 404, 422), answer.text
+            assert re.search(sentence, answer.json()["error"]), answer.text
+            method, where, request = right[follows]
+            assert client.request(method, where, **request).status_code == 200
+
+
+def not_a_file(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def test_a_report_that_is_drawn_again(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole / "features-run", run)
+    words = f"evaluate {run} --data {{}}/features --no-baselines"
+    again: list[tuple[str, Callable[[Path], object], str]] = [
+        ("evaluation.json", cut, "is not as it was written .*: evaluate the run again"),
+        ("embeddings.npz", lambda path: path.write_bytes(b"PK"), "is not a file of embeddings .*: evaluate the run"),
+    ]
+    assert told(whole, words) == (0, "")
+    for name, damage, sentence in again:
+        damage(run / name)
+        with pytest.raises(BadInput, match=sentence):
+            write_report(run)
+        assert told(whole, words) == (0, "")
+        write_report(run)
+    for name in ("embeddings.npz", "evaluation.json", "report.html"):
+        not_a_file(run / name)
+        code, said = told(whole, f"{words} --again")
+        assert (code, bool(re.search(f"{name} .*is no file: move it away", said))) == (2, True), said
+        (run / name).rmdir()
+        assert told(whole, f"{words} --again") == (0, "")
