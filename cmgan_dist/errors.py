@@ -188,7 +188,7 @@ _NO_MEMORY = re.compile(r"failed to map segment|can(?:no|')t allocate|out of mem
 """How the loader, torch on a CPU and CUDA say that memory is used up."""
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """Return whether an error is that memory is used up, of this process, the machine or a GPU."""
     said = isinstance(error, ImportError | RuntimeError) and _NO_MEMORY.search(str(error)) is not None
     return said or isinstance(error, MemoryError)
@@ -208,7 +208,7 @@ def _told(error: Exception) -> int | None:
             reason = error.strerror or str(error)
             _tell(f"{named}{reason}: check the path, its permissions and the free space", EXIT_BAD_INPUT)
             return EXIT_BAD_INPUT
-        case _ if is_out_of_memory(error):
+        case _ if _is_out_of_memory(error):
             reason = str(error).splitlines()[0].rstrip(". ") if str(error) else "MemoryError"
             _tell(f"memory is used up ({reason}): allow more, or use smaller batches or fewer processes", EXIT_LOST)
             return EXIT_LOST

@@ -171,6 +171,11 @@ class _Turns:
                 return
             self.advance(self.counts[number])
 
+    @property
+    def has_lost_a_worker(self) -> bool:
+        """Whether a task failed because a worker ended."""
+        return any(isinstance(error, BrokenProcessPool) for error in self.failed.values())
+
     def all_results(self) -> list[Any]:
         """Return the results in the order of the tasks. Raises what the first failing task raised."""
         if self.failed:
@@ -249,7 +254,7 @@ def _share_out(turns: _Turns, pool: ProcessPoolExecutor, workers: int) -> None:
                 _end_workers()  # their threads would wait for what has begun
                 raise
     finally:
-        if len(turns.results) < len(turns.tasks):
+        if turns.has_lost_a_worker:
             _end_workers()  # the pool would wait for ever for one that was being started when another ended
 
 
