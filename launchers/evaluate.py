@@ -56,7 +56,7 @@ class Arguments:
 def main() -> None:
     log_to_stderr()
     arguments = parse(Arguments, sys.argv[1:], prog="launchers/evaluate.py")
-    from cmgan_dist.data.folder import check_link
+    from cmgan_dist.data.folder import check_file
     from cmgan_dist.data.source import public_url
     from cmgan_dist.distributed.join import start_all_processes
     from cmgan_dist.distributed.processes import Parallel
@@ -68,9 +68,7 @@ def main() -> None:
 
     run = arguments.run
     for name in (EMBEDDINGS_NAME, RECORD_NAME, REPORT_NAME):
-        check_link(run / name)
-        if (run / name).is_dir():
-            raise BadInput(f"{run / name} is no file: move it away, so that the evaluation can be written there")
+        check_file(run / name, "the evaluation")
     start_all_processes()
     task = open_task(run, arguments.data, split=arguments.split)
     asked = task.identity() | {"pictures": public_url(absolute(arguments.pictures))}

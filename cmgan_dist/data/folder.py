@@ -75,6 +75,14 @@ def check_link(path: Path, what: str = "") -> None:
         raise BadInput(f"{named} is a link that leads nowhere: mount what it leads to, or remove the link")
 
 
+def check_file(path: Path, what: str) -> None:
+    """Raises BadInput when something else than a file stands where `what` is to be written, or a link that leads
+    nowhere."""
+    check_link(path)
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is no file: move it away, so that {what} can be written there")
+
+
 def check_output(folder: Path, own: str, flag: str = "--output") -> None:
     """Raises BadInput when what is written to a folder, with its file `own` of KINDS, would mix with another kind,
     or it is no folder, or it lies behind a link that leads nowhere."""

@@ -18,7 +18,7 @@ from cmgan_dist.config.fields import CONFIG_NAME, Config, micro_batch
 from cmgan_dist.config.load import LOSS_TERMS, check_places, load_config, to_yaml, validate
 from cmgan_dist.config.paths import get_value, settings
 from cmgan_dist.data.differences import other_class
-from cmgan_dist.data.folder import check_link, check_output
+from cmgan_dist.data.folder import check_file, check_link, check_output
 from cmgan_dist.data.manifest import DataSpec
 from cmgan_dist.data.order import steps_for
 from cmgan_dist.data.origin import absolute_data, fingerprint_of
@@ -119,14 +119,13 @@ def clear_way(run: Path, resume: str) -> None:
 def check_run_folder(run: Path) -> None:
     """Raises BadInput where the folder of a run, or its best/, has a link that leads nowhere, which would be written
     over, or something else stands in the place of best/ or of metrics.jsonl."""
-    best, metrics = run / BEST, run / METRICS_NAME
+    best = run / BEST
     for folder in (run, best):
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             check_link(path)
     if best.exists() and not best.is_dir():
         raise BadInput(f"{best} is no folder: move it away, so that the best model can be kept there")
-    if metrics.exists() and not metrics.is_file():
-        raise BadInput(f"{metrics} is no file: move it away, so that lines can be written there")
+    check_file(run / METRICS_NAME, "lines")
 
 
 def check_scoring(config: Config, data: DataSpec) -> None:
